@@ -1,0 +1,43 @@
+"""Personalized text-to-image on Cloud TPU: CatVersion (arXiv 2311.14631) for many concepts at once, in JAX.
+
+Importing this package is light; public names load what they need on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from catversion_jax.export import load_concept, save_concept
+    from catversion_jax.models.stable_diffusion import load_backbone, load_text_encoder
+    from catversion_jax.official_adapter import import_official_concept
+    from catversion_jax.residual import KVResidual
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "KVResidual": "catversion_jax.residual",
+    "load_backbone": "catversion_jax.models.stable_diffusion",
+    "load_text_encoder": "catversion_jax.models.stable_diffusion",
+    "load_concept": "catversion_jax.export",
+    "save_concept": "catversion_jax.export",
+    "import_official_concept": "catversion_jax.official_adapter",
+}
+
+__all__ = [
+    "KVResidual",
+    "import_official_concept",
+    "load_backbone",
+    "load_concept",
+    "load_text_encoder",
+    "save_concept",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'catversion_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

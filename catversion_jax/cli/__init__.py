@@ -1,0 +1,66 @@
+"""The ``catversion`` command. Each command is one module with ``add_arguments(parser)`` and ``run(args) -> int``.
+
+Exit codes: 0 all succeeded, 2 wrong usage or input, 3 some concepts were quarantined, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from catversion_jax import __version__
+from catversion_jax.errors import CatVersionError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("train", "train many concepts at once"),
+    "check": ("check", "show what a folder or manifest of concepts holds, before any accelerator is needed"),
+    "generate": ("generate", "draw images with trained concepts"),
+    "export": ("export", "concept files, prompt embeddings, or a complete diffusers pipeline"),
+    "import": ("import_official", "convert the authors' released adapters"),
+    "inspect": ("inspect", "say what a concept file is"),
+    "example": ("example", "write a small random model and three toy concepts, to try the commands on"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"catversion_jax {__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        print(f"error: {name!r}: no such command.{hint}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    module_name, summary = COMMANDS[name]
+    module = importlib.import_module(f"catversion_jax.cli.{module_name}")
+    parser = argparse.ArgumentParser(
+        prog=f"catversion {name}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("catversion_jax").setLevel(logging.INFO)
+    try:
+        return module.run(args)
+    except CatVersionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue.", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "usage: catversion COMMAND ...\n\n" + "\n".join(lines) + "\n\n`catversion COMMAND --help` says more."

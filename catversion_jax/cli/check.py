@@ -1,0 +1,143 @@
+"""``catversion check CONCEPTS``: what a folder, manifest or dataset of concepts holds, and what may go wrong."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from catversion_jax.concept_report import ConceptReport, report_concept
+from catversion_jax.concepts import ConceptProblem, read_concepts
+from catversion_jax.config import TrainConfig
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.tokenizer import Tokenizer
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+_SD_RESOLUTION = 512
+_HEADER = ("name", "base class", "images", "masks", "smallest side", "prompts")
+_LEFT_COLUMNS = (0, 1, 5)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command; names and defaults are those of training."""
+    parser.add_argument("concepts", metavar="CONCEPTS", help="folder, manifest, or dataset (hf:owner/name)")
+    parser.add_argument("--base_class", help="base class of concepts that do not name their own")
+    parser.add_argument(
+        "--model", metavar="DIR", help="model folder: also check words and prompts with its tokenizer"
+    )
+    parser.add_argument(
+        "--resolution", type=int, help=f"training size in pixels [the model's, else {_SD_RESOLUTION}]"
+    )
+    parser.add_argument("--alpha", choices=("white", "mask"), default=_DEFAULTS["alpha"])
+    parser.add_argument(
+        "--instance_prompt", default=_DEFAULTS["instance_prompt"], help="template, 'object' or 'style'"
+    )
+    parser.add_argument("--when", choices=("class_word", "always"), default=_DEFAULTS["when"])
+    parser.add_argument("--dataset_split", default=_DEFAULTS["dataset_split"])
+    parser.add_argument("--image_column", default=_DEFAULTS["image_column"])
+    parser.add_argument("--concept_column", help="dataset column that names the concept of a row")
+    parser.add_argument("--base_class_column", help="dataset column with the base class")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 when every concept can be trained, 3 when some have problems."""
+    tokenizer, resolution = None, args.resolution or _SD_RESOLUTION
+    if args.model is not None:
+        folder = Path(args.model)
+        if not folder.is_dir():
+            raise CatVersionError(
+                f"--model {args.model}: not a folder. Give a model folder on disk, or leave it out."
+            )
+        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+        resolution = args.resolution or _model_resolution(folder)
+    found = read_concepts(
+        args.concepts,
+        base_class=args.base_class,
+        dataset_split=args.dataset_split,
+        image_column=args.image_column,
+        concept_column=args.concept_column,
+        base_class_column=args.base_class_column,
+        default_when=args.when,
+    )
+    reports = [
+        report_concept(
+            spec,
+            resolution=resolution,
+            alpha=args.alpha,
+            templates=args.instance_prompt,
+            default_when=args.when,
+            tokenizer=tokenizer,
+        )
+        for spec in found.concepts
+    ]
+    if args.json:
+        _print_json(reports, found.problems, found.skipped)
+    else:
+        _print_table(reports, found.problems, found.skipped)
+    return 3 if found.problems or any(report.problems for report in reports) else 0
+
+
+def _model_resolution(folder: Path) -> int:
+    """The size the model was trained at: latent size times the VAE's downsampling."""
+    try:
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CatVersionError(
+            f"--model {folder}: unet/config.json and vae/config.json do not tell its resolution ({error!r}). Give "
+            "a complete diffusers folder, or --resolution."
+        ) from None
+
+
+def _print_json(
+    reports: Sequence[ConceptReport], problems: Sequence[ConceptProblem], skipped: Sequence[str]
+) -> None:
+    value = {
+        "concepts": [dataclasses.asdict(report) for report in reports],
+        "problems": [dataclasses.asdict(problem) for problem in problems],
+        "skipped": list(skipped),
+    }
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _print_table(
+    reports: Sequence[ConceptReport], problems: Sequence[ConceptProblem], skipped: Sequence[str]
+) -> None:
+    rows = [_HEADER, *map(_row, reports)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+    for row, report in zip(rows, [None, *reports], strict=True):
+        cells = [
+            c.ljust(w) if i in _LEFT_COLUMNS else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+        if report is None:
+            continue
+        for kind, lines in (("problem", report.problems), ("warning", report.warnings), ("note", report.notes)):
+            for line in lines:
+                print(f"    {kind}: {line}")
+        if report.skipped:
+            print(f"    skipped: {', '.join(report.skipped)}")
+    for problem in problems:
+        print(f"{problem.name}\n    problem: {problem.message}")
+    if skipped:
+        print(f"skipped: {', '.join(skipped)}")
+    bad = len(problems) + sum(bool(report.problems) for report in reports)
+    total = len(reports) + len(problems)
+    print(f"{total} concept{'s' if total != 1 else ''}, {total - bad} ready to train")
+
+
+def _row(report: ConceptReport) -> tuple[str, ...]:
+    more = f" (+{len(report.prompts) - 1} more)" if len(report.prompts) > 1 else ""
+    return (
+        report.name,
+        report.base_class,
+        str(report.num_images),
+        str(report.num_masks) if report.num_masks else "-",
+        "-" if report.smallest_side is None else str(report.smallest_side),
+        (report.prompts[0] if report.prompts else "-") + more,
+    )

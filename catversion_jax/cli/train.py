@@ -1,0 +1,101 @@
+"""``catversion train --config FILE [key=value ...]``, the same as ``python train_tpu.py``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from catversion_jax.atomic_files import unwritable
+from catversion_jax.config import TrainConfig, load_config, option_table
+
+if TYPE_CHECKING:
+    from catversion_jax.training.loop import TrainResult
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command; the options themselves are listed from the config's own table."""
+    width = max(len(name) for name, _, _ in option_table())
+    table = "\n".join(
+        f"  {name:<{width}}  {text}" + (f" [{default}]" if default else "")
+        for name, default, text in option_table()
+    )
+    parser.usage = "catversion train --config FILE [key=value ...]"
+    parser.epilog = f"options, as keys of the YAML file or key=value [default]:\n{table}"
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over the file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; 0 when every concept succeeded, 3 when some were quarantined."""
+    config = load_config(args.config, args.overrides)
+    # Before jax is imported: the paths can be wrong, and that should show at once.
+    from catversion_jax.concepts import read_concepts
+
+    concepts = read_concepts(
+        config.concepts,
+        base_class=config.base_class,
+        dataset_split=config.dataset_split,
+        image_column=config.image_column,
+        concept_column=config.concept_column,
+        base_class_column=config.base_class_column,
+    )
+    count = len(concepts.concepts)
+    print(f"{count} concepts, {sum(len(c.images) for c in concepts.concepts)} images from {config.concepts}")
+    for line in (*concepts.skipped, *(note for spec in concepts.concepts for note in spec.notes)):
+        print(f"  note: {line}")
+
+    import jax
+
+    from catversion_jax.models.stable_diffusion import load_backbone
+    from catversion_jax.sharding import make_mesh, replicated
+    from catversion_jax.training.loop import train
+
+    _use_compilation_cache(config)
+    mesh = make_mesh(config.data_parallel)
+    dtype = _compute_dtype(config, jax.default_backend())
+    print(
+        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s); loading {config.pretrained_model_name_or_path}"
+    )
+    backbone = load_backbone(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        dtype=dtype,
+        sharding=replicated(mesh),
+    )
+    try:
+        result = train(config, backbone, concepts, mesh)
+    except OSError as error:
+        raise unwritable(Path(error.filename or config.output_dir), error) from error
+    return _report(config, result)
+
+
+def _report(config: TrainConfig, result: TrainResult) -> int:
+    print(f"{len(result.finished)} concepts in {Path(config.output_dir) / 'concepts'}")
+    if not result.failures:
+        return 0
+    print(f"{len(result.failures)} quarantined (their FAILED.txt says why):", file=sys.stderr)
+    for name, reason in result.failures.items():
+        print(f"  {name}: {reason.splitlines()[0]}", file=sys.stderr)
+    return 3
+
+
+def _compute_dtype(config: TrainConfig, platform: str) -> str:
+    """Bfloat16 is emulated on CPUs, and slow there."""
+    if config.mixed_precision == "auto":
+        return "float32" if platform == "cpu" else "bfloat16"
+    return {"bf16": "bfloat16", "no": "float32"}[config.mixed_precision]
+
+
+def _use_compilation_cache(config: TrainConfig) -> None:
+    import jax
+
+    if config.compilation_cache_dir is None:
+        return
+    folder = os.path.expanduser(config.compilation_cache_dir)
+    os.makedirs(folder, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,179 @@
+"""One folder of images: which files are images, which are masks, which are neither.
+
+Masks follow the habits of the field, and a file recognised as a mask is never a training image:
+
+| habit                                          | example                               |
+|------------------------------------------------|---------------------------------------|
+| ``<image stem>-masklabel.<ext>`` (OneTrainer)  | ``dog-masklabel.png`` for ``dog.jpg``  |
+| ``<image stem>.mask.<ext>`` (cloneofsimo/lora) | ``1.mask.png`` for ``1.png``, ``1.src.jpg`` |
+| a parallel folder, same stem (kohya)           | ``masks/dog.png``, ``../<folder>_masks/dog.png`` |
+| the image's own alpha channel                  | decided when the image is decoded     |
+| ``<image stem>_mask.<ext>``, only when that image exists | ``dog_mask.png`` for ``dog.jpg`` |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from catversion_jax.errors import ConceptError
+
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+MASK_FOLDERS = ("masks", "mask")
+_MASK_STEM = re.compile(r"^(?P<image>.+)(-masklabel|\.mask)$", re.IGNORECASE)
+_PAIRED_MASK_STEM = re.compile(r"^(?P<image>.+)[_-]mask$", re.IGNORECASE)
+_SYSTEM_NAMES = frozenset({"__macosx", "@eadir", "__pycache__", "thumbs.db", "desktop.ini"})
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """One training image: a file, or the encoded bytes of a dataset row.
+
+    Attributes:
+      label: short name for messages and metadata.
+      path: the file, or None when only ``data`` is known.
+      data: the encoded (not decoded) file contents, or None when ``path`` is to be read.
+      mask: file with the object white and the rest black, or None.
+    """
+
+    label: str
+    path: Path | None = None
+    data: bytes | None = dataclasses.field(default=None, repr=False)
+    mask: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+    """What :func:`list_images` found. ``nested`` are sub-folders that hold images of their own."""
+
+    images: tuple[ImageSource, ...]
+    nested: tuple[Path, ...] = ()
+    skipped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sort key that puts ``2.png`` before ``10.png`` and is the same on every file system."""
+    parts = re.split(r"([0-9]+)", name)
+    return [part.casefold() if i % 2 == 0 else int(part) for i, part in enumerate(parts)], name
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder belongs to the system, not to the user (``.DS_Store``, ``Thumbs.db`` ...)."""
+    return name.startswith(".") or name.casefold() in _SYSTEM_NAMES
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether the name is that of an image file; whether it decodes is known only when it is read."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name)
+
+
+def children(folder: Path) -> list[Path]:
+    """Entries of ``folder`` in natural order.
+
+    Raises:
+      ConceptError: the folder cannot be listed.
+    """
+    try:
+        return sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
+    except OSError as error:
+        raise ConceptError(
+            f"{folder}: cannot be listed ({error.strerror or error}). Check that it is a folder you may read."
+        ) from error
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether a training image (not only masks) lies directly in ``folder``."""
+    return any(
+        path.is_file() and is_image_name(path) and not _MASK_STEM.match(path.stem) for path in children(folder)
+    )
+
+
+def mask_folder_of(folder: Path) -> Path | None:
+    """The parallel mask folder of ``folder`` by naming habit, inside it or beside it, or None."""
+    beside = [f"{folder.name}{joint}{word}" for joint in "_-" for word in MASK_FOLDERS]
+    candidates = [folder / name for name in MASK_FOLDERS] + [folder.parent / name for name in beside]
+    return next((path for path in candidates if path.is_dir()), None)
+
+
+def list_images(folder: Path, *, mask_folder: Path | None = None, ignore: Iterable[str] = ()) -> FolderImages:
+    """Sort the contents of one folder into training images, masks, nested folders and the rest.
+
+    Args:
+      folder: the folder; sub-folders are not entered.
+      mask_folder: parallel folder of masks; found by naming habit when None.
+      ignore: file names that are configuration, not to be reported as skipped.
+
+    Raises:
+      ConceptError: the folder cannot be listed.
+    """
+    mask_folder = mask_folder or mask_folder_of(folder)
+    candidates: list[Path] = []
+    nested: list[Path] = []
+    skipped: list[str] = []
+    for path in children(folder):
+        if path.is_dir():
+            if mask_folder is not None and os.path.samefile(path, mask_folder):
+                continue
+            if not is_hidden(path.name) and holds_images(path):
+                nested.append(path)
+            else:
+                skipped.append(f"{path.name}/")
+        elif path.is_file() and is_image_name(path):
+            candidates.append(path)
+        elif path.name not in ignore:
+            skipped.append(path.name if path.exists() else f"{path.name} (broken link)")
+    images, masks = _separate_masks(candidates)
+    if mask_folder is not None:
+        found = [p for p in children(mask_folder) if p.is_file() and is_image_name(p)]
+        masks += [(_mask_target(path) or path.stem, path) for path in found]
+    sources, warnings = _pair(images, masks)
+    return FolderImages(sources, tuple(nested), tuple(skipped), warnings)
+
+
+def _mask_target(path: Path) -> str | None:
+    match = _MASK_STEM.match(path.stem)
+    return match["image"] if match else None
+
+
+def _separate_masks(candidates: list[Path]) -> tuple[list[Path], list[tuple[str, Path]]]:
+    """Split image files into training images and ``(image stem, mask file)``."""
+    stems = {path.stem for path in candidates}
+    images: list[Path] = []
+    masks: list[tuple[str, Path]] = []
+    for path in candidates:
+        target = _mask_target(path)
+        paired = _PAIRED_MASK_STEM.match(path.stem)
+        if target is None and paired and paired["image"] in stems:
+            target = paired["image"]
+        if target is None:
+            images.append(path)
+        else:
+            masks.append((target, path))
+    return images, masks
+
+
+def _pair(images: list[Path], masks: list[tuple[str, Path]]) -> tuple[tuple[ImageSource, ...], tuple[str, ...]]:
+    """Give every image its mask, and say which masks found no image or came second."""
+    warnings: list[str] = []
+    mask_of: dict[str, Path] = {}
+    for target, path in masks:
+        if target in mask_of:
+            warnings.append(f"mask {path.name} not used: {mask_of[target].name} is already the mask of {target}")
+        else:
+            mask_of[target] = path
+    sources = []
+    used = set()
+    for path in images:
+        # cloneofsimo/lora writes the prepared image as N.src.jpg beside N.mask.png
+        targets = [t for t in (path.name, path.stem, path.stem.removesuffix(".src")) if t in mask_of]
+        used.update(targets[:1])
+        sources.append(ImageSource(path.name, path, mask=mask_of[targets[0]] if targets else None))
+    warnings += [f"mask {path.name} has no image" for target, path in mask_of.items() if target not in used]
+    return tuple(sources), tuple(warnings)

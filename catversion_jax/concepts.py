@@ -1,0 +1,374 @@
+"""What to personalize: concepts, read from any of the usual layouts and checked before anything is loaded.
+
+One broken concept among many becomes a :class:`ConceptProblem` and the others go on. Mistakes in the list as a
+whole (nothing found, two concepts of one name, a name that cannot be a folder) are raised, all at once.
+``concept_layouts.py`` knows the layouts, ``concept_files.py`` tells images from masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from catversion_jax.concept_files import ImageSource, list_images
+from catversion_jax.concept_layouts import CONCEPT_FILES, Entry, read_entries
+from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.prompt_templates import TEMPLATE_SETS, fill_template, prompt_templates
+
+__all__ = [
+    "ConceptList",
+    "ConceptProblem",
+    "ConceptSpec",
+    "ImageSource",
+    "check_concept_name",
+    "concept_prompts",
+    "prompt_templates",
+    "read_concepts",
+]
+
+WHEN = ("class_word", "always")
+KNOWN_KEYS = (
+    "name",
+    "path",
+    "base_class",
+    "prompt",
+    "prompts",
+    "instance_prompt",
+    "templates",
+    "seed",
+    "random_flip",
+    "when",
+    "images",
+    "masks",
+)
+_MAX_NAME_BYTES = 100
+_UNSAFE_CHARACTERS = frozenset('<>:"|?*')
+_DEVICE_NAMES = frozenset({"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)})
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptSpec:
+    """One concept to train.
+
+    Attributes:
+      name: also its output folder's name; unique in the list.
+      base_class: the word or words that invoke it, such as ``teapot`` or ``stuffed animal``.
+      images: training images in natural order, each with its mask when one was found.
+      prompts: training prompts or templates of its own; empty means the run's.
+      seed: of its own, or None for the run's.
+      random_flip: probability of a horizontal flip, or None for the run's.
+      when: ``class_word`` or ``always``, or None for the run's.
+      skipped: names in its folder that are not training images.
+      warnings: what a user should look at before training; shown by ``catversion check``.
+      notes: what nobody has to correct.
+    """
+
+    name: str
+    base_class: str
+    images: tuple[ImageSource, ...]
+    prompts: tuple[str, ...] = ()
+    seed: int | None = None
+    random_flip: float | None = None
+    when: str | None = None
+    skipped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptProblem:
+    """A concept that cannot be trained, and why."""
+
+    name: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptList:
+    """All concepts of one source. ``skipped`` are entries of the source that belong to no concept."""
+
+    concepts: tuple[ConceptSpec, ...]
+    problems: tuple[ConceptProblem, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+def read_concepts(
+    source: str | Path,
+    *,
+    base_class: str | None = None,
+    dataset_split: str = "train",
+    image_column: str = "image",
+    concept_column: str | None = None,
+    base_class_column: str | None = None,
+    default_when: str = "class_word",
+) -> ConceptList:
+    """Find the concepts of ``source`` and check them. No image is decoded.
+
+    Args:
+      source: a folder of images, a folder of such folders, a YAML/JSON/JSONL/CSV manifest, Custom Diffusion's
+        ``concepts_list.json``, a DreamBench folder, or a Hugging Face dataset (folder, or ``hf:owner/name``).
+      base_class: of the concepts that do not name their own. For a single folder it also overrides
+        ``concept.json``, as a command line overrides a file.
+      dataset_split: split of a Hugging Face dataset.
+      image_column: its image column.
+      concept_column: its column that names the concept of a row; None makes the dataset one concept.
+      base_class_column: its column with the base class.
+      default_when: the run's choice for concepts that make none; under ``always`` prompts need no class word.
+
+    Raises:
+      CatVersionError: the source is not found or not understood, holds no usable concept, or has duplicate or
+        unusable names. The message lists everything that is wrong.
+    """
+    layout = read_entries(
+        source,
+        dataset_split=dataset_split,
+        image_column=image_column,
+        concept_column=concept_column,
+        base_class_column=base_class_column,
+    )
+    mistakes = _name_mistakes([entry.name for entry in layout.entries])
+    if mistakes:
+        raise CatVersionError("\n".join(mistakes))
+    concepts: list[ConceptSpec] = []
+    problems: list[ConceptProblem] = []
+    for entry in layout.entries:
+        try:
+            spec = _build_concept(entry, base_class, overrides=layout.single)
+            concept_prompts(spec, "default", default_when=default_when)
+            concepts.append(spec)
+        except ConceptError as error:
+            problems.append(ConceptProblem(entry.name, str(error)))
+    if not concepts:
+        reasons = [problem.message for problem in problems]
+        raise CatVersionError("\n".join(reasons) or f"{source}: no concept found.")
+    return ConceptList(tuple(concepts), tuple(problems), layout.skipped)
+
+
+def concept_prompts(
+    spec: ConceptSpec, default_templates: str | Sequence[str], *, default_when: str = "class_word"
+) -> tuple[str, ...]:
+    """The training prompts of a concept, placeholders filled with its base class.
+
+    Args:
+      spec: its own prompts are used when it has some.
+      default_templates: the run's templates: texts with ``{}`` or ``{base_class}``, or ``'object'``/``'style'``.
+      default_when: the run's ``when``, for a concept that has none.
+
+    Raises:
+      ConceptError: a prompt lacks the base-class words (unless ``when`` is ``always``), or has another
+        placeholder.
+    """
+    templates = spec.prompts or prompt_templates(default_templates)
+    needed = (spec.when or default_when) != "always"
+    return tuple(
+        fill_template(template, spec.base_class, where=spec.name, needs_class_word=needed)
+        for template in templates
+    )
+
+
+def check_concept_name(name: str) -> str | None:
+    """Why ``name`` cannot be a concept's folder name on every file system, or None when it can."""
+    if not name.strip():
+        return f"{name!r}: a concept needs a name."
+    rule = None
+    if "/" in name or "\\" in name or name in (".", ".."):
+        rule = "must not contain path separators or be '.' or '..'"
+    elif len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
+        rule = f"must be at most {_MAX_NAME_BYTES} bytes long, this one has {len(name.encode('utf-8', 'replace'))}"
+    elif bad := sorted({c for c in name if c in _UNSAFE_CHARACTERS or not c.isprintable()}):
+        rule = f"must not contain {', '.join(map(repr, bad))}"
+    elif name != name.strip() or name.startswith(".") or name.endswith("."):
+        rule = "must not begin or end with a space or a dot"
+    elif name.split(".")[0].casefold() in _DEVICE_NAMES:
+        rule = "is a reserved device name on Windows"
+    if rule is None:
+        return None
+    return f"concept name {name!r}: {rule}; it becomes a folder name. Rename it, or set `name` in its entry."
+
+
+def _name_mistakes(names: Iterable[str]) -> list[str]:
+    mistakes: list[str] = []
+    seen: dict[str, str] = {}
+    for name in names:
+        if mistake := check_concept_name(name):
+            mistakes.append(mistake)
+            continue
+        # macOS and Windows would put both into one output folder.
+        folder = unicodedata.normalize("NFC", name).casefold()
+        if folder in seen:
+            other = "" if seen[folder] == name else f" (as {seen[folder]!r}, the same folder on some systems)"
+            mistakes.append(
+                f"concept name {name!r}: appears twice{other}; names must be unique. Rename one of them."
+            )
+        seen.setdefault(folder, name)
+    return mistakes
+
+
+def _build_concept(entry: Entry, argument: str | None, *, overrides: bool) -> ConceptSpec:
+    if entry.problem:
+        raise ConceptError(entry.problem)
+    notes = list(entry.notes)
+    fields = _checked_keys(entry, notes)
+    base_class = _base_class(fields, entry, argument, overrides, notes)
+    images, skipped, warnings = _images(entry, fields)
+    return ConceptSpec(
+        name=entry.name,
+        base_class=base_class,
+        images=images,
+        prompts=_prompts(fields, entry.where),
+        seed=_seed(fields.get("seed"), entry.where),
+        random_flip=_random_flip(fields.get("random_flip"), entry.where),
+        when=_when(fields.get("when"), entry.where),
+        skipped=skipped,
+        warnings=warnings,
+        notes=tuple(notes),
+    )
+
+
+def _checked_keys(entry: Entry, notes: list[str]) -> dict[str, Any]:
+    """Known keys with a value. A near-miss of a known key is an error, anything else is descriptive."""
+    unknown = [key for key in entry.fields if key not in KNOWN_KEYS]
+    mistakes = []
+    for key in unknown:
+        if near := difflib.get_close_matches(str(key).casefold(), KNOWN_KEYS, n=1, cutoff=0.75):
+            mistakes.append(f"{entry.where}: unknown key {key!r}. Did you mean {near[0]!r}?")
+    if mistakes:
+        raise ConceptError("\n".join(mistakes))
+    if unknown:
+        notes.append(f"keys without effect: {', '.join(map(str, unknown))}")
+    return {key: value for key, value in entry.fields.items() if key in KNOWN_KEYS and value not in (None, "")}
+
+
+def _base_class(
+    fields: Mapping[str, Any], entry: Entry, argument: str | None, overrides: bool, notes: list[str]
+) -> str:
+    own = fields.get("base_class")
+    if own is not None and not isinstance(own, str):
+        raise ConceptError(f"{entry.where}: base_class={own!r}: must be text; put it in quotes.")
+    if own and argument and own != argument:
+        used = argument if overrides else own
+        notes.append(f"base_class {used!r} used, not {own if overrides else argument!r}")
+        own = used
+    words = " ".join((own or argument or "").split())
+    if not words:
+        raise ConceptError(
+            f"{entry.where}: no base class. Say what it is a kind of: base_class=teapot on the command line, or "
+            f'{{"base_class": "teapot"}} in {entry.base_class_home}.'
+        )
+    if any(c in "{}<>" or not c.isprintable() for c in words) or not any(c.isalnum() for c in words):
+        raise ConceptError(
+            f"{entry.where}: base_class={words!r}: must be plain words such as 'teapot' or 'stuffed animal', "
+            "without placeholders."
+        )
+    return words
+
+
+def _images(
+    entry: Entry, fields: Mapping[str, Any]
+) -> tuple[tuple[ImageSource, ...], tuple[str, ...], tuple[str, ...]]:
+    """Images, skipped names and warnings."""
+    if entry.images is not None:
+        return entry.images, (), ()
+    if entry.folder is None:
+        files = _listed_files(fields.get("images"), entry, "images")
+        masks: Sequence[Path | None] = [None] * len(files)
+        if "masks" in fields:
+            masks = _listed_files(fields["masks"], entry, "masks")
+            if len(masks) != len(files):
+                raise ConceptError(
+                    f"{entry.where}: {len(masks)} masks for {len(files)} images; list one mask per image."
+                )
+        return tuple(ImageSource(f.name, f, mask=m) for f, m in zip(files, masks, strict=True)), (), ()
+    mask_folder = None
+    if "masks" in fields:
+        if not isinstance(fields["masks"], str) or not (entry.root / fields["masks"]).is_dir():
+            raise ConceptError(
+                f"{entry.where}: masks={fields['masks']!r}: must be a folder (relative to {entry.root}) with one "
+                "mask per image, of the same file stem."
+            )
+        mask_folder = entry.root / fields["masks"]
+    found = list_images(entry.folder, mask_folder=mask_folder, ignore=CONCEPT_FILES)
+    if found.nested:
+        raise ConceptError(
+            f"{entry.folder}: has images and also sub-folders of images "
+            f"({', '.join(path.name for path in found.nested)}). Move the sub-folders out, or give each concept "
+            "a folder of its own; masks go into a sub-folder named masks."
+        )
+    if not found.images:
+        raise ConceptError(
+            f"{entry.folder}: no image in it{_what_was_there(found.skipped)}. Put 3 to 10 photos of the concept "
+            "there."
+        )
+    return found.images, found.skipped, found.warnings
+
+
+def _what_was_there(skipped: Sequence[str]) -> str:
+    return f" (only {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''})" if skipped else ""
+
+
+def _listed_files(value: Any, entry: Entry, key: str) -> list[Path]:
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        raise ConceptError(f"{entry.where}: {key}={value!r}: must be a list of file names.")
+    files = [entry.root / item for item in value]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise ConceptError(
+            f"{entry.where}: {key} not found: {', '.join(missing)}. Paths are relative to {entry.root}."
+        )
+    return files
+
+
+def _prompts(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    given = [key for key in ("prompts", "prompt", "instance_prompt", "templates") if key in fields]
+    if len(given) > 1:
+        raise ConceptError(f"{where}: {' and '.join(given)} are one and the same thing; keep one of them.")
+    if not given:
+        return ()
+    value = fields[given[0]]
+    if given[0] == "templates":
+        if value not in TEMPLATE_SETS:
+            raise ConceptError(f"{where}: templates={value!r}: must be one of {', '.join(TEMPLATE_SETS)}.")
+        return TEMPLATE_SETS[value]
+    prompts = [value] if isinstance(value, str) else value
+    if not isinstance(prompts, list) or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ConceptError(f"{where}: {given[0]}={value!r}: must be a text or a list of texts.")
+    return tuple(prompts)
+
+
+def _seed(value: Any, where: str) -> int | None:
+    if value is None:
+        return None
+    try:
+        seed = int(value) if isinstance(value, str) else value
+    except ValueError:
+        seed = None
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConceptError(f"{where}: seed={value!r}: must be a whole number within 0..{2**32 - 1}.")
+    return seed
+
+
+def _random_flip(value: Any, where: str) -> float | None:
+    """False and ``no`` forbid the flip (text, logos); True leaves it to the run."""
+    word = str(value).strip().casefold()
+    if value is None or word in ("true", "yes"):
+        return None
+    if word in ("false", "no"):
+        return 0.0
+    try:
+        probability = float(word)
+    except ValueError:
+        probability = math.nan
+    if not 0.0 <= probability <= 1.0:
+        raise ConceptError(f"{where}: random_flip={value!r}: must be false or a probability within 0..1.")
+    return probability
+
+
+def _when(value: Any, where: str) -> str | None:
+    if value is not None and value not in WHEN:
+        raise ConceptError(f"{where}: when={value!r}: must be one of {', '.join(WHEN)}.")
+    return value

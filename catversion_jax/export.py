@@ -1,0 +1,314 @@
+r"""Concept files: one trained concept as one small safetensors file, and back.
+
+A file holds ``layers.{i}.key`` and ``layers.{i}.value``, float32 ``[P N H]``, one pair per adapted layer ``i``.
+Heads stay a separate axis on purpose: a tensor whose last axis were the model width would be taken for a word
+embedding by programs that use the first tensor they find. Everything needed to use the concept rightly (base
+class, logit bias, fingerprint of the text encoder it was trained with) is in the metadata, whose values are
+strings as the format asks.
+
+The bytes are a function of the content alone: no dates, keys sorted. The safetensors library writes its metadata
+in the order of a randomly seeded hash map, so the header (8-byte little-endian length, JSON, then the data) is
+written here; ``tests/test_export.py`` reads it back with the library. ``modelspec.*`` follows Stability AI's
+ModelSpec 1.0.1; its ``hash_sha256`` covers the data and lets :func:`load_concept` notice a damaged file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from catversion_jax.atomic_files import make_folder, write_atomically
+from catversion_jax.errors import CatVersionError
+from catversion_jax.foreign_files import describe_bytes, describe_tensors
+from catversion_jax.residual import KVResidual
+
+FORMAT_VERSION = 1
+CONCEPT_FILE_NAME = "catversion.safetensors"
+WHEN = ("class_word", "always")
+
+_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}  # by width of the text encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Concept:
+    """One trained concept with all that its file says about it.
+
+    Attributes:
+      residual: numpy leaves ``[L P N H]``, float32.
+      base_class: the word or words of the prompt that call the concept.
+      name: the concept's own name, for people and for choosing between concepts.
+      when: ``class_word``: acts on prompts that contain ``base_class``; ``always``: on every conditional prompt.
+      base_model: model folder or hub id it was trained on, as the user gave it; '' when unknown.
+      text_encoder_sha256: fingerprint of that model's text encoder; '' when unknown.
+      step: optimizer updates done.
+      images: names of the training images.
+      train_config: the resolved training configuration, {} when unknown.
+      metrics: final measurements, {} when there are none.
+      metadata: the file's metadata as read, {} for a concept that was never in a file.
+    """
+
+    residual: KVResidual
+    base_class: str
+    name: str
+    when: str = "class_word"
+    base_model: str = ""
+    text_encoder_sha256: str = ""
+    step: int = 0
+    images: tuple[str, ...] = ()
+    train_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the concept to ``path``; see :func:`save_concept`."""
+        return save_concept(
+            path,
+            self.residual,
+            base_class=self.base_class,
+            name=self.name,
+            when=self.when,
+            base_model=self.base_model,
+            text_encoder_sha256=self.text_encoder_sha256,
+            step=self.step,
+            config=self.train_config,
+            images=self.images,
+            metrics=self.metrics,
+        )
+
+
+def save_concept(
+    path: str | Path,
+    residual: KVResidual,
+    *,
+    base_class: str,
+    name: str | None = None,
+    when: str = "class_word",
+    base_model: str = "",
+    text_encoder_sha256: str = "",
+    step: int = 0,
+    config: Mapping[str, Any] | None = None,
+    images: Sequence[str] = (),
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one concept, atomically and with bytes that depend on nothing but the arguments.
+
+    Args:
+      path: the file to write; missing folders are made.
+      residual: ``[L P N H]``, one concept.
+      base_class: the word or words that call the concept.
+      name: defaults to ``base_class``.
+      when: ``class_word`` or ``always``, see :class:`Concept`.
+      base_model: folder or hub id of the model it was trained on.
+      text_encoder_sha256: fingerprint of that model's text encoder.
+      step: optimizer updates done.
+      config: resolved training configuration; must be expressible in JSON.
+      images: names of the training images.
+      metrics: final measurements; must be expressible in JSON.
+
+    Returns:
+      ``path``.
+
+    Raises:
+      CatVersionError: the residual is not one finite concept, an argument is out of its rule, or the file cannot
+        be written (an older file of that name then stays as it was).
+    """
+    path = Path(path)
+    key, value = _checked_arrays(path, residual)
+    if not base_class.strip():
+        raise CatVersionError(f"base_class={base_class!r}: must be the word or words that call the concept.")
+    if when not in WHEN:
+        raise CatVersionError(f"when={when!r}: must be one of {', '.join(WHEN)}.")
+    tensors = {}
+    for index, layer in enumerate(residual.layers):
+        tensors[f"layers.{layer}.key"] = key[index]
+        tensors[f"layers.{layer}.value"] = value[index]
+    _, num_positions, num_heads, head_dim = key.shape
+    own = {
+        "format_version": str(FORMAT_VERSION),
+        "base_class": base_class,
+        "name": name or base_class,
+        "when": when,
+        "layers": _json(residual.layers),
+        "num_positions": str(num_positions),
+        "num_heads": str(num_heads),
+        "head_dim": str(head_dim),
+        "logit_bias": repr(float(residual.logit_bias)),
+        "base_model": base_model,
+        "text_encoder_sha256": text_encoder_sha256,
+        "step": str(int(step)),
+        "num_images": str(len(images)),
+        "images": _json(list(images)),
+        "train_config": _json(dict(config or {})),
+    }
+    if metrics:
+        own["metrics"] = _json(dict(metrics))
+    metadata = {"format": "pt"} | {f"catversion.{k}": v for k, v in own.items()}
+    metadata |= _modelspec(base_class, name or base_class, when, num_heads * head_dim, config or {})
+    make_folder(path.parent)
+    write_atomically(path, serialize_safetensors(tensors, metadata))
+    return path
+
+
+def load_concept(path: str | Path) -> Concept:
+    """Read a concept file, the inverse of :func:`save_concept`.
+
+    Args:
+      path: the file, or a folder that contains ``catversion.safetensors``.
+
+    Raises:
+      CatVersionError: missing, damaged, written by a newer version, or not a concept file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / CONCEPT_FILE_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CatVersionError(
+            f"{path}: cannot be read ({error.strerror}). Give a concept file written by training or by "
+            f"`catversion export`, or a folder with {CONCEPT_FILE_NAME} in it."
+        ) from error
+    metadata, tensors = read_safetensors(data, path)
+    _check_is_concept(path, metadata, tensors)
+    try:
+        return _concept_from(metadata, tensors)
+    except (KeyError, ValueError, TypeError) as error:
+        detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise CatVersionError(
+            f"{path}: the concept file is damaged ({detail}). Export it again from its training run."
+        ) from error
+
+
+def serialize_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Safetensors bytes that are the same in every process; tensors (float32) keep the given order.
+
+    Adds ``modelspec.hash_sha256`` of the data to the metadata.
+    """
+    header: dict[str, Any] = {}
+    data = b""
+    for name, tensor in tensors.items():
+        raw = np.ascontiguousarray(tensor, dtype="<f4").tobytes()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    signed = dict(metadata) | {"modelspec.hash_sha256": "0x" + hashlib.sha256(data).hexdigest()}
+    header = {"__metadata__": {k: _utf8(signed[k]) for k in sorted(signed)}} | header
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned, as the format asks
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def read_safetensors(data: bytes, path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Metadata and tensors of safetensors bytes; ``path`` only names them in the error message."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    damaged = f"{path}: the file is damaged or incomplete (%s). Copy or export it again."
+    what = describe_bytes(data)
+    if what:
+        raise CatVersionError(f"{path}: this is not a concept file but {what}")
+    try:
+        tensors = load(data)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CatVersionError(damaged % error) from error
+    (length,) = struct.unpack("<Q", data[:8])
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
+    if "catversion.format_version" in metadata and metadata.get("modelspec.hash_sha256", digest) != digest:
+        raise CatVersionError(damaged % "its tensors do not have the checksum that its header states")
+    return metadata, tensors
+
+
+def _check_is_concept(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
+    version = metadata.get("catversion.format_version")
+    if version is None:
+        what = describe_tensors({name: tensor.shape for name, tensor in tensors.items()})
+        raise CatVersionError(f"{path}: this is not a concept file but {what}")
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise CatVersionError(
+            f"{path}: format version {version}; this program reads up to {FORMAT_VERSION}. "
+            "Update it: pip install --upgrade catversion-jax."
+        )
+
+
+def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -> Concept:
+    own = {k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")}
+    layers = tuple(int(i) for i in json.loads(own["layers"]))
+    key, value = (
+        np.stack([tensors[f"layers.{i}.{part}"] for i in layers]) for part in ("key", "value")
+    )  # [L P N H]
+    residual = KVResidual(key, value, layers, float(own["logit_bias"]))  # type: ignore[arg-type]  # numpy
+    shape = (len(layers), int(own["num_positions"]), int(own["num_heads"]), int(own["head_dim"]))
+    if residual.key.shape != shape or residual.value.shape != shape:
+        raise ValueError(f"tensors of shape {residual.key.shape}, the header says {shape}")
+    if own["when"] not in WHEN:
+        raise ValueError(f"when={own['when']!r}, must be one of {', '.join(WHEN)}")
+    return Concept(
+        residual=residual,
+        base_class=own["base_class"],
+        name=own["name"],
+        when=own["when"],
+        base_model=own["base_model"],
+        text_encoder_sha256=own["text_encoder_sha256"],
+        step=int(own["step"]),
+        images=tuple(json.loads(own["images"])),
+        train_config=json.loads(own["train_config"]),
+        metrics=json.loads(own.get("metrics", "{}")),
+        metadata=metadata,
+    )
+
+
+def _checked_arrays(path: Path, residual: KVResidual) -> tuple[np.ndarray, np.ndarray]:
+    key, value = (np.asarray(x, dtype=np.float32) for x in (residual.key, residual.value))
+    if key.ndim != 4 or key.shape != value.shape or len(residual.layers) != key.shape[0]:
+        raise CatVersionError(
+            f"{path}: key {key.shape} and value {value.shape} for {len(residual.layers)} layers; a file holds one "
+            "concept, both must be [layers, positions, heads, head dim]. Take one entry of a stacked residual."
+        )
+    if not (np.isfinite(key).all() and np.isfinite(value).all() and math.isfinite(residual.logit_bias)):
+        raise CatVersionError(
+            f"{path}: the residual holds NaN or infinite numbers and was not written; every number must be "
+            "finite. Train again with a smaller learning rate."
+        )
+    return key, value
+
+
+def _modelspec(base_class: str, name: str, when: str, width: int, config: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of Stability AI's ModelSpec that do not change from one writing to the next."""
+    hint = f"write '{base_class}' in the prompt" if when == "class_word" else "acts on every conditional prompt"
+    keys = {
+        "sai_model_spec": "1.0.1",
+        "architecture": _ARCHITECTURES.get(width, "stable-diffusion") + "/catversion",
+        "implementation": "catversion_jax",
+        "title": name,
+        "description": f"CatVersion concept '{name}': keys and values for the text encoder's self-attention.",
+        "trigger_phrase": base_class,
+        "usage_hint": hint,
+        "tags": "catversion, text-to-image, personalization",
+    }
+    for key in ("resolution", "prediction_type"):
+        if config.get(key):
+            keys[key] = str(config[key])
+    if str(config.get("resolution", "")).isdigit():
+        keys["resolution"] = f"{config['resolution']}x{config['resolution']}"
+    return {f"modelspec.{k}": v for k, v in keys.items()}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _utf8(text: str) -> str:
+    """File names may hold bytes that are not UTF-8 (surrogates here), which JSON readers refuse."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,120 @@
+"""Which concept acts on which prompt.
+
+Rules (METHOD, "What we decide"): a concept acts on the prompts that contain its base-class words
+(``when="class_word"``) or on every prompt (``"always"``); a concept of scale 0 is left out. What the model reads
+decides: words that are cut off call nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.tokenizer import Tokenizer
+from catversion_jax.residual import KVResidual
+
+WHEN = ("class_word", "always")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptUse:
+    """One concept in one image.
+
+    Attributes:
+      name: for messages and metadata.
+      base_class: the words that call the concept.
+      residual: ``[L P N H]``, as trained.
+      scale: strength; 0 is the plain model exactly, 1 as trained (:meth:`KVResidual.scaled`).
+      when: ``class_word`` or ``always``.
+    """
+
+    name: str
+    base_class: str
+    residual: KVResidual
+    scale: float = 1.0
+    when: str = "class_word"
+
+    def __post_init__(self) -> None:
+        if self.when not in WHEN:
+            raise CatVersionError(f"when={self.when!r}: must be one of {', '.join(WHEN)}.")
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise CatVersionError(
+                f"scale={self.scale} of concept {self.name!r}: must be a finite number >= 0 (0 = plain model, "
+                "1 = as trained)."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRequest:
+    """One image to draw. Prompts of one call may use different concepts, or several at once."""
+
+    prompt: str
+    concepts: tuple[ConceptUse, ...] = ()
+    seed: int = 0
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise CatVersionError(f"seed={self.seed}: must be within 0..{2**32 - 1}.")
+
+
+def active_concepts(tokenizer: Tokenizer, prompt: str, concepts: Sequence[ConceptUse]) -> tuple[ConceptUse, ...]:
+    """The concepts that act on ``prompt``."""
+    return tuple(
+        use
+        for use in concepts
+        if use.scale > 0 and (use.when == "always" or tokenizer.contains(prompt, use.base_class))
+    )
+
+
+def prompt_warnings(tokenizer: Tokenizer, requests: Sequence[ImageRequest]) -> tuple[str, ...]:
+    """Prompts that are cut off, and concepts that no word of their prompt calls; each once."""
+    messages: dict[str, None] = {}
+    for request in requests:
+        for kind, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
+            if cut := tokenizer.cut_off(text):
+                messages[
+                    f"{kind} {text!r}: longer than the model's {tokenizer.model_max_length} tokens; this end was "
+                    f"cut off: {cut!r}"
+                ] = None
+        for use in request.concepts:
+            if use.scale > 0 and not active_concepts(tokenizer, request.prompt, (use,)):
+                messages[
+                    f"prompt {request.prompt!r}: never names concept {use.name!r}, which is called by "
+                    f"{use.base_class!r}, so the plain model draws it; write {use.base_class!r} in the prompt, or "
+                    "use when=always"
+                ] = None
+    return tuple(messages)
+
+
+def check_concept(backbone: Backbone, use: ConceptUse, text_encoder_sha256: str, *, force: bool = False) -> None:
+    """Check that a concept was made for this text encoder.
+
+    Args:
+      backbone: the model about to be used.
+      use: the concept.
+      text_encoder_sha256: of the encoder it was trained with; empty when the file does not say.
+      force: use it although the weights differ (a finetuned encoder, say). Shapes must fit all the same.
+
+    Raises:
+      CatVersionError: the shapes do not fit, or the weights differ and ``force`` is off.
+    """
+    layers, _, heads, head_dim = use.residual.key.shape
+    fits = (heads, head_dim) == (backbone.num_heads, backbone.head_dim)
+    if not fits or max(use.residual.layers) >= backbone.num_text_layers:
+        raise CatVersionError(
+            f"concept {use.name!r}: has {heads} heads x {head_dim} on {layers} layers up to number "
+            f"{max(use.residual.layers)}, but the encoder of {backbone.name} has {backbone.num_heads} heads x "
+            f"{backbone.head_dim} and layers 0..{backbone.num_text_layers - 1}: it was trained for another model. "
+            "Give --model the one it was trained with (catversion inspect shows it)."
+        )
+    ours = backbone.text_encoder_sha256
+    if text_encoder_sha256 and ours and text_encoder_sha256 != ours and not force:
+        raise CatVersionError(
+            f"concept {use.name!r}: was trained with a text encoder of hash {text_encoder_sha256[:12]}, but "
+            f"{backbone.name} has {ours[:12]}: the weights differ. Give --model the one it was trained with "
+            "(catversion inspect shows it), or --force to use it anyway."
+        )

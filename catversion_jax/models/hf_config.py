@@ -1,0 +1,105 @@
+"""Reading a Hugging Face ``config.json``: a key that changes the computation is never ignored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from catversion_jax.errors import CatVersionError
+
+# Bookkeeping, initialization, training, text generation and labels: what every transformers model carries.
+# fmt: off
+TRANSFORMERS_IGNORED = frozenset({
+    "architectures", "attention_dropout", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample",
+    "dropout", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_factor",
+    "initializer_range", "label2id", "length_penalty", "max_length", "min_length", "model_type",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix",
+    "problem_type", "projection_dim", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_cache",
+})
+# fmt: on
+"""Keys of transformers' ``PretrainedConfig`` that do not change what a frozen CLIP computes."""
+
+
+def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a JSON object from ``folder/name``.
+
+    Raises:
+      CatVersionError: the file is missing, not JSON, or not an object.
+    """
+    path = Path(folder) / name
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else None
+        state = f"the folder holds {found}" if found is not None else "the folder does not exist"
+        raise CatVersionError(
+            f"{path}: not found ({state}). A Hugging Face model folder has its configuration there; "
+            "check the path, or download the model again."
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CatVersionError(
+            f"{path}: cannot be read as JSON ({error}). Download the model's configuration again."
+        ) from error
+    if not isinstance(config, dict):
+        raise CatVersionError(
+            f"{path}: holds a {type(config).__name__}, must be a JSON object. Download it again."
+        )
+    return config
+
+
+def check_supported(
+    config: Mapping[str, Any],
+    *,
+    source: str,
+    used: Container[str],
+    ignored: Container[str] = (),
+    only: Mapping[str, tuple[Any, ...]] | None = None,
+) -> None:
+    """Refuse a configuration that asks for a computation we do not have.
+
+    Args:
+      config: the parsed ``config.json``.
+      source: what to call it in the message, e.g. the file's path.
+      used: keys the network reads.
+      ignored: keys that do not change the computation of a frozen network.
+      only: keys of which just these values are supported; an absent key passes.
+
+    Keys that start with an underscore are bookkeeping. Any other key passes only if its value is None, False
+    or empty, which is how Hugging Face writes "not used".
+
+    Raises:
+      CatVersionError: one error that names every offending key.
+    """
+    only = only or {}
+    offending = []
+    for name, value in sorted(config.items()):
+        if name in only:
+            if not any(_same(value, allowed) for allowed in only[name]):
+                allowed_text = " or ".join(json.dumps(allowed) for allowed in only[name])
+                offending.append(f"{name} = {json.dumps(value)} (supported: {allowed_text})")
+        elif name in used or name in ignored or name.startswith("_"):
+            continue
+        elif value is not None and value is not False and value not in ("", [], {}, ()):
+            offending.append(f"{name} = {json.dumps(value)} (unknown key)")
+    if offending:
+        raise CatVersionError(
+            f"{source}: this network computes something catversion_jax does not support:\n  "
+            + "\n  ".join(offending)
+            + "\nUse a Stable Diffusion 1.x or 2.x model, or report the model so that it can be added."
+        )
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Equality that tells ``true`` from ``1`` and takes a JSON list for a tuple."""
+    if isinstance(allowed, tuple):
+        return isinstance(value, (list, tuple)) and tuple(value) == allowed
+    return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)

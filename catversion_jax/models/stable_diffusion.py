@@ -1,0 +1,194 @@
+"""All frozen networks of one Stable Diffusion folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from catversion_jax.diffusion import NoiseScheduleConfig
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.checkpoint import open_checkpoint
+from catversion_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from catversion_jax.models.clip_vision import sub_config
+from catversion_jax.models.convert import load_network
+from catversion_jax.models.fingerprint import text_encoder_sha256
+from catversion_jax.models.hf_config import read_config
+from catversion_jax.models.hub import locate_model
+from catversion_jax.models.network import Network
+from catversion_jax.models.tokenizer import Tokenizer
+from catversion_jax.models.unet import UNet2DConditionModel
+from catversion_jax.models.vae import AutoencoderKL
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+SD1_LATENT_SCALE = 0.18215
+"""``scaling_factor`` of autoencoders whose configuration is older than that key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """The frozen parts. Not a pytree: hand ``.text_encoder``, ``.unet`` and ``.vae`` to jitted functions.
+
+    Attributes:
+      text_encoder: ``(token_ids [B T], residual=None) -> [B T D]``; see :class:`~.clip_text.CLIPTextModel`.
+      unet: ``(sample [B h w 4], timesteps, encoder_hidden_states [B T D]) -> [B h w 4]``.
+      vae: ``call("encode", images [B H W 3] in [-1, 1])`` gives mean and standard deviation, ``call("decode",
+        latents)`` gives images; latents are unscaled. Always float32.
+      tokenizer: prompts to token ids.
+      noise_schedule: what ``scheduler_config.json`` says.
+      name: the folder or hub id as the user gave it.
+      folder: where it lies on this machine.
+      text_encoder_sha256: see ``fingerprint.py``.
+      num_text_layers: layers of the text encoder that feed the UNet.
+      num_heads: attention heads of the text encoder.
+      head_dim: width of one head.
+      latent_scale: the UNet sees latents multiplied by this.
+      latent_downsampling: pixels per latent position, each way.
+      latent_channels: of the latents.
+      default_resolution: pixels per side the UNet was trained at.
+    """
+
+    text_encoder: Network
+    unet: Network
+    vae: Network
+    tokenizer: Tokenizer
+    noise_schedule: NoiseScheduleConfig
+    name: str
+    folder: Path
+    text_encoder_sha256: str
+    num_text_layers: int
+    num_heads: int
+    head_dim: int
+    latent_scale: float
+    latent_downsampling: int
+    latent_channels: int
+    default_resolution: int
+
+
+def load_backbone(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: str = "float32",
+    sharding: Any = None,
+) -> Backbone:
+    """Load a Stable Diffusion 1.x or 2.x.
+
+    Args:
+      model: a diffusers folder, or a Hugging Face hub id.
+      revision: branch, tag or commit of the hub id.
+      variant: for instance ``"fp16"``: read ``*.fp16.safetensors``.
+      dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet.
+      sharding: where the weights go, as for ``jax.device_put``.
+
+    Raises:
+      CatVersionError: the folder, a configuration or the weights cannot be used; the message says which and why.
+    """
+    weights = _dtype(dtype)
+    folder = locate_model(model, revision=revision, variant=variant)
+    configs = {name: read_config(folder / name) for name in ("text_encoder", "unet", "vae")}
+    _check_components_fit(folder, configs)
+    text_config = CLIPTextConfig.from_hf(
+        configs["text_encoder"], source=str(folder / "text_encoder" / "config.json")
+    )
+    noise_schedule = NoiseScheduleConfig.from_scheduler_config(
+        read_config(folder / "scheduler", "scheduler_config.json")
+    )
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer", context=text_config.max_position_embeddings)
+
+    def load(name: str, make: Callable[..., Any], config: Any, dtype: Any) -> Network:
+        return load_network(
+            lambda rngs: make(config, dtype=dtype, param_dtype=dtype, rngs=rngs),
+            folder / name,
+            dtype=dtype,
+            sharding=sharding,
+            variant=variant,
+        )
+
+    downsampling = 2 ** (len(configs["vae"].get("block_out_channels", (64,))) - 1)
+    return Backbone(
+        text_encoder=load("text_encoder", CLIPTextModel, text_config, weights),
+        unet=load("unet", UNet2DConditionModel, configs["unet"], weights),
+        vae=load("vae", AutoencoderKL, configs["vae"], jnp.float32),
+        tokenizer=tokenizer,
+        noise_schedule=noise_schedule,
+        name=str(model),
+        folder=folder,
+        text_encoder_sha256=text_encoder_sha256(open_checkpoint(folder / "text_encoder", variant=variant)),
+        num_text_layers=text_config.num_hidden_layers,
+        num_heads=text_config.num_attention_heads,
+        head_dim=text_config.hidden_size // text_config.num_attention_heads,
+        latent_scale=configs["vae"].get("scaling_factor", SD1_LATENT_SCALE),
+        latent_downsampling=downsampling,
+        latent_channels=configs["vae"].get("latent_channels", 4),
+        default_resolution=configs["unet"].get("sample_size", 64) * downsampling,
+    )
+
+
+def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Network:
+    """Load the text encoder alone, from a transformers folder (``config.json`` and safetensors).
+
+    Returns:
+      A callable ``(token_ids [B T], residual=None) -> [B T D]``; the final layer norm is applied.
+
+    Raises:
+      CatVersionError: the folder is not a CLIP's, or its weights do not fit.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / "model_index.json").is_file():
+        raise CatVersionError(
+            f"{folder}: is a whole diffusers folder. Give {folder / 'text_encoder'} instead, or use load_backbone."
+        )
+    config = read_config(folder)
+    ignore: tuple[str, ...] = ()
+    if "CLIPTextModelWithProjection" in (config.get("architectures") or ()):
+        ignore = (r"^text_projection\.",)
+    if config.get("model_type") == "clip":
+        config = dict(sub_config(config, "text_config"))
+        ignore = (r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$")
+    weights = _dtype(dtype)
+    text_config = CLIPTextConfig.from_hf(config, source=str(folder / "config.json"))
+    return load_network(
+        lambda rngs: CLIPTextModel(text_config, dtype=weights, param_dtype=weights, rngs=rngs),
+        folder,
+        dtype=weights,
+        ignore=ignore,
+    )
+
+
+def _dtype(name: str) -> Any:
+    if name not in DTYPES:
+        raise CatVersionError(f"dtype={name!r}: must be one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _check_components_fit(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
+    """Text encoder, UNet and autoencoder must speak of the same widths.
+
+    Raises:
+      CatVersionError: they do not.
+    """
+    unet, text = configs["unet"], configs["text_encoder"]
+    width, context = text.get("hidden_size", CLIPTextConfig.hidden_size), unet.get("cross_attention_dim", 1280)
+    if context != width and context != [width] * len(context if isinstance(context, list) else ()):
+        raise CatVersionError(
+            f"{folder}: unet cross_attention_dim = {context} but text_encoder hidden_size = {width}; they must be "
+            "equal. The components are of different models: download the model again."
+        )
+    channels, latent = unet.get("in_channels", 4), configs["vae"].get("latent_channels", 4)
+    if not channels == unet.get("out_channels", 4) == latent:
+        raise CatVersionError(
+            f"{folder}: unet in_channels = {channels}, out_channels = {unet.get('out_channels', 4)} and vae "
+            f"latent_channels = {latent} must be equal. Inpainting, depth and upscaling models are not supported: "
+            "use the text-to-image model of the same family."
+        )
+    size = unet.get("sample_size", 64)
+    if not isinstance(size, int):
+        raise CatVersionError(
+            f"{folder}: unet sample_size = {size!r}, must be one integer (square images). Use such a model."
+        )

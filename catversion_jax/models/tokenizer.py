@@ -1,0 +1,100 @@
+"""Prompts to token ids, and the questions a concept asks of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from catversion_jax.errors import CatVersionError
+
+UNSET_LENGTH = 1_000_000
+"""transformers writes a length of about 1e30 where a tokenizer's file gives none."""
+
+
+class Tokenizer:
+    """CLIP's tokenizer, as the folder describes it."""
+
+    def __init__(self, tokenizer: Any, model_max_length: int):
+        self.model_max_length = model_max_length
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, context: int | None = None) -> Tokenizer:
+        """Read a tokenizer folder.
+
+        Args:
+          folder: with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
+          context: positions of the text encoder, the length where the folder gives none.
+
+        Raises:
+          CatVersionError: no tokenizer there, or no length known.
+        """
+        folder = Path(folder)
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
+        if found is None or not ("tokenizer.json" in found or {"vocab.json", "merges.txt"} <= set(found)):
+            raise CatVersionError(
+                f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, found "
+                f"{'no folder' if found is None else found}. Download the model again."
+            )
+        from transformers import AutoTokenizer  # heavy
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CatVersionError(
+                f"{folder}: the tokenizer cannot be read ({error}). Download it again."
+            ) from error
+        length = tokenizer.model_max_length
+        if length > UNSET_LENGTH:
+            if context is None:
+                raise CatVersionError(
+                    f"{folder}: tokenizer_config.json gives no model_max_length. Add it (77 for Stable Diffusion)."
+                )
+            length = context
+        return cls(tokenizer, int(length))
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Token ids ``[B T]`` int32 with start and end, truncated and padded to ``model_max_length``."""
+        encoded = self._tokenizer(
+            list(prompts), padding="max_length", max_length=self.model_max_length, truncation=True
+        )
+        return np.asarray(encoded["input_ids"], np.int32)
+
+    def word_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text alone, without start and end."""
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def contains(self, prompt: str, base_class: str) -> bool:
+        """Whether the tokens of ``base_class`` follow one another in the part of the prompt that is read.
+
+        Raises:
+          CatVersionError: ``base_class`` has no tokens.
+        """
+        wanted = self.word_ids(base_class)
+        if not wanted:
+            raise CatVersionError(f"base class {base_class!r}: must be at least one word, such as 'teapot'.")
+        ids = self.word_ids(prompt)[: self._room]
+        return any(ids[start : start + len(wanted)] == wanted for start in range(len(ids) - len(wanted) + 1))
+
+    def word_positions(self, token_ids: Sequence[int], words: str) -> tuple[int, ...]:
+        """Where the tokens of ``words`` first follow one another in a row of token ids; () where they do not."""
+        wanted, ids = self.word_ids(words), tuple(int(i) for i in token_ids)
+        for start in range(len(ids) - len(wanted) + 1):
+            if ids[start : start + len(wanted)] == wanted:
+                return tuple(range(start, start + len(wanted)))
+        return ()
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that does not fit in the context; ``''`` where all of it fits."""
+        encoded = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        if len(encoded["input_ids"]) <= self._room:
+            return ""
+        start, _ = encoded["offset_mapping"][self._room]
+        return prompt[start:]
+
+    @property
+    def _room(self) -> int:
+        return self.model_max_length - self._tokenizer.num_special_tokens_to_add()

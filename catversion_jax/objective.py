@@ -1,0 +1,92 @@
+r"""The loss of one concept: the denoising objective of the frozen model, seen through its text encoder.
+
+    (1)  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,        t ~ U{0 .. 999},  eps ~ N(0, I)
+    (2)  L(residual) = mean over images of  w(t) * mean_pixels m * |unet(x_t, t, c(residual)) - target|^2
+
+``c(residual)`` is the text encoder's output with the residual attached, ``target`` is eps, v or x_0 as the
+scheduler's ``prediction_type`` says. The official objective is w = m = 1 (plain epsilon MSE). Options:
+
+    (3)  min-SNR (arXiv 2303.09556): w = min(snr, gamma) for x_0, / snr for epsilon, / (snr + 1) for v
+    (4)  masked: m = max(mask, unmasked_weight), divided by its mean over the image's pixels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from catversion_jax.array_types import Array, Float, Int
+from catversion_jax.diffusion import NoiseSchedule
+from catversion_jax.models.network import Network
+from catversion_jax.residual import KVResidual
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DiffusionBatch:
+    """What one concept sees in one step.
+
+    Attributes:
+      latents: ``[B h w c]`` scaled VAE latents (x_0).
+      noise: ``[B h w c]``.
+      timesteps: ``[B]`` int32 in ``0..num_train_timesteps-1``.
+      text_hidden: ``[B T D]`` text states entering the first adapted layer (they do not depend on the residual).
+      mask: ``[B h w]`` object mask in 0..1, or None where the loss is not masked.
+    """
+
+    latents: Float[Array, "B h w c"]
+    noise: Float[Array, "B h w c"]
+    timesteps: Int[Array, "B"]
+    text_hidden: Float[Array, "B T D"]
+    mask: Float[Array, "B h w"] | None = None
+
+
+def diffusion_loss(
+    residual: KVResidual | None,
+    text_encoder: Network,
+    unet: Network,
+    batch: DiffusionBatch,
+    schedule: NoiseSchedule,
+    *,
+    first_layer: int,
+    snr_gamma: float | None = None,
+    unmasked_weight: float = 0.1,
+) -> Float[Array, ""]:
+    """Equation (2) for one concept; float32 whatever the networks compute in.
+
+    Args:
+      residual: ``[L P N H]`` leaves, or None for the plain model's loss.
+      text_encoder: frozen CLIP text encoder.
+      unet: frozen UNet.
+      batch: see :class:`DiffusionBatch`.
+      schedule: noise schedule of the model.
+      first_layer: encoder layer that ``batch.text_hidden`` enters.
+      snr_gamma: equation (3); None for w = 1.
+      unmasked_weight: equation (4), used where the batch has a mask.
+    """
+    context = text_encoder.call("upper", batch.text_hidden, residual, layer=first_layer)
+    noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    prediction = unet(noisy, batch.timesteps, context).astype(jnp.float32)
+    target = schedule.target(batch.latents, batch.noise, batch.timesteps)
+    error = jnp.square(prediction - target)
+    if batch.mask is not None:
+        weight = jnp.maximum(batch.mask, unmasked_weight)
+        weight = weight / jnp.mean(weight, axis=(1, 2), keepdims=True)
+        error = error * weight[..., None]
+    loss = jnp.mean(error, axis=(1, 2, 3))
+    if snr_gamma is not None:
+        loss = loss * min_snr_weight(schedule, batch.timesteps, snr_gamma)
+    return jnp.mean(loss)
+
+
+def min_snr_weight(schedule: NoiseSchedule, timesteps: Int[Array, "B"], gamma: float) -> Float[Array, "B"]:
+    """Equation (3), by the schedule's prediction type."""
+    snr = schedule.snr(timesteps)
+    if schedule.prediction_type == "epsilon":
+        # min(snr, gamma) / snr, written so that a zero-terminal-SNR step gives its limit 1.
+        return jnp.minimum(1.0, gamma / jnp.maximum(snr, 1e-20))
+    if schedule.prediction_type == "v_prediction":
+        return jnp.minimum(snr, gamma) / (snr + 1.0)
+    return jnp.minimum(snr, gamma)

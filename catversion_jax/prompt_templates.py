@@ -1,0 +1,93 @@
+"""Training prompts: templates with a place for the base class, and whether a prompt contains it.
+
+``object`` and ``style`` are the short template lists of Textual Inversion (arXiv 2208.01618, appendix), which
+its successors share (repetitions left out); ``default`` is the bare base class, as in CatVersion's released
+training.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from catversion_jax.errors import CatVersionError, ConceptError
+
+_OBJECT = """
+a photo of a|a rendering of a|a cropped photo of the|the photo of a|a photo of a clean|a photo of a dirty|
+a dark photo of the|a photo of my|a photo of the cool|a close-up photo of a|a bright photo of the|
+a cropped photo of a|a photo of the|a good photo of the|a photo of one|a close-up photo of the|
+a rendition of the|a photo of the clean|a rendition of a|a photo of a nice|a good photo of a|
+a photo of the nice|a photo of the small|a photo of the weird|a photo of the large|a photo of a cool|
+a photo of a small
+"""
+_STYLE = """
+a painting|a rendering|a cropped painting|the painting|a clean painting|a dirty painting|a dark painting|
+a picture|a cool painting|a close-up painting|a bright painting|a good painting|a rendition|a nice painting|
+a small painting|a weird painting|a large painting
+"""
+
+TEMPLATE_SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "default": ("{base_class}",),
+        "object": tuple(f"{start.strip()} {{base_class}}" for start in _OBJECT.split("|")),
+        "style": tuple(f"{start.strip()} in the style of {{base_class}}" for start in _STYLE.split("|")),
+    }
+)
+
+# CLIP's own splitting before byte pairs (openai/CLIP simple_tokenizer.py): contractions, runs of letters,
+# single digits, runs of anything else. Equal pieces give equal tokens.
+_PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+def prompt_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
+    """A named set (``default``, ``object``, ``style``), one template, or several, as a tuple of templates.
+
+    Raises:
+      CatVersionError: the list is empty, or a single word that looks like a misspelt set name.
+    """
+    if isinstance(choice, str):
+        if choice in TEMPLATE_SETS:
+            return TEMPLATE_SETS[choice]
+        near = difflib.get_close_matches(choice, TEMPLATE_SETS, n=1)
+        if near and "{" not in choice:
+            raise CatVersionError(f"prompt templates {choice!r}: no such set. Did you mean {near[0]!r}?")
+        return (choice,)
+    if not choice:
+        raise CatVersionError("prompt templates: the list is empty; give at least '{base_class}'.")
+    return tuple(choice)
+
+
+def contains_words(prompt: str, words: str) -> bool:
+    """Whether ``words`` appear in ``prompt`` next to each other and whole, as the tokenizer would see them."""
+    pieces, wanted = (_PIECES.findall(unicodedata.normalize("NFC", text).lower()) for text in (prompt, words))
+    return bool(wanted) and any(
+        pieces[i : i + len(wanted)] == wanted for i in range(len(pieces) - len(wanted) + 1)
+    )
+
+
+def fill_template(template: str, base_class: str, *, where: str, needs_class_word: bool) -> str:
+    """Put the base class into ``{}`` or ``{base_class}``.
+
+    Args:
+      template: a prompt, with or without placeholders.
+      base_class: the words to fill in.
+      where: the concept, for messages.
+      needs_class_word: whether a prompt without the base-class words is a mistake.
+
+    Raises:
+      ConceptError: another placeholder or a lone brace, or the base class is missing from the result.
+    """
+    other = [name for name in _PLACEHOLDER.findall(template) if name not in ("", "base_class")]
+    if other or set(_PLACEHOLDER.sub("", template)) & {"{", "}"}:
+        raise ConceptError(f"{where}: prompt {template!r}: the only placeholders are {{}} and {{base_class}}.")
+    prompt = " ".join(_PLACEHOLDER.sub(lambda _: base_class, template).split())
+    if needs_class_word and not contains_words(prompt, base_class):
+        raise ConceptError(
+            f"{where}: prompt {template!r} does not contain the base class {base_class!r}, so the concept would "
+            "not act on it. Write {base_class} where it belongs, or set when=always."
+        )
+    return prompt

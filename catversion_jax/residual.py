@@ -1,0 +1,110 @@
+r"""The learned thing: key and value vectors concatenated in the text encoder's self-attention.
+
+Concatenating one pair ``(k_c, v_c)`` to the keys ``K`` and values ``V`` of a frozen attention layer adds a
+residual to that layer's own output, because the softmax is shared (CatVersion, arXiv 2311.14631):
+
+    (1)  attn([k_c; K], [v_c; V]) = attn(K, V) + lambda * (v_c - attn(K, V))
+    (2)  lambda = exp(l_c) / (exp(l_c) + sum_j exp(l_j)),   l_c = q . k_c / sqrt(H) + b
+
+``b`` is the ``logit_bias``: 0 in the clean formula, 1 in the authors' released code, whose additive causal
+mask is padded with ones. Multiplying the odds ``lambda / (1 - lambda)`` by ``s`` is the same as ``b + log s``;
+that is how :meth:`KVResidual.scaled` strengthens or weakens a concept. ``tests/test_residual.py`` proves (1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from catversion_jax.array_types import Array, Float
+from catversion_jax.errors import CatVersionError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVResidual:
+    """Keys and values of one concept (or of many, stacked on leading axes).
+
+    Attributes:
+      key: ``[*C L P N H]`` float32, concatenated before the layer's own keys, after ``k_proj`` and the split
+        into heads, not scaled, without position embedding.
+      value: ``[*C L P N H]`` float32.
+      layers: 0-based indices of the adapted encoder layers, ascending, one per entry of ``L``. Static.
+      logit_bias: added to every concatenated logit (``b`` in equation 2). Static.
+    """
+
+    key: Float[Array, "*C L P N H"]
+    value: Float[Array, "*C L P N H"]
+    layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    logit_bias: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @property
+    def num_positions(self) -> int:
+        """Concatenated positions per layer, ``P``."""
+        return self.key.shape[-3]
+
+    def at_layer(self, layer: int) -> tuple[Array, Array] | None:
+        """Key and value ``[*C P N H]`` of encoder layer ``layer``, or None where it is not adapted."""
+        if layer not in self.layers or self.logit_bias == -math.inf:
+            return None
+        index = self.layers.index(layer)
+        return self.key[..., index, :, :, :], self.value[..., index, :, :, :]
+
+    def scaled(self, scale: float) -> KVResidual:
+        """The same concept with its odds against the prompt's own tokens multiplied by ``scale``.
+
+        ``scale=1`` changes nothing; ``scale=0`` gives exactly the plain encoder (the residual is skipped).
+
+        Raises:
+          CatVersionError: ``scale`` is negative or not finite.
+        """
+        if not (math.isfinite(scale) and scale >= 0):
+            raise CatVersionError(
+                f"scale={scale}: must be a finite number >= 0 (0 = plain model, 1 = as trained)."
+            )
+        bias = self.logit_bias + math.log(scale) if scale > 0 else -math.inf
+        return dataclasses.replace(self, logit_bias=bias)
+
+
+def resolve_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Turn ``'last3'``, ``'last<k>'``, ``'all'``, ``'9,10,11'`` or a list into ascending 0-based indices.
+
+    Args:
+      layers: the user's choice. ``last3`` is the published one.
+      num_layers: layers of the encoder that feed the UNet.
+
+    Raises:
+      CatVersionError: not one of these forms, out of range, empty or repeated.
+    """
+    rule = f"must be 'all', 'last<k>' such as 'last3', or distinct layer numbers within 0..{num_layers - 1}"
+    if isinstance(layers, str):
+        text = layers.strip()
+        if text == "all":
+            return tuple(range(num_layers))
+        if text.startswith("last") and text[4:].isdigit():
+            count = int(text[4:])
+            if not 1 <= count <= num_layers:
+                raise CatVersionError(f"layers={layers!r}: {rule}; this encoder has {num_layers} layers.")
+            return tuple(range(num_layers - count, num_layers))
+        try:
+            chosen = [int(part) for part in text.split(",")]
+        except ValueError:
+            raise CatVersionError(f"layers={layers!r}: {rule}.") from None
+    else:
+        chosen = list(layers)
+    if (
+        not chosen
+        or len(set(chosen)) != len(chosen)
+        or not all(isinstance(i, int) and 0 <= i < num_layers for i in chosen)
+    ):
+        raise CatVersionError(f"layers={layers!r}: {rule}.")
+    return tuple(sorted(chosen))
+
+
+def stack_residuals(residuals: Sequence[KVResidual]) -> KVResidual:
+    """Stack residuals of equal shape, layers and bias on a new leading concept axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *residuals)

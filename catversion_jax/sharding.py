@@ -1,0 +1,50 @@
+"""The device mesh: concepts along one axis, the images of one concept along the other.
+
+Concepts are independent, so a mesh of shape (devices, 1) compiles to a program without collectives. With a
+"data" axis, several devices share one concept's batch and its K/V gradients are summed by one all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from catversion_jax.errors import CatVersionError
+
+CONCEPT_AXIS = "concept"
+DATA_AXIS = "data"
+
+
+def make_mesh(data_parallel: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (concept, data) mesh over ``devices`` (all by default).
+
+    Raises:
+      CatVersionError: ``data_parallel`` does not divide the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if len(devices) % data_parallel:
+        raise CatVersionError(
+            f"data_parallel={data_parallel}: must divide the number of devices, {len(devices)}. "
+            "Use 1 (each device holds its own concepts) or one of its divisors."
+        )
+    grid = np.array(devices).reshape(-1, data_parallel)
+    return Mesh(grid, (CONCEPT_AXIS, DATA_AXIS))
+
+
+def by_concept(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over the concept axis, replicated over the data axis."""
+    return NamedSharding(mesh, PartitionSpec(CONCEPT_AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device (the frozen networks)."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place_by_concept(tree: Any, mesh: Mesh) -> Any:
+    """Put a host pytree whose leaves lead with C onto the mesh."""
+    return jax.device_put(tree, by_concept(mesh))

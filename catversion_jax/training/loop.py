@@ -1,0 +1,292 @@
+"""The training loop, from top to bottom.
+
+Concepts are trained in packs: as many at once as the mesh has rows, one pack after the other, all with the same
+compiled programs. Inside a pack nothing but metrics leaves the device; the host reads those of one dispatch while
+the device works on the next.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from catversion_jax.concepts import ConceptList, ConceptSpec, concept_prompts
+from catversion_jax.config import TrainConfig
+from catversion_jax.diffusion import noise_schedule
+from catversion_jax.errors import ConceptError
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.residual import KVResidual, resolve_layers
+from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept, replicated
+from catversion_jax.training import checkpoint
+from catversion_jax.training.metrics import MetricsRecorder
+from catversion_jax.training.pack import PreparedConcept, assemble_pack, prepare_concept
+from catversion_jax.training.run_directory import RunDirectory
+from catversion_jax.training.state import ConceptData, TrainState, create_train_state, make_optimizer
+from catversion_jax.training.step import make_eval_step, make_train_step
+from catversion_jax.training.validation import write_sample_grid
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Names of the concepts that have a file, and the reasons of those that do not."""
+
+    finished: tuple[str, ...]
+    failures: Mapping[str, str]
+
+
+def train(config: TrainConfig, backbone: Backbone, concepts: ConceptList, mesh: Mesh) -> TrainResult:
+    """Train every concept that is not done yet; continue what ``config.output_dir`` holds.
+
+    Raises:
+      CatVersionError: the options contradict the model or the run in ``output_dir``, or it is not writable.
+    """
+    run = RunDirectory(config)
+    trainer = _Trainer(config, backbone, mesh, run, concepts.concepts)
+    run.open(backbone.name, backbone.text_encoder_sha256)
+    failures = {problem.name: problem.message for problem in concepts.problems}
+    for name, reason in failures.items():
+        run.quarantine(name, reason)
+
+    names = [*failures, *(spec.name for spec in concepts.concepts)]
+    total = len(concepts.concepts) * config.max_train_steps
+    with tqdm(total=total, unit="concept-step", desc="training", dynamic_ncols=True, smoothing=0.1) as progress:
+        for pack in _packs(concepts.concepts, run, trainer.num_rows, progress):
+            failures |= trainer.run_pack(pack, progress)
+            run.write_index(names, failures)
+    run.write_index(names, failures)
+    finished = tuple(spec.name for spec in concepts.concepts if spec.name not in failures)
+    return TrainResult(finished, failures)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pack:
+    concepts: tuple[ConceptSpec, ...]
+    folder: Path
+
+
+def _packs(specs: Sequence[ConceptSpec], run: RunDirectory, num_rows: int, progress: tqdm) -> Iterator[_Pack]:
+    """The packs still to do: interrupted ones as they were, then the rest in order, earlier failures last."""
+    by_name = {spec.name: spec for spec in specs}
+    handled = {name for name in by_name if run.is_done(name)}
+    progress.update(len(handled) * run.config.max_train_steps)
+    known = sorted(run.checkpoints.glob("pack-*"))
+    for folder in known:
+        rows = checkpoint.latest_records(folder)
+        unfinished = [r.name for r in rows if r.name not in handled and not run.has_failed(r.name)]
+        if unfinished and all(row.name in by_name for row in rows):
+            progress.update(-sum(row.name in handled for row in rows) * run.config.max_train_steps)
+            handled |= {row.name for row in rows}
+            yield _Pack(tuple(by_name[row.name] for row in rows), folder)
+    todo = [spec for spec in specs if spec.name not in handled]
+    todo.sort(key=lambda spec: run.has_failed(spec.name))
+    for start in range(0, len(todo), num_rows):
+        number = len(known) + start // num_rows
+        yield _Pack(tuple(todo[start : start + num_rows]), run.checkpoints / f"pack-{number:04d}")
+
+
+class _Trainer:
+    """What all packs of a run share: shapes, compiled programs, frozen networks."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        mesh: Mesh,
+        run: RunDirectory,
+        specs: Sequence[ConceptSpec],
+    ):
+        self.config, self.backbone, self.mesh, self.run = config, backbone, mesh, run
+        self.layers = resolve_layers(config.layers, backbone.num_text_layers)
+        per_axis = mesh.shape[CONCEPT_AXIS]
+        wanted = -(-len(specs) // per_axis) * per_axis
+        self.num_rows = min(config.concepts_per_device * per_axis, max(wanted, per_axis))
+        self.max_images = max((len(spec.images) for spec in specs), default=1)
+        self.max_prompts = max((_num_prompts(spec, config) for spec in specs), default=1)
+        schedule = noise_schedule(backbone.noise_schedule)
+        self.tx = make_optimizer(config)
+        self.train_step = make_train_step(schedule, self.tx, mesh, config)
+        self.eval_step = make_eval_step(schedule, mesh, config, self.layers[0])
+        self.compiled = False
+
+    # ------------------------------------------------------------------ one pack
+
+    def run_pack(self, pack: _Pack, progress: tqdm) -> dict[str, str]:
+        """Train one pack to the end and export it; returns the failures."""
+        config, total = self.config, self.config.max_train_steps
+        prepared, failures = self._prepare(pack)
+        progress.update(len(failures) * total)
+        if not prepared:
+            return failures
+        manager = checkpoint.open_checkpoints(pack.folder, config.checkpoints_total_limit)
+        step, state, data = self._start(prepared, manager)
+        progress.update(step * len(prepared))
+        names = [concept.spec.name for concept in prepared]
+        recorder = MetricsRecorder(
+            {name: self.run.concept(name) for name in names},
+            self.run.jsonl,
+            self.run.logs if config.report_to == "tensorboard" else None,
+            start_step=step,
+        )
+        records = [concept.record for concept in prepared]
+        pending: collections.deque[_Dispatched] = collections.deque()
+        if step == 0:
+            pending.append(_Dispatched(0, 0, None, self._evaluate(state.residual, data)))
+
+        # ---------------------------------------------------------- the loop
+        while step < total:
+            num_steps = self._steps_to_boundary(step)
+            state, metrics = self._dispatch(state, data, num_steps)
+            step += num_steps
+            evaluate = step % config.eval_steps == 0 or step == total
+            loss = self._evaluate(state.residual, data) if evaluate else None
+            while pending:
+                self._record(pending.popleft(), names, recorder, progress)
+            pending.append(_Dispatched(step, num_steps, metrics, loss))
+            if step % config.checkpointing_steps == 0 or step == total:
+                checkpoint.save_checkpoint(manager, step, state, records)
+                if step < total:
+                    self._export(prepared, state, step)
+            if config.validation_steps and (step % config.validation_steps == 0 or step == total):
+                self._write_grids(prepared, state, step)
+        # ---------------------------------------------------------- the end
+        while pending:
+            self._record(pending.popleft(), names, recorder, progress)
+        recorder.close()
+        manager.wait_until_finished()
+        failures |= self._export(prepared, state, None)
+        manager.close()
+        return failures
+
+    def _prepare(self, pack: _Pack) -> tuple[list[PreparedConcept], dict[str, str]]:
+        prepared: list[PreparedConcept] = []
+        failures: dict[str, str] = {}
+        for spec in pack.concepts:
+            try:
+                prepared.append(prepare_concept(spec, self.backbone, self.config, self.layers))
+                self.run.clear_failure(spec.name)
+            except ConceptError as error:
+                failures[spec.name] = str(error)
+                self.run.quarantine(spec.name, str(error))
+                logger.warning("quarantined %s: %s", spec.name, error)
+        return prepared, failures
+
+    def _start(
+        self, prepared: Sequence[PreparedConcept], manager: checkpoint.ocp.CheckpointManager
+    ) -> tuple[int, TrainState, ConceptData]:
+        """Rows on the mesh, at step 0 or where the newest checkpoint left them."""
+        residual, data = assemble_pack(
+            prepared,
+            self.backbone,
+            self.config,
+            num_rows=self.num_rows,
+            max_images=self.max_images,
+            max_prompts=self.max_prompts,
+        )
+        data = place_by_concept(data, self.mesh)
+        state = jax.tree.map(np.asarray, create_train_state(residual, self.tx))
+        step = manager.latest_step() or 0
+        if step:
+            rows = checkpoint.restore_checkpoint(manager, step, state)
+            order = [r.name for r in checkpoint.read_records(manager, step)]
+            taken = [order.index(concept.spec.name) for concept in prepared]
+            taken += [taken[0]] * (self.num_rows - len(taken))
+            state = jax.tree.map(lambda leaf: leaf[np.array(taken)], rows)
+            logger.info("resumed %d concepts at step %d", len(prepared), step)
+        return step, place_by_concept(state, self.mesh), data
+
+    def _steps_to_boundary(self, step: int) -> int:
+        config = self.config
+        intervals = [config.eval_steps, config.checkpointing_steps, config.logging_steps]
+        if config.validation_steps:
+            intervals.append(config.validation_steps)
+        to_next = min(interval - step % interval for interval in intervals)
+        return min(config.steps_per_dispatch, to_next, config.max_train_steps - step)
+
+    def _dispatch(self, state: TrainState, data: ConceptData, num_steps: int):
+        count = jax.device_put(np.int32(num_steps), replicated(self.mesh))
+        started = time.perf_counter()
+        with jax.transfer_guard("disallow"):
+            state, metrics = self.train_step(state, data, self.backbone.text_encoder, self.backbone.unet, count)
+        if not self.compiled:
+            self.compiled = True
+            logger.info("compiled the training step in %.0f s", time.perf_counter() - started)
+        return state, metrics
+
+    def _evaluate(self, residual: KVResidual, data: ConceptData) -> jax.Array:
+        return self.eval_step(residual, data, self.backbone.text_encoder, self.backbone.unet)
+
+    # ------------------------------------------------------------------ what the host does
+
+    def _record(self, done: _Dispatched, names: list[str], recorder: MetricsRecorder, progress: tqdm) -> None:
+        if done.metrics is not None:
+            losses = np.asarray(done.metrics.losses)[: done.num_steps]
+            recorder.add_losses({name: losses[:, row].tolist() for row, name in enumerate(names)})
+            progress.update(done.num_steps * len(names))
+        rate = progress.format_dict["rate"] or 0.0
+        concepts_per_hour = 3600 * rate / self.config.max_train_steps
+        evaluated = None
+        if done.eval_loss is not None:
+            evaluated = dict(zip(names, np.asarray(done.eval_loss).tolist(), strict=False))
+            mean = np.mean([evaluated[name] for name in names])
+            progress.set_postfix_str(f"eval loss {mean:.4f}, {concepts_per_hour:.0f} concepts/h")
+        if evaluated is not None or done.step % self.config.logging_steps == 0:
+            throughput = {"concept_steps_per_s": round(rate, 3), "concepts_per_hour": round(concepts_per_hour, 1)}
+            recorder.write_row(done.step, evaluated, throughput)
+
+    def _export(self, prepared: Sequence[PreparedConcept], state: TrainState, step: int | None) -> dict[str, str]:
+        """Concept files of all healthy rows (``step=None``: the final ones); quarantines the others."""
+        rows = jax.tree.map(np.asarray, dataclasses.replace(state, opt_state=()))
+        failures = {}
+        for row, concept in enumerate(prepared):
+            name, residual = concept.spec.name, _row(rows.residual, row)
+            if rows.failed_step[row] < 0:
+                reached = self.config.max_train_steps if step is None else step
+                concept.record.save(self.run.concept_file(name, step), residual, reached)
+                continue
+            failed = int(rows.failed_step[row])
+            reason = (
+                f"{name}: the loss or the update was not finite at step {failed}. The state before it is kept in "
+                f"{self.run.concept_file(name, failed).name}. Try a lower learning_rate."
+            )
+            concept.record.save(self.run.concept_file(name, failed), residual, failed)
+            self.run.quarantine(name, reason)
+            failures[name] = reason
+        return failures
+
+    def _write_grids(self, prepared: Sequence[PreparedConcept], state: TrainState, step: int) -> None:
+        residuals = jax.tree.map(np.asarray, state.residual)
+        for row, concept in enumerate(prepared):
+            path = self.run.concept(concept.spec.name) / "samples" / f"{step:06d}.png"
+            write_sample_grid(path, concept, _row(residuals, row), self.backbone, self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dispatched:
+    """Results of one dispatch, still on their way from the device."""
+
+    step: int
+    num_steps: int
+    metrics: object | None
+    eval_loss: jax.Array | None
+
+
+def _row(residual: KVResidual, row: int) -> KVResidual:
+    return jax.tree.map(lambda leaf: leaf[row], residual)
+
+
+def _num_prompts(spec: ConceptSpec, config: TrainConfig) -> int:
+    try:
+        return len(concept_prompts(spec, config.instance_prompt))
+    except ConceptError:
+        return 0  # reported when the concept is prepared

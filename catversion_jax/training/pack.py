@@ -1,0 +1,150 @@
+"""From concepts on disk to the rows of one pack: images encoded, prompts encoded, residuals started.
+
+Everything here happens per concept, with programs of fixed shape, so that a row never depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from catversion_jax.concepts import ConceptSpec, concept_prompts
+from catversion_jax.config import TrainConfig, learning_options
+from catversion_jax.data import EncodedConcept, encode_concept, load_concept_images
+from catversion_jax.errors import ConceptError
+from catversion_jax.models.network import Network
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.residual import KVResidual, stack_residuals
+from catversion_jax.training.checkpoint import ConceptRecord
+from catversion_jax.training.state import ConceptData, concept_key, init_residual
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedConcept:
+    """One concept, ready to take a row.
+
+    Attributes:
+      spec: what the user gave.
+      record: what its concept file will say.
+      residual: start values, leaves ``[L P N H]``.
+      encoded: VAE posterior of its images.
+      text_hidden: ``[K T D]`` states of its prompts entering the first adapted layer.
+      prompts: the K training prompts.
+    """
+
+    spec: ConceptSpec
+    record: ConceptRecord
+    residual: KVResidual
+    encoded: EncodedConcept
+    text_hidden: np.ndarray
+    prompts: tuple[str, ...]
+
+
+def prepare_concept(
+    spec: ConceptSpec, backbone: Backbone, config: TrainConfig, layers: tuple[int, ...]
+) -> PreparedConcept:
+    """Read, check and encode one concept.
+
+    Raises:
+      ConceptError: an image cannot be used, a prompt does not name the concept, masks are missing where the
+        loss needs them.
+    """
+    prompts = concept_prompts(spec, config.instance_prompt)
+    _check_prompts_fit(spec, prompts, backbone)
+    resolution = config.resolution or backbone.default_resolution
+    images = load_concept_images(spec, resolution=resolution, crop=config.crop, alpha=config.alpha)
+    unmasked = [source.label for source, image in zip(spec.images, images, strict=True) if image.mask is None]
+    if config.masked_training and unmasked:
+        raise ConceptError(
+            f"{spec.name}: masked_training=true, but {len(unmasked)} of {len(images)} images have no mask "
+            f"({', '.join(unmasked[:3])}). Add x.mask.png beside each, use alpha=mask, or masked_training=false."
+        )
+    encoded = encode_concept(
+        images,
+        backbone.vae,
+        latent_scale=backbone.latent_scale,
+        latent_downsampling=backbone.latent_downsampling,
+    )
+    token_ids = backbone.tokenizer(prompts)
+    hidden = [lower_text_states(backbone.text_encoder, ids, layers[0]) for ids in token_ids]
+    seed = config.seed if spec.seed is None else spec.seed
+    word_positions = backbone.tokenizer.word_positions(token_ids[0], spec.base_class)
+    residual = init_residual(config, layers, backbone.text_encoder, token_ids[0], word_positions or (0,), seed)
+    record = ConceptRecord(
+        name=spec.name,
+        base_class=spec.base_class,
+        when=spec.when or config.when,
+        base_model=backbone.name,
+        text_encoder_sha256=backbone.text_encoder_sha256,
+        images=tuple(source.label for source in spec.images),
+        seed=seed,
+        config=learning_options(config),
+    )
+    return PreparedConcept(spec, record, jax.tree.map(np.asarray, residual), encoded, np.stack(hidden), prompts)
+
+
+def assemble_pack(
+    prepared: Sequence[PreparedConcept],
+    backbone: Backbone,
+    config: TrainConfig,
+    *,
+    num_rows: int,
+    max_images: int,
+    max_prompts: int,
+) -> tuple[KVResidual, ConceptData]:
+    """Stack concepts into ``num_rows`` rows; rows beyond them repeat the first (their results are dropped).
+
+    ``max_images`` and ``max_prompts`` are those of the whole run, so that every pack has the same shapes.
+    """
+    rows = [prepared[min(i, len(prepared) - 1) if i < len(prepared) else 0] for i in range(num_rows)]
+    default_flip = config.random_flip
+    flips = [default_flip if row.spec.random_flip is None else row.spec.random_flip for row in rows]
+    empty_hidden = None
+    if config.caption_dropout > 0:
+        layer = prepared[0].residual.layers[0]
+        empty = lower_text_states(backbone.text_encoder, backbone.tokenizer([""])[0], layer)
+        empty_hidden = np.stack([empty] * num_rows)
+    data = ConceptData(
+        rng=jnp.stack([concept_key(row.record.seed) for row in rows]),
+        latent_mean=np.stack([_padded(row.encoded.mean, max_images) for row in rows]),
+        latent_std=np.stack([_padded(row.encoded.std, max_images) for row in rows]),
+        mask=np.stack([_padded(row.encoded.mask, max_images) for row in rows]) if config.masked_training else None,
+        num_images=np.array([len(row.encoded.mean) for row in rows], np.int32),
+        flip=np.array(flips, np.float32),
+        text_hidden=np.stack([_padded(row.text_hidden, max_prompts) for row in rows]),
+        num_prompts=np.array([len(row.prompts) for row in rows], np.int32),
+        empty_hidden=empty_hidden,
+    )
+    return stack_residuals([row.residual for row in rows]), data
+
+
+def lower_text_states(text_encoder: Network, token_ids: np.ndarray, layer: int) -> np.ndarray:
+    """States ``[T D]`` of one prompt ``[T]`` entering ``layer``, encoded alone."""
+    return np.asarray(_lower(text_encoder, token_ids[None], layer)[0])
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def _lower(text_encoder: Network, token_ids: jax.Array, layer: int) -> jax.Array:
+    return text_encoder.call("lower", token_ids, layer)
+
+
+def _padded(array: np.ndarray, length: int) -> np.ndarray:
+    array = np.asarray(array)
+    padding = np.zeros((length - len(array), *array.shape[1:]), array.dtype)
+    return np.concatenate([array, padding])
+
+
+def _check_prompts_fit(spec: ConceptSpec, prompts: Sequence[str], backbone: Backbone) -> None:
+    for prompt in prompts:
+        lost = backbone.tokenizer.cut_off(prompt)
+        acts_on_all = spec.when == "always"
+        if lost and not acts_on_all and not backbone.tokenizer.contains(prompt, spec.base_class):
+            raise ConceptError(
+                f"{spec.name}: the base class {spec.base_class!r} does not fit into the model's context of "
+                f"{backbone.tokenizer.model_max_length} tokens: prompt {prompt!r} loses {lost!r}. Use shorter words."
+            )

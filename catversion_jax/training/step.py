@@ -1,0 +1,197 @@
+"""The compiled programs of training: many steps of many concepts, and their evaluation losses.
+
+Per device: ``fori_loop`` over steps, inside it ``vmap`` over the device's concepts, inside it one concept's
+gradient step. ``shard_map`` spreads that over the (concept, data) mesh. Frozen networks are arguments: XLA
+would fold closed-over weights into the program as constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from catversion_jax.array_types import Array, Float, Int
+from catversion_jax.config import TrainConfig
+from catversion_jax.diffusion import NoiseSchedule
+from catversion_jax.models.network import Network
+from catversion_jax.objective import DiffusionBatch, diffusion_loss
+from catversion_jax.residual import KVResidual
+from catversion_jax.sharding import CONCEPT_AXIS, DATA_AXIS
+from catversion_jax.training.state import EVAL_STREAM, ORDER_STREAM, TRAIN_STREAM, ConceptData, TrainState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What one dispatch reports to the host; nothing else leaves the device inside the loop.
+
+    Attributes:
+      losses: ``[steps_per_dispatch C]`` float32, NaN in the rows that were not run.
+      failed_step: ``[C]`` int32 as in :class:`TrainState`.
+    """
+
+    losses: Float[Array, "S C"]
+    failed_step: Int[Array, "C"]
+
+
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(
+    schedule: NoiseSchedule, tx: optax.GradientTransformation, mesh: Mesh, config: TrainConfig
+) -> TrainStep:
+    """Compile-once ``(state, data, text_encoder, unet, num_steps) -> (state, metrics)``; ``state`` is donated.
+
+    ``num_steps`` is traced: any number up to ``config.steps_per_dispatch`` runs without recompiling.
+    """
+    local_batch = config.train_batch_size // config.data_parallel
+
+    def one_concept(state: TrainState, data: ConceptData, text_encoder: Network, unet: Network):
+        first_slot = jax.lax.axis_index(DATA_AXIS) * local_batch
+        batch = sample_batch(data, state.step, first_slot, local_batch, config, schedule.num_train_timesteps)
+
+        def loss_fn(residual: KVResidual) -> Array:
+            loss = diffusion_loss(
+                residual,
+                text_encoder,
+                unet,
+                batch,
+                schedule,
+                first_layer=residual.layers[0],
+                snr_gamma=config.snr_gamma,
+                unmasked_weight=config.unmasked_weight,
+            )
+            # Inside the differentiated function: under check_vma its transpose is the gradients' mean.
+            return jax.lax.pmean(loss, DATA_AXIS)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.residual)
+        return apply_update(state, loss, grads, tx), loss
+
+    def many_steps(
+        state: TrainState, data: ConceptData, text_encoder: Network, unet: Network, num_steps: Int[Array, ""]
+    ):
+        all_concepts = jax.vmap(one_concept, in_axes=(0, 0, None, None))
+
+        def body(index: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+            state, losses = carry
+            state, loss = all_concepts(state, data, text_encoder, unet)
+            return state, losses.at[index].set(loss)
+
+        # Derived from the state, so that it varies over the mesh as the losses do.
+        empty = jnp.full((config.steps_per_dispatch, 1), jnp.nan, jnp.float32) + 0.0 * state.step
+        state, losses = jax.lax.fori_loop(0, num_steps, body, (state, empty))
+        return state, StepMetrics(losses, state.failed_step)
+
+    by_concept = PartitionSpec(CONCEPT_AXIS)
+    sharded = jax.shard_map(
+        many_steps,
+        mesh=mesh,
+        in_specs=(by_concept, by_concept, PartitionSpec(), PartitionSpec(), PartitionSpec()),
+        out_specs=(by_concept, StepMetrics(PartitionSpec(None, CONCEPT_AXIS), by_concept)),
+    )
+    return jax.jit(sharded, donate_argnums=0)
+
+
+def apply_update(
+    state: TrainState, loss: Array, grads: KVResidual, tx: optax.GradientTransformation
+) -> TrainState:
+    """One optimizer update of one concept, or its old state and the failing step when anything is not finite."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.residual)
+    residual = optax.apply_updates(state.residual, updates)
+    finite = jnp.isfinite(loss)
+    for leaf in jax.tree.leaves((grads, residual)):
+        finite &= jnp.all(jnp.isfinite(leaf))
+    healthy = state.failed_step < 0
+    keep = finite & healthy
+    new = TrainState(state.step + 1, residual, opt_state, state.failed_step)
+    chosen = jax.tree.map(functools.partial(jnp.where, keep), new, state)
+    failed = jnp.where(healthy & ~finite, state.step, state.failed_step)
+    return TrainState(chosen.step, chosen.residual, chosen.opt_state, failed)
+
+
+def sample_batch(
+    data: ConceptData,
+    step: Int[Array, ""],
+    first_slot: Int[Array, ""],
+    batch_size: int,
+    config: TrainConfig,
+    num_train_timesteps: int,
+) -> DiffusionBatch:
+    """Image slots ``first_slot ...`` of one concept's batch at ``step`` (``data`` without its C axis).
+
+    Images come in epochs, each a fresh permutation: every image is used equally often.
+    """
+    step_rng = jax.random.fold_in(jax.random.fold_in(data.rng, TRAIN_STREAM), step)
+
+    def draw(slot: Int[Array, ""]):
+        rngs = jax.random.split(jax.random.fold_in(step_rng, slot), 6)
+        image = _epoch_image(data, step * config.train_batch_size + slot)
+        flipped = jax.random.bernoulli(rngs[0], data.flip).astype(jnp.int32)
+        mean, std = data.latent_mean[image, flipped], data.latent_std[image, flipped]
+        latents = mean + std * jax.random.normal(rngs[1], mean.shape, jnp.float32)
+        noise = jax.random.normal(rngs[2], mean.shape, jnp.float32)
+        timestep = jax.random.randint(rngs[3], (), 0, num_train_timesteps)
+        prompt = jax.random.randint(rngs[4], (), 0, data.num_prompts)
+        hidden = data.text_hidden[prompt]
+        if data.empty_hidden is not None:
+            dropped = jax.random.bernoulli(rngs[5], config.caption_dropout)
+            hidden = jnp.where(dropped, data.empty_hidden, hidden)
+        mask = None if data.mask is None else data.mask[image, flipped]
+        return DiffusionBatch(latents, noise, timestep, hidden, mask)
+
+    return jax.vmap(draw)(first_slot + jnp.arange(batch_size))
+
+
+def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:
+    """Index of the image at ``position`` of the endless concatenation of shuffled epochs."""
+    max_images = data.latent_mean.shape[0]
+    order_rng = jax.random.fold_in(data.rng, ORDER_STREAM)
+    epoch_rng = jax.random.fold_in(order_rng, position // data.num_images)
+    # One key per image: the order does not depend on how many padded images stand behind the real ones.
+    images = jnp.arange(max_images)
+    order = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(epoch_rng, i)))(images)
+    order = jnp.where(images < data.num_images, order, jnp.inf)
+    return jnp.argsort(order)[position % data.num_images]
+
+
+def make_eval_step(schedule: NoiseSchedule, mesh: Mesh, config: TrainConfig, first_layer: int):
+    """``(residual, data, text_encoder, unet) -> losses [C]`` with fixed noise and fixed timesteps.
+
+    The training loss is dominated by its random timesteps; this one (plain MSE over
+    ``config.num_eval_samples`` stratified timesteps, no flip, the posterior's mean) is comparable over time.
+    With ``residual=None`` it is the plain model's loss.
+    """
+    count = config.num_eval_samples
+
+    def one_concept(residual: KVResidual | None, data: ConceptData, text_encoder: Network, unet: Network):
+        rng = jax.random.fold_in(data.rng, EVAL_STREAM)
+
+        def one_sample(index: Int[Array, ""]) -> Float[Array, ""]:
+            image = index % data.num_images
+            latents = data.latent_mean[image, 0]
+            noise = jax.random.normal(jax.random.fold_in(rng, index), latents.shape, jnp.float32)
+            timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * count)
+            hidden = data.text_hidden[index % data.num_prompts]
+            batch = DiffusionBatch(latents[None], noise[None], timestep[None], hidden[None])
+            return diffusion_loss(residual, text_encoder, unet, batch, schedule, first_layer=first_layer)
+
+        return jnp.mean(jax.lax.map(one_sample, jnp.arange(count), batch_size=config.train_batch_size))
+
+    def all_concepts(residual: KVResidual | None, data: ConceptData, text_encoder: Network, unet: Network):
+        in_axes = (None if residual is None else 0, 0, None, None)
+        return jax.vmap(one_concept, in_axes=in_axes)(residual, data, text_encoder, unet)
+
+    by_concept = PartitionSpec(CONCEPT_AXIS)
+    sharded = jax.shard_map(
+        all_concepts,
+        mesh=mesh,
+        in_specs=(by_concept, by_concept, PartitionSpec(), PartitionSpec()),
+        out_specs=by_concept,
+    )
+    return jax.jit(sharded)

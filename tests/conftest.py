@@ -1,0 +1,101 @@
+"""Fixtures several test files share: a small random pipeline folder made of the real diffusers classes."""
+
+from pathlib import Path
+
+import pytest
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """CLIP's byte-level vocabulary without any merge: 256 bytes, 256 bytes that end a word, two specials."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    remapped = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(remapped))]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return {word: index for index, word in enumerate(words)}
+
+
+def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0) -> Path:
+    """Write a random Stable Diffusion of the real classes, 16x16 images, a few hundred kB."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    vocabulary = byte_vocabulary()
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=context)
+    torch.manual_seed(seed)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=context,
+            projection_dim=32,
+            bos_token_id=vocabulary["<|startoftext|>"],
+            eos_token_id=vocabulary["<|endoftext|>"],
+            pad_token_id=vocabulary["<|endoftext|>"],
+        )
+    )
+    # The usual 0.02 gives near-zero attention logits: make the text matter, so that a wrong mask is seen.
+    with torch.no_grad():
+        for name, parameter in text_encoder.named_parameters():
+            if "norm" not in name and parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=16,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random pipeline folder (do not write into it): text 4 layers x 32, context 24, latents [8 8 4]."""
+    pytest.importorskip("diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'")
+    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def trial_folder() -> Path:
+    """The small model that really draws, beside the checkout; tests that want it are skipped without it."""
+    folder = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tiny-sd-trial"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data/tiny-sd-trial beside this checkout")
+    return folder

@@ -1,0 +1,111 @@
+"""The floor plan holds: a floor imports only lower floors, torch stays in integrations, imports are light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "catversion_jax"
+
+# Longest prefix wins. The table in CONTRIBUTING.md says the same in words.
+FLOORS = {
+    "errors": 0,
+    "array_types": 0,
+    "atomic_files": 0,
+    "residual": 0,
+    "config": 0,
+    "prompt_templates": 0,
+    "concepts": 0,
+    "concept_files": 0,
+    "concept_layouts": 0,
+    "concept_datasets": 0,
+    "models": 1,
+    "diffusion": 1,
+    "samplers": 1,
+    "images": 2,
+    "data": 2,
+    "objective": 2,
+    "sharding": 2,
+    "foreign_files": 2,
+    "export": 2,
+    "official_adapter": 2,
+    "grids": 2,
+    "training": 4,
+    "sampling": 3,
+    "cli": 5,
+    "integrations": 5,
+}
+
+
+def module_names() -> list[str]:
+    return sorted(
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for path in PACKAGE.rglob("*.py")
+        if path != PACKAGE / "__init__.py"
+    )
+
+
+def imported(module: str) -> set[str]:
+    """Modules of the package that ``module`` imports anywhere, except for type checking only."""
+    tree = ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def floor(module: str) -> int:
+    return FLOORS[module.split(".")[0]]
+
+
+@pytest.mark.parametrize("module", module_names())
+def test_a_floor_imports_only_lower_floors_or_its_own(module: str) -> None:
+    assert module.split(".")[0] in FLOORS, f"{module}: give it a floor here and in CONTRIBUTING.md"
+    own = {name.removeprefix("catversion_jax.") for name in imported(module) if name.startswith("catversion_jax.")}
+    upwards = {name for name in own if name.split(".")[0] in FLOORS and floor(name) > floor(module)}
+    assert not upwards, f"{module} (floor {floor(module)}) imports upwards: {upwards}"
+
+
+@pytest.mark.parametrize("module", module_names())
+def test_torch_lives_in_integrations_only(module: str) -> None:
+    tops = {name.split(".")[0] for name in imported(module)}
+    if not module.startswith("integrations"):
+        assert not tops & {"torch", "diffusers"}, f"{module}: the base install has no torch"
+
+
+def test_files_stay_readable() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    too_long = {str(path): length for path, length in lengths.items() if length > 450}
+    assert not too_long
+    assert sorted(lengths.values())[len(lengths) // 2] < 200
+
+
+def test_import_is_light() -> None:
+    program = (
+        "import os, sys; before = dict(os.environ); import catversion_jax; catversion_jax.__version__; "
+        "heavy = {'jax', 'flax', 'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules); "
+        "assert not heavy, heavy; assert dict(os.environ) == before; "
+        "assert set(catversion_jax.__all__) <= set(dir(catversion_jax))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)
+
+
+def test_public_names_resolve_without_torch() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; sys.modules['diffusers'] = None; import catversion_jax as c; "
+        "assert all(getattr(c, name) is not None for name in c.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)

@@ -1,0 +1,418 @@
+"""The PyTorch loader against attention written by hand, against the plain pipeline, and against our own encoder."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from catversion_jax.export import save_concept
+from catversion_jax.residual import KVResidual
+
+torch = pytest.importorskip("torch", reason="the loader is a PyTorch one: pip install '.[torch]'")
+pytest.importorskip("diffusers", reason="the loader is for diffusers: pip install '.[torch]'")
+
+from diffusers import StableDiffusionPipeline  # noqa: E402
+
+from catversion_jax.integrations import diffusers as loader  # noqa: E402
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM = 4, 4, 8
+
+
+def make_residual(seed: int, positions: int = 1, layers: tuple = (1, 2, 3), bias: float = 0.0) -> KVResidual:
+    rng = np.random.default_rng(seed)
+    shape = (len(layers), positions, NUM_HEADS, HEAD_DIM)
+    draw = lambda: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return KVResidual(draw(), draw(), layers, bias)
+
+
+def write(folder: Path, name: str, base_class: str, residual: KVResidual, **kwargs) -> Path:
+    return save_concept(folder / name / "catversion.safetensors", residual, base_class=base_class, name=name, **kwargs)
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def implementation(request) -> str:
+    return request.param
+
+
+def load_pipe(folder: Path, implementation: str = "sdpa", dtype=torch.float32) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipe.text_encoder.set_attn_implementation(implementation)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def token_ids(pipe, *prompts: str):
+    return pipe.tokenizer(
+        list(prompts), padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids  # fmt: skip
+
+
+@torch.no_grad()
+def encode(pipe, *prompts: str, **kwargs) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pipe.text_encoder(token_ids(pipe, *prompts), **kwargs).last_hidden_state
+
+
+@torch.no_grad()
+def encode_by_hand(pipe, prompt: str, residuals: list[KVResidual], attention_mask=None) -> torch.Tensor:
+    """CLIP's text encoder from its state dict alone, float64, with keys and values concatenated (equation 1)."""
+    weights = {k.removeprefix("text_model."): v.double() for k, v in pipe.text_encoder.state_dict().items()}
+    ids = token_ids(pipe, prompt)[0]
+    num_tokens = len(ids)
+
+    def norm(x, name):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    x = weights["embeddings.token_embedding.weight"][ids] + weights["embeddings.position_embedding.weight"][:num_tokens]
+    mask = torch.full((num_tokens, num_tokens), -math.inf, dtype=torch.float64).triu(1)
+    if attention_mask is not None:
+        mask = mask.masked_fill(attention_mask[None, :] == 0, -math.inf)
+    for layer in range(NUM_LAYERS):
+        name = f"encoder.layers.{layer}"
+        h = norm(x, f"{name}.layer_norm1")
+        q, k, v = (linear(h, f"{name}.self_attn.{p}_proj").view(num_tokens, NUM_HEADS, HEAD_DIM) for p in "qkv")
+        heads = []
+        for head in range(NUM_HEADS):
+            keys, values, added = [k[:, head]], [v[:, head]], [mask]
+            for residual in residuals:
+                if layer in residual.layers and residual.logit_bias > -math.inf:
+                    at = residual.layers.index(layer)
+                    keys.insert(0, torch.tensor(residual.key[at][:, head]).double())
+                    values.insert(0, torch.tensor(residual.value[at][:, head]).double())
+                    added.insert(0, torch.full((num_tokens, residual.num_positions), float(residual.logit_bias)).double())
+            logits = q[:, head] @ torch.cat(keys).T / math.sqrt(HEAD_DIM) + torch.cat(added, dim=1)
+            heads.append(logits.softmax(-1) @ torch.cat(values))
+        x = x + linear(torch.stack(heads, 1).reshape(num_tokens, -1), f"{name}.self_attn.out_proj")
+        h = linear(norm(x, f"{name}.layer_norm2"), f"{name}.mlp.fc1")
+        x = x + linear(h * torch.sigmoid(1.702 * h), f"{name}.mlp.fc2")
+    return norm(x, "final_layer_norm")
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+@pytest.mark.parametrize(("positions", "layers", "bias"), [(1, (1, 2, 3), 0.0), (3, (0, 2), 1.0)])
+def test_equals_attention_written_by_hand(tiny_sd_folder, tmp_path, implementation, positions, layers, bias):
+    residual = make_residual(0, positions, layers, bias)
+    pipe = load_pipe(tiny_sd_folder, implementation)
+    assert relative(encode(pipe, "a cat")[0], encode_by_hand(pipe, "a cat", [])) < 1e-5  # the oracle itself
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", residual))
+    expected = encode_by_hand(pipe, "a cat", [residual])
+    assert relative(expected, encode_by_hand(pipe, "a cat", [])) > 0.01  # the concept matters
+    assert relative(encode(pipe, "a cat")[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_scale_multiplies_the_odds(tiny_sd_folder, tmp_path, implementation, scale):
+    residual = make_residual(1, bias=1.0)
+    pipe = load_pipe(tiny_sd_folder, implementation)
+    name = loader.load_catversion(pipe, write(tmp_path, "tom", "cat", residual))
+    loader.set_catversion(pipe, name, scale)
+    assert relative(encode(pipe, "a cat")[0], encode_by_hand(pipe, "a cat", [residual.scaled(scale)])) < 1e-5
+
+
+def test_rows_act_alone_and_others_are_bit_identical(tiny_sd_folder, tmp_path, implementation):
+    cat, dog = make_residual(2), make_residual(3, positions=2, layers=(2, 3), bias=1.0)
+    pipe = load_pipe(tiny_sd_folder, implementation)
+    prompts = ["a cat", "", "a red cab", "my dog", "dog and cat", "category"]
+    plain = encode(pipe, *prompts)
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", cat))
+    loader.load_catversion(pipe, write(tmp_path, "rex", "dog", dog))
+    got = encode(pipe, *prompts)
+    for row in (1, 2, 5):
+        assert torch.equal(got[row], plain[row]), prompts[row]
+    for row, residuals in ((0, [cat]), (3, [dog]), (4, [cat, dog])):
+        assert relative(got[row], encode_by_hand(pipe, prompts[row], residuals)) < 1e-5, prompts[row]
+
+
+def test_nothing_active_and_unloaded_are_bit_identical(tiny_sd_folder, tmp_path, implementation):
+    pipe = load_pipe(tiny_sd_folder, implementation)
+    plain = encode(pipe, "a cat", "a dog")
+    file = write(tmp_path, "tom", "cat", make_residual(4))
+    name = loader.load_catversion(pipe, file)
+    active = encode(pipe, "a cat", "a dog")
+    assert not torch.equal(active[0], plain[0])
+    loader.disable_catversion(pipe)
+    assert torch.equal(encode(pipe, "a cat", "a dog"), plain)
+    loader.enable_catversion(pipe)
+    assert torch.equal(encode(pipe, "a cat", "a dog"), active)
+    loader.set_catversion(pipe, name, 0.0)
+    assert torch.equal(encode(pipe, "a cat", "a dog"), plain)
+    loader.unload_catversion(pipe, name)
+    assert torch.equal(encode(pipe, "a cat", "a dog"), plain)
+    assert pipe.text_encoder.config._attn_implementation == implementation
+    assert not pipe.text_encoder._forward_pre_hooks
+    assert not pipe.text_encoder._forward_hooks
+    assert not pipe.unet._forward_pre_hooks
+    assert not any(hasattr(module, "_catversion") for module in pipe.text_encoder.modules())
+    assert loader.list_catversion(pipe) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tiny_sd_folder, tmp_path, implementation, dtype):
+    residual = make_residual(5)
+    pipe = load_pipe(tiny_sd_folder, implementation, dtype)
+    prompts = ("a cat", "a dog")
+    plain = encode(pipe, *prompts)
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", residual))
+    got = encode(pipe, *prompts)
+    assert got.dtype == dtype
+    assert torch.equal(got[1], plain[1])
+    # As far from the exact result as the plain encoder in this precision is from its own, within a factor.
+    rounding = relative(plain[0], encode_by_hand(pipe, "a cat", []))
+    assert relative(got[0], encode_by_hand(pipe, "a cat", [residual])) < 3 * max(rounding, torch.finfo(dtype).eps)
+
+
+def test_attention_mask_is_honoured(tiny_sd_folder, tmp_path, implementation):
+    residual = make_residual(6)
+    pipe = load_pipe(tiny_sd_folder, implementation)
+    prompt = "a cat sits"
+    mask = torch.ones(1, pipe.tokenizer.model_max_length, dtype=torch.long)
+    mask[0, 2:5] = 0
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", residual))
+    got = encode(pipe, prompt, attention_mask=mask)[0]
+    assert relative(got, encode_by_hand(pipe, prompt, [residual], mask[0])) < 1e-5
+
+
+def test_encode_prompt_with_clip_skip(tiny_sd_folder, tmp_path, implementation):
+    pipe = load_pipe(tiny_sd_folder, implementation)
+    kwargs = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True, "clip_skip": 1}
+    plain, plain_negative = pipe.encode_prompt("a cat", **kwargs)
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", make_residual(7, layers=(1, 2))))
+    prompt, negative = pipe.encode_prompt("a cat", **kwargs)
+    assert torch.equal(negative, plain_negative)
+    with torch.no_grad():
+        hidden = pipe.text_encoder(token_ids(pipe, "a cat"), output_hidden_states=True).hidden_states[-2]
+        body = getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
+        assert torch.equal(prompt, body.final_layer_norm(hidden))
+    assert not torch.allclose(prompt, plain, atol=1e-3)
+
+
+def test_always_spares_the_empty_and_the_named_plain_prompts(tiny_sd_folder, tmp_path):
+    pipe = load_pipe(tiny_sd_folder)
+    prompts = ("a dog", "", "blurry")
+    plain = encode(pipe, *prompts)
+    residual = make_residual(8)
+    name = loader.load_catversion(pipe, write(tmp_path, "style", "cat", residual, when="always"))
+    got = encode(pipe, *prompts)
+    assert relative(got[0], encode_by_hand(pipe, "a dog", [residual])) < 1e-5
+    assert torch.equal(got[1], plain[1])
+    assert not torch.equal(got[2], plain[2])
+    loader.set_catversion(pipe, name, plain_prompts=["blurry"])
+    assert torch.equal(encode(pipe, *prompts)[2], plain[2])
+
+
+def test_base_class_of_several_words(tiny_sd_folder, tmp_path):
+    pipe = load_pipe(tiny_sd_folder)
+    prompts = ("my toy car", "toy red car", "car toy", "TOY  CAR")
+    plain = encode(pipe, *prompts)
+    loader.load_catversion(pipe, write(tmp_path, "x", "toy car", make_residual(9)))
+    got = encode(pipe, *prompts)
+    assert [torch.equal(a, b) for a, b in zip(got, plain, strict=True)] == [False, True, True, False]
+
+
+def test_same_class_hot_swap_and_choice(tiny_sd_folder, tmp_path):
+    first, second = make_residual(10), make_residual(11, positions=2)
+    pipe = load_pipe(tiny_sd_folder)
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", first))
+    loader.load_catversion(pipe, write(tmp_path, "kit", "cat", second))
+    assert [(c["name"], c["active"]) for c in loader.list_catversion(pipe)] == [("tom", False), ("kit", True)]
+    assert relative(encode(pipe, "a cat")[0], encode_by_hand(pipe, "a cat", [second])) < 1e-5
+    loader.set_catversion(pipe, ["tom", "kit"], [1.0, 0.5])
+    assert relative(encode(pipe, "a cat")[0], encode_by_hand(pipe, "a cat", [first, second.scaled(0.5)])) < 1e-5
+    loader.unload_catversion(pipe, "kit")
+    assert relative(encode(pipe, "a cat")[0], encode_by_hand(pipe, "a cat", [first])) < 1e-5
+    loader.load_catversion(pipe, write(tmp_path, "again", "cat", second), adapter_name="tom")
+    assert relative(encode(pipe, "a cat")[0], encode_by_hand(pipe, "a cat", [second])) < 1e-5
+
+
+def test_deep_copy_is_independent(tiny_sd_folder, tmp_path):
+    residual = make_residual(12)
+    pipe = load_pipe(tiny_sd_folder)
+    plain = encode(pipe, "a cat")
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", residual))
+    active = encode(pipe, "a cat")
+    twin = copy.copy(pipe)
+    twin.text_encoder = copy.deepcopy(pipe.text_encoder)
+    assert torch.equal(encode(twin, "a cat"), active)
+    loader.unload_catversion(twin)
+    assert torch.equal(encode(twin, "a cat"), plain)
+    assert torch.equal(encode(pipe, "a cat"), active)
+
+
+def test_user_changes_the_attention_implementation_afterwards(tiny_sd_folder, tmp_path):
+    residual = make_residual(13)
+    pipe = load_pipe(tiny_sd_folder, "sdpa")
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", residual))
+    pipe.text_encoder.set_attn_implementation("eager")
+    assert relative(encode(pipe, "a cat")[0], encode_by_hand(pipe, "a cat", [residual])) < 1e-5
+    loader.unload_catversion(pipe)
+    assert pipe.text_encoder.config._attn_implementation == "eager"
+
+
+def test_saved_pipeline_is_the_plain_one(tiny_sd_folder, tmp_path):
+    pipe = load_pipe(tiny_sd_folder)
+    plain = encode(pipe, "a cat")
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", make_residual(14)))
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(encode(load_pipe(tmp_path / "saved"), "a cat"), plain)
+
+
+def test_fingerprint_equals_the_one_of_the_jax_side(tiny_sd_folder):
+    from safetensors.numpy import load_file
+
+    from catversion_jax.models.fingerprint import text_encoder_sha256
+
+    expected = text_encoder_sha256(load_file(tiny_sd_folder / "text_encoder" / "model.safetensors"))
+    for dtype in (torch.float32, torch.float16):
+        pipe = load_pipe(tiny_sd_folder, dtype=dtype)
+        assert loader.text_encoder_sha256(pipe.text_encoder) == expected
+        pipe.text_encoder.resize_token_embeddings(600)  # textual inversion does so
+        assert loader.text_encoder_sha256(pipe.text_encoder) == expected
+
+
+def test_another_text_encoder_is_an_error_unless_forced(tiny_sd_folder, tmp_path):
+    pipe = load_pipe(tiny_sd_folder)
+    right = loader.text_encoder_sha256(pipe.text_encoder)
+    loader.load_catversion(pipe, write(tmp_path, "right", "cat", make_residual(15), text_encoder_sha256=right))
+    wrong = write(tmp_path, "wrong", "cat", make_residual(15), text_encoder_sha256="0" * 64, base_model="some/model")
+    with pytest.raises(loader.CatVersionLoadError, match=r"000000000000 of some/model.*force=True"):
+        loader.load_catversion(pipe, wrong)
+    assert [c["name"] for c in loader.list_catversion(pipe)] == ["right"]
+    assert loader.load_catversion(pipe, wrong, force=True) == "wrong"
+
+
+def test_bfloat16_encoder_cannot_be_checked(tiny_sd_folder, tmp_path):
+    pipe = load_pipe(tiny_sd_folder, dtype=torch.bfloat16)
+    file = write(tmp_path, "tom", "cat", make_residual(16), text_encoder_sha256="0" * 64)
+    with pytest.warns(UserWarning, match="cannot be checked in torch.bfloat16"):
+        loader.load_catversion(pipe, file)
+
+
+@pytest.mark.parametrize(
+    ("residual", "force"),
+    [
+        (KVResidual(np.zeros((1, 1, 12, 64), np.float32), np.zeros((1, 1, 12, 64), np.float32), (1,)), True),
+        (make_residual(17, layers=(3, 4)), True),
+        (make_residual(17, layers=(3, 4)), False),
+    ],
+)
+def test_wrong_shape_is_an_error_even_when_forced(tiny_sd_folder, tmp_path, residual, force):
+    pipe = load_pipe(tiny_sd_folder)
+    with pytest.raises(loader.CatVersionLoadError, match="this pipeline's has 4 heads of 8 and 4 layers"):
+        loader.load_catversion(pipe, write(tmp_path, "tom", "cat", residual), force=force)
+    assert pipe.text_encoder.config._attn_implementation == "sdpa"
+
+
+def test_bad_requests(tiny_sd_folder, tmp_path):
+    pipe = load_pipe(tiny_sd_folder)
+    with pytest.raises(loader.CatVersionLoadError, match="load_catversion first"):
+        loader.set_catversion(pipe, "tom")
+    with pytest.raises(loader.CatVersionLoadError, match="no such file"):
+        loader.load_catversion(pipe, tmp_path / "nothing.safetensors")
+    with pytest.raises(loader.CatVersionLoadError, match=r"no catversion\.safetensors in it"):
+        loader.load_catversion(pipe, tmp_path)
+    file = write(tmp_path, "tom", "cat", make_residual(18))
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(loader.CatVersionLoadError, match="not a complete safetensors file"):
+        loader.load_catversion(pipe, tmp_path / "cut.safetensors")
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "damaged.safetensors").write_bytes(damaged)
+    with pytest.raises(loader.CatVersionLoadError, match="checksum"):
+        loader.load_catversion(pipe, tmp_path / "damaged.safetensors")
+    with pytest.raises(loader.CatVersionLoadError, match="not a concept file"):
+        loader.load_catversion(pipe, tiny_sd_folder / "text_encoder" / "model.safetensors")
+    loader.load_catversion(pipe, file)
+    with pytest.raises(loader.CatVersionLoadError, match="'rex' is not loaded; loaded: tom"):
+        loader.set_catversion(pipe, "rex")
+    with pytest.raises(loader.CatVersionLoadError, match=r"scale=-1.*>= 0"):
+        loader.set_catversion(pipe, "tom", -1)
+    with pytest.raises(loader.CatVersionLoadError, match="one scale per name"):
+        loader.set_catversion(pipe, ["tom"], [1, 2])
+
+
+def draw(pipe, prompt, **kwargs):
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return pipe(prompt, num_inference_steps=2, latents=latents, output_type="np", **kwargs).images
+
+
+def uncalled_warnings(pipe, *args, **kwargs) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draw(pipe, *args, **kwargs)
+    return sum("calls no active concept" in str(w.message) for w in caught)
+
+
+def test_a_prompt_that_never_names_the_concept_warns_once_per_call(tiny_sd_folder, tmp_path):
+    pipe = load_pipe(tiny_sd_folder)
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", make_residual(19)))
+    assert uncalled_warnings(pipe, "a cat") == 0
+    assert uncalled_warnings(pipe, "a cat", negative_prompt="blurry") == 0
+    assert uncalled_warnings(pipe, "a dog") == 1
+    assert uncalled_warnings(pipe, "a dog", negative_prompt="blurry") == 1
+    assert uncalled_warnings(pipe, "a cat", guidance_scale=1.0) == 0
+    assert uncalled_warnings(pipe, "a dog", guidance_scale=1.0) == 1
+    loader.disable_catversion(pipe)
+    assert uncalled_warnings(pipe, "a dog") == 0
+
+
+def test_pictures_of_other_things_are_the_plain_ones(tiny_sd_folder, tmp_path, implementation):
+    pipe = load_pipe(tiny_sd_folder, implementation)
+    plain = {prompt: draw(pipe, prompt, negative_prompt="blurry") for prompt in ("a dog", "a cat")}
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", make_residual(20, bias=2.0)))
+    assert uncalled_warnings(pipe, "a dog", negative_prompt="blurry") == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.array_equal(draw(pipe, "a dog", negative_prompt="blurry"), plain["a dog"])
+    assert not np.array_equal(draw(pipe, "a cat", negative_prompt="blurry"), plain["a cat"])
+
+
+def test_the_file_needs_no_jax_and_nothing_of_its_package(tmp_path):
+    source = Path(loader.__file__).read_text()
+    (tmp_path / "copied_loader.py").write_text(source)
+    program = "import sys, copied_loader; print([m for m in sys.modules if m.split('.')[0] in ('jax', 'catversion_jax')])"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_equals_our_own_encoder(tiny_sd_folder, tmp_path, implementation):
+    import jax.numpy as jnp
+
+    from catversion_jax.models.stable_diffusion import load_text_encoder
+
+    residual = make_residual(21, positions=2, bias=1.0)
+    pipe = load_pipe(tiny_sd_folder, implementation)
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", residual))
+    encoder = load_text_encoder(tiny_sd_folder / "text_encoder")
+    ours = encoder(jnp.asarray(token_ids(pipe, "a cat").numpy()), residual)
+    assert relative(encode(pipe, "a cat"), torch.tensor(np.asarray(ours))) < 1e-4
+
+
+def test_list_tells_what_is_loaded(tiny_sd_folder, tmp_path):
+    pipe = load_pipe(tiny_sd_folder)
+    loader.load_catversion(pipe, tmp_path / write(tmp_path, "tom", "cat", make_residual(22)).parent)
+    (entry,) = loader.list_catversion(pipe)
+    assert json.loads(json.dumps(entry)) == {
+        "name": "tom",
+        "base_class": "cat",
+        "when": "class_word",
+        "active": True,
+        "scale": 1.0,
+        "layers": [1, 2, 3],
+        "num_positions": 1,
+        "base_model": "",
+    }

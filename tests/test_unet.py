@@ -1,0 +1,298 @@
+"""The UNet against torch diffusers' UNet2DConditionModel: blocks, whole network, gradients, configurations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch", reason="parity needs torch and diffusers: pip install '.[test]'")
+diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install '.[test]'")
+
+from diffusers.models.embeddings import get_timestep_embedding  # noqa: E402
+from torch_reference import (  # noqa: E402
+    SD15_UNET,
+    SD21_UNET,
+    as_network,
+    draw,
+    nchw,
+    nhwc,
+    randomise,
+    relative_error,
+)
+
+from catversion_jax.errors import CatVersionError  # noqa: E402
+from catversion_jax.models.convert import load_network  # noqa: E402
+from catversion_jax.models.network import abstract_network  # noqa: E402
+from catversion_jax.models.unet import UNet2DConditionModel, timestep_embedding  # noqa: E402
+
+SD1_LIKE = SD15_UNET | {
+    "block_out_channels": [16, 32, 48],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 4,
+    "cross_attention_dim": 24,
+    "norm_num_groups": 8,
+    "sample_size": 16,
+}
+SD2_LIKE = SD1_LIKE | {
+    "attention_head_dim": [2, 4, 6],
+    "use_linear_projection": True,
+    "upcast_attention": True,
+    "dual_cross_attention": False,
+}
+VARIANTS = {
+    "sd1": SD1_LIKE,
+    "sd2": SD2_LIKE,
+    "only-cross": SD2_LIKE | {"only_cross_attention": [True, False, True]},
+    "only-cross-everywhere": SD1_LIKE | {"only_cross_attention": True},
+    "deep-transformers": SD1_LIKE
+    | {
+        "transformer_layers_per_block": [1, 2, 3],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+    "uneven-depth": SD1_LIKE | {"layers_per_block": [1, 2, 1], "act_fn": "gelu", "cross_attention_dim": [24] * 3},
+    "inpainting-channels": SD1_LIKE | {"in_channels": 9, "out_channels": 5, "flip_sin_to_cos": False},
+    "other-details": SD1_LIKE | {"freq_shift": 1, "norm_eps": 1e-3, "mid_block_type": None},
+    "one-block": SD1_LIKE
+    | {
+        "block_out_channels": [24],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+    },
+}
+
+
+def build(config):
+    """A torch UNet with random weights and our network holding the same."""
+    reference = randomise(diffusers.UNet2DConditionModel.from_config(config))
+    return reference, as_network(reference, lambda rngs: UNet2DConditionModel(config, rngs=rngs))
+
+
+def text_width(config):
+    width = config["cross_attention_dim"]
+    return width if isinstance(width, int) else width[0]
+
+
+@pytest.fixture(scope="module")
+def sd2_pair():
+    return build(SD2_LIKE)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_whole_network_and_text_gradient_equal_diffusers(name):
+    config = VARIANTS[name]
+    reference, unet = build(config)
+    sample, text = draw(2, 8, 12, config["in_channels"], seed=1), draw(2, 7, text_width(config), seed=2)
+    timesteps, weight = np.array([3, 981]), draw(2, 8, 12, config["out_channels"], seed=3)
+
+    torch_text = torch.tensor(text, requires_grad=True)
+    expected = reference(nchw(sample), torch.tensor(timesteps), torch_text).sample
+    (expected * nchw(weight)).sum().backward()
+
+    @jax.jit
+    def weighted(unet, text):
+        prediction = unet(sample, timesteps, text)
+        return (prediction * weight).sum(), prediction
+
+    (_, prediction), gradient = jax.value_and_grad(weighted, argnums=1, has_aux=True)(unet, text)
+    assert relative_error(prediction, nhwc(expected)) < 1e-4
+    assert relative_error(gradient, torch_text.grad.numpy()) < 1e-3
+
+
+@pytest.mark.parametrize("size", [(9, 8), (7, 13), (5, 5)])
+def test_sizes_that_do_not_halve_evenly(size, sd2_pair):
+    reference, unet = sd2_pair
+    sample, text = draw(1, *size, 4), draw(1, 7, 24)
+    expected = reference(nchw(sample), torch.tensor([500]), torch.tensor(text)).sample
+    assert relative_error(jax.jit(forward)(unet, sample, 500, text), nhwc(expected)) < 1e-4
+
+
+def forward(unet, *args):
+    return unet(*args)
+
+
+def test_each_part_equals_diffusers(sd2_pair):
+    reference, unet = sd2_pair
+    ours = nnx.merge(unet.graphdef, unet.params)
+    temb, text = draw(2, 64, seed=4), draw(2, 7, 24, seed=5)
+    torch_temb, torch_text = torch.tensor(temb), torch.tensor(text)
+    errors = {
+        "time_embedding": relative_error(
+            ours.time_embedding(temb[:, :16]), reference.time_embedding(torch_temb[:, :16]).numpy()
+        )
+    }
+
+    def compare(path, inputs, *, ours_args=(), torch_args=()):
+        module, torch_module = ours, reference.get_submodule(path)
+        for part in path.split("."):
+            module = module[int(part)] if part.isdigit() else getattr(module, part)
+        expected = torch_module(nchw(inputs), *torch_args)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        errors[path] = relative_error(module(inputs, *ours_args), nhwc(expected))
+
+    time_and_text = {"ours_args": (temb,), "torch_args": (torch_temb,)}
+    compare("down_blocks.0.resnets.0", draw(2, 8, 6, 16), **time_and_text)
+    compare("down_blocks.1.resnets.0", draw(2, 8, 6, 16), **time_and_text)  # with conv_shortcut
+    compare("mid_block.resnets.1", draw(2, 8, 6, 48), **time_and_text)
+    compare("down_blocks.0.downsamplers.0", draw(2, 8, 6, 16))
+    compare("down_blocks.0.downsamplers.0", draw(2, 7, 5, 16))
+    compare("up_blocks.0.upsamplers.0", draw(2, 8, 6, 48))
+    compare("up_blocks.0.upsamplers.0", draw(2, 4, 3, 48), ours_args=((7, 5),), torch_args=((7, 5),))
+    text_args = {"ours_args": (text,), "torch_args": (torch_text,)}
+    for path, width in (("down_blocks.0", 16), ("mid_block", 48), ("up_blocks.2", 16)):
+        compare(f"{path}.attentions.0", draw(2, 8, 6, width), **text_args)
+    for part in ("attn1", "attn2", "ff", "norm1"):
+        path = f"mid_block.attentions.0.transformer_blocks.0.{part}"
+        positions, context = draw(2, 48, 48), part == "attn2"
+        module = getattr(ours.mid_block.attentions[0].transformer_blocks[0], part)
+        expected = reference.get_submodule(path)(torch.tensor(positions), *([torch_text] if context else []))
+        errors[path] = relative_error(module(positions, *([text] if context else [])), expected.numpy())
+    assert {path: error for path, error in errors.items() if not error < 1e-5} == {}
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_each_block_equals_diffusers(level, sd2_pair):
+    reference, unet = sd2_pair
+    ours = nnx.merge(unet.graphdef, unet.params)
+    temb, text = draw(2, 64, seed=4), draw(2, 7, 24, seed=5)
+    torch_temb, torch_text = torch.tensor(temb), torch.tensor(text)
+
+    inputs = draw(2, 8, 6, [16, 16, 32][level])
+    block = reference.down_blocks[level]
+    extra = {"encoder_hidden_states": torch_text} if hasattr(block, "has_cross_attention") else {}
+    expected, expected_skips = block(nchw(inputs), torch_temb, **extra)
+    hidden, skips = ours.down_blocks[level](inputs, temb, text)
+    assert relative_error(hidden, nhwc(expected)) < 1e-5
+    assert len(skips) == len(expected_skips)
+    for skip, expected_skip in zip(skips, expected_skips, strict=True):
+        assert relative_error(skip, nhwc(expected_skip)) < 1e-5
+
+    inputs = draw(2, 8, 6, 48, seed=6)
+    expected = reference.mid_block(nchw(inputs), torch_temb, encoder_hidden_states=torch_text)
+    assert relative_error(ours.mid_block(inputs, temb, text), nhwc(expected)) < 1e-5
+
+    block = reference.up_blocks[level]
+    inputs = draw(2, 8, 6, [48, 48, 32][level], seed=7)
+    widths = [[32, 48, 48], [16, 32, 32], [16, 16, 16]][level]
+    skips = [draw(2, 8, 6, width, seed=8 + i) for i, width in enumerate(widths)]
+    extra = {"encoder_hidden_states": torch_text} if hasattr(block, "has_cross_attention") else {}
+    expected = block(nchw(inputs), tuple(map(nchw, skips)), torch_temb, **extra)
+    hidden = ours.up_blocks[level](inputs, [jnp.asarray(s) for s in skips], temb, text, size=None)
+    assert relative_error(hidden, nhwc(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("width", [15, 32, 320])
+@pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1)])
+def test_timestep_embedding_equals_diffusers(width, flip, shift):
+    timesteps = np.array([0.0, 1.0, 20.5, 981.0, 999.0], np.float32)
+    expected = get_timestep_embedding(
+        torch.tensor(timesteps), width, flip_sin_to_cos=flip, downscale_freq_shift=shift
+    )
+    ours = timestep_embedding(jnp.asarray(timesteps), width, flip_sin_to_cos=flip, freq_shift=shift)
+    # An angle t * w carries t times the rounding of w < 1, half a unit in whose last place is 2 ** -25, and
+    # torch's exp is one unit off for some w: at t = 999 torch is 5e-5 away from the exact embedding itself.
+    bound = 1e-5 + timesteps[:, None] * 2.0**-24
+    assert (np.abs(np.asarray(ours) - expected.numpy()) <= bound).all()
+
+
+def test_one_timestep_serves_the_batch(sd2_pair):
+    _, unet = sd2_pair
+    sample, text = draw(2, 8, 8, 4), draw(2, 7, 24)
+    np.testing.assert_array_equal(unet(sample, 7, text), unet(sample, jnp.array([7, 7]), text))
+
+
+def test_concept_axis_scan_and_rematerialisation_change_nothing(sd2_pair):
+    _, unet = sd2_pair
+    sample, text = draw(3, 2, 8, 8, 4), draw(3, 2, 7, 24)
+    timesteps = jnp.arange(6).reshape(3, 2) * 150
+
+    def loss(text, unet, sample, timesteps):
+        return jnp.square(unet(sample, timesteps, text)).mean()
+
+    @jax.jit
+    def stacked(unet):
+        return jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, 0, 0))(text, unet, sample, timesteps)
+
+    @jax.jit
+    def scanned(unet):
+        step = jax.value_and_grad(jax.checkpoint(loss))
+        return jax.lax.scan(
+            lambda _, inputs: (None, step(inputs[0], unet, *inputs[1:])), None, (text, sample, timesteps)
+        )[1]
+
+    for ours, reference in zip(stacked(unet), scanned(unet), strict=True):
+        assert relative_error(ours, reference) < 1e-5
+
+
+def test_bfloat16_is_as_close_to_float32_as_torchs(sd2_pair):
+    reference, unet = sd2_pair
+    sample, text = draw(2, 8, 8, 4), draw(2, 7, 24)
+    exact = nhwc(reference(nchw(sample), torch.tensor([999, 998]), torch.tensor(text)).sample)
+    half = randomise(diffusers.UNet2DConditionModel.from_config(SD2_LIKE)).to(torch.bfloat16)
+    torch_half = half(nchw(sample).bfloat16(), torch.tensor([999, 998]), torch.tensor(text).bfloat16()).sample
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), unet.params)
+    graphdef = abstract_network(
+        lambda rngs: UNet2DConditionModel(SD2_LIKE, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
+    ).graphdef
+    ours = nnx.merge(graphdef, params)(sample, jnp.array([999, 998]), text)
+    assert ours.dtype == jnp.bfloat16
+    assert relative_error(ours, exact) < 1.5 * relative_error(nhwc(torch_half.float()), exact)
+
+
+@pytest.mark.parametrize(("config", "count"), [(SD15_UNET, 859_520_964), (SD21_UNET, 865_910_724)])
+def test_published_configs_make_the_published_number_of_parameters(config, count):
+    unet = abstract_network(lambda rngs: UNet2DConditionModel(config, rngs=rngs))
+    assert unet.num_params == count
+
+
+def test_equal_configs_make_equal_structures():
+    first, second = (
+        abstract_network(lambda rngs: UNet2DConditionModel(dict(SD1_LIKE), rngs=rngs)) for _ in range(2)
+    )
+    assert first.graphdef == second.graphdef
+    assert hash(first.graphdef) == hash(second.graphdef)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ({"class_embed_type": "projection"}, "class_embed_type"),
+        ({"num_class_embeds": 1000}, "num_class_embeds"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+        ({"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type"),
+        ({"dual_cross_attention": True}, "dual_cross_attention"),
+        ({"center_input_sample": True}, "center_input_sample"),
+        ({"downsample_padding": 0}, "downsample_padding"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+        ({"mid_block_scale_factor": 1.4}, "mid_block_scale_factor"),
+        ({"act_fn": "tanh"}, "act_fn"),
+        ({"num_attention_heads": 8}, "num_attention_heads"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),
+        ({"a_key_of_tomorrow": 3}, "a_key_of_tomorrow"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 3}, "AttnDownBlock2D"),
+        ({"up_block_types": ["UpBlock2D"] * 2}, "must be 3"),
+        ({"attention_head_dim": [4, 4]}, "attention_head_dim"),
+        ({"attention_head_dim": 5}, "number of heads"),
+        ({"attention_head_dim": [4, None, 4]}, "attention_head_dim"),
+        ({"transformer_layers_per_block": [1, [1, 2], 1]}, "transformer_layers_per_block"),
+        ({"norm_num_groups": 7}, "norm_num_groups"),
+        ({"norm_num_groups": None}, "norm_num_groups"),
+        ({"block_out_channels": "320"}, "block_out_channels"),
+    ],
+)
+def test_unsupported_config_is_named(change, named):
+    with pytest.raises(CatVersionError, match=named):
+        abstract_network(lambda rngs: UNet2DConditionModel(SD1_LIKE | change, rngs=rngs))
+
+
+def test_the_trial_model(trial_folder):
+    folder = trial_folder / "unet"
+    reference = diffusers.UNet2DConditionModel.from_pretrained(folder).eval()
+    unet = load_network(lambda rngs: UNet2DConditionModel(dict(reference.config), rngs=rngs), folder)
+    sample, text = draw(2, 16, 16, 4), draw(2, 77, reference.config.cross_attention_dim)
+    with torch.no_grad():
+        expected = reference(nchw(sample), torch.tensor([10, 900]), torch.tensor(text)).sample
+    assert relative_error(jax.jit(forward)(unet, sample, jnp.array([10, 900]), text), nhwc(expected)) < 1e-4

@@ -1,0 +1,96 @@
+"""What the parity tests share: random torch weights that hide nothing, and errors relative to the scale.
+
+Parity is judged on ``max |ours - torch| / max |torch|`` in float32: 1e-5 for a layer, 1e-4 for a network.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from catversion_jax.models.convert import convert_state_dict
+from catversion_jax.models.network import Network, abstract_network
+
+# Published config.json files, as they are on the Hugging Face hub (underscored bookkeeping left out).
+SD15_UNET = {
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SD21_UNET = SD15_UNET | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+SD15_VAE = {
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Draw every parameter, biases and norm weights included, so that no zero or one hides an error."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.3 * noise + (1.0 if name.endswith("weight") else 0.0))
+    return module.eval().requires_grad_(False)
+
+
+def as_network(module: torch.nn.Module, module_fn) -> Network:
+    """Our network with a torch module's weights."""
+    return convert_state_dict(module.state_dict(), abstract_network(module_fn))
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    """Standard normal float32."""
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def nchw(array) -> torch.Tensor:
+    """``[B h w c]`` array to ``[B c h w]`` tensor."""
+    return torch.tensor(np.asarray(array)).permute(0, 3, 1, 2).contiguous()
+
+
+def nhwc(tensor: torch.Tensor) -> np.ndarray:
+    """``[B c h w]`` tensor to ``[B h w c]`` array."""
+    return tensor.detach().permute(0, 2, 3, 1).numpy()
+
+
+def relative_error(ours, reference) -> float:
+    """Largest difference over the reference's largest magnitude."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    if ours.shape != reference.shape:
+        raise ValueError(f"shapes differ: {ours.shape} and {reference.shape}")
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())

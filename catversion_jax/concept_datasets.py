@@ -42,8 +42,10 @@ def read_dataset(
     kept = [column for column in wanted.values() if column is not None]
     rows = rows.select_columns(list(dict.fromkeys(kept))).cast_column(image_column, Image(decode=False))
     groups: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    labels = {c: rows.features[c].int2str for c in kept if hasattr(rows.features[c], "int2str")}
     for index, row in enumerate(rows):
-        groups.setdefault(_concept_name(row, concept_column, name, source, rows), []).append((index, row))
+        row.update({c: to_text(row[c]) for c, to_text in labels.items() if row[c] is not None})
+        groups.setdefault(_concept_name(row, concept_column, name, source), []).append((index, row))
     if not groups:
         raise CatVersionError(f"{source}: split {split!r} has no rows.")
     entries = [
@@ -80,13 +82,10 @@ def _load(source: str, split: str) -> Any:
         ) from error
 
 
-def _concept_name(row: dict[str, Any], column: str | None, name: str, source: str, rows: Any) -> str:
+def _concept_name(row: dict[str, Any], column: str | None, name: str, source: str) -> str:
     if column is None:
         return name
     value = row[column]
-    feature = rows.features[column]
-    if hasattr(feature, "int2str") and isinstance(value, int):
-        value = feature.int2str(value)
     if value is None:
         raise CatVersionError(f"{source}: column {column!r}: a row has no concept name; fill it or drop the row.")
     return str(value)

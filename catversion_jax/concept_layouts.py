@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ CONCEPT_FILE = "concept.json"
 DREAMBENCH_FILE = "prompts_and_classes.txt"
 CONCEPT_FILES = (CONCEPT_FILE, DREAMBENCH_FILE)
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_EXTRA = "fields beyond the header"
 _HUB_ID = re.compile(r"^(hf:)?(?P<id>[\w.-]+/[\w.-]+)$")
 
 
@@ -107,7 +109,8 @@ def read_entries(
             return read_dreambench(home)
     if concept_column or base_class_column:
         return _dataset(str(path), path.resolve().name, columns)
-    return read_single_folder(path) if holds_images(path) else read_folder_of_folders(path)
+    alone = holds_images(path) or (path / CONCEPT_FILE).is_file()
+    return read_single_folder(path) if alone else read_folder_of_folders(path)
 
 
 def read_single_folder(folder: Path) -> Layout:
@@ -191,8 +194,7 @@ def _manifest_rows(path: Path) -> list[tuple[str, Any]]:
     kind = path.suffix.lower()
     try:
         if kind == ".csv":
-            reader = csv.DictReader(text.splitlines(), restkey="extra columns", skipinitialspace=True)
-            return [(f"{path} line {reader.line_num}", row) for row in reader]
+            return _csv_rows(path, text)
         if kind == ".jsonl":
             lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
             return [(f"{path} line {i}", json.loads(line)) for i, line in lines]
@@ -206,6 +208,17 @@ def _manifest_rows(path: Path) -> list[tuple[str, Any]]:
     if not isinstance(value, list):
         raise CatVersionError(f"{path}: must hold a list of concepts, each with name, path and base_class.")
     return [(f"{path} entry {i}", row) for i, row in enumerate(value, 1)]
+
+
+def _csv_rows(path: Path, text: str) -> list[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_EXTRA, skipinitialspace=True)
+    rows: list[tuple[str, Any]] = []
+    for row in reader:
+        where = f"{path} line {reader.line_num}"
+        if _EXTRA in row:
+            raise CatVersionError(f"{where}: more fields than the header has. Quote texts that contain a comma.")
+        rows.append((where, row))
+    return rows
 
 
 def _manifest_entry(path: Path, where: str, row: dict[str, Any]) -> Entry:

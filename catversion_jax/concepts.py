@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from catversion_jax.concept_fields import prompts_field, random_flip_field, seed_field, when_field
 from catversion_jax.concept_files import ImageSource, list_images
 from catversion_jax.concept_layouts import CONCEPT_FILES, Entry, read_entries
 from catversion_jax.errors import CatVersionError, ConceptError
-from catversion_jax.prompt_templates import TEMPLATE_SETS, fill_template, prompt_templates
+from catversion_jax.prompt_templates import fill_template, prompt_templates
 
 __all__ = [
     "ConceptList",
@@ -31,7 +31,6 @@ __all__ = [
     "read_concepts",
 ]
 
-WHEN = ("class_word", "always")
 KNOWN_KEYS = (
     "name",
     "path",
@@ -131,7 +130,7 @@ def read_concepts(
         concept_column=concept_column,
         base_class_column=base_class_column,
     )
-    mistakes = _name_mistakes([entry.name for entry in layout.entries])
+    mistakes = _name_mistakes(layout.entries)
     if mistakes:
         raise CatVersionError("\n".join(mistakes))
     concepts: list[ConceptSpec] = []
@@ -174,7 +173,7 @@ def concept_prompts(
 def check_concept_name(name: str) -> str | None:
     """Why ``name`` cannot be a concept's folder name on every file system, or None when it can."""
     if not name.strip():
-        return f"{name!r}: a concept needs a name."
+        return "no name, and none to take from its path. Set `name` in its entry."
     rule = None
     if "/" in name or "\\" in name or name in (".", ".."):
         rule = "must not contain path separators or be '.' or '..'"
@@ -191,19 +190,20 @@ def check_concept_name(name: str) -> str | None:
     return f"concept name {name!r}: {rule}; it becomes a folder name. Rename it, or set `name` in its entry."
 
 
-def _name_mistakes(names: Iterable[str]) -> list[str]:
+def _name_mistakes(entries: Iterable[Entry]) -> list[str]:
     mistakes: list[str] = []
     seen: dict[str, str] = {}
-    for name in names:
+    for entry in entries:
+        name = entry.name
         if mistake := check_concept_name(name):
-            mistakes.append(mistake)
+            mistakes.append(f"{entry.where}: {mistake}")
             continue
         # macOS and Windows would put both into one output folder.
         folder = unicodedata.normalize("NFC", name).casefold()
         if folder in seen:
-            other = "" if seen[folder] == name else f" (as {seen[folder]!r}, the same folder on some systems)"
+            other = "" if seen[folder] == name else f" (as {seen[folder]!r}, one folder on some systems)"
             mistakes.append(
-                f"concept name {name!r}: appears twice{other}; names must be unique. Rename one of them."
+                f"{entry.where}: concept name {name!r}: appears twice{other}. Rename one of them."
             )
         seen.setdefault(folder, name)
     return mistakes
@@ -214,16 +214,16 @@ def _build_concept(entry: Entry, argument: str | None, *, overrides: bool) -> Co
         raise ConceptError(entry.problem)
     notes = list(entry.notes)
     fields = _checked_keys(entry, notes)
-    base_class = _base_class(fields, entry, argument, overrides, notes)
     images, skipped, warnings = _images(entry, fields)
+    base_class = _base_class(fields, entry, argument, overrides, notes)
     return ConceptSpec(
         name=entry.name,
         base_class=base_class,
         images=images,
-        prompts=_prompts(fields, entry.where),
-        seed=_seed(fields.get("seed"), entry.where),
-        random_flip=_random_flip(fields.get("random_flip"), entry.where),
-        when=_when(fields.get("when"), entry.where),
+        prompts=prompts_field(fields, entry.where),
+        seed=seed_field(fields.get("seed"), entry.where),
+        random_flip=random_flip_field(fields.get("random_flip"), entry.where),
+        when=when_field(fields.get("when"), entry.where),
         skipped=skipped,
         warnings=warnings,
         notes=tuple(notes),
@@ -321,54 +321,3 @@ def _listed_files(value: Any, entry: Entry, key: str) -> list[Path]:
             f"{entry.where}: {key} not found: {', '.join(missing)}. Paths are relative to {entry.root}."
         )
     return files
-
-
-def _prompts(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    given = [key for key in ("prompts", "prompt", "instance_prompt", "templates") if key in fields]
-    if len(given) > 1:
-        raise ConceptError(f"{where}: {' and '.join(given)} are one and the same thing; keep one of them.")
-    if not given:
-        return ()
-    value = fields[given[0]]
-    if given[0] == "templates":
-        if value not in TEMPLATE_SETS:
-            raise ConceptError(f"{where}: templates={value!r}: must be one of {', '.join(TEMPLATE_SETS)}.")
-        return TEMPLATE_SETS[value]
-    prompts = [value] if isinstance(value, str) else value
-    if not isinstance(prompts, list) or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ConceptError(f"{where}: {given[0]}={value!r}: must be a text or a list of texts.")
-    return tuple(prompts)
-
-
-def _seed(value: Any, where: str) -> int | None:
-    if value is None:
-        return None
-    try:
-        seed = int(value) if isinstance(value, str) else value
-    except ValueError:
-        seed = None
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ConceptError(f"{where}: seed={value!r}: must be a whole number within 0..{2**32 - 1}.")
-    return seed
-
-
-def _random_flip(value: Any, where: str) -> float | None:
-    """False and ``no`` forbid the flip (text, logos); True leaves it to the run."""
-    word = str(value).strip().casefold()
-    if value is None or word in ("true", "yes"):
-        return None
-    if word in ("false", "no"):
-        return 0.0
-    try:
-        probability = float(word)
-    except ValueError:
-        probability = math.nan
-    if not 0.0 <= probability <= 1.0:
-        raise ConceptError(f"{where}: random_flip={value!r}: must be false or a probability within 0..1.")
-    return probability
-
-
-def _when(value: Any, where: str) -> str | None:
-    if value is not None and value not in WHEN:
-        raise ConceptError(f"{where}: when={value!r}: must be one of {', '.join(WHEN)}.")
-    return value

@@ -109,7 +109,7 @@ class TrainConfig:
     validation_prompt: tuple[str, ...] = _option(
         ("a {base_class}", "a photo of a {base_class} on the beach"), "prompts of the sample grids"
     )
-    validation_steps: int | None = _option(250, "steps between sample grids (official 500); null: none")
+    validation_steps: int | None = _option(500, "steps between sample grids (official); null: none")
     num_validation_images: int = _option(2, "seeds per prompt in the grids (diffusers 4)")
     validation_inference_steps: int = _option(25, "DPM-Solver++ steps of the grids (diffusers)")
     validation_guidance_scale: float = _option(7.5, "guidance of the grids (diffusers)")

@@ -83,7 +83,7 @@ def image_grid(
         )
     cell = _cell_size([image for row in rows for image in row if image is not None], min_cell, max_cell)
     font = ImageFont.load_default(size=_FONT_SIZE)
-    line_height = sum(font.getmetrics()) + 2
+    line_height = int(font.getbbox("Agjp")[3]) + 3
     reference_column = _reference_column(references, cell, len(rows))
     column_lines = [_wrap(label, font, cell[0]) for label in column_labels]
     top = max((len(lines) for lines in column_lines), default=0) * line_height + 2 * _MARGIN

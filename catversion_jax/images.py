@@ -26,6 +26,10 @@ Alpha = Literal["white", "mask"]
 _WHITE = (255, 255, 255)
 _BLACK = (0, 0, 0)
 _WIDE_MODES = ("I", "F")
+# What PIL raises on malformed or unsupported files besides OSError.
+_DECODER_ERRORS = (
+    SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, OverflowError, RuntimeError, struct.error,
+)  # fmt: skip
 _HEIF_SUFFIXES = (".heic", ".heif")
 # A mask saved at another size than its image must at least have its shape, to this relative accuracy.
 _ASPECT_TOLERANCE = 0.02
@@ -81,70 +85,55 @@ def decode_upright(
       ConceptError: unreadable, truncated or too large; or the mask does not belong to the image.
     """
     if source.data is not None:
-        image = _decode(io.BytesIO(source.data), source.label)
+        opaque, transparency = _decode(io.BytesIO(source.data), source.label, _WHITE)
     elif source.path is not None:
-        image = _decode(source.path, str(source.path))
+        opaque, transparency = _decode(source.path, str(source.path), _WHITE)
     else:
         raise ConceptError(f"{source.label}: has neither a path nor data; this entry cannot be read.")
-    opaque, transparency = _flatten(image, _WHITE)
     if source.mask is not None:
-        return opaque, transparency, _read_mask(source.mask, source, image.size)
+        return opaque, transparency, _read_mask(source.mask, source, opaque.size)
     return opaque, transparency, transparency if alpha == "mask" else None
 
 
-def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
+def _decode(
+    file: Path | io.BytesIO, name: str, background: tuple[int, int, int]
+) -> tuple[Image.Image, Image.Image | None]:
+    """Upright RGB on ``background``, and the alpha channel when the image has transparency."""
     try:
         with warnings.catch_warnings():
-            # PIL warns from its limit on and refuses from twice that on; a 100-megapixel photo is fine.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Odd metadata warns, and so do images above PIL's limit (it refuses from twice that on): both are fine.
+            warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 image.load()
-                return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError:
-        raise ConceptError(_too_large(file, name)) from None
+                return _flatten(_upright(image), background)
+    except Image.DecompressionBombError as error:
+        raise ConceptError(
+            f"{name}: too large to be decoded safely. {error} Scale it down, for example to 2048 pixels on its "
+            "longer side."
+        ) from None
     except UnidentifiedImageError:
         raise ConceptError(f"{name}: {_not_an_image(name)}") from None
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, *_DECODER_ERRORS) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise ConceptError(
-            f"{name}: cannot be read as an image ({reason}). Replace or remove the file."
-        ) from error
-    # What PIL's decoders raise on malformed files besides OSError.
-    except (SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, struct.error) as error:
-        raise ConceptError(
-            f"{name}: is damaged or not a supported image ({error}). Replace or remove the file."
+            f"{name}: cannot be decoded ({reason}): truncated, damaged or not readable. Replace or remove it."
         ) from error
 
 
 def _not_an_image(name: str) -> str:
     if name.lower().endswith(_HEIF_SUFFIXES):
         return "HEIC cannot be read here. Convert it to JPEG or PNG."
-    return "is not an image any decoder here understands (or is empty). Replace or remove the file."
+    return "is not an image any decoder here understands, or is empty. Replace or remove the file."
 
 
-def _too_large(file: Path | io.BytesIO, name: str) -> str:
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-    return (
-        f"{name}: {_pixel_count(file)}pixels are more than the limit of {limit:,} that guards against "
-        "decompression bombs. Scale the image down, for example to 2048 pixels on its longer side."
-    )
-
-
-def _pixel_count(file: Path | io.BytesIO) -> str:
-    """``"20,000 x 20,000 = 400,000,000 "`` from the header alone; nothing is decompressed."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        if isinstance(file, io.BytesIO):
-            file.seek(0)
-        with Image.open(file) as image:
-            width, height = image.size
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    return f"{width:,} x {height:,} = {width * height:,} "
+        return ImageOps.exif_transpose(image)
+    except _DECODER_ERRORS:
+        return image  # an EXIF block that cannot be parsed says nothing about orientation
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.Image, Image.Image | None]:
-    """RGB on ``background``, and the alpha channel when the image has transparency."""
     image = _eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB"), None
@@ -179,8 +168,7 @@ def _square(size: tuple[int, int]) -> tuple[float, float, float, float]:
 
 def _read_mask(path: Path, source: ImageSource, size: tuple[int, int]) -> Image.Image:
     """The mask as 8-bit greyscale, at the size of the upright image."""
-    mask = _decode(path, str(path))
-    grey = _flatten(mask, _BLACK)[0].convert("L")
+    grey = _decode(path, str(path), _BLACK)[0].convert("L")
     if grey.size == size:
         return grey
     (width, height), (mask_width, mask_height) = size, grey.size

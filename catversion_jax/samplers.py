@@ -36,9 +36,8 @@ import numpy as np
 from catversion_jax.array_types import Array, Float
 from catversion_jax.diffusion import NoiseScheduleConfig, alphas_cumprod
 from catversion_jax.errors import CatVersionError
+from catversion_jax.sampling_settings import KARRAS_SAMPLERS, SAMPLERS
 
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++")
-KARRAS_SAMPLERS = ("euler", "dpmsolver++")
 _DEFAULT_SPACING = {
     "ddim": "leading",
     "euler": "linspace",

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -30,32 +29,9 @@ from catversion_jax.models.network import Network
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.residual import KVResidual
 from catversion_jax.samplers import Sampler, SamplerRow, make_sampler
+from catversion_jax.sampling_settings import SamplingSettings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-    """How to draw; the same for every image of a call. Defaults are diffusers' StableDiffusionPipeline's.
-
-    ``height`` and ``width`` of None are the model's own. ``batch_size`` images are denoised together; an
-    image's bits depend on it (another compiled program), but not on the other images. None: 1 on CPU, else 4.
-    """
-
-    sampler: str = "ddim"
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    eta: float = 0.0
-    karras: bool | None = None
-    height: int | None = None
-    width: int | None = None
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise CatVersionError(f"batch_size={self.batch_size}: must be at least 1.")
-        if not math.isfinite(self.guidance_scale):
-            raise CatVersionError(f"guidance_scale={self.guidance_scale}: must be a finite number; 7.5 is usual.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +85,7 @@ def generate(
         karras=settings.karras,
     )
     shape = latent_shape(backbone, settings)
-    start = None if latents is None else _checked_latents(latents, len(requests), shape)
+    start = checked_latents(backbone, settings, latents, len(requests))
     warnings = prompt_warnings(backbone.tokenizer, requests)
     for message in warnings:
         logger.warning(message)
@@ -210,8 +186,17 @@ def decode_latents(
     return np.stack(images)
 
 
-def _checked_latents(latents: np.ndarray, count: int, shape: tuple[int, int, int]) -> np.ndarray:
-    height, width, channels = shape
+def checked_latents(
+    backbone: Backbone, settings: SamplingSettings, latents: np.ndarray | None, count: int
+) -> Float[np.ndarray, "n h w channels"] | None:
+    """Initial latents of ``count`` images from diffusers' NCHW layout; None stays None.
+
+    Raises:
+      CatVersionError: wrong shape, wrong type, or numbers that are not finite.
+    """
+    if latents is None:
+        return None
+    height, width, channels = latent_shape(backbone, settings)
     expected = (count, channels, height, width)
     if latents.shape != expected:
         raise CatVersionError(
@@ -238,7 +223,7 @@ def _encode(
 def _initial_noise(
     seeds: Int[Array, " B"], shape: tuple[int, int, int]
 ) -> tuple[Key[Array, " B"], Float[Array, "B h w channels"]]:
-    """Each image's key and, from fold 0 of it, its noise. Step ``i`` of a stochastic sampler uses fold ``i + 1``."""
+    """Each image's key and the noise of its fold 0; step ``i`` of a stochastic sampler uses fold ``i + 1``."""
     keys = jax.vmap(jax.random.key)(seeds)
     return keys, jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
 

@@ -32,7 +32,9 @@ def make_residual(seed: int, positions: int = 1, layers: tuple = (1, 2, 3), bias
 
 
 def write(folder: Path, name: str, base_class: str, residual: KVResidual, **kwargs) -> Path:
-    return save_concept(folder / name / "catversion.safetensors", residual, base_class=base_class, name=name, **kwargs)
+    return save_concept(
+        folder / name / "catversion.safetensors", residual, base_class=base_class, name=name, **kwargs
+    )
 
 
 @pytest.fixture(params=["eager", "sdpa"])
@@ -68,12 +70,17 @@ def encode_by_hand(pipe, prompt: str, residuals: list[KVResidual], attention_mas
     num_tokens = len(ids)
 
     def norm(x, name):
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
+        return torch.nn.functional.layer_norm(
+            x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5
+        )
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
-    x = weights["embeddings.token_embedding.weight"][ids] + weights["embeddings.position_embedding.weight"][:num_tokens]
+    x = (
+        weights["embeddings.token_embedding.weight"][ids]
+        + weights["embeddings.position_embedding.weight"][:num_tokens]
+    )
     mask = torch.full((num_tokens, num_tokens), -math.inf, dtype=torch.float64).triu(1)
     if attention_mask is not None:
         mask = mask.masked_fill(attention_mask[None, :] == 0, -math.inf)
@@ -89,7 +96,9 @@ def encode_by_hand(pipe, prompt: str, residuals: list[KVResidual], attention_mas
                     at = residual.layers.index(layer)
                     keys.insert(0, torch.tensor(residual.key[at][:, head]).double())
                     values.insert(0, torch.tensor(residual.value[at][:, head]).double())
-                    added.insert(0, torch.full((num_tokens, residual.num_positions), float(residual.logit_bias)).double())
+                    added.insert(
+                        0, torch.full((num_tokens, residual.num_positions), float(residual.logit_bias)).double()
+                    )
             logits = q[:, head] @ torch.cat(keys).T / math.sqrt(HEAD_DIM) + torch.cat(added, dim=1)
             heads.append(logits.softmax(-1) @ torch.cat(values))
         x = x + linear(torch.stack(heads, 1).reshape(num_tokens, -1), f"{name}.self_attn.out_proj")
@@ -286,7 +295,9 @@ def test_another_text_encoder_is_an_error_unless_forced(tiny_sd_folder, tmp_path
     pipe = load_pipe(tiny_sd_folder)
     right = loader.text_encoder_sha256(pipe.text_encoder)
     loader.load_catversion(pipe, write(tmp_path, "right", "cat", make_residual(15), text_encoder_sha256=right))
-    wrong = write(tmp_path, "wrong", "cat", make_residual(15), text_encoder_sha256="0" * 64, base_model="some/model")
+    wrong = write(
+        tmp_path, "wrong", "cat", make_residual(15), text_encoder_sha256="0" * 64, base_model="some/model"
+    )
     with pytest.raises(loader.CatVersionLoadError, match=r"000000000000 of some/model.*force=True"):
         loader.load_catversion(pipe, wrong)
     assert [c["name"] for c in loader.list_catversion(pipe)] == ["right"]

@@ -5,7 +5,8 @@ import pytest
 
 from catversion_jax.diffusion import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError
-from catversion_jax.samplers import SAMPLERS, SamplerRow, make_sampler
+from catversion_jax.samplers import SamplerRow, make_sampler
+from catversion_jax.sampling_settings import SAMPLERS
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

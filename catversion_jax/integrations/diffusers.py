@@ -25,14 +25,13 @@ This file imports torch, safetensors, transformers and nothing of its own packag
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +47,13 @@ class CatVersionLoadError(ValueError):
     """A concept that cannot be used with this pipeline. The message says the value, the rule and the remedy."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a user calls
-# ---------------------------------------------------------------------------------------------------------------
+# ---- What a user calls ----------------------------------------------------------------------------------------
 
 
 def load_catversion(
-    pipe: Any,
-    path_or_hub_id: str | Path,
-    adapter_name: str | None = None,
-    *,
-    force: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
+    pipe: Any, path_or_hub_id: str | Path, adapter_name: str | None = None, *, force: bool = False
 ) -> str:
-    """Load a concept and make it active at scale 1, beside the concepts of other words that are active.
+    """Load a concept and make it active at scale 1, beside the active concepts of other base classes.
 
     An active concept of the same base class is set aside, and a loaded one of the same name is replaced; both
     cost no more than the few kB of the new one. Use :func:`set_catversion` for any other choice.
@@ -73,8 +64,6 @@ def load_catversion(
         folder or file inside the repository: ``"user/repo"``, ``"user/repo/teapot"``.
       adapter_name: how to call it here; default: the concept's own name.
       force: load it although it was trained with another text encoder of the same shape.
-      revision: of the hub repository.
-      token: for private hub repositories.
 
     Returns:
       The name under which it is loaded.
@@ -82,7 +71,7 @@ def load_catversion(
     Raises:
       CatVersionLoadError: not a concept file, or it does not fit this pipeline's text encoder.
     """
-    file = _resolve_file(path_or_hub_id, revision, token)
+    file = _resolve_file(path_or_hub_id)
     return _load_bytes(pipe, file.read_bytes(), str(file), adapter_name, force)
 
 
@@ -91,7 +80,7 @@ def set_catversion(
     name: str | Sequence[str],
     scale: float | Sequence[float] = 1.0,
     *,
-    plain_prompts: Sequence[str] | None = None,
+    plain_prompts: Sequence[str] = (),
 ) -> None:
     """Choose the active concepts and their scales; all other loaded ones rest.
 
@@ -101,8 +90,7 @@ def set_catversion(
       pipe: the pipeline.
       name: one or more loaded names.
       scale: one number for all or one per name; 0 = plain model exactly, 1 = as trained.
-      plain_prompts: prompts that stay plain whatever they say, such as the negative prompt; None keeps the
-        earlier choice.
+      plain_prompts: prompts that stay plain whatever they say, such as the negative prompt.
 
     Raises:
       CatVersionLoadError: a name that is not loaded, or a scale that is not a finite number >= 0.
@@ -112,17 +100,15 @@ def set_catversion(
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(names)
     if len(scales) != len(names):
         raise CatVersionLoadError(f"{len(names)} names and {len(scales)} scales: give one scale per name.")
-    for one in names:
+    for one, number in zip(names, scales, strict=True):
         state.require(one)
-    for number in scales:
         if not (math.isfinite(number) and number >= 0):
             raise CatVersionLoadError(f"scale={number}: must be a finite number >= 0 (0 = plain, 1 = as trained).")
     state.active = dict(zip(names, map(float, scales), strict=True))
     state.enabled = True
-    if plain_prompts is not None:
-        given = [plain_prompts] if isinstance(plain_prompts, str) else plain_prompts
-        limit = pipe.tokenizer.model_max_length - 2
-        state.plain = {tuple(_word_ids(pipe.tokenizer, prompt)[:limit]) for prompt in given}
+    given = [plain_prompts] if isinstance(plain_prompts, str) else plain_prompts
+    limit = pipe.tokenizer.model_max_length - 2  # begin-of-text and end-of-text
+    state.plain = {_word_ids(pipe.tokenizer, prompt)[:limit] for prompt in given}
 
 
 def disable_catversion(pipe: Any) -> None:
@@ -141,8 +127,7 @@ def unload_catversion(pipe: Any, name: str | None = None) -> None:
     Raises:
       CatVersionLoadError: ``name`` is not loaded.
     """
-    state = getattr(pipe.text_encoder, "_catversion_state", None)
-    if state is None and name is None:
+    if name is None and not hasattr(pipe.text_encoder, "_catversion_state"):
         return
     state = _state_of(pipe)
     for one in [name] if name is not None else list(state.loaded):
@@ -154,28 +139,17 @@ def unload_catversion(pipe: Any, name: str | None = None) -> None:
 
 
 def list_catversion(pipe: Any) -> list[dict[str, Any]]:
-    """The loaded concepts: name, base class, when, active, scale, layers, positions, base model."""
+    """The loaded concepts: name, active, scale, base_class, when, layers, base_model."""
     state = getattr(pipe.text_encoder, "_catversion_state", None)
-    if state is None:
-        return []
-    return [
-        {
-            "name": name,
-            "base_class": concept.base_class,
-            "when": concept.when,
-            "active": state.enabled and name in state.active,
-            "scale": state.active.get(name),
-            "layers": list(concept.layers),
-            "num_positions": concept.key.shape[1],
-            "base_model": concept.base_model,
-        }
-        for name, concept in state.loaded.items()
-    ]
+    listed = []
+    for name, one in state.loaded.items() if state else ():
+        entry = {key: getattr(one, key) for key in ("base_class", "when", "layers", "base_model")}
+        active = state.enabled and name in state.active
+        listed.append({"name": name, "active": active, "scale": state.active.get(name), **entry})
+    return listed
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Concept files
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Concept files --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -185,29 +159,28 @@ class _LoadedConcept:
     name: str
     base_class: str
     when: str
+    base_model: str
+    text_encoder_sha256: str
     layers: tuple[int, ...]
     key: torch.Tensor
     value: torch.Tensor
     logit_bias: float
-    base_model: str
-    text_encoder_sha256: str
     class_ids: tuple[int, ...] = ()
-    on_device: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    placed: dict[Any, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def at_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Key and value ``[N P H]`` on the device and in the dtype of ``like``; None where it is not adapted."""
         if layer not in self.layers:
             return None
         place = (like.device, like.dtype)
-        if place not in self.on_device:  # the encoder may have moved since loading
-            heads_first = (x.permute(0, 2, 1, 3).to(*place) for x in (self.key, self.value))
-            self.on_device = {place: tuple(heads_first)}  # type: ignore[dict-item]
-        key, value = self.on_device[place]
+        if place not in self.placed:  # the encoder may have moved since loading
+            self.placed = {place: [x.permute(0, 2, 1, 3).to(*place) for x in (self.key, self.value)]}
+        key, value = self.placed[place]
         index = self.layers.index(layer)
         return key[index], value[index]
 
 
-def _resolve_file(path_or_hub_id: str | Path, revision: str | None, token: str | None) -> Path:
+def _resolve_file(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         path = path / CONCEPT_FILE_NAME
@@ -215,37 +188,33 @@ def _resolve_file(path_or_hub_id: str | Path, revision: str | None, token: str |
             raise CatVersionLoadError(f"{path.parent}: no {CONCEPT_FILE_NAME} in it. Give a concept's folder.")
     if path.is_file():
         return path
-    parts = str(path_or_hub_id).split("/")
-    if len(parts) < 2 or path.is_absolute() or parts[0] in ("", ".", "..", "~"):
+    owner, *parts = str(path_or_hub_id).split("/")
+    if not parts or owner in ("", ".", "..", "~"):
         raise CatVersionLoadError(
             f"{path_or_hub_id}: no such file. Give a concept file, its folder, or a hub id like user/repo."
         )
-    inside = parts[2:] if parts[-1].endswith(".safetensors") else [*parts[2:], CONCEPT_FILE_NAME]
+    inside = "/".join(parts[1:] if parts[-1].endswith(".safetensors") else [*parts[1:], CONCEPT_FILE_NAME])
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(
-            hf_hub_download("/".join(parts[:2]), "/".join(inside) or parts[-1], revision=revision, token=token)
-        )
+        return Path(hf_hub_download(f"{owner}/{parts[0]}", inside))
     except Exception as error:  # the hub's exceptions differ by version; all mean that there is no file
         raise CatVersionLoadError(
-            f"{path_or_hub_id}: neither a file here nor {'/'.join(inside)} in a hub repository of that name "
+            f"{path_or_hub_id}: no such file here, and no {inside} in a hub repository of that name "
             f"({type(error).__name__}: {error}). Check the spelling, and the connection for a hub id."
         ) from error
 
 
 def _parse_concept(data: bytes, source: str) -> _LoadedConcept:
-    """Read a concept file's bytes.
-
-    Raises:
-      CatVersionLoadError: damaged, newer than this code, or something else.
-    """
     import safetensors.torch
 
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
+        if "catversion.format_version" in metadata and metadata["modelspec.hash_sha256"] != digest:
+            raise ValueError("its tensors do not have the checksum it states")
     except Exception as error:  # SafetensorError, or anything json and torch raise on garbage
         raise CatVersionLoadError(
             f"{source}: not a complete safetensors file ({error}). Give a {CONCEPT_FILE_NAME}; copy it again."
@@ -254,29 +223,20 @@ def _parse_concept(data: bytes, source: str) -> _LoadedConcept:
     version = own.get("format_version")
     if version is None:
         raise CatVersionLoadError(
-            f"{source}: no catversion metadata (it holds {', '.join(list(tensors)[:3])}): not a concept file. LoRAs "
-            "load with load_lora_weights, embeddings with load_textual_inversion."
+            f"{source}: no catversion metadata (it holds {', '.join(list(tensors)[:3])}): not a concept file. "
+            "LoRAs load with load_lora_weights, embeddings with load_textual_inversion."
         )
     if not version.isdigit() or int(version) > FORMAT_VERSION:
         raise CatVersionLoadError(
             f"{source}: format version {version}, this code reads up to {FORMAT_VERSION}. Update catversion-jax."
         )
-    digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
-    if metadata.get("modelspec.hash_sha256", digest) != digest:
-        raise CatVersionLoadError(f"{source}: its tensors do not match its checksum: damaged. Copy it again.")
     try:
         layers = tuple(int(i) for i in json.loads(own["layers"]))
-        return _LoadedConcept(
-            name=own["name"],
-            base_class=own["base_class"],
-            when=own["when"],
-            layers=layers,
-            key=torch.stack([tensors[f"layers.{i}.key"] for i in layers]).float(),
-            value=torch.stack([tensors[f"layers.{i}.value"] for i in layers]).float(),
-            logit_bias=float(own["logit_bias"]),
-            base_model=own.get("base_model", ""),
-            text_encoder_sha256=own.get("text_encoder_sha256", ""),
+        key, value = (
+            torch.stack([tensors[f"layers.{i}.{part}"] for i in layers]).float() for part in ("key", "value")
         )
+        texts = ("name", "base_class", "when", "base_model", "text_encoder_sha256")
+        return _LoadedConcept(*(own[text] for text in texts), layers, key, value, float(own["logit_bias"]))
     except (KeyError, ValueError, TypeError) as error:
         raise CatVersionLoadError(f"{source}: damaged concept file ({error!r}). Export it again.") from error
 
@@ -285,36 +245,33 @@ def _load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str | None, f
     concept = _parse_concept(data, source)
     encoder = getattr(pipe, "text_encoder", None)
     if encoder is None or getattr(pipe, "tokenizer", None) is None:
-        raise CatVersionLoadError(
-            f"{type(pipe).__name__} has no text_encoder and tokenizer; a concept needs both."
-        )
+        raise CatVersionLoadError(f"{type(pipe).__name__}: a concept needs a text_encoder and a tokenizer.")
     _check_shape(concept, encoder, source)
-    state = getattr(encoder, "_catversion_state", None)
-    new_state = state if state is not None else _State(pipe.tokenizer)
+    state = getattr(encoder, "_catversion_state", None) or _State(pipe.tokenizer)
     if not force:
-        new_state.check_fingerprint(concept, encoder, source)
-    concept.class_ids = tuple(_word_ids(pipe.tokenizer, concept.base_class))
+        state.check_fingerprint(concept, encoder, source)
+    concept.class_ids = _word_ids(pipe.tokenizer, concept.base_class)
+    if not concept.class_ids:
+        raise CatVersionLoadError(f"{source}: base class {concept.base_class!r} has no tokens. Export it again.")
+    state.install(encoder, getattr(pipe, "unet", None))
+    for rival, one in state.loaded.items():
+        if one.class_ids == concept.class_ids:
+            state.active.pop(rival, None)
     name = adapter_name or concept.name
-    rivals = [other for other, one in new_state.loaded.items() if one.class_ids == concept.class_ids]
-    for rival in rivals:
-        new_state.active.pop(rival, None)
-    new_state.loaded[name] = concept
-    new_state.active[name] = 1.0
-    new_state.install(encoder, getattr(pipe, "unet", None))
+    state.loaded[name] = concept
+    state.active[name] = 1.0
     return name
 
 
 def _check_shape(concept: _LoadedConcept, encoder: Any, source: str) -> None:
-    config = encoder.config
-    heads, width = config.num_attention_heads, config.hidden_size
-    _, _, concept_heads, concept_head_dim = concept.key.shape
-    fits = max(concept.layers) < config.num_hidden_layers
-    if (concept_heads, concept_head_dim) != (heads, width // heads) or not fits:
+    heads, num_layers = encoder.config.num_attention_heads, encoder.config.num_hidden_layers
+    head_dim = encoder.config.hidden_size // heads
+    top = max(concept.layers)
+    if tuple(concept.key.shape[2:]) != (heads, head_dim) or top >= num_layers:
         raise CatVersionLoadError(
-            f"{source}: made for a text encoder with {concept_heads} heads of {concept_head_dim} and at least "
-            f"{max(concept.layers) + 1} layers; this pipeline's has {heads} heads of {width // heads} and "
-            f"{config.num_hidden_layers} layers. Load the model it was trained on: "
-            f"{concept.base_model or 'not stated in the file'}."
+            f"{source}: made for a text encoder with {concept.key.shape[2]} heads of {concept.key.shape[3]} and "
+            f"at least {top + 1} layers; this pipeline's has {heads} heads of {head_dim} and {num_layers} layers. "
+            f"Load the model it was trained on: {concept.base_model or 'not stated in the file'}."
         )
 
 
@@ -337,12 +294,17 @@ def text_encoder_sha256(encoder: torch.nn.Module) -> str | None:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Which rows, and what happens to them
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Which rows, and what happens to them ---------------------------------------------------------------------
 
 # Rows of the batch that share the same concepts, with each concept's bias of equation (2).
 _Group = tuple[list[tuple[_LoadedConcept, float]], list[int]]
+
+
+def _state_of(pipe: Any) -> _State:
+    state = getattr(pipe.text_encoder, "_catversion_state", None)
+    if state is None:
+        raise CatVersionLoadError("no concept is loaded in this pipeline. Use load_catversion first.")
+    return state
 
 
 class _State:
@@ -362,15 +324,13 @@ class _State:
 
     def require(self, name: str) -> None:
         if name not in self.loaded:
-            raise CatVersionLoadError(
-                f"{name!r} is not loaded; loaded are: {', '.join(self.loaded) or 'none'}. Use load_catversion first."
-            )
+            listed = ", ".join(self.loaded) or "none"
+            raise CatVersionLoadError(f"{name!r} is not loaded; loaded: {listed}. Use load_catversion first.")
 
     def check_fingerprint(self, concept: _LoadedConcept, encoder: torch.nn.Module, source: str) -> None:
         if not concept.text_encoder_sha256:
             return
-        if self.fingerprint is None:
-            self.fingerprint = text_encoder_sha256(encoder)
+        self.fingerprint = self.fingerprint or text_encoder_sha256(encoder)
         if self.fingerprint is None:
             warnings.warn(
                 f"{source}: whether this text encoder is the one it was trained with cannot be checked in "
@@ -380,14 +340,12 @@ class _State:
         elif self.fingerprint != concept.text_encoder_sha256:
             raise CatVersionLoadError(
                 f"{source}: trained with the text encoder {concept.text_encoder_sha256[:12]} of "
-                f"{concept.base_model or 'an unnamed model'}; this pipeline's is {self.fingerprint[:12]}, and a concept "
-                "means nothing to another one. Load that model, or pass force=True to try it."
+                f"{concept.base_model or 'an unnamed model'}; this pipeline's is {self.fingerprint[:12]}, and "
+                "a concept means nothing to another one. Load that model, or pass force=True to try it."
             )
 
-    # -- installing ---------------------------------------------------------------------------------------------
-
     def install(self, encoder: Any, unet: Any) -> None:
-        """Hooks and the attention implementation; again after a change of either, else without effect."""
+        """Hooks and the attention implementation; again after a change of the latter, else without effect."""
         current = encoder.config._attn_implementation
         if not current.startswith(_PREFIX):
             if current not in _IMPLEMENTATIONS:
@@ -412,18 +370,14 @@ class _State:
     def uninstall(self, encoder: Any) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles = []
         if encoder.config._attn_implementation.startswith(_PREFIX):
             encoder.set_attn_implementation(self.original)
         for attention in _attention_modules(encoder):
-            with contextlib.suppress(AttributeError):
-                del attention._catversion
+            del attention._catversion
         del encoder._catversion_state
 
-    # -- public hooks -------------------------------------------------------------------------------------------
-
     def before_encoding(self, encoder: Any, args: tuple, kwargs: dict) -> None:
-        """Group the rows by the concepts their prompts call."""
+        """Forward pre-hook of the text encoder: group the rows by the concepts their prompts call."""
         self.groups = []
         acting = {name: scale for name, scale in self.active.items() if scale > 0}
         if not self.enabled or not acting:
@@ -436,8 +390,7 @@ class _State:
         prompts = [self._content(row) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
         rows_by_names: dict[tuple[str, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            names = tuple(name for name in acting if self._calls(prompt, self.loaded[name]))
-            if names:
+            if names := tuple(name for name in acting if self._calls(prompt, self.loaded[name])):
                 rows_by_names.setdefault(names, []).append(row)
         self.groups = [
             ([(self.loaded[n], self.loaded[n].logit_bias + math.log(acting[n])) for n in names], rows)
@@ -446,14 +399,12 @@ class _State:
         self._warn_uncalled(prompts, {row for _, rows in self.groups for row in rows})
 
     def after_encoding(self, encoder: Any, args: tuple, output: Any) -> None:
-        """The marks belong to one call only."""
+        """Forward hook of the text encoder: the marks belong to one call only."""
         self.groups = []
 
     def before_denoising(self, unet: Any, args: tuple) -> None:
-        """The prompts of this picture are encoded: the next ones are a new picture's."""
+        """Forward pre-hook of the UNet: this picture's prompts are encoded, the next ones are a new picture's."""
         self.negative_expected = False
-
-    # -- rows ---------------------------------------------------------------------------------------------------
 
     def _content(self, ids: list[int]) -> tuple[int, ...]:
         """A row's own tokens, between begin-of-text and the first end-of-text."""
@@ -464,56 +415,51 @@ class _State:
     def _calls(self, prompt: tuple[int, ...], concept: _LoadedConcept) -> bool:
         if not prompt or prompt in self.plain:
             return False
-        if concept.when == "always":
-            return True
         word = concept.class_ids
-        return any(prompt[i : i + len(word)] == word for i in range(len(prompt) - len(word) + 1))
+        starts = range(len(prompt) - len(word) + 1)
+        return concept.when == "always" or any(prompt[i : i + len(word)] == word for i in starts)
 
-    def _warn_uncalled(self, prompts: Iterable[tuple[int, ...]], called: set[int]) -> None:
+    def _warn_uncalled(self, prompts: list[tuple[int, ...]], called: set[int]) -> None:
         """Warn about prompts that call nothing, once per picture.
 
         Pipelines encode the prompts first, then the negative ones, which call nothing on purpose: after a first
         encoding, one that calls nothing is taken for them until the UNet has run.
         """
-        uncalled = [row for row, ids in enumerate(prompts) if ids and ids not in self.plain and row not in called]
+        plain = [row for row, ids in enumerate(prompts) if ids and ids not in self.plain and row not in called]
         is_negative = self.negative_expected and not called
         self.negative_expected = not is_negative
-        if uncalled and not is_negative:
-            words = sorted({self.loaded[name].base_class for name in self.active})
+        if plain and not is_negative:
+            words = " or ".join(repr(word) for word in sorted({self.loaded[n].base_class for n in self.active}))
             warnings.warn(
-                f"prompt {', '.join(str(row) for row in uncalled)} of this batch calls no active concept and is drawn by "
-                f"the plain model. Write {' or '.join(repr(word) for word in words)} in it.",
+                f"prompt {', '.join(map(str, plain))} of this batch calls no active concept and is drawn by the "
+                f"plain model. Write {words} in it.",
                 stacklevel=2,
             )
-
-    # -- attention ----------------------------------------------------------------------------------------------
 
     def overwrite(
         self,
         layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        heads: list[torch.Tensor],
         mask: torch.Tensor | None,
         scaling: float,
         output: torch.Tensor,
     ) -> torch.Tensor:
         """``output`` ``[B T N H]`` with the marked rows replaced by equation (1); others are not touched.
 
-        ``query, key, value`` are ``[B N T H]``; ``mask`` ``[B or 1, 1, T, T]`` boolean or additive, or None.
+        ``heads`` are query, key and value, ``[B N T H]``; ``mask`` ``[B or 1, 1, T, T]`` boolean or additive.
         """
-        wide = query.dtype if query.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(output.dtype, torch.float32)
         for concepts, rows in self.groups:
-            index = torch.tensor(rows, device=query.device)
-            q, k, v = (x[index].to(wide) for x in (query, key, value))
+            index = torch.tensor(rows, device=output.device)
+            q, k, v = (x[index].to(wide) for x in heads)
             parts = [(pair, bias) for one, bias in concepts if (pair := one.at_layer(layer, q)) is not None]
             if not parts:
                 continue
             logits = [torch.matmul(q, pair[0].mT) * scaling + bias for pair, bias in parts]  # [R N T P]
             logits.append(_masked(torch.matmul(q, k.mT) * scaling, mask, index))  # [R N T T]
             values = torch.cat([*(pair[1].expand(len(rows), -1, -1, -1) for pair, _ in parts), v], dim=-2)
-            weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1)
-            output = output.index_copy(0, index, torch.matmul(weights, values).transpose(1, 2).to(output.dtype))
+            mixed = torch.matmul(torch.cat(logits, dim=-1).softmax(dim=-1), values)  # [R N T H]
+            output = output.index_copy(0, index, mixed.transpose(1, 2).to(output.dtype))
         return output
 
 
@@ -530,12 +476,11 @@ def _masked(logits: torch.Tensor, mask: torch.Tensor | None, index: torch.Tensor
 
 def _attention_modules(encoder: Any) -> list[Any]:
     """Self-attention of every layer; transformers >= 5.6 has no ``.text_model`` level."""
-    body = encoder.text_model if hasattr(encoder, "text_model") else encoder
-    return [layer.self_attn for layer in body.encoder.layers]
+    return [layer.self_attn for layer in getattr(encoder, "text_model", encoder).encoder.layers]
 
 
-def _word_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+def _word_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _register(original: str) -> str:
@@ -550,24 +495,18 @@ def _register(original: str) -> str:
 
 def _make_attention(original: str, registered: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     def catversion_attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
+        module: Any, query: Any, key: Any, value: Any, attention_mask: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if original == "eager":  # not in the registry: every model file brings its own
-            plain = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            plain = sys.modules[type(module).__module__].eager_attention_forward
         else:
             plain = registered[original]
-        output, weights = plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        output, weights = plain(module, query, key, value, attention_mask, **kwargs)
         state, layer = getattr(module, "_catversion", (None, 0))
         if state is None or not state.groups:
             return output, weights
-        scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         # The plain weights would be wrong for the marked rows and have another number of columns.
-        return state.overwrite(layer, query, key, value, attention_mask, scaling, output), None
+        return state.overwrite(layer, [query, key, value], attention_mask, scaling, output), None
 
     return catversion_attention

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from catversion_jax.atomic_files import make_folder
 from catversion_jax.concepts import ConceptList, ConceptSpec, concept_prompts
 from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion import noise_schedule
@@ -32,7 +33,7 @@ from catversion_jax.training.pack import PreparedConcept, assemble_pack, prepare
 from catversion_jax.training.run_directory import RunDirectory
 from catversion_jax.training.state import ConceptData, TrainState, create_train_state, make_optimizer
 from catversion_jax.training.step import make_eval_step, make_train_step
-from catversion_jax.training.validation import write_sample_grid
+from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class _Trainer:
         self.tx = make_optimizer(config)
         self.train_step = make_train_step(schedule, self.tx, mesh, config)
         self.eval_step = make_eval_step(schedule, mesh, config, self.layers[0])
+        self.grids = SampleGrids(backbone, config)
         self.compiled = False
 
     # ------------------------------------------------------------------ one pack
@@ -174,6 +176,7 @@ class _Trainer:
         for spec in pack.concepts:
             try:
                 prepared.append(prepare_concept(spec, self.backbone, self.config, self.layers))
+                make_folder(self.run.concept(spec.name))
                 self.run.clear_failure(spec.name)
             except ConceptError as error:
                 failures[spec.name] = str(error)
@@ -268,7 +271,7 @@ class _Trainer:
         residuals = jax.tree.map(np.asarray, state.residual)
         for row, concept in enumerate(prepared):
             path = self.run.concept(concept.spec.name) / "samples" / f"{step:06d}.png"
-            write_sample_grid(path, concept, _row(residuals, row), self.backbone, self.config)
+            self.grids.write(path, concept, _row(residuals, row), step)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ class PreparedConcept:
       encoded: VAE posterior of its images.
       text_hidden: ``[K T D]`` states of its prompts entering the first adapted layer.
       prompts: the K training prompts.
+      references: a few of its images, ``[H W 3]`` uint8, for the sample grids.
     """
 
     spec: ConceptSpec
@@ -43,6 +44,7 @@ class PreparedConcept:
     encoded: EncodedConcept
     text_hidden: np.ndarray
     prompts: tuple[str, ...]
+    references: tuple[np.ndarray, ...]
 
 
 def prepare_concept(
@@ -85,7 +87,9 @@ def prepare_concept(
         seed=seed,
         config=learning_options(config),
     )
-    return PreparedConcept(spec, record, jax.tree.map(np.asarray, residual), encoded, np.stack(hidden), prompts)
+    references = tuple(np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2])
+    residual = jax.tree.map(np.asarray, residual)
+    return PreparedConcept(spec, record, residual, encoded, np.stack(hidden), prompts, references)
 
 
 def assemble_pack(
@@ -101,7 +105,7 @@ def assemble_pack(
 
     ``max_images`` and ``max_prompts`` are those of the whole run, so that every pack has the same shapes.
     """
-    rows = [prepared[min(i, len(prepared) - 1) if i < len(prepared) else 0] for i in range(num_rows)]
+    rows = [prepared[i] if i < len(prepared) else prepared[0] for i in range(num_rows)]
     default_flip = config.random_flip
     flips = [default_flip if row.spec.random_flip is None else row.spec.random_flip for row in rows]
     empty_hidden = None

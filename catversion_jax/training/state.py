@@ -7,6 +7,7 @@ each image slot its index. Rows, packs and devices never enter, so a concept's r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -117,7 +118,7 @@ def init_residual(
       word_positions: where the base-class words stand in ``token_ids``.
       seed: the concept's seed.
     """
-    own_key, own_value = text_encoder.call("keys_values", token_ids[None], layers=layers)
+    own_key, own_value = _own_keys_values(text_encoder, token_ids[None], layers)
     shape = (len(layers), config.num_positions, *own_key.shape[-2:])
     rng_key, rng_value = jax.random.split(jax.random.fold_in(concept_key(seed), INIT_STREAM))
     noise_key = jax.random.normal(rng_key, shape, jnp.float32)
@@ -135,6 +136,11 @@ def init_residual(
         # Equal positions get equal gradients and would stay equal for ever.
         key, value = key + 0.01 * noise_key, value + 0.01 * noise_value
     return KVResidual(key=key, value=value, layers=layers, logit_bias=config.logit_bias)
+
+
+@functools.partial(jax.jit, static_argnames="layers")
+def _own_keys_values(text_encoder: Network, token_ids: Array, layers: tuple[int, ...]) -> tuple[Array, Array]:
+    return text_encoder.call("keys_values", token_ids, layers=layers)
 
 
 def create_train_state(residual: KVResidual, tx: optax.GradientTransformation) -> TrainState:

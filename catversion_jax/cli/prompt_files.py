@@ -1,0 +1,103 @@
+"""Files of prompts: plain text, JSON Lines or YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from catversion_jax.errors import CatVersionError
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRow:
+    """One prompt; None means: as the command line says.
+
+    ``concepts`` are names of ``--concept`` or paths, each optionally with ``:scale``.
+    """
+
+    prompt: str
+    concepts: tuple[str, ...] | None = None
+    seed: int | None = None
+    negative_prompt: str | None = None
+
+
+_KEYS = {"prompt": str, "concepts": list, "seed": int, "negative_prompt": str}
+
+
+def read_prompts(path: Path) -> list[PromptRow]:
+    """Read ``.txt`` (one prompt a line), ``.jsonl``, ``.json`` or ``.yaml`` (rows with the keys of a PromptRow).
+
+    Raises:
+      CatVersionError: unreadable, empty, or a row that is no prompt; the message names its number.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise CatVersionError(f"--prompts {path}: cannot be read ({reason}). Give a text file.") from None
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        rows = [_row(path, n, _json(path, n, line)) for n, line in _lines(text)]
+    elif suffix in (".yaml", ".yml", ".json"):
+        rows = [_row(path, n, value) for n, value in enumerate(_yaml_list(path, text), start=1)]
+    else:
+        rows = [PromptRow(line) for _, line in _lines(text)]
+    if not rows:
+        raise CatVersionError(f"--prompts {path}: holds no prompt. Write one per line.")
+    return rows
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    return [(n, line.strip()) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+
+
+def _json(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise CatVersionError(
+            f'--prompts {path}, line {number}: is not JSON ({error}). Write {{"prompt": "a dog"}} on each line.'
+        ) from None
+
+
+def _yaml_list(path: Path, text: str) -> list[Any]:
+    try:
+        value = yaml.safe_load(text)  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise CatVersionError(f"--prompts {path}: is not valid YAML: {error}") from None
+    if not isinstance(value, list):
+        raise CatVersionError(
+            f"--prompts {path}: holds {type(value).__name__}, must be a list of prompts or of rows with the keys "
+            f"{', '.join(_KEYS)}."
+        )
+    return value
+
+
+def _row(path: Path, number: int, value: Any) -> PromptRow:
+    where = f"--prompts {path}, row {number}"
+    if isinstance(value, str):
+        return PromptRow(value)
+    if not isinstance(value, Mapping) or "prompt" not in value:
+        raise CatVersionError(f"{where}: {value!r} has no 'prompt'. The keys are {', '.join(_KEYS)}.")
+    for key, item in value.items():
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise CatVersionError(f"{where}: unknown key {key!r}, the keys are {', '.join(_KEYS)}.{hint}")
+        if isinstance(item, bool) or not isinstance(item, _KEYS[key]):
+            raise CatVersionError(f"{where}: {key}={item!r}, must be of type {_KEYS[key].__name__}.")
+    concepts = value.get("concepts")
+    if concepts is not None and not all(isinstance(item, str) for item in concepts):
+        raise CatVersionError(f"{where}: concepts={concepts!r}, must be a list of names or paths.")
+    return PromptRow(
+        value["prompt"],
+        None if concepts is None else tuple(concepts),
+        value.get("seed"),
+        value.get("negative_prompt"),
+    )

@@ -1,0 +1,66 @@
+"""The values a user may write beside a concept: each checked, none with a default of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from catversion_jax.errors import ConceptError
+from catversion_jax.prompt_templates import TEMPLATE_SETS
+
+WHEN = ("class_word", "always")
+
+
+def prompts_field(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Its own prompts or templates, from whichever key the layout uses."""
+    given = [key for key in ("prompts", "prompt", "instance_prompt", "templates") if key in fields]
+    if len(given) > 1:
+        raise ConceptError(f"{where}: {' and '.join(given)} are one and the same thing; keep one of them.")
+    if not given:
+        return ()
+    value = fields[given[0]]
+    if given[0] == "templates":
+        if not isinstance(value, str) or value not in TEMPLATE_SETS:
+            raise ConceptError(f"{where}: templates={value!r}: must be one of {', '.join(TEMPLATE_SETS)}.")
+        return TEMPLATE_SETS[value]
+    prompts = [value] if isinstance(value, str) else value
+    if not isinstance(prompts, list) or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ConceptError(f"{where}: {given[0]}={value!r}: must be a text or a list of texts.")
+    return tuple(prompts)
+
+
+def seed_field(value: Any, where: str) -> int | None:
+    """A whole number that fits a JAX key, or None."""
+    if value is None:
+        return None
+    try:
+        seed = int(value) if isinstance(value, str) else value
+    except ValueError:
+        seed = None
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConceptError(f"{where}: seed={value!r}: must be a whole number within 0..{2**32 - 1}.")
+    return seed
+
+
+def random_flip_field(value: Any, where: str) -> float | None:
+    """False and ``no`` forbid the flip (text, logos); True leaves it to the run."""
+    word = str(value).strip().casefold()
+    if value is None or word in ("true", "yes"):
+        return None
+    if word in ("false", "no"):
+        return 0.0
+    try:
+        probability = float(word)
+    except ValueError:
+        probability = math.nan
+    if not 0.0 <= probability <= 1.0:
+        raise ConceptError(f"{where}: random_flip={value!r}: must be false or a probability within 0..1.")
+    return probability
+
+
+def when_field(value: Any, where: str) -> str | None:
+    """``class_word``, ``always`` or None."""
+    if value is not None and value not in WHEN:
+        raise ConceptError(f"{where}: when={value!r}: must be one of {', '.join(WHEN)}.")
+    return value

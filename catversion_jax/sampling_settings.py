@@ -1,0 +1,35 @@
+"""How images are drawn: names and defaults of the sampling options, written once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from catversion_jax.errors import CatVersionError
+
+SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++")
+KARRAS_SAMPLERS = ("euler", "dpmsolver++")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How to draw; the same for every image of a call. Defaults are diffusers' StableDiffusionPipeline's.
+
+    ``height`` and ``width`` of None are the model's own. ``batch_size`` images are denoised together; an
+    image's bits depend on it (another compiled program), but not on the other images. None: 1 on CPU, else 4.
+    """
+
+    sampler: str = "ddim"
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    eta: float = 0.0
+    karras: bool | None = None
+    height: int | None = None
+    width: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise CatVersionError(f"batch_size={self.batch_size}: must be at least 1.")
+        if not math.isfinite(self.guidance_scale):
+            raise CatVersionError(f"guidance_scale={self.guidance_scale}: must be a finite number; 7.5 is usual.")

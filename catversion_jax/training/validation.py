@@ -1,0 +1,56 @@
+"""Sample grids: the concept's photos, the plain model and the concept, for the same prompts and seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from catversion_jax.atomic_files import make_folder
+from catversion_jax.config import TrainConfig
+from catversion_jax.grids import image_grid, save_png
+from catversion_jax.image_requests import ConceptUse, ImageRequest
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.prompt_templates import fill_template
+from catversion_jax.residual import KVResidual
+from catversion_jax.sampling import SamplingSettings, generate
+from catversion_jax.training.pack import PreparedConcept
+
+
+class SampleGrids:
+    """Draws the grids of one run; the plain model's images are drawn once per prompt and seed."""
+
+    def __init__(self, backbone: Backbone, config: TrainConfig):
+        self._backbone, self._config = backbone, config
+        self._plain: dict[tuple[str, int], np.ndarray] = {}
+        side = config.resolution or backbone.default_resolution
+        self._settings = SamplingSettings(
+            sampler="dpmsolver++",
+            num_inference_steps=config.validation_inference_steps,
+            guidance_scale=config.validation_guidance_scale,
+            height=side,
+            width=side,
+        )
+
+    def write(self, path: Path, concept: PreparedConcept, residual: KVResidual, step: int) -> None:
+        """Write the grid of one concept, ``residual`` with leaves ``[L P N H]``."""
+        columns = [
+            (fill_template(template, concept.spec.base_class, where=concept.spec.name, needs_class_word=False), seed)
+            for template in self._config.validation_prompt
+            for seed in range(self._config.num_validation_images)
+        ]
+        record = concept.record
+        use = ConceptUse(record.name, record.base_class, residual, when=record.when)
+        missing = [column for column in columns if column not in self._plain]
+        requests = [ImageRequest(prompt, (use,), seed) for prompt, seed in columns]
+        requests += [ImageRequest(prompt, (), seed) for prompt, seed in missing]
+        images = generate(self._backbone, requests, self._settings).images
+        self._plain |= dict(zip(missing, images[len(columns) :], strict=True))
+        grid = image_grid(
+            [[self._plain[column] for column in columns], list(images[: len(columns)])],
+            row_labels=["plain model", f"{record.name}, step {step}"],
+            column_labels=[f"{prompt} (seed {seed})" for prompt, seed in columns],
+            references=concept.references,
+        )
+        make_folder(path.parent)
+        save_png(path, grid, {"concept": record.name, "step": step, "columns": [list(c) for c in columns]})

@@ -1,0 +1,257 @@
+"""Drawing: equal to the torch pipeline from the same latents, repeatable per seed, and the rules of concepts."""
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from catversion_jax import sampling
+from catversion_jax.errors import CatVersionError
+from catversion_jax.image_requests import ConceptUse, ImageRequest, check_concept
+from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.residual import KVResidual
+from catversion_jax.sampling import encode_prompt, generate
+from catversion_jax.sampling_settings import SamplingSettings
+
+QUICK = SamplingSettings(num_inference_steps=3)
+PEERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_sd_folder):
+    return load_backbone(tiny_sd_folder)
+
+
+def random_concept(backbone, word, seed=0, **options):
+    shape = (2, 3, backbone.num_heads, backbone.head_dim)
+    key, value = np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32)
+    return ConceptUse(f"my {word}", word, KVResidual(key, value, (1, 3), 0.5), **options)
+
+
+def torch_images(folder, sampler, prompts, negative, latents, settings):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.set_num_threads(1)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    scheduler = getattr(diffusers, PEERS[sampler])
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    return pipe(
+        prompts,
+        negative_prompt=negative,
+        latents=torch.from_numpy(latents),
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=settings.height,
+        width=settings.width,
+        output_type="np",
+    ).images
+
+
+def compare_with_torch(folder, backbone, settings, shape=None):
+    side = backbone.default_resolution // backbone.latent_downsampling
+    latents = np.random.default_rng(3).normal(size=(2, 4, *(shape or (side, side)))).astype(np.float32)
+    prompts, negative = ["a red cat", "two dogs, snow"], ["blurry", ""]
+    expected = torch_images(folder, settings.sampler, prompts, negative, latents, settings)
+    requests = [ImageRequest(p, negative_prompt=n) for p, n in zip(prompts, negative, strict=True)]
+    result = generate(backbone, requests, settings, latents=latents)
+    assert expected.std() > 0.05  # something is drawn
+    assert np.abs(result.pixels - expected).max() < 1e-3
+    return result, expected
+
+
+@pytest.mark.parametrize("sampler", PEERS)
+def test_images_equal_the_torch_pipelines(tiny_sd_folder, backbone, sampler):
+    compare_with_torch(tiny_sd_folder, backbone, SamplingSettings(sampler=sampler, num_inference_steps=6))
+
+
+@pytest.mark.parametrize("guidance_scale", [0.5, 1.0])
+def test_no_guidance_at_or_below_one(tiny_sd_folder, backbone, guidance_scale):
+    settings = SamplingSettings(num_inference_steps=4, guidance_scale=guidance_scale)
+    compare_with_torch(tiny_sd_folder, backbone, settings)
+
+
+def test_another_size_than_the_models_own(tiny_sd_folder, backbone):
+    settings = SamplingSettings(num_inference_steps=3, height=24, width=32)
+    result, expected = compare_with_torch(tiny_sd_folder, backbone, settings, shape=(12, 16))
+    assert result.images.shape == expected.shape == (2, 24, 32, 3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+def test_a_model_that_really_draws(trial_folder, sampler):
+    compare_with_torch(
+        trial_folder, load_backbone(trial_folder), SamplingSettings(sampler, num_inference_steps=10)
+    )
+
+
+def test_bytes_are_rounded_as_diffusers_does(backbone):
+    pipeline_utils = pytest.importorskip("diffusers.utils.pil_utils")
+    result = generate(backbone, [ImageRequest("a cat")], QUICK)
+    expected = np.stack([np.asarray(image) for image in pipeline_utils.numpy_to_pil(result.pixels)])
+    assert result.images.dtype == np.uint8
+    np.testing.assert_array_equal(result.images, expected)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
+def test_an_image_is_the_same_bits_whatever_the_batch(backbone, sampler):
+    settings = SamplingSettings(sampler, num_inference_steps=3, batch_size=3)
+    dog, cat = random_concept(backbone, "dog"), random_concept(backbone, "cat", seed=1)
+    wanted = ImageRequest("a dog in snow", (dog,), seed=7)
+    others = [
+        ImageRequest("a cat", (cat,), seed=8),
+        ImageRequest("a dog and a cat", (dog, cat), seed=7, negative_prompt="ugly"),
+        ImageRequest("", seed=9),
+    ]
+    alone = generate(backbone, [wanted], settings)
+    for requests in ([wanted, *others], [*others, wanted], [others[1], wanted]):
+        index = requests.index(wanted)
+        together = generate(backbone, requests, settings)
+        np.testing.assert_array_equal(together.latents[index], alone.latents[0])
+        np.testing.assert_array_equal(together.pixels[index], alone.pixels[0])
+    assert np.abs(generate(backbone, others, settings).pixels - alone.pixels).max() > 0.01
+
+
+def test_seeds_differ_and_ancestral_noise_belongs_to_the_seed(backbone):
+    settings = SamplingSettings("euler_ancestral", num_inference_steps=4)
+    images = generate(backbone, [ImageRequest("a cat", seed=s) for s in (1, 2, 1)], settings).pixels
+    np.testing.assert_array_equal(images[0], images[2])
+    assert np.abs(images[0] - images[1]).max() > 0.01
+    latents = np.zeros((2, 4, 8, 8), np.float32)  # the same start: only the noise along the way differs
+    images = generate(backbone, [ImageRequest("a cat", seed=s) for s in (1, 2)], settings, latents=latents).pixels
+    assert np.abs(images[0] - images[1]).max() > 0.01
+
+
+def test_a_concept_acts_where_its_word_is(backbone):
+    dog = random_concept(backbone, "dog")
+    always = random_concept(backbone, "dog", when="always")
+    zero = random_concept(backbone, "dog", scale=0.0)
+
+    def drawn(prompt, *concepts, negative=""):
+        return generate(backbone, [ImageRequest(prompt, concepts, negative_prompt=negative)], QUICK).pixels
+
+    np.testing.assert_array_equal(drawn("a dog", zero), drawn("a dog"))
+    np.testing.assert_array_equal(drawn("a cat", dog), drawn("a cat"))
+    # the negative prompt is plain even where it names the concept or the concept always acts
+    np.testing.assert_array_equal(drawn("a cat", dog, negative="dog"), drawn("a cat", negative="dog"))
+    assert np.abs(drawn("a dog", dog) - drawn("a dog")).max() > 1e-3
+    np.testing.assert_array_equal(drawn("a dog", dog), drawn("a dog", always))
+    assert np.abs(drawn("a cat", always) - drawn("a cat")).max() > 1e-3
+
+
+def test_several_concepts_each_where_its_word_is(backbone):
+    dog, cat = random_concept(backbone, "dog"), random_concept(backbone, "red cat", seed=1)
+    both = encode_prompt(backbone, "a dog, a red cat", (dog, cat))
+    for one in (dog, cat):
+        assert np.abs(both - encode_prompt(backbone, "a dog, a red cat", (one,))).max() > 1e-3
+    for prompt in ("a dog", "a dog, a cat", "a red dog cat"):
+        np.testing.assert_array_equal(
+            encode_prompt(backbone, prompt, (dog, cat)), encode_prompt(backbone, prompt, (dog,))
+        )
+
+
+def test_scale_is_the_odds_of_the_residual(backbone):
+    """A scale of 2 is the logit bias plus log 2; 1 is the residual as it is, with the negative branch plain."""
+    dog, strong = random_concept(backbone, "dog"), random_concept(backbone, "dog", scale=2.0)
+    residual = dog.residual
+    token_ids = backbone.tokenizer(["a dog"])
+    for use, bias in ((dog, 0.5), (strong, 0.5 + np.log(2.0))):
+        moved = KVResidual(residual.key, residual.value, residual.layers, float(bias))
+        expected = backbone.text_encoder(token_ids, moved)[0]
+        np.testing.assert_allclose(encode_prompt(backbone, "a dog", (use,)), expected, atol=1e-5)
+
+
+def test_one_program_for_any_number_of_steps_guidance_and_sampler(backbone):
+    requests = [ImageRequest("a cat", seed=1)]
+    generate(backbone, requests, QUICK)
+    before = sampling._denoise_step._cache_size()
+    for settings in (
+        SamplingSettings(num_inference_steps=5, guidance_scale=3.0),
+        SamplingSettings("euler_ancestral", num_inference_steps=2),
+        SamplingSettings("dpmsolver++", num_inference_steps=4, karras=True),
+    ):
+        generate(backbone, requests, settings)
+    assert sampling._denoise_step._cache_size() == before
+
+
+def test_nothing_moves_to_the_device_behind_our_back(backbone):
+    request = ImageRequest("a dog", (random_concept(backbone, "dog"),))
+    with jax.transfer_guard("disallow"):
+        generate(backbone, [request], QUICK)
+
+
+def test_progress_counts_every_step(backbone):
+    seen = []
+    requests = [ImageRequest("a cat", seed=s) for s in range(3)]
+    settings = SamplingSettings(num_inference_steps=3, batch_size=2)
+    generate(backbone, requests, settings, on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(step, 6) for step in range(1, 7)]
+
+
+def test_warnings_name_what_was_cut_and_who_was_not_called(backbone, caplog):
+    long_prompt = "a small dog in a very big house"
+    dog, house = random_concept(backbone, "dog"), random_concept(backbone, "house", seed=1)
+    requests = [ImageRequest(long_prompt, (dog, house), seed=seed, negative_prompt="dog" * 12) for seed in (0, 1)]
+    with caplog.at_level(logging.WARNING):
+        result = generate(backbone, requests, QUICK)
+    assert [record.getMessage() for record in caplog.records] == list(result.warnings)
+    cut, negative_cut, unnamed = result.warnings  # each once, for two images
+    assert "24 tokens" in cut
+    assert repr("se") in cut  # 'a small dog in a very big hou' are 22 letters, one token each
+    assert negative_cut.startswith("negative prompt")
+    assert "'my house'" in unnamed
+    assert "when=always" in unnamed
+    assert not generate(backbone, [ImageRequest("a dog", (dog,))], QUICK).warnings
+
+
+@pytest.mark.parametrize(
+    ("settings", "latents", "words"),
+    [
+        ({"height": 17}, None, ["height=17", "multiple of 2", "16 is the nearest"]),
+        ({"width": 0}, None, ["width=0"]),
+        ({}, np.zeros((1, 8, 8, 4), np.float32), ["(1, 8, 8, 4)", "(1, 4, 8, 8)", "diffusers"]),
+        ({"height": 32}, np.zeros((1, 4, 8, 8), np.float32), ["(1, 4, 16, 8)"]),
+        ({}, np.full((1, 4, 8, 8), np.nan, np.float32), ["finite"]),
+        ({}, np.zeros((1, 4, 8, 8), np.int32), ["int32"]),
+        ({"sampler": "eular"}, None, ["'eular'", "Did you mean 'euler'"]),
+        ({"batch_size": 0}, None, ["batch_size=0"]),
+        ({"guidance_scale": float("nan")}, None, ["guidance_scale=nan"]),
+    ],
+)
+def test_impossible_settings(backbone, settings, latents, words):
+    with pytest.raises(CatVersionError) as caught:
+        generate(backbone, [ImageRequest("a cat")], SamplingSettings(**settings), latents=latents)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_impossible_requests(backbone):
+    with pytest.raises(CatVersionError, match="at least one prompt"):
+        generate(backbone, [])
+    with pytest.raises(CatVersionError, match="scale=-1"):
+        random_concept(backbone, "dog", scale=-1.0)
+    with pytest.raises(CatVersionError, match="when='sometimes'"):
+        random_concept(backbone, "dog", when="sometimes")
+    with pytest.raises(CatVersionError, match=f"seed={2**32}"):
+        ImageRequest("a cat", seed=2**32)
+
+
+def test_a_concept_of_another_model(backbone):
+    dog = random_concept(backbone, "dog")
+    check_concept(backbone, dog, backbone.text_encoder_sha256)
+    check_concept(backbone, dog, "")  # the file does not say
+    with pytest.raises(CatVersionError, match="--force"):
+        check_concept(backbone, dog, "0" * 64)
+    check_concept(backbone, dog, "0" * 64, force=True)
+    sd1 = np.zeros((3, 1, 12, 64), np.float32)
+    for residual in (
+        KVResidual(sd1, sd1, (9, 10, 11)),
+        KVResidual(dog.residual.key, dog.residual.value, (3, 4)),
+    ):
+        wrong = ConceptUse("wrong", "dog", residual)
+        with pytest.raises(CatVersionError, match="another model"):
+            check_concept(backbone, wrong, "", force=True)

@@ -202,9 +202,7 @@ def _name_mistakes(entries: Iterable[Entry]) -> list[str]:
         folder = unicodedata.normalize("NFC", name).casefold()
         if folder in seen:
             other = "" if seen[folder] == name else f" (as {seen[folder]!r}, one folder on some systems)"
-            mistakes.append(
-                f"{entry.where}: concept name {name!r}: appears twice{other}. Rename one of them."
-            )
+            mistakes.append(f"{entry.where}: concept name {name!r}: appears twice{other}. Rename one of them.")
         seen.setdefault(folder, name)
     return mistakes
 

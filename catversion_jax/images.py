@@ -101,7 +101,7 @@ def _decode(
     """Upright RGB on ``background``, and the alpha channel when the image has transparency."""
     try:
         with warnings.catch_warnings():
-            # Odd metadata warns, and so do images above PIL's limit (it refuses from twice that on): both are fine.
+            # Odd metadata warns, and images above PIL's limit do (refused from twice that on): both are fine.
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 image.load()

@@ -97,8 +97,9 @@ def generate(
     total = len(batches) * len(sampler.rows)
     progress = iter(range(1, total + 1))
 
-    def report() -> None:
+    def report(x: Array) -> None:
         if on_step is not None:
+            jax.block_until_ready(x)  # dispatch runs ahead of the device, a progress bar should not
             on_step(next(progress), total)
 
     final = []
@@ -165,7 +166,7 @@ def _denoise(
     noise: Float[Array, "B h w channels"],
     texts: list[Array],
     keys: Key[Array, " B"],
-    report: Callable[[], None],
+    report: Callable[[Array], None],
 ) -> Float[np.ndarray, "B h w channels"]:
     """The loop of one batch: one dispatch per step, nothing comes back to the host until the end."""
     sigma, guidance = jax.device_put((np.float32(sampler.init_noise_sigma), np.float32(guidance_scale)))
@@ -173,7 +174,7 @@ def _denoise(
     for step, row in enumerate(sampler.rows):
         row, number = jax.device_put((row, np.uint32(step)))
         x, x0 = _denoise_step(unet, row, guidance, x, x0, texts, keys, number)
-        report()
+        report(x)
     return jax.device_get(x)
 
 

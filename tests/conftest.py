@@ -1,5 +1,6 @@
 """Fixtures several test files share: a small random pipeline folder made of the real diffusers classes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,11 @@ def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     vocabulary = byte_vocabulary()
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=context)
+    files = folder / "tokenizer"  # from files: the constructor's arguments changed with transformers 5
+    files.mkdir(parents=True)
+    (files / "vocab.json").write_text(json.dumps(vocabulary))
+    (files / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(files, model_max_length=context)
     torch.manual_seed(seed)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(

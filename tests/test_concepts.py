@@ -380,7 +380,7 @@ def test_values_beside_a_concept(tmp_path: Path, fields: dict, message: str) -> 
 def test_names_that_cannot_be_folders(tmp_path: Path) -> None:
     put_images(tmp_path / "cup", "1.png")
     bad = ["../escape", "a/b", "a\\b", ".", "..", "", "x" * 101, "é" * 51, "a:b", "tab\t", " pad", "con", "dot."]
-    entries = [{"name": name, "path": "cup", "base_class": "cup"} for name in bad]
+    entries: list[dict] = [{"name": name, "path": "cup", "base_class": "cup"} for name in bad]
     entries[5]["images"] = [str(tmp_path / "cup" / "1.png")]
     del entries[5]["path"]
     (tmp_path / "m.json").write_text(json.dumps(entries))

@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from PIL import Image
 
 from catversion_jax.concepts import ImageSource
 from catversion_jax.errors import ConceptError
-from catversion_jax.images import LoadedImage, load_image
+from catversion_jax.images import Crop, LoadedImage, load_image
 
 ORIENTATION = 0x0112
 
 
-def source(image: Image.Image, kind: str = "PNG", *, mask: Path | None = None, **save: object) -> ImageSource:
+def source(image: Image.Image, kind: str = "PNG", *, mask: Path | None = None, **save: Any) -> ImageSource:
     buffer = io.BytesIO()
     image.save(buffer, kind, **save)
     return ImageSource("picture", data=buffer.getvalue(), mask=mask)
@@ -47,17 +48,17 @@ def test_pixels_are_float32_in_minus_one_to_one() -> None:
     np.testing.assert_array_equal(loaded.pixels, values.astype(np.float32) / 127.5 - 1.0)
 
 
-# How a camera held in each of the eight ways stores an upright scene (EXIF 2.32, tag 0x0112: where row 0 and
-# column 0 of the stored image lie in the scene).
+# How an upright scene is stored in each orientation (EXIF tag 0x0112: on which side of the scene the stored
+# row 0 and column 0 lie).
 STORED = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: a[::-1].transpose(1, 0, 2)[::-1, ::-1],
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: a[::-1].transpose(1, 0, 2),
+    1: lambda a: a,  # top, left
+    2: lambda a: a[:, ::-1],  # top, right
+    3: lambda a: a[::-1, ::-1],  # bottom, right
+    4: lambda a: a[::-1],  # bottom, left
+    5: lambda a: a.swapaxes(0, 1),  # left, top
+    6: lambda a: a[:, ::-1].swapaxes(0, 1),  # right, top
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),  # right, bottom
+    8: lambda a: a[::-1].swapaxes(0, 1),  # left, bottom
 }
 
 
@@ -73,11 +74,10 @@ def test_exif_orientation(orientation: int, kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
-    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    options: dict[str, Any] = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     photo = source(stored, kind, exif=exif, mask=tmp_path / "mask.png", **options)
     loaded = load_image(photo, resolution=32)
     tolerance = 2 if kind == "JPEG" else 0
-    assert np.abs(bytes_of(loaded)[4:-4, 2:14] - upright[4:-4, 10:22]).max(axis=(0, 2))[1:-1].max() <= 255
     # The centre crop of the upright picture is its columns 8..40.
     expected = upright[:, 8:40].astype(int)
     flat = np.ones((32, 32), bool)
@@ -93,7 +93,7 @@ def test_broken_exif_is_ignored() -> None:
     assert np.abs(np.array(constant(load_image(photo, resolution=8))) - (10, 20, 30)).max() <= 1
 
 
-def with_transparent_colour(mode: str, colour: object, transparency: object) -> ImageSource:
+def with_transparent_colour(mode: str, colour: Any, transparency: Any) -> ImageSource:
     return source(Image.new(mode, (8, 8), colour), transparency=transparency)
 
 
@@ -191,7 +191,7 @@ def test_float_tiff() -> None:
 def test_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     for kind in ("GIF", "PNG", "WEBP"):
-        options = {"lossless": True} if kind == "WEBP" else {}
+        options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
         animated = source(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert constant(load_image(animated, resolution=8)) == [255, 0, 0]
 
@@ -205,7 +205,10 @@ def test_center_crop_is_resize_then_crop(height: int, width: int) -> None:
     whole = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
     left, top = (whole.width - side) // 2, (whole.height - side) // 2
     expected = np.asarray(whole)[top : top + side, left : left + side]
-    np.testing.assert_array_equal(bytes_of(load_image(source(image), resolution=side)), expected)
+    # PIL rounds to 8 bits between its horizontal and vertical pass, and the two ways take them in other orders.
+    difference = np.abs(bytes_of(load_image(source(image), resolution=side)) - expected)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.5
 
 
 def test_squash_is_the_official_resize() -> None:
@@ -215,7 +218,7 @@ def test_squash_is_the_official_resize() -> None:
 
 
 @pytest.mark.parametrize("crop", ["center", "squash"])
-def test_mask_follows_the_image(crop: str, tmp_path: Path) -> None:
+def test_mask_follows_the_image(crop: Crop, tmp_path: Path) -> None:
     """A mask that is the image's own brightness stays so in every geometry, also when saved at half size."""
     inside = np.zeros((64, 128), np.uint8)
     inside[16:48, 40:104] = 255
@@ -258,7 +261,11 @@ def test_damaged_files_of_every_kind() -> None:
             for _ in range(4):
                 damaged[rng.integers(len(damaged))] = rng.integers(256)
             with contextlib.suppress(ConceptError):
-                assert load_image(ImageSource("damaged", data=bytes(damaged)), resolution=8).pixels.shape == (8, 8, 3)
+                assert load_image(ImageSource("damaged", data=bytes(damaged)), resolution=8).pixels.shape == (
+                    8,
+                    8,
+                    3,
+                )
 
 
 @pytest.mark.parametrize(

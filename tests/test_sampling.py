@@ -186,8 +186,8 @@ def test_nothing_moves_to_the_device_behind_our_back(backbone):
 
 def test_progress_counts_every_step(backbone):
     seen = []
-    requests = [ImageRequest("a cat", seed=s) for s in range(3)]
-    settings = SamplingSettings(num_inference_steps=3, batch_size=2)
+    requests = [ImageRequest("a cat", seed=s) for s in range(4)]
+    settings = SamplingSettings(num_inference_steps=3, batch_size=3)
     generate(backbone, requests, settings, on_step=lambda done, total: seen.append((done, total)))
     assert seen == [(step, 6) for step in range(1, 7)]
 
@@ -198,7 +198,8 @@ def test_warnings_name_what_was_cut_and_who_was_not_called(backbone, caplog):
     requests = [ImageRequest(long_prompt, (dog, house), seed=seed, negative_prompt="dog" * 12) for seed in (0, 1)]
     with caplog.at_level(logging.WARNING):
         result = generate(backbone, requests, QUICK)
-    assert [record.getMessage() for record in caplog.records] == list(result.warnings)
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("catversion_jax")]
+    assert ours == list(result.warnings)
     cut, negative_cut, unnamed = result.warnings  # each once, for two images
     assert "24 tokens" in cut
     assert repr("se") in cut  # 'a small dog in a very big hou' are 22 letters, one token each

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="what to draw; repeatable")
     prompts.add_argument(
-        "--prompts", metavar="FILE", help="text file, one prompt a line; or JSONL/YAML rows of prompt, concepts, seed, "
+        "--prompts", metavar="FILE", help="text, one prompt a line; or JSONL/YAML rows of prompt, concepts, seed, "
         "negative_prompt",
     )  # fmt: skip
     add(
@@ -77,12 +78,10 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.atomic_files import make_folder
     from catversion_jax.image_requests import check_concept
     from catversion_jax.models.stable_diffusion import load_backbone
-    from catversion_jax.samplers import make_sampler
 
     make_folder(Path(args.output_dir))
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     backbone = load_backbone(args.model, revision=args.revision, variant=args.variant, dtype=dtype)
-    make_sampler(settings.sampler, backbone.noise_schedule, 1)  # its name, before anything is drawn
     for concept, use in shelf.used():
         check_concept(backbone, use, concept.text_encoder_sha256, force=args.force)
     requests = [request for row in rows for request in _requests(args, row, shelf)]
@@ -194,8 +193,6 @@ def _draw_pages(
     latents: np.ndarray | None,
 ) -> None:
     """Draw and write page by page, so that a long job keeps what it has."""
-    from tqdm import tqdm
-
     from catversion_jax.grids import save_png
     from catversion_jax.image_requests import active_concepts
     from catversion_jax.sampling import checked_latents, generate
@@ -207,12 +204,7 @@ def _draw_pages(
     for start in range(0, len(requests), per_page):
         page = requests[start : start + per_page]
         own_latents = None if latents is None else latents[start : start + per_page]
-        with tqdm(desc=f"images {start + 1}-{start + len(page)} of {len(requests)}", unit="step") as bar:
-
-            def advance(done: int, total: int, bar: Any = bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with _progress(f"images {start + 1}-{start + len(page)} of {len(requests)}") as advance:
             result = generate(backbone, page, settings, latents=own_latents, on_step=advance)
         for offset, (image, request) in enumerate(zip(result.images, page, strict=True)):
             acting = active_concepts(backbone.tokenizer, request.prompt, request.concepts)
@@ -222,6 +214,25 @@ def _draw_pages(
         grid_path = folder / f"grid-{first + start:05d}.png"
         save_png(grid_path, _grid(result.images, page, columns))
         print(f"{len(page)} images and {grid_path}")
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that appears with the first step: warnings about the prompts come before it."""
+    from tqdm import tqdm
+
+    bars: list[Any] = []
+
+    def advance(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(desc=title, total=total, unit="step"))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield advance
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _grid(images: np.ndarray, page: Sequence[ImageRequest], columns: int) -> Any:

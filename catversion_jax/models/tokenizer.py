@@ -65,7 +65,7 @@ class Tokenizer:
 
     def word_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a text alone, without start and end."""
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def contains(self, prompt: str, base_class: str) -> bool:
         """Whether the tokens of ``base_class`` follow one another in the part of the prompt that is read.
@@ -89,7 +89,7 @@ class Tokenizer:
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that does not fit in the context; ``''`` where all of it fits."""
-        encoded = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         if len(encoded["input_ids"]) <= self._room:
             return ""
         start, _ = encoded["offset_mapping"][self._room]

@@ -1,0 +1,1 @@
+"""Loaders for other frameworks. The only modules that import torch."""

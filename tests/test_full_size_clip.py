@@ -1,0 +1,88 @@
+"""Full-size text encoders with random weights against transformers: ``pytest -m slow -s``.
+
+Measured 2026-11-23, float32 on a CPU, max |ours - torch| / max |torch|: see the printed lines.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch_reference import as_network, draw, nchw, randomise, relative_error
+
+from catversion_jax.models.clip_encoder import CLIPEncoderLayer
+from catversion_jax.models.clip_text import CLIPTextConfig, CLIPTextModel, causal_bias
+from catversion_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from catversion_jax.models.network import Network, abstract_network
+
+# text_encoder/config.json of stable-diffusion-v1-5 and stable-diffusion-2-1
+PUBLISHED = {
+    "SD 1.5": {
+        "hidden_act": "quick_gelu",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+    },
+    "SD 2.1": {
+        "hidden_act": "gelu",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 23,
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_text_encoder(name, capsys):
+    reference = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**PUBLISHED[name])))
+    config = CLIPTextConfig.from_hf(reference.config.to_dict(), source=name)
+    ours = as_network(reference, lambda rngs: CLIPTextModel(config, param_dtype=jnp.float32, rngs=rngs))
+    ids = np.random.default_rng(0).integers(0, 49406, (2, 77), dtype=np.int32)
+    expected = reference(torch.tensor(ids), output_hidden_states=True)
+    states = [state.numpy() for state in expected.hidden_states]
+    graphdef = abstract_network(
+        lambda rngs: CLIPEncoderLayer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+    ).graphdef
+    layer = jax.jit(Network.__call__)
+    layers = [
+        relative_error(layer(Network(params, graphdef), states[i], causal_bias(77)), states[i + 1])
+        for i, params in ours.params["encoder"]["layers"].items()
+    ]
+    encode = jax.jit(Network.__call__, static_argnames="output")
+    last = relative_error(encode(ours, ids), expected.last_hidden_state)
+    penultimate = relative_error(encode(ours, ids, output="penultimate"), states[-2])
+    with capsys.disabled():
+        report(f"{name} text encoder", max(layers), last, penultimate)
+    assert len(layers) == PUBLISHED[name]["num_hidden_layers"]
+    assert max(layers) < 1e-5
+    assert last < 1e-4
+    assert penultimate < 1e-4
+
+
+@pytest.mark.slow
+def test_vision_encoder_of_the_score(capsys):
+    """CLIP ViT-B/32, whose sizes are transformers' defaults."""
+    reference = randomise(transformers.CLIPVisionModel(transformers.CLIPVisionConfig()))
+    config = CLIPVisionConfig.from_hf(reference.config.to_dict(), source="ViT-B/32")
+    ours = as_network(reference, lambda rngs: CLIPVisionModel(config, param_dtype=jnp.float32, rngs=rngs))
+    pixels = draw(2, 224, 224, 3)
+    pooled = jax.jit(Network.call, static_argnums=1)(ours, "pooled", pixels)
+    error = relative_error(pooled, reference(nchw(pixels)).pooler_output)
+    with capsys.disabled():
+        report("ViT-B/32 vision encoder", error)
+    assert error < 1e-4
+
+
+def report(what: str, *figures: float) -> None:
+    """The figures of a run by hand."""
+    print(f"\n{what}: " + ", ".join(f"{figure:.1e}" for figure in figures))  # noqa: T201

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -155,6 +156,24 @@ def save_concept(
     make_folder(path.parent)
     write_atomically(path, serialize_safetensors(tensors, metadata))
     return path
+
+
+def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path]:
+    """One ``<name>.safetensors`` per concept in ``folder``; returns the files in the order of ``concepts``.
+
+    Raises:
+      CatVersionError: two concepts would get the same file, or a file cannot be written.
+    """
+    files: dict[Path, Concept] = {}
+    for concept in concepts:
+        stem = re.sub(r"[^\w.-]+", "_", concept.name).strip("._") or "concept"
+        path = Path(folder) / f"{stem}.safetensors"
+        if path in files:
+            raise CatVersionError(
+                f"{path}: would hold both {files[path].name!r} and {concept.name!r}. Export them into two folders."
+            )
+        files[path] = concept
+    return [concept.save(path) for path, concept in files.items()]
 
 
 def load_concept(path: str | Path) -> Concept:

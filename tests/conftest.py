@@ -1,9 +1,22 @@
 """Fixtures several test files share: a small random pipeline folder made of the real diffusers classes."""
 
+import atexit
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
+import jax
 import pytest
+
+# Eight virtual devices, so that meshes are tested on any machine; must be said before jax starts its backend.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# Several tests compile the same program: once is enough.
+COMPILATION_CACHE = tempfile.mkdtemp(prefix="catversion-xla-")
+atexit.register(shutil.rmtree, COMPILATION_CACHE, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", COMPILATION_CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def byte_vocabulary() -> dict[str, int]:

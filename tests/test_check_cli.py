@@ -101,7 +101,7 @@ def test_the_run_s_template_must_name_the_concept(tmp_path: Path, capsys: pytest
     assert "does not contain the base class" in text
     code, text = check(capsys, tmp_path, "--instance_prompt", "style", "--resolution", 64)
     assert code == 0
-    assert "a painting in the style of cup (+16 more)" in text
+    assert "a painting in the style of cup (+4 more)" in text
 
 
 def test_usage_errors_give_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

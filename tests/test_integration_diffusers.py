@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -409,6 +410,31 @@ sys.meta_path.insert(0, NoJax())
 import catversion_jax.integrations.diffusers
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_hub_ids(tmp_path):
+    repository = tmp_path / "cache" / "models--user--repo"  # as a download leaves it
+    snapshot = repository / "snapshots" / ("0" * 40)
+    write(snapshot.parent, snapshot.name, "cat", make_residual(23))
+    write(snapshot, "rex", "dog", make_residual(24))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    program = """
+from catversion_jax.integrations.diffusers import _resolve_file, CatVersionLoadError
+for name in ("user/repo", "user/repo/rex", "user/repo/rex/catversion.safetensors"):
+    print(_resolve_file(name, None).relative_to(CACHE).as_posix())
+try:
+    _resolve_file("user/other", None)
+except CatVersionLoadError as error:
+    print(error)
+""".replace("CACHE", repr(str(snapshot)))
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    )
+    *found, message = result.stdout.splitlines()
+    assert found == ["catversion.safetensors", "rex/catversion.safetensors", "rex/catversion.safetensors"]
+    assert message.startswith("user/other: no such file here, and no catversion.safetensors in a hub repository")
 
 
 def test_equals_our_own_encoder(tiny_sd_folder, tmp_path, implementation):

@@ -71,22 +71,16 @@ def test_images_equal_the_torch_pipelines(tiny_sd_folder, backbone, sampler):
 
 
 @pytest.mark.parametrize("guidance_scale", [0.5, 1.0])
-def test_no_guidance_at_or_below_one(tiny_sd_folder, backbone, guidance_scale):
-    settings = SamplingSettings(num_inference_steps=4, guidance_scale=guidance_scale)
-    compare_with_torch(tiny_sd_folder, backbone, settings)
-
-
-def test_another_size_than_the_models_own(tiny_sd_folder, backbone):
-    settings = SamplingSettings(num_inference_steps=3, height=24, width=32)
+def test_no_guidance_at_or_below_one_and_another_size(tiny_sd_folder, backbone, guidance_scale):
+    settings = SamplingSettings(num_inference_steps=3, guidance_scale=guidance_scale, height=24, width=32)
     result, expected = compare_with_torch(tiny_sd_folder, backbone, settings, shape=(12, 16))
     assert result.images.shape == expected.shape == (2, 24, 32, 3)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
-def test_a_model_that_really_draws(trial_folder, sampler):
-    compare_with_torch(
-        trial_folder, load_backbone(trial_folder), SamplingSettings(sampler, num_inference_steps=10)
-    )
+def test_a_model_that_really_draws(trial_folder):
+    backbone = load_backbone(trial_folder)
+    for sampler in ("ddim", "dpmsolver++"):
+        compare_with_torch(trial_folder, backbone, SamplingSettings(sampler, num_inference_steps=8))
 
 
 def test_bytes_are_rounded_as_diffusers_does(backbone):

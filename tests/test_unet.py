@@ -23,7 +23,7 @@ from torch_reference import (  # noqa: E402
 
 from catversion_jax.errors import CatVersionError  # noqa: E402
 from catversion_jax.models.convert import load_network  # noqa: E402
-from catversion_jax.models.network import abstract_network  # noqa: E402
+from catversion_jax.models.network import Network, abstract_network  # noqa: E402
 from catversion_jax.models.unet import UNet2DConditionModel, timestep_embedding  # noqa: E402
 
 SD1_LIKE = SD15_UNET | {
@@ -36,18 +36,20 @@ SD1_LIKE = SD15_UNET | {
     "norm_num_groups": 8,
     "sample_size": 16,
 }
-SD2_LIKE = SD1_LIKE | {
-    "block_out_channels": [16, 32, 48],
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "attention_head_dim": [2, 4, 6],
-    "use_linear_projection": True,
-    "upcast_attention": True,
-    "dual_cross_attention": False,
-}
+SD2_KEYS = {"use_linear_projection": True, "upcast_attention": True, "dual_cross_attention": False}
+SD2_LIKE = (
+    SD1_LIKE
+    | SD2_KEYS
+    | {
+        "block_out_channels": [16, 32, 48],
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": [2, 4, 6],
+    }
+)
 WITH_GRADIENT = {
     "sd1": SD1_LIKE,
-    "sd2": SD2_LIKE,
+    "sd2": SD1_LIKE | SD2_KEYS | {"attention_head_dim": [2, 3]},
     "only-cross": SD1_LIKE | {"only_cross_attention": [True, False], "use_linear_projection": True},
 }
 FORWARD = {
@@ -83,6 +85,11 @@ def build(config):
     """A torch UNet with random weights and our network holding the same."""
     reference = randomise(diffusers.UNet2DConditionModel.from_config(config))
     return reference, as_network(reference, lambda rngs: UNet2DConditionModel(config, rngs=rngs))
+
+
+@pytest.fixture(scope="module")
+def one_block_pair():
+    return build(FORWARD["one-block"])
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +131,16 @@ def test_whole_network_and_text_gradient_equal_diffusers(name):
 def test_other_configurations_equal_diffusers(name):
     config = FORWARD[name]
     reference, unet = build(config)
-    sample, text, timesteps = draw(2, 8, 12, config["in_channels"], seed=1), draw(2, 7, 24, seed=2), np.array([3, 981])
+    sample, text, timesteps = (
+        draw(2, 8, 12, config["in_channels"], seed=1),
+        draw(2, 7, 24, seed=2),
+        np.array([3, 981]),
+    )
     expected = reference(nchw(sample), torch.tensor(timesteps), torch.tensor(text)).sample
     assert relative_error(forward(unet, sample, timesteps, text), nhwc(expected)) < 1e-4
 
 
-@pytest.mark.parametrize("size", [(9, 8), (7, 13), (5, 5)])
+@pytest.mark.parametrize("size", [(9, 8), (7, 13)])
 def test_sizes_that_do_not_halve_evenly(size, sd2_pair):
     reference, unet = sd2_pair
     sample, text = draw(1, *size, 4), draw(1, 7, 24)
@@ -153,8 +164,8 @@ def test_each_part_equals_diffusers(sd2_pair):
         for part in path.split("."):
             module = module[int(part)] if part.isdigit() else getattr(module, part)
         expected = torch_module(nchw(inputs), *torch_args)
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        errors[path] = relative_error(module(inputs, *ours_args), nhwc(expected))
+        expected = expected if isinstance(expected, torch.Tensor) else expected.sample
+        errors[path, inputs.shape] = relative_error(module(inputs, *ours_args), nhwc(expected))
 
     time_and_text = {"ours_args": (temb,), "torch_args": (torch_temb,)}
     compare("down_blocks.0.resnets.0", draw(2, 8, 6, 16), **time_and_text)
@@ -199,7 +210,7 @@ def test_each_block_equals_diffusers(level, sd2_pair):
 
     block = reference.up_blocks[level]
     inputs = draw(2, 8, 6, [48, 48, 32][level], seed=7)
-    widths = [[32, 48, 48], [16, 32, 32], [16, 16, 16]][level]
+    widths = [[32, 48], [16, 32], [16, 16]][level]
     skips = [draw(2, 8, 6, width, seed=8 + i) for i, width in enumerate(widths)]
     extra = {"encoder_hidden_states": torch_text} if hasattr(block, "has_cross_attention") else {}
     expected = block(nchw(inputs), tuple(map(nchw, skips)), torch_temb, **extra)
@@ -221,25 +232,25 @@ def test_timestep_embedding_equals_diffusers(width, flip, shift):
     assert (np.abs(np.asarray(ours) - expected.numpy()) <= bound).all()
 
 
-def test_one_timestep_serves_the_batch(sd2_pair):
-    _, unet = sd2_pair
+def test_one_timestep_serves_the_batch(one_block_pair):
+    _, unet = one_block_pair
     sample, text = draw(2, 8, 8, 4), draw(2, 7, 24)
-    np.testing.assert_array_equal(unet(sample, 7, text), unet(sample, jnp.array([7, 7]), text))
+    np.testing.assert_array_equal(forward(unet, sample, 7, text), forward(unet, sample, jnp.array([7, 7]), text))
 
 
-def test_concept_axis_scan_and_rematerialisation_change_nothing(sd2_pair):
-    _, unet = sd2_pair
-    sample, text = draw(3, 2, 8, 8, 4), draw(3, 2, 7, 24)
+def test_concept_axis_scan_and_rematerialisation_change_nothing(one_block_pair):
+    _, unet = one_block_pair
+    sample, text = draw(3, 2, 4, 4, 4), draw(3, 2, 7, 24)
     timesteps = jnp.arange(6).reshape(3, 2) * 150
 
     def loss(text, unet, sample, timesteps):
         return jnp.square(unet(sample, timesteps, text)).mean()
 
-    @jax.jit
+    @jax.jit(compiler_options=QUICK)
     def stacked(unet):
         return jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, 0, 0))(text, unet, sample, timesteps)
 
-    @jax.jit
+    @jax.jit(compiler_options=QUICK)
     def scanned(unet):
         step = jax.value_and_grad(jax.checkpoint(loss))
         return jax.lax.scan(
@@ -250,17 +261,19 @@ def test_concept_axis_scan_and_rematerialisation_change_nothing(sd2_pair):
         assert relative_error(ours, reference) < 1e-5
 
 
-def test_bfloat16_is_as_close_to_float32_as_torchs(sd2_pair):
-    reference, unet = sd2_pair
+def test_bfloat16_is_as_close_to_float32_as_torchs(one_block_pair):
+    reference, unet = one_block_pair
     sample, text = draw(2, 8, 8, 4), draw(2, 7, 24)
     exact = nhwc(reference(nchw(sample), torch.tensor([999, 998]), torch.tensor(text)).sample)
-    half = randomise(diffusers.UNet2DConditionModel.from_config(SD2_LIKE)).to(torch.bfloat16)
+    half = randomise(diffusers.UNet2DConditionModel.from_config(FORWARD["one-block"])).to(torch.bfloat16)
     torch_half = half(nchw(sample).bfloat16(), torch.tensor([999, 998]), torch.tensor(text).bfloat16()).sample
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), unet.params)
     graphdef = abstract_network(
-        lambda rngs: UNet2DConditionModel(SD2_LIKE, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
+        lambda rngs: UNet2DConditionModel(
+            FORWARD["one-block"], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs
+        )
     ).graphdef
-    ours = nnx.merge(graphdef, params)(sample, jnp.array([999, 998]), text)
+    ours = forward(Network(params, graphdef), sample, jnp.array([999, 998]), text)
     assert ours.dtype == jnp.bfloat16
     assert relative_error(ours, exact) < 1.5 * relative_error(nhwc(torch_half.float()), exact)
 
@@ -296,12 +309,12 @@ def test_equal_configs_make_equal_structures():
         ({"num_attention_heads": 8}, "num_attention_heads"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),
         ({"a_key_of_tomorrow": 3}, "a_key_of_tomorrow"),
-        ({"down_block_types": ["AttnDownBlock2D"] * 3}, "AttnDownBlock2D"),
-        ({"up_block_types": ["UpBlock2D"] * 2}, "must be 3"),
-        ({"attention_head_dim": [4, 4]}, "attention_head_dim"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 2}, "AttnDownBlock2D"),
+        ({"up_block_types": ["UpBlock2D"] * 3}, "must be 2"),
+        ({"attention_head_dim": [4, 4, 4]}, "attention_head_dim"),
         ({"attention_head_dim": 5}, "number of heads"),
-        ({"attention_head_dim": [4, None, 4]}, "attention_head_dim"),
-        ({"transformer_layers_per_block": [1, [1, 2], 1]}, "transformer_layers_per_block"),
+        ({"attention_head_dim": [4, None]}, "attention_head_dim"),
+        ({"transformer_layers_per_block": [1, [1, 2]]}, "transformer_layers_per_block"),
         ({"norm_num_groups": 7}, "norm_num_groups"),
         ({"norm_num_groups": None}, "norm_num_groups"),
         ({"block_out_channels": "320"}, "block_out_channels"),

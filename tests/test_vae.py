@@ -46,6 +46,20 @@ VARIANTS = {
 }
 
 
+# Each program runs once: compiling well would cost more than it saves.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@jax.jit(compiler_options=QUICK)
+def encode(vae, images):
+    return vae.call("encode", images)
+
+
+@jax.jit(compiler_options=QUICK)
+def decode(vae, latents):
+    return vae.call("decode", latents)
+
+
 def build(config):
     """A torch autoencoder with random weights and our network holding the same."""
     reference = randomise(diffusers.AutoencoderKL.from_config(config))
@@ -63,12 +77,12 @@ def test_encode_and_decode_equal_diffusers(name):
     reference, vae = build(config)
     images = draw(2, 16, 24, config["in_channels"])
     posterior = reference.encode(nchw(images)).latent_dist
-    mean, std = jax.jit(lambda vae, images: vae.call("encode", images))(vae, images)
+    mean, std = encode(vae, images)
     assert relative_error(mean, nhwc(posterior.mean)) < 1e-4
     assert relative_error(std, nhwc(posterior.std)) < 1e-4
 
     latents = draw(2, 4, 6, config["latent_channels"], seed=1)
-    decoded = jax.jit(lambda vae, latents: vae.call("decode", latents))(vae, latents)
+    decoded = decode(vae, latents)
     assert relative_error(decoded, nhwc(reference.decode(nchw(latents)).sample)) < 1e-4
 
 
@@ -76,7 +90,7 @@ def test_encode_and_decode_equal_diffusers(name):
 def test_sizes_that_do_not_halve_evenly(size, pair):
     reference, vae = pair
     images = draw(1, *size, 3)
-    mean, _ = vae.call("encode", images)
+    mean, _ = encode(vae, images)
     assert relative_error(mean, nhwc(reference.encode(nchw(images)).latent_dist.mean)) < 1e-4
 
 
@@ -113,7 +127,7 @@ def test_log_variance_is_clamped():
     vae = convert_state_dict(reference.state_dict(), vae)
     images = draw(1, 16, 16, 3)
     expected = nhwc(reference.encode(nchw(images)).latent_dist.std)
-    _, std = vae.call("encode", images)
+    _, std = encode(vae, images)
     assert relative_error(std, expected) < 1e-5
     assert float(std[..., 0].max()) == pytest.approx(float(jnp.exp(-15.0)))
 
@@ -134,8 +148,8 @@ def test_published_names_of_the_old_attention_load(pair):
 def test_concept_axis(pair):
     _, vae = pair
     images = draw(2, 1, 16, 16, 3)
-    mean, std = jax.vmap(lambda images: vae.call("encode", images))(images)
-    flat_mean, flat_std = vae.call("encode", images[:, 0])
+    mean, std = jax.vmap(encode, in_axes=(None, 0))(vae, images)
+    flat_mean, flat_std = encode(vae, images[:, 0])
     assert relative_error(mean[:, 0], flat_mean) < 1e-5
     assert relative_error(std[:, 0], flat_std) < 1e-5
 
@@ -173,7 +187,7 @@ def test_the_trial_model(trial_folder):
     with torch.no_grad():
         posterior = reference.encode(nchw(images)).latent_dist
         decoded = reference.decode(nchw(latents)).sample
-    mean, std = vae.call("encode", images)
+    mean, std = encode(vae, images)
     assert relative_error(mean, nhwc(posterior.mean)) < 1e-4
     assert relative_error(std, nhwc(posterior.std)) < 1e-4
-    assert relative_error(vae.call("decode", latents), nhwc(decoded)) < 1e-4
+    assert relative_error(decode(vae, latents), nhwc(decoded)) < 1e-4

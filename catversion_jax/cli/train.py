@@ -41,11 +41,15 @@ def run(args: argparse.Namespace) -> int:
         image_column=config.image_column,
         concept_column=config.concept_column,
         base_class_column=config.base_class_column,
+        default_when=config.when,
     )
     count = len(concepts.concepts)
     print(f"{count} concepts, {sum(len(c.images) for c in concepts.concepts)} images from {config.concepts}")
-    for line in (*concepts.skipped, *(note for spec in concepts.concepts for note in spec.notes)):
-        print(f"  note: {line}")
+    for line in concepts.skipped:
+        print(f"  skipped {line}")
+    for spec in concepts.concepts:
+        for line in (*spec.warnings, *spec.notes):
+            print(f"  {spec.name}: {line}")
 
     import jax
 

@@ -9,15 +9,15 @@ Source: diffusers ``models/resnet.py`` (``ResnetBlock2D`` with ``time_embedding_
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from catversion_jax.array_types import Array, Float
+from catversion_jax.array_types import Array, Float, Key
 from catversion_jax.errors import CatVersionError
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -33,19 +33,36 @@ PAD_BELOW_AND_RIGHT = ((0, 1), (0, 1))
 NO_PADDING = ((0, 0), (0, 0))
 
 
-@dataclasses.dataclass(frozen=True)
+class KeyStream:
+    """Serves layers in place of ``nnx.Rngs``: one fresh key per parameter, counted in Python.
+
+    ``nnx.Rngs`` counts in an array, and under ``nnx.eval_shape`` each increment walks the whole program so
+    far; for a full-size UNet that is most of ten seconds, against one with this.
+    """
+
+    def __init__(self, key: Key[Array, ""]):
+        self._key = key
+        self._count = 0
+
+    def params(self) -> Key[Array, ""]:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
 class LayerFactory:
     """Makes the elementary layers of one network in one precision.
 
-    Attributes:
+    Args:
       dtype: activations are computed in it; the norms' statistics are float32 whatever it is.
       param_dtype: weights are stored in it.
       rngs: initial values. Checkpoints replace them, so modules are usually built under ``nnx.eval_shape``.
     """
 
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    rngs: nnx.Rngs
+    def __init__(self, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.rngs = cast(nnx.Rngs, KeyStream(rngs.params()))
 
     def linear(self, in_features: int, out_features: int, *, use_bias: bool = True) -> nnx.Linear:
         """A dense layer over the last axis."""
@@ -146,7 +163,7 @@ class ResnetBlock2D(nnx.Module):
         """Apply the block; ``temb`` is required exactly where ``temb_channels`` was given."""
         hidden = self.conv1(self.act(self.norm1(x)))
         if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(self.act(temb))[:, None, None, :]
+            hidden = hidden + self.time_emb_proj(self.act(cast(Array, temb)))[:, None, None, :]
         hidden = self.conv2(self.act(self.norm2(hidden)))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return shortcut + hidden

@@ -28,6 +28,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SD1_LATENT_SCALE = 0.18215
 """``scaling_factor`` of autoencoders whose configuration is older than that key."""
 
+DEFAULT_SAMPLE_SIZE = 64
+"""Latent positions per side where the UNet's configuration gives none, as in diffusers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
@@ -126,7 +129,7 @@ def load_backbone(
         latent_scale=configs["vae"].get("scaling_factor", SD1_LATENT_SCALE),
         latent_downsampling=downsampling,
         latent_channels=configs["vae"].get("latent_channels", 4),
-        default_resolution=configs["unet"].get("sample_size", 64) * downsampling,
+        default_resolution=(configs["unet"].get("sample_size") or DEFAULT_SAMPLE_SIZE) * downsampling,
     )
 
 
@@ -187,8 +190,8 @@ def _check_components_fit(folder: Path, configs: dict[str, dict[str, Any]]) -> N
             f"latent_channels = {latent} must be equal. Inpainting, depth and upscaling models are not supported: "
             "use the text-to-image model of the same family."
         )
-    size = unet.get("sample_size", 64)
-    if not isinstance(size, int):
+    size = unet.get("sample_size")
+    if not isinstance(size, int | None):
         raise CatVersionError(
             f"{folder}: unet sample_size = {size!r}, must be one integer (square images). Use such a model."
         )

@@ -128,8 +128,9 @@ class UNet2DConditionModel(nnx.Module):
         for up_block in self.up_blocks:
             count = len(up_block.resnets)
             skips, pending = pending[-count:], pending[:-count]
-            size = pending[-1].shape[1:3] if pending else None
-            hidden = up_block(hidden, skips, temb, text, size=size)
+            # conv_in's output is the last skip, so only the outermost block, which does not upsample, finds none.
+            _, height, width, _ = pending[-1].shape if pending else hidden.shape
+            hidden = up_block(hidden, skips, temb, text, size=(height, width))
         return self.conv_out(self.act(self.conv_norm_out(hidden)))
 
     def _embed(self, timesteps: Float[Array, " B"]) -> Float[Array, "B E"]:

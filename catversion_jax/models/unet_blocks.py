@@ -158,7 +158,7 @@ class UpBlock(nnx.Module):
         temb: Float[Array, "B E"],
         text: Float[Array, "B T D"],
         *,
-        size: tuple[int, int] | None,
+        size: tuple[int, int],
     ) -> Array:
         """Consume ``skips`` (as :class:`DownBlock` gave them, last first) and upsample to ``size``."""
         for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):

@@ -290,6 +290,6 @@ def _row(residual: KVResidual, row: int) -> KVResidual:
 
 def _num_prompts(spec: ConceptSpec, config: TrainConfig) -> int:
     try:
-        return len(concept_prompts(spec, config.instance_prompt))
+        return len(concept_prompts(spec, config.instance_prompt, default_when=config.when))
     except ConceptError:
         return 0  # reported when the concept is prepared

@@ -56,8 +56,10 @@ def prepare_concept(
       ConceptError: an image cannot be used, a prompt does not name the concept, masks are missing where the
         loss needs them.
     """
-    prompts = concept_prompts(spec, config.instance_prompt)
-    _check_prompts_fit(spec, prompts, backbone)
+    prompts = concept_prompts(spec, config.instance_prompt, default_when=config.when)
+    when = spec.when or config.when
+    if when == "class_word":
+        _check_prompts_fit(spec, prompts, backbone)
     resolution = config.resolution or backbone.default_resolution
     images = load_concept_images(spec, resolution=resolution, crop=config.crop, alpha=config.alpha)
     unmasked = [source.label for source, image in zip(spec.images, images, strict=True) if image.mask is None]
@@ -80,7 +82,7 @@ def prepare_concept(
     record = ConceptRecord(
         name=spec.name,
         base_class=spec.base_class,
-        when=spec.when or config.when,
+        when=when,
         base_model=backbone.name,
         text_encoder_sha256=backbone.text_encoder_sha256,
         images=tuple(source.label for source in spec.images),
@@ -146,8 +148,7 @@ def _padded(array: np.ndarray, length: int) -> np.ndarray:
 def _check_prompts_fit(spec: ConceptSpec, prompts: Sequence[str], backbone: Backbone) -> None:
     for prompt in prompts:
         lost = backbone.tokenizer.cut_off(prompt)
-        acts_on_all = spec.when == "always"
-        if lost and not acts_on_all and not backbone.tokenizer.contains(prompt, spec.base_class):
+        if lost and not backbone.tokenizer.contains(prompt, spec.base_class):
             raise ConceptError(
                 f"{spec.name}: the base class {spec.base_class!r} does not fit into the model's context of "
                 f"{backbone.tokenizer.model_max_length} tokens: prompt {prompt!r} loses {lost!r}. Use shorter words."

@@ -51,9 +51,11 @@ def make_train_step(
     ``num_steps`` is traced: any number up to ``config.steps_per_dispatch`` runs without recompiling.
     """
     local_batch = config.train_batch_size // config.data_parallel
+    # Without a split batch nothing may mention the data axis: even a sum over one device is a collective.
+    splits_batch = config.data_parallel > 1
 
     def one_concept(state: TrainState, data: ConceptData, text_encoder: Network, unet: Network):
-        first_slot = jax.lax.axis_index(DATA_AXIS) * local_batch
+        first_slot = jax.lax.axis_index(DATA_AXIS) * local_batch if splits_batch else jnp.int32(0)
         batch = sample_batch(data, state.step, first_slot, local_batch, config, schedule.num_train_timesteps)
 
         def loss_fn(residual: KVResidual) -> Array:
@@ -68,7 +70,7 @@ def make_train_step(
                 unmasked_weight=config.unmasked_weight,
             )
             # Inside the differentiated function: under check_vma its transpose is the gradients' mean.
-            return jax.lax.pmean(loss, DATA_AXIS)
+            return jax.lax.pmean(loss, DATA_AXIS) if splits_batch else loss
 
         loss, grads = jax.value_and_grad(loss_fn)(state.residual)
         return apply_update(state, loss, grads, tx), loss
@@ -160,7 +162,9 @@ def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:
     return jnp.argsort(order)[position % data.num_images]
 
 
-def make_eval_step(schedule: NoiseSchedule, mesh: Mesh, config: TrainConfig, first_layer: int):
+def make_eval_step(
+    schedule: NoiseSchedule, mesh: Mesh, config: TrainConfig, first_layer: int
+) -> Callable[..., Float[Array, "C"]]:
     """``(residual, data, text_encoder, unet) -> losses [C]`` with fixed noise and fixed timesteps.
 
     The training loss is dominated by its random timesteps; this one (plain MSE over

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from catversion_jax.atomic_files import make_folder
+from catversion_jax.concepts.prompts import fill_template
 from catversion_jax.config import TrainConfig
 from catversion_jax.grids import image_grid, save_png
 from catversion_jax.image_requests import ConceptUse, ImageRequest
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.prompt_templates import fill_template
 from catversion_jax.residual import KVResidual
 from catversion_jax.sampling import SamplingSettings, generate
 from catversion_jax.training.pack import PreparedConcept
@@ -35,7 +35,10 @@ class SampleGrids:
     def write(self, path: Path, concept: PreparedConcept, residual: KVResidual, step: int) -> None:
         """Write the grid of one concept, ``residual`` with leaves ``[L P N H]``."""
         columns = [
-            (fill_template(template, concept.spec.base_class, where=concept.spec.name, needs_class_word=False), seed)
+            (
+                fill_template(template, concept.spec.base_class, where=concept.spec.name, needs_class_word=False),
+                seed,
+            )
             for template in self._config.validation_prompt
             for seed in range(self._config.num_validation_images)
         ]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from catversion_jax.concepts.prompts import TEMPLATE_SETS
 from catversion_jax.errors import ConceptError
-from catversion_jax.prompt_templates import TEMPLATE_SETS
 
 WHEN = ("class_word", "always")
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from catversion_jax.concept_files import (
+from catversion_jax.concepts.files import (
     ImageSource,
     children,
     holds_images,
@@ -314,7 +314,7 @@ def _hub_dataset(source: str, path: Path, columns: tuple[str, str, str | None, s
 
 
 def _dataset(source: str, name: str, columns: tuple[str, str, str | None, str | None]) -> Layout:
-    from catversion_jax.concept_datasets import read_dataset  # `datasets` takes seconds to import
+    from catversion_jax.concepts.datasets import read_dataset  # `datasets` takes seconds to import
 
     return read_dataset(source, name, *columns)
 

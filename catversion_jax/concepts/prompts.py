@@ -1,8 +1,7 @@
 """Training prompts: templates with a place for the base class, and whether a prompt contains it.
 
-``object`` and ``style`` are the short template lists of Textual Inversion (arXiv 2208.01618, appendix), which
-its successors share (repetitions left out); ``default`` is the bare base class, as in CatVersion's released
-training.
+``object`` and ``style`` are short lists after the idea of Textual Inversion (arXiv 2208.01618): neutral phrases that
+vary the medium and the article. ``default`` is the bare base class, as in CatVersion's released training.
 """
 
 from __future__ import annotations
@@ -15,25 +14,14 @@ from types import MappingProxyType
 
 from catversion_jax.errors import CatVersionError, ConceptError
 
-_OBJECT = """
-a photo of a|a rendering of a|a cropped photo of the|the photo of a|a photo of a clean|a photo of a dirty|
-a dark photo of the|a photo of my|a photo of the cool|a close-up photo of a|a bright photo of the|
-a cropped photo of a|a photo of the|a good photo of the|a photo of one|a close-up photo of the|
-a rendition of the|a photo of the clean|a rendition of a|a photo of a nice|a good photo of a|
-a photo of the nice|a photo of the small|a photo of the weird|a photo of the large|a photo of a cool|
-a photo of a small
-"""
-_STYLE = """
-a painting|a rendering|a cropped painting|the painting|a clean painting|a dirty painting|a dark painting|
-a picture|a cool painting|a close-up painting|a bright painting|a good painting|a rendition|a nice painting|
-a small painting|a weird painting|a large painting
-"""
+_PHOTOS = ("photo", "close-up photo", "cropped photo", "bright photo", "dark photo", "rendering")
+_PAINTINGS = ("painting", "close-up painting", "bright painting", "picture", "drawing")
 
 TEMPLATE_SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "default": ("{base_class}",),
-        "object": tuple(f"{start.strip()} {{base_class}}" for start in _OBJECT.split("|")),
-        "style": tuple(f"{start.strip()} in the style of {{base_class}}" for start in _STYLE.split("|")),
+        "object": tuple(f"a {kind} of {which} {{base_class}}" for kind in _PHOTOS for which in ("a", "the")),
+        "style": tuple(f"a {kind} in the style of {{base_class}}" for kind in _PAINTINGS),
     }
 )
 

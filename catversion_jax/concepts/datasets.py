@@ -6,8 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.concept_files import ImageSource
-from catversion_jax.concept_layouts import Entry, Layout
+from catversion_jax.concepts.files import ImageSource
+from catversion_jax.concepts.layouts import Entry, Layout
 from catversion_jax.errors import CatVersionError
 
 

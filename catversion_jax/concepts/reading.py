@@ -2,7 +2,7 @@
 
 One broken concept among many becomes a :class:`ConceptProblem` and the others go on. Mistakes in the list as a
 whole (nothing found, two concepts of one name, a name that cannot be a folder) are raised, all at once.
-``concept_layouts.py`` knows the layouts, ``concept_files.py`` tells images from masks.
+``layouts.py`` knows the layouts, ``files.py`` tells images from masks.
 """
 
 from __future__ import annotations
@@ -14,22 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.concept_fields import prompts_field, random_flip_field, seed_field, when_field
-from catversion_jax.concept_files import ImageSource, list_images
-from catversion_jax.concept_layouts import CONCEPT_FILES, Entry, read_entries
+from catversion_jax.concepts.fields import prompts_field, random_flip_field, seed_field, when_field
+from catversion_jax.concepts.files import ImageSource, list_images
+from catversion_jax.concepts.layouts import CONCEPT_FILES, Entry, read_entries
+from catversion_jax.concepts.prompts import fill_template, prompt_templates
 from catversion_jax.errors import CatVersionError, ConceptError
-from catversion_jax.prompt_templates import fill_template, prompt_templates
-
-__all__ = [
-    "ConceptList",
-    "ConceptProblem",
-    "ConceptSpec",
-    "ImageSource",
-    "check_concept_name",
-    "concept_prompts",
-    "prompt_templates",
-    "read_concepts",
-]
 
 KNOWN_KEYS = (
     "name",

@@ -1,0 +1,165 @@
+"""``catversion export SOURCE``: concept files, baked prompt embeddings, or a complete diffusers folder."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from catversion_jax.errors import CatVersionError
+
+if TYPE_CHECKING:
+    from catversion_jax.export import Concept
+
+FORMATS = ("safetensors", "prompt_embeds", "pipeline")
+_CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="SOURCE",
+        help="run directory, checkpoint (RUN/checkpoints/pack-0000/STEP), concept file or its folder",
+    )
+    add("--format", choices=FORMATS, default="safetensors", help="[safetensors]")
+    add("--output_dir", default="catversion-export", help="[catversion-export]; for a pipeline: the new folder")
+    add("--concept", action="append", metavar="NAME", help="only this concept; repeatable [all]")
+    add("--model", help="diffusers folder or hub id [the one the concepts were trained on]")
+    add("--revision", help="hub revision of the model")
+    add("--variant", help="weight file variant, for example fp16")
+    add("--prompt", action="append", default=[], help="prompt_embeds: a prompt; repeatable")
+    add("--negative_prompt", default="", help="prompt_embeds: encoded without any concept")
+    add("--scale", type=float, default=1.0, help="prompt_embeds: strength of the concepts [1]")
+    add("--force", action="store_true", help="though they were trained with another text encoder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write what was asked for and say where."""
+    output = Path(args.output_dir)
+    if args.format == "prompt_embeds" and not args.prompt:
+        raise CatVersionError(
+            "--format prompt_embeds: embeddings are of fixed prompts. Give at least one --prompt."
+        )
+    concepts = _chosen(collect_concepts(args.source), args.concept, args.source)
+    if args.format == "safetensors":
+        from catversion_jax.export import write_concepts
+
+        for path in write_concepts(concepts, output):
+            print(path)
+    elif args.format == "prompt_embeds":
+        print(_write_prompt_embeds(args, concepts, output / "prompt_embeds.safetensors"))
+    else:
+        print(_write_pipeline(args, concepts, output))
+    return 0
+
+
+def export_concepts(source: str | Path, output_dir: str | Path) -> list[Path]:
+    """Write ``output_dir/<name>.safetensors`` for every concept of ``source``; returns the files.
+
+    Args:
+      source: a run directory, a checkpoint step of one, a concept file or its folder.
+      output_dir: receives the files.
+
+    Raises:
+      CatVersionError: nothing to export there, or the files cannot be written.
+    """
+    from catversion_jax.export import write_concepts
+
+    return write_concepts(collect_concepts(source), Path(output_dir))
+
+
+def collect_concepts(source: str | Path) -> list[Concept]:
+    """Every concept of a run directory, a checkpoint, a folder of concepts, or one concept file.
+
+    Raises:
+      CatVersionError: there is none, or one is damaged.
+    """
+    from catversion_jax.export import CONCEPT_FILE_NAME, load_concept
+
+    source = Path(source)
+    if source.is_file() or (source / CONCEPT_FILE_NAME).is_file():
+        return [load_concept(source)]
+    if not source.is_dir():
+        raise CatVersionError(
+            f"{source}: no such file or folder. Give a run directory, a checkpoint or a concept."
+        )
+    if (source / _CHECKPOINT_MARK).is_file():
+        return _from_checkpoint(source)
+    folder = source / "concepts" if (source / "concepts").is_dir() else source
+    files = sorted(folder.glob(f"*/{CONCEPT_FILE_NAME}")) or sorted(folder.glob("*.safetensors"))
+    if files:
+        return [load_concept(file) for file in files]
+    steps = sorted(mark.parent for mark in source.rglob(_CHECKPOINT_MARK) if mark.parent.name.isdigit())
+    hint = f" It has checkpoints: export {steps[-1]}, for instance." if steps else ""
+    raise CatVersionError(
+        f"{source}: no finished concept in it (looked for {folder / '*' / CONCEPT_FILE_NAME})."
+        f"{hint or ' Give a run directory.'}"
+    )
+
+
+def _from_checkpoint(folder: Path) -> list[Concept]:
+    from catversion_jax.export import load_concept
+    from catversion_jax.training.checkpoint import concepts_from_checkpoint
+
+    concepts = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for record, residual, step in concepts_from_checkpoint(folder):
+            path = Path(temporary) / "concept.safetensors"
+            record.save(path, residual, step)  # exactly what training would have written
+            concepts.append(load_concept(path))
+    return concepts
+
+
+def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: str) -> list[Concept]:
+    if names is None:
+        return concepts
+    by_name = {concept.name: concept for concept in concepts}
+    for name in names:
+        if name not in by_name:
+            raise CatVersionError(f"--concept {name}: not in {source}, which holds {', '.join(by_name)}.")
+    return [by_name[name] for name in dict.fromkeys(names)]
+
+
+def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], path: Path) -> Path:
+    from catversion_jax.image_requests import ConceptUse, check_concept
+    from catversion_jax.models.stable_diffusion import load_backbone
+    from catversion_jax.prompt_embeds import export_prompt_embeds
+
+    backbone = load_backbone(_model_of(args, concepts), revision=args.revision, variant=args.variant)
+    uses = [ConceptUse(c.name, c.base_class, c.residual, args.scale, c.when) for c in concepts]
+    for concept, use in zip(concepts, uses, strict=True):
+        check_concept(backbone, use, concept.text_encoder_sha256, force=args.force)
+    return export_prompt_embeds(path, backbone, args.prompt, uses, negative_prompt=args.negative_prompt)
+
+
+def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], output: Path) -> Path:
+    from catversion_jax.integrations.pipeline_folder import export_pipeline
+    from catversion_jax.models.checkpoint import open_checkpoint
+    from catversion_jax.models.fingerprint import text_encoder_sha256
+    from catversion_jax.models.hub import locate_model
+
+    folder = locate_model(_model_of(args, concepts), revision=args.revision, variant=args.variant)
+    ours = text_encoder_sha256(open_checkpoint(folder / "text_encoder", variant=args.variant))
+    for concept in concepts:
+        if concept.text_encoder_sha256 not in ("", ours) and not args.force:
+            raise CatVersionError(
+                f"concept {concept.name!r}: trained with the text encoder {concept.text_encoder_sha256[:12]} of "
+                f"{concept.base_model}, {folder} has {ours[:12]}. Give the right --model, or --force."
+            )
+    return export_pipeline(output, folder, concepts, force=args.force)
+
+
+def _model_of(args: argparse.Namespace, concepts: Sequence[Concept]) -> str:
+    if args.model:
+        return args.model
+    models = {concept.base_model for concept in concepts}
+    if len(models) == 1 and "" not in models:
+        return models.pop()
+    raise CatVersionError(
+        f"the concepts name {', '.join(sorted(models - {''})) or 'no model'} as what they were trained on. "
+        "Give --model."
+    )

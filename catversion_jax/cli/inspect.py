@@ -1,0 +1,94 @@
+"""``catversion inspect FILE``: what a concept file is, without loading any model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from catversion_jax.residual import KVResidual
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("file", metavar="FILE", help="concept file or its folder, or an official adapter")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the whole training configuration")
+    parser.add_argument("--num_heads", type=int, default=12, help="of an official adapter's text encoder [12]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the file says about itself."""
+    path = Path(args.file)
+    official = path / "pytorch_adapter.bin" if path.is_dir() else path
+    if official.is_file() and official.suffix == ".bin":
+        facts = _official_facts(path, args.num_heads)
+    else:
+        facts = _concept_facts(path)
+    print(json.dumps(facts, indent=2) if args.json else _as_text(facts))
+    return 0
+
+
+def _concept_facts(path: Path) -> dict[str, Any]:
+    from catversion_jax.export import load_concept
+
+    concept = load_concept(path)
+    return {
+        "what": "CatVersion concept",
+        "name": concept.name,
+        "base_class": concept.base_class,
+        "when": concept.when,
+        "base_model": concept.base_model,
+        "text_encoder_sha256": concept.text_encoder_sha256,
+        "step": concept.step,
+        **_residual_facts(concept.residual),
+        "images": list(concept.images),
+        "metrics": concept.metrics,
+        "train_config": concept.train_config,
+    }
+
+
+def _official_facts(path: Path, num_heads: int) -> dict[str, Any]:
+    from catversion_jax.official_adapter import import_official_concept
+
+    return {
+        "what": "adapter of the authors' code (convert it with `catversion import`)",
+        **_residual_facts(import_official_concept(path, num_heads)),
+    }
+
+
+def _residual_facts(residual: KVResidual) -> dict[str, Any]:
+    """Shapes, and per layer the mean length of its per-head vectors (sqrt(head dim) for the random start)."""
+    import numpy as np
+
+    _, positions, heads, head_dim = residual.key.shape
+    norms = {
+        part: [round(float(x), 4) for x in np.linalg.norm(np.asarray(leaf), axis=-1).mean(axis=(1, 2))]
+        for part, leaf in (("key", residual.key), ("value", residual.value))
+    }
+    return {
+        "layers": list(residual.layers),
+        "num_positions": positions,
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "logit_bias": residual.logit_bias,
+        "num_parameters": 2 * residual.key.size,
+        "key_norms": norms["key"],
+        "value_norms": norms["value"],
+    }
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    """Two columns; long or empty things in short."""
+    lines = []
+    for key, value in facts.items():
+        if key == "train_config":
+            chosen = ("learning_rate", "max_train_steps", "train_batch_size", "init", "seed")
+            value = {k: value[k] for k in chosen if k in value}
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}={v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        lines.append(f"{key.replace('_', ' '):<21}{value if value != '' else '(not stated)'}")
+    return "\n".join(lines)

@@ -1,0 +1,205 @@
+"""``python train_tpu.py`` from the outside: what it writes, packs, resume after SIGKILL, quarantine, exit codes."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import COMPILATION_CACHE
+from PIL import Image
+from safetensors import safe_open
+
+from catversion_jax import load_concept
+from catversion_jax.cli import main
+from catversion_jax.cli.example import write_toy_concepts
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = {
+    "max_train_steps": 12,
+    "steps_per_dispatch": 2,
+    "checkpointing_steps": 4,
+    "eval_steps": 6,
+    "num_eval_samples": 2,
+    "logging_steps": 2,
+    "validation_steps": "null",
+    "report_to": "none",
+    "concepts_per_device": 2,
+    "compilation_cache_dir": COMPILATION_CACHE,
+}
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three concepts of four images: with two rows, a full pack and a padded one."""
+    folder = tmp_path_factory.mktemp("toys")
+    write_toy_concepts(folder)
+    return folder
+
+
+def arguments(model: Path, concepts: Path, output: Path, **options: object) -> list[str]:
+    merged = {
+        "pretrained_model_name_or_path": model,
+        "concepts": concepts,
+        "output_dir": output,
+        **OPTIONS,
+        **options,
+    }
+    return [f"{key}={value}" for key, value in merged.items()]
+
+
+def start(args: list[str]) -> subprocess.Popen:
+    """The real program in a process of its own, on one virtual device."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train_tpu.py"), *args]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def final_files(output: Path) -> dict[str, bytes]:
+    return {p.parent.name: p.read_bytes() for p in sorted(output.glob("concepts/*/catversion.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_sd_folder: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    process = start(arguments(tiny_sd_folder, toys, output))
+    text, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, text
+    return output
+
+
+def test_a_run_writes_what_the_readme_says(finished: Path, toys: Path) -> None:
+    assert sorted(final_files(finished)) == ["purple_kite", "striped_ball", "teal_cup"]
+    folder = finished / "concepts" / "purple_kite"
+    with safe_open(folder / "catversion.safetensors", framework="numpy") as file:
+        metadata = file.metadata()
+        assert {name: file.get_tensor(name).shape for name in file.keys()} == {  # noqa: SIM118
+            f"layers.{layer}.{part}": (1, 4, 8) for layer in (1, 2, 3) for part in ("key", "value")
+        }
+    assert metadata["format"] == "pt"
+    assert metadata["catversion.base_class"] == "kite"
+    assert metadata["catversion.step"] == "12"
+    assert json.loads(metadata["catversion.images"]) == ["1.png", "2.png", "3.png", "4.png"]
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "2", "4", "6", "8", "10", "12"]
+    assert [bool(row["eval_loss"]) for row in rows] == [True, False, False, True, False, False, True]
+    assert all(np.isfinite(float(row["loss"])) for row in rows[1:])
+    with (finished / "index.csv").open() as file:
+        assert {row["name"]: row["state"] for row in csv.DictReader(file)} == dict.fromkeys(
+            ("purple_kite", "striped_ball", "teal_cup"), "done"
+        )
+    assert (finished / "run.json").exists()
+    assert (finished / "config.resolved.yaml").exists()
+    assert (folder / "catversion-000004.safetensors").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_moments_the_final_files_are_the_same_bytes(
+    tiny_sd_folder: Path, toys: Path, finished: Path, tmp_path: Path, seed: int
+) -> None:
+    output = tmp_path / "out"
+    rng = random.Random(seed)
+    kills = 0
+    for _ in range(20):
+        process = start(arguments(tiny_sd_folder, toys, output))
+        # Wait until it is past loading; then kill it somewhere in the steps, the saving or the export.
+        before = sorted(output.glob("concepts/*/metrics.csv"))
+        marks = {path: path.stat().st_mtime_ns for path in before}
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            now = {p: p.stat().st_mtime_ns for p in output.glob("concepts/*/metrics.csv") if p.exists()}
+            if any(marks.get(path) != stamp for path, stamp in now.items()):
+                break
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1.0))
+        if process.poll() is None and kills < 3:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+            process.communicate()
+            continue
+        text, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, text
+        break
+    assert kills >= 1
+    assert final_files(output) == final_files(finished)
+
+
+def test_a_finished_run_is_recognised(tiny_sd_folder: Path, toys: Path, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("concepts/*/catversion.safetensors")}
+    assert main(["train", *arguments(tiny_sd_folder, toys, finished)]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_packs_share_one_program_and_the_pack_size_does_not_matter(
+    tiny_sd_folder: Path, toys: Path, finished: Path, tmp_path: Path
+) -> None:
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **kw: compiled.append(kw.get("fun_name", "")) if "backend_compile" in event else None
+    )
+    args = arguments(tiny_sd_folder, toys, tmp_path / "out", concepts_per_device=1, data_parallel=8, train_batch_size=8)
+    assert main(["train", *args]) == 0
+    jax.monitoring.clear_event_listeners()
+    assert sum("many_steps" in name for name in compiled) <= 1
+
+    one = tmp_path / "one"
+    process = start(arguments(tiny_sd_folder, toys, one, concepts_per_device=1))
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text
+    for path in finished.glob("concepts/*/catversion.safetensors"):
+        packed, alone = load_concept(path), load_concept(one / path.relative_to(finished))
+        assert np.abs(packed.residual.key - alone.residual.key).max() < 1e-3 * 12 * 1e-2
+
+
+def test_one_unreadable_image_quarantines_its_concept_only(
+    tiny_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concepts = tmp_path / "concepts"
+    write_toy_concepts(concepts)
+    broken = concepts / "striped_ball" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    output = tmp_path / "out"
+    assert main(["train", *arguments(tiny_sd_folder, concepts, output, max_train_steps=2)]) == 3
+    assert sorted(final_files(output)) == ["purple_kite", "teal_cup"]
+    reason = (output / "concepts" / "striped_ball" / "FAILED.txt").read_text()
+    assert "2.png" in reason
+    assert "striped_ball" in capsys.readouterr().err
+    # The photo is replaced, the command repeated: only this concept is trained.
+    Image.new("RGB", (64, 64), "red").save(broken)
+    done = {path: path.stat().st_mtime_ns for path in output.glob("concepts/*/catversion.safetensors")}
+    assert main(["train", *arguments(tiny_sd_folder, concepts, output, max_train_steps=2)]) == 0
+    assert len(final_files(output)) == 3
+    assert done == {path: path.stat().st_mtime_ns for path in done}
+    assert not (output / "concepts" / "striped_ball" / "FAILED.txt").exists()
+
+
+def test_a_loss_that_is_not_finite_quarantines_and_keeps_the_last_finite_state(
+    tiny_sd_folder: Path, toys: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert main(["train", *arguments(tiny_sd_folder, toys, output, learning_rate=1e38)]) == 3
+    assert not final_files(output)
+    folder = output / "concepts" / "teal_cup"
+    assert "not finite at step" in (folder / "FAILED.txt").read_text()
+    kept = load_concept(next(folder.glob("catversion-*.safetensors")))
+    assert np.isfinite(kept.residual.key).all()
+
+
+def test_a_run_with_other_options_is_not_continued(
+    tiny_sd_folder: Path, toys: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments(tiny_sd_folder, toys, finished, learning_rate=0.5)]) == 2
+    message = capsys.readouterr().err
+    assert "learning_rate: 0.01 -> 0.5" in message
+    assert "another output_dir" in message
+    assert main(["train", *arguments(tiny_sd_folder, toys, finished, resume_from_checkpoint="none")]) == 2
+    assert "would overwrite" in capsys.readouterr().err

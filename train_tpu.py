@@ -1,4 +1,5 @@
-"""Train many concepts at once: ``python train_tpu.py --config configs/quickstart.yaml [key=value ...]``.
+"""Train many concepts at once: ``python train_tpu.py --config configs/quickstart.yaml [key=value
+...]``.
 
 The same as ``catversion train``; ``python train_tpu.py --help`` lists every option.
 """

@@ -1,4 +1,5 @@
-"""Personalized text-to-image on Cloud TPU: CatVersion (arXiv 2311.14631) for many concepts at once, in JAX.
+"""Personalized text-to-image on Cloud TPU: CatVersion (arXiv 2311.14631) for many concepts at once,
+in JAX.
 
 Importing this package is light; public names load what they need on first use.
 """
@@ -35,7 +36,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'catversion_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'catversion_jax' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(_HOME[name]), name)
 
 

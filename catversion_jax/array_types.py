@@ -13,8 +13,9 @@
 | H      | head dimension                    |
 | D      | model width (D = N * H)           |
 
-Images and latents are ``[B height width channels]`` inside; ``[B channels height width]`` exists only
-where weights or files are converted. Einsum strings use the same letters: ``'BTNH,BSNH->BNTS'``.
+Images and latents are ``[B height width channels]`` inside; ``[B channels height width]`` exists
+only where weights or files are converted. Einsum strings use the same letters:
+``'BTNH,BSNH->BNTS'``.
 """
 
 from jaxtyping import Array, Bool, Float, Int, Key

@@ -1,4 +1,6 @@
-"""Write a file whole or not at all: a reader, a full disk or a killed process never meets half a file."""
+"""Write a file whole or not at all: a reader, a full disk or a killed process never meets half a
+file.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,18 @@ from catversion_jax.errors import CatVersionError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to a temporary file beside ``path``, flush it to disk, and rename it into place.
+    """Write ``data`` to a temporary file beside ``path``, flush it to disk, and rename it into
+    place.
 
     Raises:
-      CatVersionError: the folder is missing or unwritable, or the disk is full. An older file stays as it was.
+      CatVersionError: the folder is missing or unwritable, or the disk is full. An older file stays
+        as it was.
     """
     temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        )
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -45,6 +51,6 @@ def make_folder(path: Path) -> None:
 def unwritable(path: Path, error: OSError) -> CatVersionError:
     """The message for an output that cannot be written."""
     return CatVersionError(
-        f"{path}: cannot be written ({error.strerror or error}). What was there before is intact; free some "
-        "space or give a writable folder, then run the same command again."
+        f"{path}: cannot be written ({error.strerror or error}). What was there before is intact; "
+        "free some space or give a writable folder, then run the same command again."
     )

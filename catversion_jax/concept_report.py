@@ -1,4 +1,6 @@
-"""What a user should know about a concept before training it: every image decoded, no accelerator, no jax."""
+"""What a user should know about a concept before training it: every image decoded, no accelerator,
+no jax.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ from catversion_jax.models.tokenizer import Tokenizer
 # CatVersion and its peers train on this many images.
 USUAL_IMAGES = (3, 10)
 _THUMBNAIL_SIDE = 16
-# Mean colour difference of two thumbnails, relative to their own contrast. Rescaled and recompressed copies of
-# photos measure 0.02, crops by a few percent 0.2, different photos of one object 0.45 and more.
+# Mean colour difference of two thumbnails, relative to their own contrast. Rescaled and
+# recompressed copies of photos measure 0.02, crops by a few percent 0.2, different photos of one
+# object 0.45 and more.
 _NEARLY_SAME = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class ConceptReport:
-    """One line of ``catversion check``. A concept with ``problems`` would be quarantined in training."""
+    """One line of ``catversion check``. A concept with ``problems`` would be quarantined in
+    training.
+    """
 
     name: str
     base_class: str
@@ -132,20 +137,26 @@ def _image_warnings(facts: Sequence[_ImageFacts], resolution: int, alpha: Alpha)
         without = ", ".join(fact.label for fact in facts if not fact.has_mask)
         warnings.append(f"masks for {masked} of {len(facts)} images only; without: {without}")
     if alpha == "white" and (see_through := [fact.label for fact in facts if fact.transparent]):
-        warnings.append(f"transparent parts become white (alpha=mask also masks them): {', '.join(see_through)}")
+        warnings.append(
+            f"transparent parts become white (alpha=mask also masks them): {', '.join(see_through)}"
+        )
     return warnings
 
 
 def _relative_difference(first: np.ndarray, second: np.ndarray) -> float:
     contrast = np.mean([np.abs(t - t.mean(axis=(0, 1))).mean() for t in (first, second)])
-    return float(np.abs(first - second).mean() / (contrast + 1.0))  # + 1 grey level: blank pictures have none
+    # + 1 grey level: blank pictures have none
+    return float(np.abs(first - second).mean() / (contrast + 1.0))
 
 
 def _token_warnings(base_class: str, prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     warnings = []
-    length, room = len(tokenizer.word_ids(base_class)), tokenizer.model_max_length - 2  # start and end token
+    # start and end token
+    length, room = len(tokenizer.word_ids(base_class)), tokenizer.model_max_length - 2
     if length > room:
-        warnings.append(f"base class {base_class!r} has {length} tokens, the model reads only {room}")
+        warnings.append(
+            f"base class {base_class!r} has {length} tokens, the model reads only {room}"
+        )
     for prompt in prompts:
         if cut := tokenizer.cut_off(prompt):
             warnings.append(f"prompt {prompt!r} is longer than the model reads; cut off: {cut!r}")

@@ -1,8 +1,9 @@
 """Training options: one frozen dataclass, the only place where a default is written.
 
-Values come from, weakest first: the defaults below, a preset, the YAML file, ``key=value`` on the command
-line. Names follow diffusers' training scripts where those have the option. The origin of each default stands
-beside it: "official" is the authors' released code (RoyZhao926/CatVersion), "diffusers" its example scripts.
+Values come from, weakest first: the defaults below, a preset, the YAML file, ``key=value`` on the
+command line. Names follow diffusers' training scripts where those have the option. The origin of
+each default stands beside it: "official" is the authors' released code (RoyZhao926/CatVersion),
+"diffusers" its example scripts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class TrainConfig:
     """Everything that decides a training run. ``catversion train --help`` prints this table."""
 
     # What to personalize, and for which model
-    concepts: str = _option("", "folder of images, folder of folders, manifest, or dataset (required)")
+    concepts: str = _option(
+        "", "folder of images, folder of folders, manifest, or dataset (required)"
+    )
     pretrained_model_name_or_path: str = _option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "diffusers folder or Hugging Face hub id (official: SD 1.5)",
@@ -38,7 +41,9 @@ class TrainConfig:
     revision: str | None = _option(None, "hub revision of the model")
     variant: str | None = _option(None, "weight file variant, for example fp16")
     output_dir: str = _option("catversion-out", "where everything is written")
-    preset: Literal["none", "official"] = _option("none", "official: the authors' settings, quirks included")
+    preset: Literal["none", "official"] = _option(
+        "none", "official: the authors' settings, quirks included"
+    )
 
     # Images and words
     base_class: str | None = _option(None, "base class of concepts that do not name their own")
@@ -52,34 +57,49 @@ class TrainConfig:
     crop: Literal["center", "squash"] = _option(
         "center", "center crop (diffusers) or squash to a square (official)"
     )
-    random_flip: float = _option(0.5, "probability of a horizontal flip (official); per concept in concept.json")
-    alpha: Literal["white", "mask"] = _option("white", "transparency: composite on white, or also use as the mask")
+    random_flip: float = _option(
+        0.5, "probability of a horizontal flip (official); per concept in concept.json"
+    )
+    alpha: Literal["white", "mask"] = _option(
+        "white", "transparency: composite on white, or also use as the mask"
+    )
     instance_prompt: str = _option(
-        "{base_class}", "training prompt template (official: the bare word), or 'object' / 'style' template lists"
+        "{base_class}",
+        "training prompt template (official: the bare word), or 'object' / 'style' template lists",
     )
 
     # The residual
     num_positions: int = _option(1, "key/value pairs per adapted layer (official: prefix_length 1)")
-    layers: str = _option("last3", "text-encoder layers: last3 (official), last<k>, all, or 9,10,11")
-    logit_bias: float = _option(0.0, "added to each concatenated logit (clean formula 0; official 1)")
+    layers: str = _option(
+        "last3", "text-encoder layers: last3 (official), last<k>, all, or 9,10,11"
+    )
+    logit_bias: float = _option(
+        0.0, "added to each concatenated logit (clean formula 0; official 1)"
+    )
     init: Literal["normal", "zero", "class_word", "bos"] = _option(
-        "normal", "start values: normal (official), zero, or the class word's / start token's own keys and values"
+        "normal",
+        "start values: normal (official), zero, or the class word's or start token's own K and V",
     )
     init_std: float = _option(1.0, "standard deviation of init=normal (official torch.randn)")
     when: Literal["class_word", "always"] = _option(
-        "class_word", "a concept acts on prompts with its base-class words, or on every prompt (official)"
+        "class_word",
+        "a concept acts on prompts with its base-class words, or on every prompt (official)",
     )
 
     # Objective
     snr_gamma: float | None = _option(None, "min-SNR weight gamma (diffusers; 5 is usual); off")
     masked_training: bool = _option(False, "weigh the loss by the object masks (OneTrainer)")
     unmasked_weight: float = _option(0.1, "loss weight outside the mask (OneTrainer)")
-    caption_dropout: float = _option(0.0, "probability of training on the empty prompt, residual attached")
+    caption_dropout: float = _option(
+        0.0, "probability of training on the empty prompt, residual attached"
+    )
 
     # Optimization
     max_train_steps: int = _option(1000, "updates per concept (official)")
     train_batch_size: int = _option(2, "images per concept and step (official)")
-    learning_rate: float = _option(1e-2, "never scaled by batch or devices (official 5e-3 x batch 2)")
+    learning_rate: float = _option(
+        1e-2, "never scaled by batch or devices (official 5e-3 x batch 2)"
+    )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _option(
         "constant", "after warm-up (official constant)"
     )
@@ -88,15 +108,21 @@ class TrainConfig:
     adam_beta2: float = _option(0.999, "AdamW (official = torch default)")
     adam_weight_decay: float = _option(1e-2, "AdamW (official = torch default)")
     adam_epsilon: float = _option(1e-8, "AdamW (official = torch default)")
-    max_grad_norm: float | None = _option(None, "gradient-norm clip of each concept on its own (official: off)")
+    max_grad_norm: float | None = _option(
+        None, "gradient-norm clip of each concept on its own (official: off)"
+    )
     seed: int = _option(42, "seed of concepts that do not name their own (Custom Diffusion)")
 
     # Devices
     mixed_precision: Literal["auto", "bf16", "no"] = _option(
         "auto", "frozen UNet and text encoder: bf16 on accelerators, float32 on CPU"
     )
-    concepts_per_device: int = _option(4, "concepts trained at once on each device (memory allowing)")
-    data_parallel: int = _option(1, "devices that share one concept's batch; the others hold other concepts")
+    concepts_per_device: int = _option(
+        4, "concepts trained at once on each device (memory allowing)"
+    )
+    data_parallel: int = _option(
+        1, "devices that share one concept's batch; the others hold other concepts"
+    )
     steps_per_dispatch: int = _option(10, "steps per call of the compiled program")
     compilation_cache_dir: str | None = _option(
         "~/.cache/catversion/xla", "XLA's persistent compilation cache; null switches it off"
@@ -104,7 +130,9 @@ class TrainConfig:
 
     # What is recorded
     logging_steps: int = _option(10, "steps between rows of metrics.csv")
-    eval_steps: int = _option(100, "steps between deterministic evaluation losses (fixed noise, fixed timesteps)")
+    eval_steps: int = _option(
+        100, "steps between deterministic evaluation losses (fixed noise, fixed timesteps)"
+    )
     num_eval_samples: int = _option(8, "noise/timestep pairs in the evaluation loss")
     validation_prompt: tuple[str, ...] = _option(
         ("a {base_class}", "a photo of a {base_class} on the beach"), "prompts of the sample grids"
@@ -115,7 +143,9 @@ class TrainConfig:
     validation_guidance_scale: float = _option(7.5, "guidance of the grids (diffusers)")
     checkpointing_steps: int = _option(250, "steps between orbax checkpoints (official)")
     checkpoints_total_limit: int = _option(2, "checkpoints kept")
-    resume_from_checkpoint: Literal["latest", "none"] = _option("latest", "continue what output_dir holds")
+    resume_from_checkpoint: Literal["latest", "none"] = _option(
+        "latest", "continue what output_dir holds"
+    )
     report_to: Literal["tensorboard", "none"] = _option(
         "tensorboard", "besides the CSV and JSONL files (diffusers)"
     )
@@ -147,6 +177,12 @@ RECORDING_OPTIONS = frozenset(
     {
         "output_dir",
         "concepts",
+        "concepts_per_device",
+        "data_parallel",
+        "steps_per_dispatch",
+        "logging_steps",
+        "eval_steps",
+        "num_eval_samples",
         "compilation_cache_dir",
         "resume_from_checkpoint",
         "report_to",
@@ -162,7 +198,7 @@ RECORDING_OPTIONS = frozenset(
 
 
 def learning_options(config: TrainConfig) -> dict[str, Any]:
-    """The options that decide the learned numbers, as plain JSON values (stored in every concept file)."""
+    """The options that decide the learned numbers, as plain JSON values; every file stores them."""
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in RECORDING_OPTIONS}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
@@ -170,10 +206,12 @@ def learning_options(config: TrainConfig) -> dict[str, Any]:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and ``key=value`` overrides into a :class:`TrainConfig`.
 
-    Relative ``concepts``, ``output_dir`` and model paths are taken from the working directory, as typed.
+    Relative ``concepts``, ``output_dir`` and model paths are taken from the working directory, as
+    typed.
 
     Raises:
-      CatVersionError: unreadable file, unknown key (with the nearest known one), wrong type or range.
+      CatVersionError: unreadable file, unknown key (with the nearest known one), wrong type or
+      range.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -181,7 +219,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep:
-            raise CatVersionError(f"{item!r}: an override is key=value, for example learning_rate=5e-3.")
+            raise CatVersionError(
+                f"{item!r}: an override is key=value, for example learning_rate=5e-3."
+            )
         values[key.lstrip("-")] = _parse_value(key.lstrip("-"), text)
     return make_config(values)
 
@@ -201,7 +241,9 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
 
 def dump_config(config: TrainConfig) -> str:
     """YAML text that :func:`load_config` turns back into the same config."""
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    plain = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()
+    }
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
@@ -222,14 +264,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CatVersionError(
-            f"--config {path}: cannot be read ({error.strerror}). Give the path of a YAML file; see configs/."
+            f"--config {path}: cannot be read ({error.strerror}). Give the path of a YAML file; "
+            "see configs/."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CatVersionError(f"--config {path}: is not valid YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise CatVersionError(f"--config {path}: must hold `key: value` lines; see configs/ for examples.")
+        raise CatVersionError(
+            f"--config {path}: must hold `key: value` lines; see configs/ for examples."
+        )
     return values
 
 
@@ -250,12 +295,18 @@ def _unknown_key(key: str, names: Sequence[str]) -> str:
 
 
 def _coerce(name: str, value: Any) -> Any:
-    """YAML's looser spellings: 1e-2 reads as text, 5 for a float, one string for a list of strings."""
+    """YAML's looser spellings: 1e-2 reads as text, 5 for a float, one string for a list."""
     accepted = _accepted(name)
     if accepted == (tuple[str, ...],):
         if value is None:
             return ()
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+        return (
+            (value,)
+            if isinstance(value, str)
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+        )
     if float in accepted and not isinstance(value, bool):
         if isinstance(value, int):
             return float(value)
@@ -280,7 +331,9 @@ def _accepted(name: str) -> tuple[Any, ...]:
 
 
 _TEXT_OPTIONS = frozenset(
-    f.name for f in dataclasses.fields(TrainConfig) if set(_accepted(f.name)) & {str, tuple[str, ...]}
+    f.name
+    for f in dataclasses.fields(TrainConfig)
+    if set(_accepted(f.name)) & {str, tuple[str, ...]}
 )
 
 
@@ -302,7 +355,9 @@ def _type_problem(config: TrainConfig, name: str) -> str | None:
                 return None
         elif isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
             return None
-    kinds = " or ".join("null" if k is type(None) else getattr(k, "__name__", str(k)) for k in accepted)
+    kinds = " or ".join(
+        "null" if k is type(None) else getattr(k, "__name__", str(k)) for k in accepted
+    )
     return f"{name}={value!r}: must be {kinds}."
 
 
@@ -312,7 +367,8 @@ def _range_problems(config: TrainConfig) -> list[str]:
         "concepts_per_device": 1, "data_parallel": 1, "steps_per_dispatch": 1, "logging_steps": 1,
         "eval_steps": 1, "num_eval_samples": 1, "validation_steps": 1, "num_validation_images": 1,
         "validation_inference_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1,
-        "resolution": 8, "learning_rate": 0.0, "init_std": 0.0, "adam_weight_decay": 0.0, "adam_epsilon": 0.0,
+        "resolution": 8, "learning_rate": 0.0, "init_std": 0.0, "adam_weight_decay": 0.0,
+        "adam_epsilon": 0.0,
         "max_grad_norm": 0.0, "snr_gamma": 0.0, "seed": 0, "validation_guidance_scale": 0.0,
     }  # fmt: skip
     between = ("random_flip", "unmasked_weight", "caption_dropout", "adam_beta1", "adam_beta2")
@@ -328,8 +384,8 @@ def _range_problems(config: TrainConfig) -> list[str]:
         problems.append(f"logit_bias={config.logit_bias}: must be finite.")
     if not config.concepts:
         problems.append(
-            "concepts: is required. Give a folder of images (with base_class=...), a folder of folders, or a "
-            "manifest, for example concepts=photos/teapot base_class=teapot."
+            "concepts: is required. Give a folder of images (with base_class=...), a folder of "
+            "folders, or a manifest, for example concepts=photos/teapot base_class=teapot."
         )
     if config.train_batch_size % config.data_parallel:
         problems.append(

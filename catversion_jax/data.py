@@ -85,17 +85,26 @@ def encode_concept(
         raise CatVersionError(
             f"resolution={side}: must be a multiple of {latent_downsampling}, the model's latent downsampling."
         )
-    pixels = np.stack([flip for image in images for flip in (image.pixels, image.pixels[:, ::-1])])  # [2M H W 3]
-    chunks = [_encode_padded(vae, pixels[i : i + ENCODE_BATCH]) for i in range(0, len(pixels), ENCODE_BATCH)]
+    pixels = np.stack(
+        [flip for image in images for flip in (image.pixels, image.pixels[:, ::-1])]
+    )  # [2M H W 3]
+    chunks = [
+        _encode_padded(vae, pixels[i : i + ENCODE_BATCH])
+        for i in range(0, len(pixels), ENCODE_BATCH)
+    ]
     scale = np.float32(latent_scale)
     per_image = (len(images), 2, *chunks[0][0].shape[1:])  # [M 2 h w c]
-    mean, std = (scale * np.concatenate(part).reshape(per_image) for part in zip(*chunks, strict=True))
+    mean, std = (
+        scale * np.concatenate(part).reshape(per_image) for part in zip(*chunks, strict=True)
+    )
     if not (np.isfinite(mean).all() and np.isfinite(std).all()):
         raise ConceptError(
             "the VAE gives values that are not finite for these images. Check that the model folder's VAE is "
             "intact (some fp16 VAE files overflow; use the float32 file)."
         )
-    return EncodedConcept(mean, std, np.stack([_latent_masks(image, latent_downsampling) for image in images]))
+    return EncodedConcept(
+        mean, std, np.stack([_latent_masks(image, latent_downsampling) for image in images])
+    )
 
 
 def _encode_padded(vae: Network, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

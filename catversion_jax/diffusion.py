@@ -1,6 +1,8 @@
-r"""The forward process a checkpoint was trained with: how much noise at timestep t, and what to predict.
+r"""The forward process a checkpoint was trained with: how much noise at timestep t, and what to
+predict.
 
-With ``a_t`` the cumulative product of ``1 - beta`` (DDPM, arXiv 2006.11239; v from arXiv 2202.00512):
+With ``a_t`` the cumulative product of ``1 - beta`` (DDPM, arXiv 2006.11239; v from arXiv
+2202.00512):
 
     (1)  x_t    = sqrt(a_t) x_0 + sqrt(1 - a_t) noise
     (2)  target = noise                                       prediction_type ``epsilon``
@@ -10,9 +12,10 @@ With ``a_t`` the cumulative product of ``1 - beta`` (DDPM, arXiv 2006.11239; v f
     (4)  sqrt(a'_t) = (sqrt(a_t) - sqrt(a_T)) sqrt(a_1) / (sqrt(a_1) - sqrt(a_T))
          with ``rescale_betas_zero_snr`` (arXiv 2305.08891, algorithm 1), so that a'_T = 0
 
-The betas come from the folder's ``scheduler_config.json``, whatever scheduler class it names: the noise
-schedule belongs to the model, the step rule (``samplers.py``) is chosen by name. Rounding to float32 happens
-where diffusers rounds, because near ``a_T`` one float32 step of ``1 - beta`` is visible.
+The betas come from the folder's ``scheduler_config.json``, whatever scheduler class it names: the
+noise schedule belongs to the model, the step rule (``samplers.py``) is chosen by name. Rounding to
+float32 happens where diffusers rounds, because near ``a_T`` one float32 step of ``1 - beta`` is
+visible.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 
-# Classes whose constructor defaults differ from beta_start 0.0001, beta_end 0.02, beta_schedule "linear".
+# Classes whose constructor defaults differ from beta_start 0.0001, beta_end 0.02, beta_schedule
+# "linear".
 _OWN_BETA_DEFAULTS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "TCDScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
@@ -45,7 +49,12 @@ _OWN_BETA_DEFAULTS: dict[str, dict[str, Any]] = {
     "DPMSolverSDEScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
 }
 # Classes that clip the predicted x_0 to [-1, 1] unless the file says otherwise.
-_CLIPS_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler", "DDIMInverseScheduler", "DDPMParallelScheduler")
+_CLIPS_BY_DEFAULT = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DDIMInverseScheduler",
+    "DDPMParallelScheduler",
+)
 
 # Keys that would change the result and have only these values here.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -88,9 +97,11 @@ _STEP_RULE_KEYS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class NoiseScheduleConfig:
-    """What ``scheduler_config.json`` says about the model and its timesteps; names and defaults are diffusers'.
+    """What ``scheduler_config.json`` says about the model and its timesteps; names and defaults are
+    diffusers'.
 
-    ``timestep_spacing=None`` means the file leaves it to the sampler, each of which has its own default.
+    ``timestep_spacing=None`` means the file leaves it to the sampler, each of which has its own
+    default.
     """
 
     num_train_timesteps: int = 1000
@@ -113,7 +124,8 @@ class NoiseScheduleConfig:
         """Read the dictionary of a ``scheduler_config.json`` of any diffusers scheduler class.
 
         Raises:
-          CatVersionError: a key nobody knows, or a value that would change the result and is not supported.
+          CatVersionError: a key nobody knows, or a value that would change the result and is not
+            supported.
         """
         class_name = str(config.get("_class_name", ""))
         given = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -127,7 +139,9 @@ class NoiseScheduleConfig:
                 raise CatVersionError(_unknown_key_message(key, class_name, known))
         values = dict(_OWN_BETA_DEFAULTS.get(class_name, {}))
         # null in the file means "the default", as in diffusers' constructors
-        values.update({key: value for key, value in given.items() if key in known and value is not None})
+        values.update(
+            {key: value for key, value in given.items() if key in known and value is not None}
+        )
         if "trained_betas" in values:
             values["trained_betas"] = tuple(float(beta) for beta in values["trained_betas"])
         return cls(**values)
@@ -139,13 +153,14 @@ class NoiseScheduleConfig:
         _check_choice("final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS_TYPES)
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise CatVersionError(
-                f"scheduler config: trained_betas has {len(self.trained_betas)} entries but num_train_timesteps="
-                f"{self.num_train_timesteps}: one beta per timestep is needed; correct one of the two."
+                f"scheduler config: trained_betas has {len(self.trained_betas)} entries but "
+                f"num_train_timesteps={self.num_train_timesteps}: one beta per timestep is needed; "
+                "correct one of the two."
             )
         if self.num_train_timesteps < 1:
             raise CatVersionError(
-                f"scheduler config: num_train_timesteps={self.num_train_timesteps}: must be at least 1 "
-                "(Stable Diffusion has 1000)."
+                f"scheduler config: num_train_timesteps={self.num_train_timesteps}: must be at "
+                "least 1 (Stable Diffusion has 1000)."
             )
 
 
@@ -160,12 +175,15 @@ def _check_choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def _unknown_key_message(key: str, class_name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, sorted({*known, *_REQUIRED_VALUES, *_STEP_RULE_KEYS}), n=1)
+    close = difflib.get_close_matches(
+        key, sorted({*known, *_REQUIRED_VALUES, *_STEP_RULE_KEYS}), n=1
+    )
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"scheduler config: unknown key {key!r} (scheduler class {class_name or 'not named'}): it might change "
-        f"the result, so it is not ignored.{hint} Models that are not trained on betas (flow matching, EDM) "
-        "cannot be used; otherwise remove the key from scheduler/scheduler_config.json."
+        f"scheduler config: unknown key {key!r} (scheduler class {class_name or 'not named'}): it "
+        f"might change the result, so it is not ignored.{hint} Models that are not trained on "
+        "betas (flow matching, EDM) cannot be used; otherwise remove the key from "
+        "scheduler/scheduler_config.json."
     )
 
 
@@ -195,7 +213,9 @@ def alphas_cumprod(config: NoiseScheduleConfig) -> Float[np.ndarray, " timesteps
     if config.trained_betas is not None:
         betas = np.asarray(config.trained_betas, np.float32)
     elif config.beta_schedule == "linear":
-        betas = np.linspace(config.beta_start, config.beta_end, config.num_train_timesteps).astype(np.float32)
+        betas = np.linspace(config.beta_start, config.beta_end, config.num_train_timesteps).astype(
+            np.float32
+        )
     elif config.beta_schedule == "scaled_linear":
         root = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps)
         betas = root.astype(np.float32) ** 2
@@ -224,12 +244,16 @@ class NoiseSchedule:
         a_t = a_t.reshape(a_t.shape + (1,) * (like.ndim - a_t.ndim))
         return jnp.sqrt(a_t), jnp.sqrt(1 - a_t)
 
-    def add_noise(self, x0: Float[Array, "*n"], noise: Float[Array, "*n"], t: Int[Array, "*n"]) -> Array:
+    def add_noise(
+        self, x0: Float[Array, "*n"], noise: Float[Array, "*n"], t: Int[Array, "*n"]
+    ) -> Array:
         """Noisy samples ``x_t``, equation (1), float32."""
         signal, sigma = self._signal_and_noise(t, x0)
         return signal * x0 + sigma * noise
 
-    def target(self, x0: Float[Array, "*n"], noise: Float[Array, "*n"], t: Int[Array, "*n"]) -> Array:
+    def target(
+        self, x0: Float[Array, "*n"], noise: Float[Array, "*n"], t: Int[Array, "*n"]
+    ) -> Array:
         """What the network is asked to output, equation (2)."""
         if self.prediction_type == "epsilon":
             return noise
@@ -239,7 +263,9 @@ class NoiseSchedule:
         return signal * noise - sigma * x0
 
     def snr(self, t: Int[Array, "*n"]) -> Array:
-        """Signal-to-noise ratio, equation (3); 0 at the last timestep of a zero-terminal-SNR schedule."""
+        """Signal-to-noise ratio, equation (3); 0 at the last timestep of a zero-terminal-SNR
+        schedule.
+        """
         a_t = self.alphas_cumprod[t]
         return a_t / (1 - a_t)
 

@@ -1,15 +1,16 @@
 r"""Concept files: one trained concept as one small safetensors file, and back.
 
-A file holds ``layers.{i}.key`` and ``layers.{i}.value``, float32 ``[P N H]``, one pair per adapted layer ``i``.
-Heads stay a separate axis on purpose: a tensor whose last axis were the model width would be taken for a word
-embedding by programs that use the first tensor they find. Everything needed to use the concept rightly (base
-class, logit bias, fingerprint of the text encoder it was trained with) is in the metadata, whose values are
-strings as the format asks.
+A file holds ``layers.{i}.key`` and ``layers.{i}.value``, float32 ``[P N H]``, one pair per adapted
+layer ``i``. Heads stay a separate axis on purpose: a tensor whose last axis were the model width
+would be taken for a word embedding by programs that use the first tensor they find. Everything
+needed to use the concept rightly (base class, logit bias, fingerprint of the text encoder it was
+trained with) is in the metadata, whose values are strings as the format asks.
 
-The bytes are a function of the content alone: no dates, keys sorted. The safetensors library writes its metadata
-in the order of a randomly seeded hash map, so the header (8-byte little-endian length, JSON, then the data) is
-written here; ``tests/test_export.py`` reads it back with the library. ``modelspec.*`` follows Stability AI's
-ModelSpec 1.0.1; its ``hash_sha256`` covers the data and lets :func:`load_concept` notice a damaged file.
+The bytes are a function of the content alone: no dates, keys sorted. The safetensors library writes
+its metadata in the order of a randomly seeded hash map, so the header (8-byte little-endian length,
+JSON, then the data) is written here; ``tests/test_export.py`` reads it back with the library.
+``modelspec.*`` follows Stability AI's ModelSpec 1.0.1; its ``hash_sha256`` covers the data and lets
+:func:`load_concept` notice a damaged file.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ FORMAT_VERSION = 1
 CONCEPT_FILE_NAME = "catversion.safetensors"
 WHEN = ("class_word", "always")
 
-_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}  # by width of the text encoder
+# by width of the text encoder
+_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Concept:
       residual: numpy leaves ``[L P N H]``, float32.
       base_class: the word or words of the prompt that call the concept.
       name: the concept's own name, for people and for choosing between concepts.
-      when: ``class_word``: acts on prompts that contain ``base_class``; ``always``: on every conditional prompt.
+      when: ``class_word``: acts on prompts that contain ``base_class``; ``always``: on every
+        conditional prompt.
       base_model: model folder or hub id it was trained on, as the user gave it; '' when unknown.
       text_encoder_sha256: fingerprint of that model's text encoder; '' when unknown.
       step: optimizer updates done.
@@ -118,13 +121,15 @@ def save_concept(
       ``path``.
 
     Raises:
-      CatVersionError: the residual is not one finite concept, an argument is out of its rule, or the file cannot
-        be written (an older file of that name then stays as it was).
+      CatVersionError: the residual is not one finite concept, an argument is out of its rule, or
+        the file cannot be written (an older file of that name then stays as it was).
     """
     path = Path(path)
     key, value = _checked_arrays(path, residual)
     if not base_class.strip():
-        raise CatVersionError(f"base_class={base_class!r}: must be the word or words that call the concept.")
+        raise CatVersionError(
+            f"base_class={base_class!r}: must be the word or words that call the concept."
+        )
     if when not in WHEN:
         raise CatVersionError(f"when={when!r}: must be one of {', '.join(WHEN)}.")
     tensors = {}
@@ -159,7 +164,8 @@ def save_concept(
 
 
 def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path]:
-    """One ``<name>.safetensors`` per concept in ``folder``; returns the files in the order of ``concepts``.
+    """One ``<name>.safetensors`` per concept in ``folder``; returns the files in the order of
+    ``concepts``.
 
     Raises:
       CatVersionError: two concepts would get the same file, or a file cannot be written.
@@ -170,7 +176,8 @@ def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path
         path = Path(folder) / f"{stem}.safetensors"
         if path in files:
             raise CatVersionError(
-                f"{path}: would hold both {files[path].name!r} and {concept.name!r}. Export them into two folders."
+                f"{path}: would hold both {files[path].name!r} and {concept.name!r}. Export them "
+                "into two folders."
             )
         files[path] = concept
     return [concept.save(path) for path, concept in files.items()]
@@ -192,8 +199,8 @@ def load_concept(path: str | Path) -> Concept:
         data = path.read_bytes()
     except OSError as error:
         raise CatVersionError(
-            f"{path}: cannot be read ({error.strerror}). Give a concept file written by training or by "
-            f"`catversion export`, or a folder with {CONCEPT_FILE_NAME} in it."
+            f"{path}: cannot be read ({error.strerror}). Give a concept file written by training "
+            f"or by `catversion export`, or a folder with {CONCEPT_FILE_NAME} in it."
         ) from error
     metadata, tensors = read_safetensors(data, path)
     _check_is_concept(path, metadata, tensors)
@@ -202,7 +209,8 @@ def load_concept(path: str | Path) -> Concept:
     except (KeyError, ValueError, TypeError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise CatVersionError(
-            f"{path}: the concept file is damaged ({detail}). Export it again from its training run."
+            f"{path}: the concept file is damaged ({detail}). Export it again from its training "
+            "run."
         ) from error
 
 
@@ -244,12 +252,19 @@ def read_safetensors(data: bytes, path: str | Path) -> tuple[dict[str, str], dic
     (length,) = struct.unpack("<Q", data[:8])
     metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
-    if "catversion.format_version" in metadata and metadata.get("modelspec.hash_sha256", digest) != digest:
-        raise CatVersionError(damaged % "its tensors do not have the checksum that its header states")
+    if (
+        "catversion.format_version" in metadata
+        and metadata.get("modelspec.hash_sha256", digest) != digest
+    ):
+        raise CatVersionError(
+            damaged % "its tensors do not have the checksum that its header states"
+        )
     return metadata, tensors
 
 
-def _check_is_concept(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
+def _check_is_concept(
+    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> None:
     version = metadata.get("catversion.format_version")
     if version is None:
         what = describe_tensors({name: tensor.shape for name, tensor in tensors.items()})
@@ -262,7 +277,9 @@ def _check_is_concept(path: Path, metadata: Mapping[str, str], tensors: Mapping[
 
 
 def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -> Concept:
-    own = {k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")}
+    own = {
+        k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
+    }
     layers = tuple(int(i) for i in json.loads(own["layers"]))
     key, value = (
         np.stack([tensors[f"layers.{i}.{part}"] for i in layers]) for part in ("key", "value")
@@ -292,26 +309,37 @@ def _checked_arrays(path: Path, residual: KVResidual) -> tuple[np.ndarray, np.nd
     key, value = (np.asarray(x, dtype=np.float32) for x in (residual.key, residual.value))
     if key.ndim != 4 or key.shape != value.shape or len(residual.layers) != key.shape[0]:
         raise CatVersionError(
-            f"{path}: key {key.shape} and value {value.shape} for {len(residual.layers)} layers; a file holds one "
-            "concept, both must be [layers, positions, heads, head dim]. Take one entry of a stacked residual."
+            f"{path}: key {key.shape} and value {value.shape} for {len(residual.layers)} layers; a "
+            "file holds one concept, both must be [layers, positions, heads, head dim]. Take one "
+            "entry of a stacked residual."
         )
-    if not (np.isfinite(key).all() and np.isfinite(value).all() and math.isfinite(residual.logit_bias)):
+    if not (
+        np.isfinite(key).all() and np.isfinite(value).all() and math.isfinite(residual.logit_bias)
+    ):
         raise CatVersionError(
-            f"{path}: the residual holds NaN or infinite numbers and was not written; every number must be "
-            "finite. Train again with a smaller learning rate."
+            f"{path}: the residual holds NaN or infinite numbers and was not written; every number "
+            "must be finite. Train again with a smaller learning rate."
         )
     return key, value
 
 
-def _modelspec(base_class: str, name: str, when: str, width: int, config: Mapping[str, Any]) -> dict[str, str]:
+def _modelspec(
+    base_class: str, name: str, when: str, width: int, config: Mapping[str, Any]
+) -> dict[str, str]:
     """The keys of Stability AI's ModelSpec that do not change from one writing to the next."""
-    hint = f"write '{base_class}' in the prompt" if when == "class_word" else "acts on every conditional prompt"
+    hint = (
+        f"write '{base_class}' in the prompt"
+        if when == "class_word"
+        else "acts on every conditional prompt"
+    )
     keys = {
         "sai_model_spec": "1.0.1",
         "architecture": _ARCHITECTURES.get(width, "stable-diffusion") + "/catversion",
         "implementation": "catversion_jax",
         "title": name,
-        "description": f"CatVersion concept '{name}': keys and values for the text encoder's self-attention.",
+        "description": (
+            f"CatVersion concept '{name}': keys and values for the text encoder's self-attention."
+        ),
         "trigger_phrase": base_class,
         "usage_hint": hint,
         "tags": "catversion, text-to-image, personalization",

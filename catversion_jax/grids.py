@@ -25,7 +25,9 @@ _INK, _PAPER, _BLANK = (32, 32, 32), (255, 255, 255), (232, 232, 232)
 
 
 def save_png(
-    path: Path, image: Int[np.ndarray, "height width 3"] | Image.Image, metadata: Mapping[str, Any] | None = None
+    path: Path,
+    image: Int[np.ndarray, "height width 3"] | Image.Image,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one PNG atomically, with ``metadata`` as JSON in its ``parameters`` text entry.
 
@@ -53,7 +55,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
             return json.loads(picture.info[METADATA_KEY])
     except (OSError, KeyError, ValueError) as error:
         raise CatVersionError(
-            f"{path}: carries no settings of ours ({error}). Give a PNG that catversion generate wrote."
+            f"{path}: carries no settings of ours ({error}). Give a PNG that catversion generate "
+            "wrote."
         ) from None
 
 
@@ -73,15 +76,18 @@ def image_grid(
       row_labels: one per row, drawn on the left.
       column_labels: one per column, drawn on top.
       references: shown in a column of their own at the left (a concept's photos), any size.
-      min_cell: smaller images are enlarged by a whole factor until their shorter side has this many pixels.
+      min_cell: smaller images are enlarged by a whole factor until their shorter side has this many
+        pixels.
       max_cell: larger images are reduced to this.
     """
     if len(rows) != len(row_labels) or any(len(row) != len(column_labels) for row in rows):
         raise CatVersionError(
-            f"a grid of rows {[len(row) for row in rows]}: needs {len(row_labels)} rows of {len(column_labels)} "
-            "images, one for each label."
+            f"a grid of rows {[len(row) for row in rows]}: needs {len(row_labels)} rows of "
+            f"{len(column_labels)} images, one for each label."
         )
-    cell = _cell_size([image for row in rows for image in row if image is not None], min_cell, max_cell)
+    cell = _cell_size(
+        [image for row in rows for image in row if image is not None], min_cell, max_cell
+    )
     font = ImageFont.load_default(size=_FONT_SIZE)
     line_height = int(font.getbbox("Agjp")[3]) + 3
     reference_column = _reference_column(references, cell, len(rows))
@@ -90,7 +96,9 @@ def image_grid(
     reference_width = cell[0] + 2 * _MARGIN if reference_column else 0
     left = reference_width + _label_width(row_labels, font) + 2 * _MARGIN
     step_x, step_y = cell[0] + _MARGIN, cell[1] + _MARGIN
-    canvas = Image.new("RGB", (left + len(column_labels) * step_x, top + len(rows) * step_y), _PAPER)
+    canvas = Image.new(
+        "RGB", (left + len(column_labels) * step_x, top + len(rows) * step_y), _PAPER
+    )
     draw = ImageDraw.Draw(canvas)
 
     def text(lines: Sequence[str], x: int, y: int) -> None:
@@ -108,7 +116,9 @@ def image_grid(
         text(_wrap(label, font, _LABEL_WIDTH, cell[1] // line_height), reference_width + _MARGIN, y)
         for column, image in enumerate(row):
             blank = Image.new("RGB", cell, _BLANK)
-            canvas.paste(blank if image is None else _resized(image, cell), (left + column * step_x, y))
+            canvas.paste(
+                blank if image is None else _resized(image, cell), (left + column * step_x, y)
+            )
     return canvas
 
 
@@ -134,7 +144,9 @@ def _resized(image: np.ndarray, cell: tuple[int, int]) -> Image.Image:
     return picture.resize(cell, Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS)
 
 
-def _reference_column(references: Sequence[np.ndarray], cell: tuple[int, int], num_rows: int) -> list[Image.Image]:
+def _reference_column(
+    references: Sequence[np.ndarray], cell: tuple[int, int], num_rows: int
+) -> list[Image.Image]:
     """Reference photos fitted into cells without distortion; as many as there is height for."""
     column = []
     for image in references[: max(num_rows, 1)]:
@@ -158,7 +170,9 @@ def _wrap(
     width: int,
     max_lines: int = _MAX_LABEL_LINES,
 ) -> list[str]:
-    """Break a label into lines of at most ``width`` pixels; what does not fit ends in an ellipsis."""
+    """Break a label into lines of at most ``width`` pixels; what does not fit ends in an
+    ellipsis.
+    """
     max_lines = max(max_lines, 1)
     lines = [""]
     for word in text.split():
@@ -172,7 +186,9 @@ def _wrap(
     return fitted
 
 
-def _shortened(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, *, force: bool) -> str:
+def _shortened(
+    line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, *, force: bool
+) -> str:
     if not force and font.getlength(line) <= width:
         return line
     while line and font.getlength(line + "...") > width:

@@ -1,8 +1,8 @@
 """Which concept acts on which prompt.
 
 Rules (METHOD, "What we decide"): a concept acts on the prompts that contain its base-class words
-(``when="class_word"``) or on every prompt (``"always"``); a concept of scale 0 is left out. What the model reads
-decides: words that are cut off call nothing.
+(``when="class_word"``) or on every prompt (``"always"``); a concept of scale 0 is left out. What
+the model reads decides: words that are cut off call nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class ConceptUse:
             raise CatVersionError(f"when={self.when!r}: must be one of {', '.join(WHEN)}.")
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise CatVersionError(
-                f"scale={self.scale} of concept {self.name!r}: must be a finite number >= 0 (0 = plain model, "
-                "1 = as trained)."
+                f"scale={self.scale} of concept {self.name!r}: must be a finite number >= 0 (0 = "
+                "plain model, 1 = as trained)."
             )
 
 
@@ -61,7 +61,9 @@ class ImageRequest:
             raise CatVersionError(f"seed={self.seed}: must be within 0..{2**32 - 1}.")
 
 
-def active_concepts(tokenizer: Tokenizer, prompt: str, concepts: Sequence[ConceptUse]) -> tuple[ConceptUse, ...]:
+def active_concepts(
+    tokenizer: Tokenizer, prompt: str, concepts: Sequence[ConceptUse]
+) -> tuple[ConceptUse, ...]:
     """The concepts that act on ``prompt``."""
     return tuple(
         use
@@ -74,30 +76,36 @@ def prompt_warnings(tokenizer: Tokenizer, requests: Sequence[ImageRequest]) -> t
     """Prompts that are cut off, and concepts that no word of their prompt calls; each once."""
     messages: dict[str, None] = {}
     for request in requests:
-        for kind, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
+        for kind, text in (
+            ("prompt", request.prompt),
+            ("negative prompt", request.negative_prompt),
+        ):
             if cut := tokenizer.cut_off(text):
                 messages[
-                    f"{kind} {text!r}: longer than the model's {tokenizer.model_max_length} tokens; this end was "
-                    f"cut off: {cut!r}"
+                    f"{kind} {text!r}: longer than the model's {tokenizer.model_max_length} "
+                    f"tokens; this end was cut off: {cut!r}"
                 ] = None
         for use in request.concepts:
             if use.scale > 0 and not active_concepts(tokenizer, request.prompt, (use,)):
                 messages[
-                    f"prompt {request.prompt!r}: never names concept {use.name!r}, which is called by "
-                    f"{use.base_class!r}, so the plain model draws it; write {use.base_class!r} in the prompt, or "
-                    "use when=always"
+                    f"prompt {request.prompt!r}: never names concept {use.name!r}, which is called "
+                    f"by {use.base_class!r}, so the plain model draws it; write {use.base_class!r} "
+                    "in the prompt, or use when=always"
                 ] = None
     return tuple(messages)
 
 
-def check_concept(backbone: Backbone, use: ConceptUse, text_encoder_sha256: str, *, force: bool = False) -> None:
+def check_concept(
+    backbone: Backbone, use: ConceptUse, text_encoder_sha256: str, *, force: bool = False
+) -> None:
     """Check that a concept was made for this text encoder.
 
     Args:
       backbone: the model about to be used.
       use: the concept.
       text_encoder_sha256: of the encoder it was trained with; empty when the file does not say.
-      force: use it although the weights differ (a finetuned encoder, say). Shapes must fit all the same.
+      force: use it although the weights differ (a finetuned encoder, say). Shapes must fit all the
+        same.
 
     Raises:
       CatVersionError: the shapes do not fit, or the weights differ and ``force`` is off.
@@ -107,14 +115,16 @@ def check_concept(backbone: Backbone, use: ConceptUse, text_encoder_sha256: str,
     if not fits or max(use.residual.layers) >= backbone.num_text_layers:
         raise CatVersionError(
             f"concept {use.name!r}: has {heads} heads x {head_dim} on {layers} layers up to number "
-            f"{max(use.residual.layers)}, but the encoder of {backbone.name} has {backbone.num_heads} heads x "
-            f"{backbone.head_dim} and layers 0..{backbone.num_text_layers - 1}: it was trained for another model. "
-            "Give --model the one it was trained with (catversion inspect shows it)."
+            f"{max(use.residual.layers)}, but the encoder of {backbone.name} has "
+            f"{backbone.num_heads} heads x {backbone.head_dim} and layers "
+            f"0..{backbone.num_text_layers - 1}: it was trained for another model. Give --model "
+            "the one it was trained with (catversion inspect shows it)."
         )
     ours = backbone.text_encoder_sha256
     if text_encoder_sha256 and ours and text_encoder_sha256 != ours and not force:
         raise CatVersionError(
-            f"concept {use.name!r}: was trained with a text encoder of hash {text_encoder_sha256[:12]}, but "
-            f"{backbone.name} has {ours[:12]}: the weights differ. Give --model the one it was trained with "
-            "(catversion inspect shows it), or --force to use it anyway."
+            f"concept {use.name!r}: was trained with a text encoder of hash "
+            f"{text_encoder_sha256[:12]}, but {backbone.name} has {ours[:12]}: the weights differ. "
+            "Give --model the one it was trained with (catversion inspect shows it), or --force to "
+            "use it anyway."
         )

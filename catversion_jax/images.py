@@ -1,8 +1,9 @@
-"""One image file -> square float32 pixels in [-1, 1], upright, opaque, with its mask in the same geometry.
+"""One image file -> square float32 pixels in [-1, 1], upright, opaque, with its mask in the same
+geometry.
 
-The order matters: orientation first (the photo as its owner sees it, which is what a mask was drawn on), then
-8 bits per channel, then transparency onto white, then the square. Compositing before resizing keeps the hidden
-colours under transparent pixels from bleeding into the edge.
+The order matters: orientation first (the photo as its owner sees it, which is what a mask was drawn
+on), then 8 bits per channel, then transparency onto white, then the square. Compositing before
+resizing keeps the hidden colours under transparent pixels from bleeding into the edge.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ _BLACK = (0, 0, 0)
 _WIDE_MODES = ("I", "F")
 # What PIL raises on malformed or unsupported files besides OSError.
 _DECODER_ERRORS = (
-    SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, OverflowError, RuntimeError, struct.error,
+    SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, OverflowError, RuntimeError,
+    struct.error,
 )  # fmt: skip
 _HEIF_SUFFIXES = (".heic", ".heif")
-# A mask saved at another size than its image must at least have its shape, to this relative accuracy.
+# A mask saved at another size than its image must at least have its shape, to this relative
+# accuracy.
 _ASPECT_TOLERANCE = 0.02
 
 
@@ -58,9 +61,10 @@ def load_image(
     Args:
       source: the file or encoded bytes.
       resolution: side of the result in pixels.
-      crop: ``center`` keeps the shape and cuts the longer side; ``squash`` keeps everything and bends the shape
-        (the authors' released code).
-      alpha: transparency is composited on white; ``mask`` also makes it the mask where no mask file exists.
+      crop: ``center`` keeps the shape and cuts the longer side; ``squash`` keeps everything and
+        bends the shape (the authors' released code).
+      alpha: transparency is composited on white; ``mask`` also makes it the mask where no mask file
+        exists.
 
     Raises:
       ConceptError: unreadable, truncated or too large; or the mask does not belong to the image.
@@ -68,7 +72,9 @@ def load_image(
     opaque, _, mask = decode_upright(source, alpha=alpha)
     box = _square(opaque.size) if crop == "center" else None
     size = (resolution, resolution)
-    pixels = np.asarray(opaque.resize(size, Image.Resampling.BICUBIC, box=box), np.float32) / 127.5 - 1.0
+    pixels = (
+        np.asarray(opaque.resize(size, Image.Resampling.BICUBIC, box=box), np.float32) / 127.5 - 1.0
+    )
     if mask is None:
         return LoadedImage(pixels, None, source.label)
     # A box filter is the exact share of the object in each pixel and never leaves [0, 1].
@@ -79,7 +85,8 @@ def load_image(
 def decode_upright(
     source: ImageSource, *, alpha: Alpha = "white"
 ) -> tuple[Image.Image, Image.Image | None, Image.Image | None]:
-    """The first frame at full size: RGB on white, its alpha channel, its mask (8-bit greyscale), or None each.
+    """The first frame at full size: RGB on white, its alpha channel, its mask (8-bit greyscale), or
+    None each.
 
     Raises:
       ConceptError: unreadable, truncated or too large; or the mask does not belong to the image.
@@ -89,7 +96,9 @@ def decode_upright(
     elif source.path is not None:
         opaque, transparency = _decode(source.path, str(source.path), _WHITE)
     else:
-        raise ConceptError(f"{source.label}: has neither a path nor data; this entry cannot be read.")
+        raise ConceptError(
+            f"{source.label}: has neither a path nor data; this entry cannot be read."
+        )
     if source.mask is not None:
         return opaque, transparency, _read_mask(source.mask, source, opaque.size)
     return opaque, transparency, transparency if alpha == "mask" else None
@@ -101,22 +110,24 @@ def _decode(
     """Upright RGB on ``background``, and the alpha channel when the image has transparency."""
     try:
         with warnings.catch_warnings():
-            # Odd metadata warns, and images above PIL's limit do (refused from twice that on): both are fine.
+            # Odd metadata warns, and images above PIL's limit do (refused from twice that on): both
+            # are fine.
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 image.load()
                 return _flatten(_upright(image), background)
     except Image.DecompressionBombError as error:
         raise ConceptError(
-            f"{name}: too large to be decoded safely. {error} Scale it down, for example to 2048 pixels on its "
-            "longer side."
+            f"{name}: too large to be decoded safely. {error} Scale it down, for example to 2048 "
+            "pixels on its longer side."
         ) from None
     except UnidentifiedImageError:
         raise ConceptError(f"{name}: {_not_an_image(name)}") from None
     except (OSError, *_DECODER_ERRORS) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConceptError(
-            f"{name}: cannot be decoded ({reason}): truncated, damaged or not readable. Replace or remove it."
+            f"{name}: cannot be decoded ({reason}): truncated, damaged or not readable. Replace or "
+            "remove it."
         ) from error
 
 
@@ -133,13 +144,17 @@ def _upright(image: Image.Image) -> Image.Image:
         return image  # an EXIF block that cannot be parsed says nothing about orientation
 
 
-def _flatten(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.Image, Image.Image | None]:
+def _flatten(
+    image: Image.Image, background: tuple[int, int, int]
+) -> tuple[Image.Image, Image.Image | None]:
     image = _eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB"), None
     rgba = image.convert("RGBA")
     alpha = rgba.getchannel("A")
-    return Image.composite(rgba.convert("RGB"), Image.new("RGB", rgba.size, background), alpha), alpha
+    return Image.composite(
+        rgba.convert("RGB"), Image.new("RGB", rgba.size, background), alpha
+    ), alpha
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -174,7 +189,8 @@ def _read_mask(path: Path, source: ImageSource, size: tuple[int, int]) -> Image.
     (width, height), (mask_width, mask_height) = size, grey.size
     if abs(width * mask_height - height * mask_width) > _ASPECT_TOLERANCE * width * mask_height:
         raise ConceptError(
-            f"{path}: the mask is {mask_width} x {mask_height}, its image {source.label} is {width} x {height} "
-            "(upright). A mask must have the shape of its image; redraw or remove it."
+            f"{path}: the mask is {mask_width} x {mask_height}, its image {source.label} is "
+            f"{width} x {height} (upright). A mask must have the shape of its image; redraw or "
+            "remove it."
         )
     return grey.resize(size, Image.Resampling.NEAREST)

@@ -1,12 +1,14 @@
-r"""The loss of one concept: the denoising objective of the frozen model, seen through its text encoder.
+r"""The loss of one concept: the frozen model's denoising objective, seen through its text encoder.
 
     (1)  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,        t ~ U{0 .. 999},  eps ~ N(0, I)
-    (2)  L(residual) = mean over images of  w(t) * mean_pixels m * |unet(x_t, t, c(residual)) - target|^2
+    (2)  L(residual) = mean_images  w(t) mean_pixels m |unet(x_t, t, c(residual)) - target|^2
 
-``c(residual)`` is the text encoder's output with the residual attached, ``target`` is eps, v or x_0 as the
-scheduler's ``prediction_type`` says. The official objective is w = m = 1 (plain epsilon MSE). Options:
+``c(residual)`` is the text encoder's output with the residual attached, ``target`` is eps, v or x_0
+as the scheduler's ``prediction_type`` says. The official objective is w = m = 1 (plain epsilon
+MSE). Options:
 
-    (3)  min-SNR (arXiv 2303.09556): w = min(snr, gamma) for x_0, / snr for epsilon, / (snr + 1) for v
+    (3)  min-SNR (arXiv 2303.09556): w = min(snr, gamma) for x_0, / snr for epsilon,
+         / (snr + 1) for v
     (4)  masked: m = max(mask, unmasked_weight), divided by its mean over the image's pixels
 """
 
@@ -32,7 +34,8 @@ class DiffusionBatch:
       latents: ``[B h w c]`` scaled VAE latents (x_0).
       noise: ``[B h w c]``.
       timesteps: ``[B]`` int32 in ``0..num_train_timesteps-1``.
-      text_hidden: ``[B T D]`` text states entering the first adapted layer (they do not depend on the residual).
+      text_hidden: ``[B T D]`` text states entering the first adapted layer (they do not depend on
+      the residual).
       mask: ``[B h w]`` object mask in 0..1, or None where the loss is not masked.
     """
 
@@ -81,7 +84,9 @@ def diffusion_loss(
     return jnp.mean(loss)
 
 
-def min_snr_weight(schedule: NoiseSchedule, timesteps: Int[Array, "B"], gamma: float) -> Float[Array, "B"]:
+def min_snr_weight(
+    schedule: NoiseSchedule, timesteps: Int[Array, "B"], gamma: float
+) -> Float[Array, "B"]:
     """Equation (3), by the schedule's prediction type."""
     snr = schedule.snr(timesteps)
     if schedule.prediction_type == "epsilon":

@@ -1,10 +1,14 @@
-"""Prompt embeddings baked with a concept: the form that any stock diffusers pipeline takes, without our code.
+"""Prompt embeddings baked with a concept: the form that any stock diffusers pipeline takes, without
+our code.
 
     tensors = safetensors.torch.load_file("prompt_embeds.safetensors")
-    pipe(prompt_embeds=tensors["prompt_embeds"][:1], negative_prompt_embeds=tensors["negative_prompt_embeds"][:1])
+    pipe(
+        prompt_embeds=tensors["prompt_embeds"][:1],
+        negative_prompt_embeds=tensors["negative_prompt_embeds"][:1],
+    )
 
-The keys and values act inside the text encoder only, so its output carries all of a concept. What is lost is the
-freedom to write other prompts.
+The keys and values act inside the text encoder only, so its output carries all of a concept. What
+is lost is the freedom to write other prompts.
 """
 
 from __future__ import annotations
@@ -48,10 +52,14 @@ def export_prompt_embeds(
     """
     path = Path(path)
     if not prompts:
-        raise CatVersionError("no prompts: embeddings are of fixed prompts. Give at least one --prompt.")
+        raise CatVersionError(
+            "no prompts: embeddings are of fixed prompts. Give at least one --prompt."
+        )
     prompted = np.stack([encode_prompt(backbone, prompt, concepts) for prompt in prompts])
     plain = encode_prompt(backbone, negative_prompt, ())
-    acting = [[use.name for use in active_concepts(backbone.tokenizer, p, concepts)] for p in prompts]
+    acting = [
+        [use.name for use in active_concepts(backbone.tokenizer, p, concepts)] for p in prompts
+    ]
     metadata = {
         "format": "pt",
         "catversion.prompts": json.dumps(list(prompts)),

@@ -1,14 +1,16 @@
 r"""The learned thing: key and value vectors concatenated in the text encoder's self-attention.
 
-Concatenating one pair ``(k_c, v_c)`` to the keys ``K`` and values ``V`` of a frozen attention layer adds a
-residual to that layer's own output, because the softmax is shared (CatVersion, arXiv 2311.14631):
+Concatenating one pair ``(k_c, v_c)`` to the keys ``K`` and values ``V`` of a frozen attention layer
+adds a residual to that layer's own output, because the softmax is shared (CatVersion, arXiv
+2311.14631):
 
     (1)  attn([k_c; K], [v_c; V]) = attn(K, V) + lambda * (v_c - attn(K, V))
     (2)  lambda = exp(l_c) / (exp(l_c) + sum_j exp(l_j)),   l_c = q . k_c / sqrt(H) + b
 
-``b`` is the ``logit_bias``: 0 in the clean formula, 1 in the authors' released code, whose additive causal
-mask is padded with ones. Multiplying the odds ``lambda / (1 - lambda)`` by ``s`` is the same as ``b + log s``;
-that is how :meth:`KVResidual.scaled` strengthens or weakens a concept. ``tests/test_residual.py`` proves (1).
+``b`` is the ``logit_bias``: 0 in the clean formula, 1 in the authors' released code, whose additive
+causal mask is padded with ones. Multiplying the odds ``lambda / (1 - lambda)`` by ``s`` is the same
+as ``b + log s``; that is how :meth:`KVResidual.scaled` strengthens or weakens a concept.
+``tests/test_residual.py`` proves (1).
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ class KVResidual:
     """Keys and values of one concept (or of many, stacked on leading axes).
 
     Attributes:
-      key: ``[*C L P N H]`` float32, concatenated before the layer's own keys, after ``k_proj`` and the split
-        into heads, not scaled, without position embedding.
+      key: ``[*C L P N H]`` float32, concatenated before the layer's own keys, after ``k_proj`` and
+        the split into heads, not scaled, without position embedding.
       value: ``[*C L P N H]`` float32.
-      layers: 0-based indices of the adapted encoder layers, ascending, one per entry of ``L``. Static.
+      layers: 0-based indices of the adapted encoder layers, ascending, one per entry of ``L``.
+        Static.
       logit_bias: added to every concatenated logit (``b`` in equation 2). Static.
     """
 
@@ -48,7 +51,9 @@ class KVResidual:
         return self.key.shape[-3]
 
     def at_layer(self, layer: int) -> tuple[Array, Array] | None:
-        """Key and value ``[*C P N H]`` of encoder layer ``layer``, or None where it is not adapted."""
+        """Key and value ``[*C P N H]`` of encoder layer ``layer``, or None where it is not
+        adapted.
+        """
         if layer not in self.layers or self.logit_bias == -math.inf:
             return None
         index = self.layers.index(layer)
@@ -57,7 +62,8 @@ class KVResidual:
     def scaled(self, scale: float) -> KVResidual:
         """The same concept with its odds against the prompt's own tokens multiplied by ``scale``.
 
-        ``scale=1`` changes nothing; ``scale=0`` gives exactly the plain encoder (the residual is skipped).
+        ``scale=1`` changes nothing; ``scale=0`` gives exactly the plain encoder (the residual is
+        skipped).
 
         Raises:
           CatVersionError: ``scale`` is negative or not finite.
@@ -71,7 +77,8 @@ class KVResidual:
 
 
 def resolve_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Turn ``'last3'``, ``'last<k>'``, ``'all'``, ``'9,10,11'`` or a list into ascending 0-based indices.
+    """Turn ``'last3'``, ``'last<k>'``, ``'all'``, ``'9,10,11'`` or a list into ascending 0-based
+    indices.
 
     Args:
       layers: the user's choice. ``last3`` is the published one.
@@ -80,7 +87,10 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, .
     Raises:
       CatVersionError: not one of these forms, out of range, empty or repeated.
     """
-    rule = f"must be 'all', 'last<k>' such as 'last3', or distinct layer numbers within 0..{num_layers - 1}"
+    rule = (
+        "must be 'all', 'last<k>' such as 'last3', or distinct layer numbers within "
+        f"0..{num_layers - 1}"
+    )
     if isinstance(layers, str):
         text = layers.strip()
         if text == "all":
@@ -88,7 +98,9 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, .
         if text.startswith("last") and text[4:].isdigit():
             count = int(text[4:])
             if not 1 <= count <= num_layers:
-                raise CatVersionError(f"layers={layers!r}: {rule}; this encoder has {num_layers} layers.")
+                raise CatVersionError(
+                    f"layers={layers!r}: {rule}; this encoder has {num_layers} layers."
+                )
             return tuple(range(num_layers - count, num_layers))
         try:
             chosen = [int(part) for part in text.split(",")]

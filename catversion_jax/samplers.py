@@ -1,13 +1,15 @@
 r"""Samplers as tables: every step is linear, so a sampler is seven numbers per step.
 
-With the network's output ``o`` at ``c_in x`` and timestep t, and the previous step's x_0 estimate ``y``:
+With the network's output ``o`` at ``c_in x`` and timestep t, and the previous step's x_0 estimate
+``y``:
 
     (1)  x_0    = E x + F o
     (2)  x_next = A x + B o + C y + D noise
 
-The table is computed in float64 on the host; a compiled step takes one row of it as traced scalars, so another
-sampler or another number of steps does not recompile. The rows, with ``a`` the cumulative alphas (DDIM) or
-``s = sqrt((1 - a) / a)`` (the others), primes for the next step, e.g. ``a'``:
+The table is computed in float64 on the host; a compiled step takes one row of it as traced scalars,
+so another sampler or another number of steps does not recompile. The rows, with ``a`` the
+cumulative alphas (DDIM) or ``s = sqrt((1 - a) / a)`` (the others), primes for the next step, e.g.
+``a'``:
 
     (3)  DDIM (arXiv 2010.02502, equations 12 and 16), c_in = 1, eps the implied noise:
              x_next = sqrt(a') x_0 + sqrt(1 - a' - d^2) eps + d noise
@@ -16,10 +18,11 @@ sampler or another number of steps does not recompile. The rows, with ``a`` the 
              x_next = (s'/s) x + (1 - s'/s) x_0
     (5)  Euler ancestral: (4) towards ``down`` instead of s', then ``up`` noise:
              up = sqrt(s'^2 (s^2 - s'^2) / s^2),  down = sqrt(s'^2 - up^2)
-    (6)  DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), c_in = 1, alpha = 1 / sqrt(s^2 + 1), sigma = s alpha,
-         lambda = -log s, h = lambda' - lambda, r = (lambda - lambda_before) / h:
+    (6)  DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), c_in = 1, alpha = 1 / sqrt(s^2 + 1),
+         sigma = s alpha, lambda = -log s, h = lambda' - lambda, r = (lambda - lambda_before) / h:
              x_next = (sigma'/sigma) x + alpha' (1 - e^-h) (x_0 + (x_0 - y) / (2 r))
-         first order (without the last term) at the first step and, see ``_is_first_order``, at the last.
+         first order (without the last term) at the first step and, see ``_is_first_order``, at the
+         last.
 
 Timesteps and roundings are those of diffusers' DDIMScheduler, EulerDiscreteScheduler,
 EulerAncestralDiscreteScheduler and DPMSolverMultistepScheduler, which the tests compare with.
@@ -59,7 +62,9 @@ class SamplerRow(NamedTuple):
     next_from_previous_x0: Float[Array, ""]  # C
     next_from_noise: Float[Array, ""]  # D
 
-    def advance(self, x: Array, output: Array, previous_x0: Array, noise: Array) -> tuple[Array, Array]:
+    def advance(
+        self, x: Array, output: Array, previous_x0: Array, noise: Array
+    ) -> tuple[Array, Array]:
         """Equations (1) and (2): ``(x_next, x_0)``."""
         x0 = self.x0_from_x * x + self.x0_from_output * output
         x_next = (
@@ -103,14 +108,16 @@ def make_sampler(
 
     Args:
       name: one of ``SAMPLERS``.
-      config: the model's schedule; its timestep spacing, offsets and endings are honoured as in diffusers.
+      config: the model's schedule; its timestep spacing, offsets and endings are honoured as in
+        diffusers.
       num_inference_steps: number of network evaluations.
       eta: DDIM only: 0 is deterministic, 1 is DDPM.
-      karras: spacing of arXiv 2206.00364, equation 5, for ``KARRAS_SAMPLERS``. None: as ``config`` says.
+      karras: spacing of arXiv 2206.00364, equation 5, for ``KARRAS_SAMPLERS``. None: as ``config``
+        says.
 
     Raises:
-      CatVersionError: unknown name, impossible number of steps, an option the sampler does not have, or a
-        zero-terminal-SNR schedule that an epsilon model cannot start from.
+      CatVersionError: unknown name, impossible number of steps, an option the sampler does not
+        have, or a zero-terminal-SNR schedule that an epsilon model cannot start from.
     """
     _check_request(name, config, num_inference_steps, eta, karras)
     use_karras = config.use_karras_sigmas if karras is None else karras
@@ -122,7 +129,11 @@ def make_sampler(
 
 
 def _check_request(
-    name: str, config: NoiseScheduleConfig, num_inference_steps: int, eta: float, karras: bool | None
+    name: str,
+    config: NoiseScheduleConfig,
+    num_inference_steps: int,
+    eta: float,
+    karras: bool | None,
 ) -> None:
     if name not in SAMPLERS:
         close = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.4)
@@ -130,25 +141,28 @@ def _check_request(
         raise CatVersionError(f"sampler={name!r}: must be one of {', '.join(SAMPLERS)}.{hint}")
     if not 1 <= num_inference_steps <= config.num_train_timesteps:
         raise CatVersionError(
-            f"num_inference_steps={num_inference_steps}: must be within 1..{config.num_train_timesteps}, the "
-            "timesteps the model was trained with; 20 to 50 is usual."
+            f"num_inference_steps={num_inference_steps}: must be within "
+            f"1..{config.num_train_timesteps}, the timesteps the model was trained with; 20 to 50 "
+            "is usual."
         )
     if not 0 <= eta <= 1:
         raise CatVersionError(f"eta={eta}: must be within 0 (deterministic) .. 1 (DDPM).")
     if eta > 0 and name != "ddim":
         raise CatVersionError(
-            f"eta={eta} with sampler={name!r}: only 'ddim' has eta; use --sampler ddim, or euler_ancestral for "
-            "another stochastic sampler."
+            f"eta={eta} with sampler={name!r}: only 'ddim' has eta; use --sampler ddim, or "
+            "euler_ancestral for another stochastic sampler."
         )
     if karras and name not in KARRAS_SAMPLERS:
         raise CatVersionError(
-            f"karras=True with sampler={name!r}: only {' and '.join(KARRAS_SAMPLERS)} have Karras spacing; "
-            "leave it out or choose one of these."
+            f"karras=True with sampler={name!r}: only {' and '.join(KARRAS_SAMPLERS)} have Karras "
+            "spacing; leave it out or choose one of these."
         )
 
 
 def _timesteps(name: str, config: NoiseScheduleConfig, num_steps: int) -> np.ndarray:
-    """Descending timesteps ``[num_steps]`` float64: Table 2 of arXiv 2305.08891, rounded as diffusers does."""
+    """Descending timesteps ``[num_steps]`` float64: Table 2 of arXiv 2305.08891, rounded as
+    diffusers does.
+    """
     spacing = config.timestep_spacing or _DEFAULT_SPACING[name]
     total = config.num_train_timesteps
     # DPM-Solver++ leaves out the timestep next to zero, which its last step jumps over.
@@ -164,15 +178,19 @@ def _timesteps(name: str, config: NoiseScheduleConfig, num_steps: int) -> np.nda
     steps = steps[:num_steps]
     if not (steps.min() >= 0 and steps.max() < total):
         raise CatVersionError(
-            f"num_inference_steps={num_steps} with timestep_spacing={spacing!r} and steps_offset="
-            f"{config.steps_offset} asks for timestep {int(steps.max())}, but the model has 0..{total - 1}: "
-            "use fewer steps."
+            f"num_inference_steps={num_steps} with timestep_spacing={spacing!r} and "
+            f"steps_offset={config.steps_offset} asks for timestep {int(steps.max())}, but the "
+            f"model has 0..{total - 1}: use fewer steps."
         )
     return steps
 
 
-def _x0_coefficients(prediction_type: str, signal: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, ...]:
-    """``E, F`` of equation (1) for ``x = signal x_0 + sigma eps`` with ``signal^2 + sigma^2 = 1``."""
+def _x0_coefficients(
+    prediction_type: str, signal: np.ndarray, sigma: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """``E, F`` of equation (1) for ``x = signal x_0 + sigma eps`` with ``signal^2 + sigma^2 =
+    1``.
+    """
     if prediction_type == "epsilon":
         return 1 / signal, -sigma / signal
     if prediction_type == "v_prediction":
@@ -189,7 +207,9 @@ def _table(
     mix: np.ndarray,
     **extra: np.ndarray,
 ) -> tuple[SamplerRow, ...]:
-    """Rows of ``x_next = keep x + mix x_0 + C y + D noise``, rounded to float32 once, at the end."""
+    """Rows of ``x_next = keep x + mix x_0 + C y + D noise``, rounded to float32 once, at the
+    end.
+    """
     zeros = np.zeros_like(timesteps)
     columns = (
         timesteps,
@@ -213,11 +233,13 @@ def _ddim(config: NoiseScheduleConfig, num_steps: int, eta: float) -> Sampler:
     a = table[here]
     if config.prediction_type == "epsilon" and (a == 0).any():
         raise CatVersionError(
-            "rescale_betas_zero_snr with prediction_type='epsilon': at the last timestep nothing of the image is "
-            "left, so predicted noise does not determine it; set timestep_spacing to 'leading' in the scheduler "
-            "config or use a v_prediction model."
+            "rescale_betas_zero_snr with prediction_type='epsilon': at the last timestep nothing "
+            "of the image is left, so predicted noise does not determine it; set timestep_spacing "
+            "to 'leading' in the scheduler config or use a v_prediction model."
         )
-    a_next = np.where(before >= 0, table[np.maximum(before, 0)], 1.0 if config.set_alpha_to_one else table[0])
+    a_next = np.where(
+        before >= 0, table[np.maximum(before, 0)], 1.0 if config.set_alpha_to_one else table[0]
+    )
     added = eta * np.sqrt((1 - a_next) / (1 - a) * np.maximum(1 - a / a_next, 0))
     signal, sigma = np.sqrt(a), np.sqrt(1 - a)
     e, f = _x0_coefficients(config.prediction_type, signal, sigma)
@@ -242,7 +264,9 @@ def _karras(sigma_max: float, sigma_min: float, num_steps: int) -> np.ndarray:
 
 
 def _timesteps_of(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The fractional timesteps at which the model's noise level is ``sigmas``: linear in ``log s``."""
+    """The fractional timesteps at which the model's noise level is ``sigmas``: linear in ``log
+    s``.
+    """
     return np.interp(np.log(sigmas), np.log(table), np.arange(len(table)))
 
 
@@ -272,7 +296,9 @@ def _euler(name: str, config: NoiseScheduleConfig, num_steps: int, karras: bool)
     largest = float(s.max())
     starts_at_sigma = (config.timestep_spacing or _DEFAULT_SPACING[name]) != "leading"
     init_noise_sigma = largest if starts_at_sigma else float(np.sqrt(largest**2 + 1))
-    return Sampler(name, _table(timesteps, 1 / scale, e, f, ratio, 1 - ratio, noise=noise), init_noise_sigma)
+    return Sampler(
+        name, _table(timesteps, 1 / scale, e, f, ratio, 1 - ratio, noise=noise), init_noise_sigma
+    )
 
 
 def _is_first_order(config: NoiseScheduleConfig, num_steps: int) -> np.ndarray:

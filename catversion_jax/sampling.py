@@ -1,14 +1,16 @@
 """Prompts to images with one frozen backbone and any concepts.
 
-Which concepts act on a prompt is decided in ``image_requests.py``. The unconditional branch of classifier-free
-guidance (arXiv 2207.12598), that is the negative prompt, is always the plain encoding:
+Which concepts act on a prompt is decided in ``image_requests.py``. The unconditional branch of
+classifier-free guidance (arXiv 2207.12598), that is the negative prompt, is always the plain
+encoding:
 
-    (1)  output = plain + guidance_scale (prompted - plain)    above 1; no second branch at or below 1
+    (1)  output = plain + guidance_scale (prompted - plain)  above 1; no second branch at or below 1
 
-What makes an image repeatable: its prompt is encoded alone, its noise comes from its own seed, batches have a
-fixed size (padded), and images are decoded one by one. The same seed gives the same bits whatever else is in
-the batch. One program serves every sampler and every number of steps: the row of the sampler's table and the
-guidance scale are traced scalars, the frozen networks are arguments.
+What makes an image repeatable: its prompt is encoded alone, its noise comes from its own seed,
+batches have a fixed size (padded), and images are decoded one by one. The same seed gives the same
+bits whatever else is in the batch. One program serves every sampler and every number of steps: the
+row of the sampler's table and the guidance scale are traced scalars, the frozen networks are
+arguments.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def generate(
       backbone: the frozen networks.
       requests: at least one.
       settings: None is the defaults.
-      latents: standard-normal initial latents in diffusers' NCHW layout, one per request, instead of the seeds'.
+      latents: standard-normal initial latents in diffusers' NCHW layout, one per request, instead
+        of the seeds'.
       on_step: called with (steps done, steps in all) of the whole call.
 
     Raises:
@@ -104,11 +107,15 @@ def generate(
 
     final = []
     for rows in batches:
-        keys, x = _initial_noise(jax.device_put(np.array([requests[i].seed for i in rows], np.uint32)), shape)
+        keys, x = _initial_noise(
+            jax.device_put(np.array([requests[i].seed for i in rows], np.uint32)), shape
+        )
         if start is not None:
             x = jax.device_put(start[rows])
         branches = [jax.device_put(np.stack([branch[i] for i in rows])) for branch in texts]
-        final.append(_denoise(backbone.unet, sampler, settings.guidance_scale, x, branches, keys, report))
+        final.append(
+            _denoise(backbone.unet, sampler, settings.guidance_scale, x, branches, keys, report)
+        )
     last = np.concatenate(final)[: len(requests)]
     return GeneratedImages(decode_latents(backbone, last), last, warnings)
 
@@ -126,15 +133,19 @@ def latent_shape(backbone: Backbone, settings: SamplingSettings) -> tuple[int, i
         side = backbone.default_resolution if side is None else side
         if side < factor or side % factor:
             raise CatVersionError(
-                f"{name}={side}: must be a positive multiple of {factor}, the VAE's factor of this model; "
-                f"{max(round(side / factor), 1) * factor} is the nearest."
+                f"{name}={side}: must be a positive multiple of {factor}, the VAE's factor of this "
+                f"model; {max(round(side / factor), 1) * factor} is the nearest."
             )
         sides.append(side // factor)
     return sides[0], sides[1], backbone.latent_channels
 
 
-def encode_prompt(backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse]) -> Float[np.ndarray, "T D"]:
-    """One prompt's text states with the concepts that act on it; encoded alone, so nothing else matters."""
+def encode_prompt(
+    backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse]
+) -> Float[np.ndarray, "T D"]:
+    """One prompt's text states with the concepts that act on it; encoded alone, so nothing else
+    matters.
+    """
     acting = active_concepts(backbone.tokenizer, prompt, concepts)
     residuals = tuple(jax.device_put(use.residual.scaled(use.scale)) for use in acting)
     token_ids = jax.device_put(backbone.tokenizer([prompt]))
@@ -148,7 +159,10 @@ def _encode_all(
     known: dict[tuple[object, ...], np.ndarray] = {}
 
     def encoded(prompt: str, concepts: tuple[ConceptUse, ...]) -> np.ndarray:
-        key = (prompt, *((id(use.residual), use.scale, use.when, use.base_class) for use in concepts))
+        key = (
+            prompt,
+            *((id(use.residual), use.scale, use.when, use.base_class) for use in concepts),
+        )
         if key not in known:
             known[key] = encode_prompt(backbone, prompt, concepts)
         return known[key]
@@ -168,8 +182,12 @@ def _denoise(
     keys: Key[Array, " B"],
     report: Callable[[Array], None],
 ) -> Float[np.ndarray, "B h w channels"]:
-    """The loop of one batch: one dispatch per step, nothing comes back to the host until the end."""
-    sigma, guidance = jax.device_put((np.float32(sampler.init_noise_sigma), np.float32(guidance_scale)))
+    """The loop of one batch: one dispatch per step, nothing comes back to the host until the
+    end.
+    """
+    sigma, guidance = jax.device_put(
+        (np.float32(sampler.init_noise_sigma), np.float32(guidance_scale))
+    )
     x, x0 = _first_state(noise, sigma)
     for step, row in enumerate(sampler.rows):
         row, number = jax.device_put((row, np.uint32(step)))
@@ -183,7 +201,10 @@ def decode_latents(
 ) -> Float[np.ndarray, "n height width 3"]:
     """Pixels within 0..1, one image at a time: float32 at full size is where the memory goes."""
     scale = jax.device_put(np.float32(backbone.latent_scale))
-    images = [jax.device_get(_decode(backbone.vae, jax.device_put(row[None]), scale))[0] for row in latents]
+    images = [
+        jax.device_get(_decode(backbone.vae, jax.device_put(row[None]), scale))[0]
+        for row in latents
+    ]
     return np.stack(images)
 
 
@@ -201,16 +222,18 @@ def checked_latents(
     expected = (count, channels, height, width)
     if latents.shape != expected:
         raise CatVersionError(
-            f"latents of shape {latents.shape}: must be {expected}, one [channels height width] per image as in "
-            "diffusers. Change --height/--width or the number of images, or draw them with "
-            f"np.random.default_rng(0).normal(size={expected})."
+            f"latents of shape {latents.shape}: must be {expected}, one [channels height width] "
+            "per image as in diffusers. Change --height/--width or the number of images, or draw "
+            f"them with np.random.default_rng(0).normal(size={expected})."
         )
     if not np.issubdtype(latents.dtype, np.floating) or not np.isfinite(latents).all():
-        raise CatVersionError(f"latents of type {latents.dtype}: must be finite floating-point numbers.")
+        raise CatVersionError(
+            f"latents of type {latents.dtype}: must be finite floating-point numbers."
+        )
     return np.ascontiguousarray(latents.transpose(0, 2, 3, 1), dtype=np.float32)
 
 
-# ---- compiled functions -------------------------------------------------------------------------------------
+# ---- compiled functions --------------------------------------------------------------------------
 
 
 @jax.jit
@@ -224,7 +247,9 @@ def _encode(
 def _initial_noise(
     seeds: Int[Array, " B"], shape: tuple[int, int, int]
 ) -> tuple[Key[Array, " B"], Float[Array, "B h w channels"]]:
-    """Each image's key and the noise of its fold 0; step ``i`` of a stochastic sampler uses fold ``i + 1``."""
+    """Each image's key and the noise of its fold 0; step ``i`` of a stochastic sampler uses fold
+    ``i + 1``.
+    """
     keys = jax.vmap(jax.random.key)(seeds)
     return keys, jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
 
@@ -247,13 +272,15 @@ def _denoise_step(
 ) -> tuple[Array, Array]:
     """``texts``: the prompts' states ``[B T D]``, and with guidance the negative prompts'."""
     model_input = row.input_scale * x
-    output = unet(jnp.concatenate([model_input] * len(texts)), row.timestep, jnp.concatenate(texts)).astype(
-        jnp.float32
-    )
+    output = unet(
+        jnp.concatenate([model_input] * len(texts)), row.timestep, jnp.concatenate(texts)
+    ).astype(jnp.float32)
     if len(texts) == 2:
         prompted, plain = jnp.split(output, 2)
         output = plain + guidance_scale * (prompted - plain)  # (1)
-    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step + 1), x.shape[1:]))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step + 1), x.shape[1:]))(
+        keys
+    )
     return row.advance(x, output, previous_x0, noise)
 
 

@@ -13,10 +13,12 @@ KARRAS_SAMPLERS = ("euler", "dpmsolver++")
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
-    """How to draw; the same for every image of a call. Defaults are diffusers' StableDiffusionPipeline's.
+    """How to draw; the same for every image of a call. Defaults are diffusers'
+    StableDiffusionPipeline's.
 
-    ``height`` and ``width`` of None are the model's own. ``batch_size`` images are denoised together; an
-    image's bits depend on it (another compiled program), but not on the other images. None: 1 on CPU, else 4.
+    ``height`` and ``width`` of None are the model's own. ``batch_size`` images are denoised
+    together; an image's bits depend on it (another compiled program), but not on the other images.
+    None: 1 on CPU, else 4.
     """
 
     sampler: str = "ddim"
@@ -32,4 +34,6 @@ class SamplingSettings:
         if self.batch_size is not None and self.batch_size < 1:
             raise CatVersionError(f"batch_size={self.batch_size}: must be at least 1.")
         if not math.isfinite(self.guidance_scale):
-            raise CatVersionError(f"guidance_scale={self.guidance_scale}: must be a finite number; 7.5 is usual.")
+            raise CatVersionError(
+                f"guidance_scale={self.guidance_scale}: must be a finite number; 7.5 is usual."
+            )

@@ -1,4 +1,6 @@
-"""Fixtures several test files share: a small random pipeline folder made of the real diffusers classes."""
+"""Fixtures several test files share: a small random pipeline folder made of the real diffusers
+classes.
+"""
 
 import atexit
 import json
@@ -9,7 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-# Eight virtual devices, so that meshes are tested on any machine; must be said before jax starts its backend.
+# Eight virtual devices, so that meshes are tested on any machine; must be said before jax starts
+# its backend.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Several tests compile the same program: once is enough.
@@ -20,10 +23,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def byte_vocabulary() -> dict[str, int]:
-    """CLIP's byte-level vocabulary without any merge: 256 bytes, 256 bytes that end a word, two specials."""
+    """CLIP's byte-level vocabulary without any merge: 256 bytes, 256 bytes that end a word, two
+    specials.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     remapped = [byte for byte in range(256) if byte not in printable]
-    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(remapped))]
+    letters = [chr(byte) for byte in printable] + [
+        chr(256 + index) for index in range(len(remapped))
+    ]
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return {word: index for index, word in enumerate(words)}
 
@@ -31,11 +38,17 @@ def byte_vocabulary() -> dict[str, int]:
 def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0) -> Path:
     """Write a random Stable Diffusion of the real classes, 16x16 images, a few hundred kB."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     vocabulary = byte_vocabulary()
-    files = folder / "tokenizer"  # from files: the constructor's arguments changed with transformers 5
+    # from files: the constructor's arguments changed with transformers 5
+    files = folder / "tokenizer"
     files.mkdir(parents=True)
     (files / "vocab.json").write_text(json.dumps(vocabulary))
     (files / "merges.txt").write_text("#version: 0.2\n")
@@ -55,7 +68,8 @@ def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0) -> Path:
             pad_token_id=vocabulary["<|endoftext|>"],
         )
     )
-    # The usual 0.02 gives near-zero attention logits: make the text matter, so that a wrong mask is seen.
+    # The usual 0.02 gives near-zero attention logits: make the text matter, so that a wrong mask is
+    # seen.
     with torch.no_grad():
         for name, parameter in text_encoder.named_parameters():
             if "norm" not in name and parameter.ndim == 2:
@@ -105,14 +119,20 @@ def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random pipeline folder (do not write into it): text 4 layers x 32, context 24, latents [8 8 4]."""
-    pytest.importorskip("diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'")
+    """A random pipeline folder (do not write into it): text 4 layers x 32, context 24, latents [8 8
+    4].
+    """
+    pytest.importorskip(
+        "diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'"
+    )
     return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
 
 
 @pytest.fixture(scope="session")
 def trial_folder() -> Path:
-    """The small model that really draws, beside the checkout; tests that want it are skipped without it."""
+    """The small model that really draws, beside the checkout; tests that want it are skipped
+    without it.
+    """
     folder = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tiny-sd-trial"
     if not folder.is_dir():
         pytest.skip("no ../shared/data/tiny-sd-trial beside this checkout")

@@ -19,7 +19,9 @@ def photo(seed: int, side: int = 64, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def concept(folder: Path, count: int = 3, base_class: str = "cup", side: int = 64, **fields: object) -> Path:
+def concept(
+    folder: Path, count: int = 3, base_class: str = "cup", side: int = 64, **fields: object
+) -> Path:
     folder.mkdir(parents=True)
     for i in range(count):
         photo(sum(map(ord, folder.name)) + i, side).save(folder / f"{i}.png")
@@ -41,10 +43,32 @@ def test_a_clean_folder_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture
     code, text = check(capsys, tmp_path, "--resolution", 64)
     assert code == 0
     lines = text.splitlines()
-    assert lines[0].split() == ["name", "base", "class", "images", "masks", "smallest", "side", "prompts"]
+    assert lines[0].split() == [
+        "name",
+        "base",
+        "class",
+        "images",
+        "masks",
+        "smallest",
+        "side",
+        "prompts",
+    ]
     assert lines[1].split() == ["bear", "stuffed", "animal", "4", "-", "64", "stuffed", "animal"]
     assert lines[2] == "    skipped: notes.txt"
-    assert lines[3].split() == ["red_cup", "cup", "3", "-", "64", "a", "photo", "of", "a", "cup", "(+1", "more)"]
+    assert lines[3].split() == [
+        "red_cup",
+        "cup",
+        "3",
+        "-",
+        "64",
+        "a",
+        "photo",
+        "of",
+        "a",
+        "cup",
+        "(+1",
+        "more)",
+    ]
     assert lines[4:] == ["skipped: README.md", "2 concepts, 2 ready to train"]
     assert "warning" not in text
 
@@ -72,7 +96,10 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "small": ["smaller than 64, will be scaled up: 3.png 40x40"],
         "same": ["0.png and copy.png are the same picture"],
         "near": ["0.png and again.jpg are nearly the same picture"],
-        "masks_for_some": ["mask 9.mask.png has no image", "masks for 1 of 3 images only; without: 1.png, 2.png"],
+        "masks_for_some": [
+            "mask 9.mask.png has no image",
+            "masks for 1 of 3 images only; without: 1.png, 2.png",
+        ],
         "see_through": ["transparent parts become white (alpha=mask also masks them): 3.png"],
     }
 
@@ -94,7 +121,9 @@ def test_problems_give_exit_code_three(tmp_path: Path, capsys: pytest.CaptureFix
     assert text.splitlines()[-1] == "4 concepts, 2 ready to train"
 
 
-def test_the_run_s_template_must_name_the_concept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_s_template_must_name_the_concept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     concept(tmp_path / "cup")
     code, text = check(capsys, tmp_path, "--instance_prompt", "a photo", "--resolution", 64)
     assert code == 3
@@ -104,7 +133,9 @@ def test_the_run_s_template_must_name_the_concept(tmp_path: Path, capsys: pytest
     assert "a painting in the style of cup (+4 more)" in text
 
 
-def test_usage_errors_give_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_give_exit_code_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, text = check(capsys, tmp_path / "nowhere")
     assert code == 2
     assert text.startswith("error: ")
@@ -125,7 +156,9 @@ def test_words_longer_than_the_context(
     assert code == 0
     reports = {report["name"]: report for report in json.loads(text)["concepts"]}
     assert reports["fits"]["warnings"] == []  # at the model's own resolution, 16
-    assert any("has 23 tokens, the model reads only 22" in line for line in reports["long"]["warnings"])
+    assert any(
+        "has 23 tokens, the model reads only 22" in line for line in reports["long"]["warnings"]
+    )
     (warning,) = reports["prompt"]["warnings"]
     assert warning.endswith("cut off: 'g table'")  # its first 22 of 28 letters are read
 
@@ -133,7 +166,7 @@ def test_words_longer_than_the_context(
 def test_check_needs_no_accelerator(tmp_path: Path) -> None:
     concept(tmp_path / "cup")
     code = (
-        "import sys; from catversion_jax.cli import main; "
-        f"code = main(['check', {str(tmp_path)!r}]); assert 'jax' not in sys.modules; sys.exit(code)"
+        "import sys; from catversion_jax.cli import main; code = main(['check', "
+        f"{str(tmp_path)!r}]); assert 'jax' not in sys.modules; sys.exit(code)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

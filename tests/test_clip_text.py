@@ -40,7 +40,9 @@ def our_config(reference: torch.nn.Module) -> CLIPTextConfig:
 
 def our_encoder(reference: torch.nn.Module) -> Network:
     config = our_config(reference)
-    return as_network(reference, lambda rngs: CLIPTextModel(config, param_dtype=jnp.float32, rngs=rngs))
+    return as_network(
+        reference, lambda rngs: CLIPTextModel(config, param_dtype=jnp.float32, rngs=rngs)
+    )
 
 
 @functools.cache
@@ -144,7 +146,9 @@ def test_bfloat16_computes_in_bfloat16_close_to_float32():
     half = convert_state_dict(
         reference.state_dict(),
         abstract_network(
-            lambda rngs: CLIPTextModel(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
+            lambda rngs: CLIPTextModel(
+                config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs
+            )
         ),
         dtype=jnp.bfloat16,
     )
@@ -153,14 +157,19 @@ def test_bfloat16_computes_in_bfloat16_close_to_float32():
     out = half(ids)
     assert out.dtype == jnp.bfloat16
     # bfloat16 has 8 bits of mantissa; five layers of them
-    assert relative_error(out.astype(jnp.float32), reference(torch.tensor(ids)).last_hidden_state) < 0.05
+    assert (
+        relative_error(out.astype(jnp.float32), reference(torch.tensor(ids)).last_hidden_state)
+        < 0.05
+    )
 
 
 def test_attention_equals_torch():
     query, key, value = (draw(2, 5, 3, 8, seed=s) for s in range(3))
     bias = draw(2, 1, 5, 5, seed=3)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        *(torch.tensor(a).transpose(1, 2) for a in (query, key, value)), attn_mask=torch.tensor(bias), scale=0.2
+        *(torch.tensor(a).transpose(1, 2) for a in (query, key, value)),
+        attn_mask=torch.tensor(bias),
+        scale=0.2,
     )
     ours = attention(query, key, value, bias=bias, scale=0.2)
     assert relative_error(ours, expected.transpose(1, 2)) < 1e-5
@@ -183,7 +192,9 @@ def test_prompt_longer_than_the_encoder():
 )
 def test_config_key_that_changes_the_computation_is_refused(change, message):
     with pytest.raises(CatVersionError, match=message):
-        CLIPTextConfig.from_hf(SIZES | {"add_cross_attention": False} | change, source="config.json")
+        CLIPTextConfig.from_hf(
+            SIZES | {"add_cross_attention": False} | change, source="config.json"
+        )
 
 
 def test_all_refused_keys_are_named_at_once():
@@ -191,4 +202,6 @@ def test_all_refused_keys_are_named_at_once():
         CLIPTextConfig.from_hf(
             {"hidden_act": "relu", "rotary": True, "prefix_tuning": [1]}, source="a/config.json"
         )
-    assert all(word in str(error.value) for word in ("a/config.json", "hidden_act", "rotary", "tuning"))
+    assert all(
+        word in str(error.value) for word in ("a/config.json", "hidden_act", "rotary", "tuning")
+    )

@@ -40,7 +40,9 @@ def test_vision_equals_transformers(hidden_act):
         transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION, hidden_act=hidden_act))
     )
     config = CLIPVisionConfig.from_hf(reference.config.to_dict(), source="config.json")
-    ours = as_network(reference, lambda rngs: CLIPVisionModel(config, param_dtype=jnp.float32, rngs=rngs))
+    ours = as_network(
+        reference, lambda rngs: CLIPVisionModel(config, param_dtype=jnp.float32, rngs=rngs)
+    )
     pixels = draw(2, 32, 32, 3)
     expected = reference(nchw(pixels), output_hidden_states=True)
     assert relative_error(ours(pixels), expected.last_hidden_state) < 1e-4
@@ -80,7 +82,9 @@ def test_both_embeddings_equal_transformers(tmp_path, eos_token_id):
 
 
 def test_old_config_with_text_config_dict_and_missing_keys(tmp_path):
-    """laion's files give only what differs from the defaults, twice; transformers lets ``_dict`` win."""
+    """laion's files give only what differs from the defaults, twice; transformers lets ``_dict``
+    win.
+    """
     reference = save_clip(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -93,7 +97,11 @@ def test_old_config_with_text_config_dict_and_missing_keys(tmp_path):
     ids = np.full((1, 5), 98, np.int32)
     expected = again.text_projection(again.text_model(torch.tensor(ids)).pooler_output)
     assert relative_error(load_clip(tmp_path).call("text_embeds", ids), expected.detach()) < 1e-4
-    assert again.config.text_config.hidden_act == reference.config.text_config.hidden_act == "quick_gelu"
+    assert (
+        again.config.text_config.hidden_act
+        == reference.config.text_config.hidden_act
+        == "quick_gelu"
+    )
 
 
 def test_wrong_image_size_and_layout(tmp_path):

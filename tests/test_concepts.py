@@ -168,7 +168,9 @@ def test_folder_of_folders_quarantines_what_is_broken(tmp_path: Path) -> None:
     assert "not valid JSON" in messages["not_json"]
     assert set(found.skipped) == {".git/", "README.md"}
     # The argument fills in for those that do not say; it does not override those that do.
-    classes = {spec.name: spec.base_class for spec in read_concepts(tmp_path, base_class="bowl").concepts}
+    classes = {
+        spec.name: spec.base_class for spec in read_concepts(tmp_path, base_class="bowl").concepts
+    }
     assert classes == {"good": "cup", "undecided": "bowl"}
 
 
@@ -242,7 +244,9 @@ def test_dreambench_file_without_its_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["beside the file", "working directory"])
-def test_custom_concept_101_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_custom_concept_101_as_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     root = tmp_path / "root"
     put_images(root / "benchmark_dataset" / "actionfigure_1", "0.jpeg", "1.jpeg")
     put_images(root / "benchmark_dataset" / "wearable_sunglasses2", "0.jpeg")
@@ -264,7 +268,11 @@ def test_custom_concept_101_as_published(tmp_path: Path, monkeypatch: pytest.Mon
 def test_custom_diffusion_mistakes(tmp_path: Path) -> None:
     put_images(tmp_path / "cat", "0.jpg")
     entries = [
-        {"instance_prompt": "photo of a <new1> cat", "class_prompt": "<new1> cat", "instance_data_dir": "cat"},
+        {
+            "instance_prompt": "photo of a <new1> cat",
+            "class_prompt": "<new1> cat",
+            "instance_data_dir": "cat",
+        },
         {"instance_prompt": "a <new1> dog", "class_prompt": "dog", "instance_data_dir": "gone"},
         {
             "instance_prompt": "a <new1> pot",
@@ -272,7 +280,12 @@ def test_custom_diffusion_mistakes(tmp_path: Path) -> None:
             "instance_data_dir": "cat",
             "name": "pot",
         },
-        {"instance_prompt": "a <new1> pot", "class_prompt": "vase", "instance_data_dir": "cat", "name": "vase"},
+        {
+            "instance_prompt": "a <new1> pot",
+            "class_prompt": "vase",
+            "instance_data_dir": "cat",
+            "name": "vase",
+        },
     ]
     (tmp_path / "concepts_list.json").write_text(json.dumps(entries))
     found = read_concepts(tmp_path / "concepts_list.json")
@@ -286,126 +299,12 @@ def test_custom_diffusion_mistakes(tmp_path: Path) -> None:
         read_concepts(tmp_path / "multi.json")
 
 
-MANIFESTS = {
-    "list.yaml": "- {name: red cup, path: cups/red, base_class: cup, prompt: 'a {}', seed: 3}\n"
-    "- {path: cat, base_class: cat}",
-    "map.yml": "concepts:\n- {name: red cup, path: cups/red, base_class: cup, prompt: 'a {}', seed: 3}\n"
-    "- {path: cat, base_class: cat}",
-    "named.yaml": "red cup: {path: cups/red, base_class: cup, prompt: 'a {}', seed: 3}\n"
-    "cat: {path: cat, base_class: cat}",
-    "list.json": '[{"name": "red cup", "path": "cups/red", "base_class": "cup", "prompt": "a {}", "seed": 3},'
-    ' {"path": "cat", "base_class": "cat"}]',
-    "list.jsonl": '{"name": "red cup", "path": "cups/red", "base_class": "cup", "prompt": "a {}", "seed": 3}\n\n'
-    '{"path": "cat", "base_class": "cat"}\n',
-    "list.csv": "\ufeffname,path,base_class,prompt,seed\r\nred cup,cups/red,cup,a {},3\r\n,cat,cat,,\r\n",
-}
-
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_manifests(tmp_path: Path, name: str) -> None:
-    put_images(tmp_path / "data" / "cups" / "red", "1.png")
-    put_images(tmp_path / "data" / "cat", "1.png", "2.png")
-    (tmp_path / "data" / name).write_text(MANIFESTS[name], encoding="utf-8")
-    cup, cat = read_concepts(tmp_path / "data" / name).concepts
-    assert (cup.name, cup.base_class, cup.prompts, cup.seed) == ("red cup", "cup", ("a {}",), 3)
-    assert (cat.name, cat.base_class, cat.prompts, cat.seed, len(cat.images)) == ("cat", "cat", (), None, 2)
-
-
-def test_manifest_with_listed_files_and_masks(tmp_path: Path) -> None:
-    put_images(tmp_path / "shots", "a.png", "b.png", "c.png")
-    put_images(tmp_path / "mattes", "a.png", "b.png", "c.png")
-    entries = [
-        {"name": "listed", "path": "shots", "images": ["c.png", "a.png"], "base_class": "cup"},
-        {"name": "both", "images": ["shots/a.png"], "masks": ["mattes/a.png"], "base_class": "cup"},
-        {"name": "folder", "path": "shots", "masks": "mattes", "base_class": "cup"},
-        {"name": "one file", "path": "shots/b.png", "base_class": "cup"},
-        {"name": "missing", "images": ["shots/z.png"], "base_class": "cup"},
-    ]
-    (tmp_path / "m.json").write_text(json.dumps(entries))
-    found = read_concepts(tmp_path / "m.json")
-    listed, both, folder, one = found.concepts
-    assert labels(listed) == ["c.png", "a.png"]
-    assert both.images[0].mask == tmp_path / "mattes" / "a.png"
-    assert [image.mask for image in folder.images] == [tmp_path / "mattes" / f"{s}.png" for s in "abc"]
-    assert labels(one) == ["b.png"]
-    (problem,) = found.problems
-    assert "z.png" in problem.message
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("m.yaml", "a: [", "not valid YAML"),
-        ("m.json", "[{]", "not valid JSON"),
-        ("m.json", "[]", "lists no concept"),
-        ("m.json", '"text"', "must hold a list"),
-        ("m.yaml", "- teapot", "must be a mapping"),
-        ("m.csv", "name,path,base_class\ncup,cup,cup,red, small\n", "Quote texts that contain a comma"),
-        ("m.csv", "name,base_class\ncup,cup\n", "has no path"),
-        ("m.json", '[{"name": "cup", "path": "gone", "base_class": "cup"}]', "'gone' not found"),
-    ],
-)
-def test_broken_manifests(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(CatVersionError, match=message):
-        read_concepts(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"seed": -1}, "seed=-1: must be a whole number"),
-        ({"seed": "abc"}, "seed='abc'"),
-        ({"seed": True}, "seed=True"),
-        ({"random_flip": 1.5}, r"random_flip=1\.5: must be false or a probability"),
-        ({"when": "sometimes"}, "must be one of class_word, always"),
-        ({"templates": "photos"}, "must be one of default, object, style"),
-        ({"prompt": "a {}", "prompts": ["b {}"]}, "keep one of them"),
-        ({"prompts": [3]}, "must be a text or a list of texts"),
-        ({"prompts": ["a dog"]}, "does not contain the base class 'cup'"),
-        ({"prompts": ["a {cup}"]}, "the only placeholders are"),
-        ({"base_class": "{cup}"}, "must be plain words"),
-        ({"base_class": 3}, "must be text"),
-        ({"masks": "gone"}, "must be a folder"),
-        ({"promts": ["a {}"]}, "Did you mean 'prompts'"),
-    ],
-)
-def test_values_beside_a_concept(tmp_path: Path, fields: dict, message: str) -> None:
-    put_images(tmp_path / "cup", "1.png")
-    (tmp_path / "cup" / "concept.json").write_text(json.dumps({"base_class": "cup", **fields}))
-    with pytest.raises(CatVersionError, match=message):
-        read_concepts(tmp_path / "cup")
-
-
-def test_names_that_cannot_be_folders(tmp_path: Path) -> None:
-    put_images(tmp_path / "cup", "1.png")
-    bad = ["../escape", "a/b", "a\\b", ".", "..", "", "x" * 101, "é" * 51, "a:b", "tab\t", " pad", "con", "dot."]
-    entries: list[dict] = [{"name": name, "path": "cup", "base_class": "cup"} for name in bad]
-    entries[5]["images"] = [str(tmp_path / "cup" / "1.png")]
-    del entries[5]["path"]
-    (tmp_path / "m.json").write_text(json.dumps(entries))
-    with pytest.raises(CatVersionError) as caught:
-        read_concepts(tmp_path / "m.json")
-    lines = str(caught.value).splitlines()
-    assert len(lines) == len(bad), lines
-    for name in ("../escape", "a\\b", "a:b", "con", "dot."):
-        assert any(repr(name) in line for line in lines)
-
-
-def test_duplicate_names(tmp_path: Path) -> None:
-    put_images(tmp_path / "cup", "1.png")
-    entries = [{"name": name, "path": "cup", "base_class": "cup"} for name in ("Cup", "cup", "bowl", "bowl")]
-    (tmp_path / "m.json").write_text(json.dumps(entries))
-    with pytest.raises(CatVersionError) as caught:
-        read_concepts(tmp_path / "m.json")
-    assert "'cup': appears twice (as 'Cup'" in str(caught.value)
-    assert "'bowl': appears twice." in str(caught.value)
-
-
 def test_prompts_fill_both_placeholders_and_word_match_is_whole() -> None:
     spec = ConceptSpec("bear", "stuffed animal", ())
     assert concept_prompts(spec, "default") == ("stuffed animal",)
-    assert concept_prompts(spec, ["a {} on a {base_class}"]) == ("a stuffed animal on a stuffed animal",)
+    assert concept_prompts(spec, ["a {} on a {base_class}"]) == (
+        "a stuffed animal on a stuffed animal",
+    )
     assert concept_prompts(spec, "my Stuffed  Animal!") == ("my Stuffed Animal!",)
     with pytest.raises(ConceptError, match="does not contain"):
         concept_prompts(spec, "a stuffed animals")
@@ -454,7 +353,9 @@ def write_imagefolder(folder: Path) -> Path:
 
 
 @pytest.fixture
-def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def datasets_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = pytest.importorskip("datasets", reason="pip install datasets").config
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf-cache")))
 
@@ -484,10 +385,14 @@ def test_saved_dataset_keeps_encoded_bytes(tmp_path: Path) -> None:
             "what": datasets.Value("string"),
         }
     )
-    encoded = [{"bytes": (tmp_path / name).read_bytes(), "path": None} for name in ("a.png", "b.png")]
+    encoded = [
+        {"bytes": (tmp_path / name).read_bytes(), "path": None} for name in ("a.png", "b.png")
+    ]
     rows = {"image": encoded, "who": [1, 0], "what": ["cat", "dog"]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
-    tom, rex = read_concepts(tmp_path / "saved", concept_column="who", base_class_column="what").concepts
+    tom, rex = read_concepts(
+        tmp_path / "saved", concept_column="who", base_class_column="what"
+    ).concepts
     assert (tom.name, tom.base_class, rex.name) == ("tom", "cat", "rex")
     assert tom.images[0].data == (tmp_path / "a.png").read_bytes()
     assert tom.images[0].path is None
@@ -511,5 +416,8 @@ def test_the_published_folders() -> None:
     assert {spec.base_class for spec in six} == {"bear", "car", "cat", "dog", "penguin", "robot"}
     assert all(len(spec.images) == 5 and all(image.mask for image in spec.images) for spec in six)
     photos = read_concepts(shared / "photos", base_class="toy")
-    assert {spec.name: len(spec.images) for spec in photos.concepts} == {"teddybear": 7, "colorful_teapot": 5}
+    assert {spec.name: len(spec.images) for spec in photos.concepts} == {
+        "teddybear": 7,
+        "colorful_teapot": 5,
+    }
     assert photos.skipped == ("README.md",)

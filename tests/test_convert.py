@@ -1,4 +1,6 @@
-"""Names, layouts, files and memory of weight loading; files are written by safetensors, diffusers and torch."""
+"""Names, layouts, files and memory of weight loading; files are written by safetensors, diffusers
+and torch.
+"""
 
 import json
 import os
@@ -40,7 +42,9 @@ class Layers(nnx.Module):
     """One of each kind of parameter."""
 
     def __init__(self, rngs):
-        self.blocks = nnx.List([nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 5, use_bias=False, rngs=rngs)])
+        self.blocks = nnx.List(
+            [nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 5, use_bias=False, rngs=rngs)]
+        )
         self.conv = nnx.Conv(4, 6, (3, 3), rngs=rngs)
         self.norm = nnx.GroupNorm(6, num_groups=2, rngs=rngs)
         self.table = nnx.Embed(7, 7, rngs=rngs)
@@ -109,7 +113,9 @@ def test_one_error_lists_missing_unexpected_and_misshaped():
 def test_two_names_for_one_parameter():
     weights = layers_state_dict()
     weights["text_model.offset"] = weights["offset"]
-    with pytest.raises(CatVersionError, match=r"text_model.offset \(the same parameter as offset\)"):
+    with pytest.raises(
+        CatVersionError, match=r"text_model.offset \(the same parameter as offset\)"
+    ):
         convert_state_dict(weights, abstract_network(Layers))
 
 
@@ -142,12 +148,14 @@ def test_old_autoencoder_attention(conv):
     renamed = old_attention(weights, conv=conv)
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in renamed
     for ours, theirs in zip(
-        jax.tree.leaves(convert_state_dict(renamed, target).params), jax.tree.leaves(present.params), strict=True
+        jax.tree.leaves(convert_state_dict(renamed, target).params),
+        jax.tree.leaves(present.params),
+        strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)
 
 
-# ---- files ---------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def text_encoder() -> transformers.CLIPTextModel:
@@ -156,11 +164,15 @@ def text_encoder() -> transformers.CLIPTextModel:
 
 def load(folder: Path, **options):
     config = CLIPTextConfig(**SIZES)
-    return load_network(lambda rngs: CLIPTextModel(config, param_dtype=jnp.float32, rngs=rngs), folder, **options)
+    return load_network(
+        lambda rngs: CLIPTextModel(config, param_dtype=jnp.float32, rngs=rngs), folder, **options
+    )
 
 
 def nested(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in weights.items()}
+    return {
+        f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in weights.items()
+    }
 
 
 def flattened(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -172,7 +184,10 @@ def test_both_spellings_of_clip_and_position_ids(tmp_path):
     model = text_encoder()
     expected = model(torch.tensor(IDS)).last_hidden_state
     buffer = {"text_model.embeddings.position_ids": torch.arange(10)[None]}
-    for name, weights in (("old", nested(model.state_dict()) | buffer), ("new", flattened(model.state_dict()))):
+    for name, weights in (
+        ("old", nested(model.state_dict()) | buffer),
+        ("new", flattened(model.state_dict())),
+    ):
         (tmp_path / name).mkdir()
         safetensors.torch.save_file(weights, tmp_path / name / "model.safetensors")
         assert relative_error(load(tmp_path / name)(IDS), expected) < 1e-4
@@ -228,7 +243,9 @@ def test_variant_that_is_not_there_says_what_is(tmp_path):
         load(tmp_path, variant="bf16")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.bin", "model.ckpt", "model.pt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "diffusion_pytorch_model.bin", "model.ckpt", "model.pt"]
+)
 def test_pickled_weights_are_refused_with_the_remedy(tmp_path, name):
     torch.save({}, tmp_path / name)
     with pytest.raises(CatVersionError, match=rf"{name}.*run arbitrary code.*save_pretrained"):
@@ -258,7 +275,7 @@ def test_damaged_files(tmp_path):
             load(tmp_path)
 
 
-# ---- the text encoder's hash ---------------------------------------------------------------------------
+# ---- the text encoder's hash ---------------------------------------------------------------------
 
 
 def torch_sha256(state_dict: dict[str, torch.Tensor]) -> str:
@@ -292,13 +309,18 @@ def test_fingerprint_sees_weights_but_not_added_tokens():
     weights = flattened(text_encoder().state_dict())
     before = text_encoder_sha256(weights)
     more = weights["embeddings.token_embedding.weight"]
-    assert text_encoder_sha256(weights | {"embeddings.token_embedding.weight": torch.cat([more, more])}) == before
+    assert (
+        text_encoder_sha256(
+            weights | {"embeddings.token_embedding.weight": torch.cat([more, more])}
+        )
+        == before
+    )
     changed = weights["final_layer_norm.bias"].clone()
     changed[3] += 0.01
     assert text_encoder_sha256(weights | {"final_layer_norm.bias": changed}) != before
 
 
-# ---- memory --------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 MEASURE = """
 import json, sys
@@ -308,7 +330,9 @@ from catversion_jax.models.convert import load_network
 
 class Stack(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Linear(2048, 2048, use_bias=False, rngs=rngs) for _ in range(24)])
+        self.layers = nnx.List(
+            [nnx.Linear(2048, 2048, use_bias=False, rngs=rngs) for _ in range(24)]
+        )
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()
@@ -321,10 +345,14 @@ print(json.dumps([before, peak(), sum(leaf.nbytes for leaf in jax.tree.leaves(ne
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux' /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the peak is read from Linux' /proc"
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_host_memory_while_loading(tmp_path, dtype):
-    """A 400 MB checkpoint. On a CPU the weights themselves are host memory; beyond them stay a few tensors."""
+    """A 400 MB checkpoint. On a CPU the weights themselves are host memory; beyond them stay a few
+    tensors.
+    """
     weights = {f"layers.{i}.weight": np.full((2048, 2048), i, np.float32) for i in range(24)}
     safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
     checkpoint = (tmp_path / "model.safetensors").stat().st_size

@@ -1,4 +1,6 @@
-"""Cached latents against diffusers' AutoencoderKL, and their independence of everything but the image."""
+"""Cached latents against diffusers' AutoencoderKL, and their independence of everything but the
+image.
+"""
 
 import dataclasses
 import json
@@ -28,14 +30,19 @@ def vae(tiny_sd_folder: Path) -> Network:
 
 def random_images(count: int, seed: int = 0) -> list[LoadedImage]:
     rng = np.random.default_rng(seed)
-    return [LoadedImage(rng.uniform(-1, 1, (SIZE, SIZE, 3)).astype(np.float32), None) for _ in range(count)]
+    return [
+        LoadedImage(rng.uniform(-1, 1, (SIZE, SIZE, 3)).astype(np.float32), None)
+        for _ in range(count)
+    ]
 
 
 def encode(images: list[LoadedImage], vae: Network) -> EncodedConcept:
     return encode_concept(images, vae, latent_scale=SCALE, latent_downsampling=FACTOR)
 
 
-def test_equals_diffusers_on_images_and_their_mirror_images(vae: Network, tiny_sd_folder: Path) -> None:
+def test_equals_diffusers_on_images_and_their_mirror_images(
+    vae: Network, tiny_sd_folder: Path
+) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     reference = diffusers.AutoencoderKL.from_pretrained(tiny_sd_folder / "vae")
@@ -46,7 +53,9 @@ def test_equals_diffusers_on_images_and_their_mirror_images(vae: Network, tiny_s
     for flip in (0, 1):
         pixels = np.stack([image.pixels[:, ::-1] if flip else image.pixels for image in images])
         with torch.no_grad():
-            posterior = reference.encode(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).latent_dist
+            posterior = reference.encode(
+                torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+            ).latent_dist
         for ours, theirs in ((encoded.mean, posterior.mean), (encoded.std, posterior.std)):
             expected = SCALE * theirs.numpy().transpose(0, 2, 3, 1)
             assert np.abs(ours[:, flip] - expected).max() <= 1e-4 * np.abs(expected).max()
@@ -74,7 +83,9 @@ def test_masks_are_averaged_per_latent_pixel_and_flipped(vae: Network) -> None:
     first, second = random_images(2)
     mask = (rng.uniform(size=(SIZE, SIZE)) > 0.5).astype(np.float32)
     encoded = encode([dataclasses.replace(first, mask=mask), second], vae)
-    expected = mask[0::2, 0::2] / 4 + mask[1::2, 0::2] / 4 + mask[0::2, 1::2] / 4 + mask[1::2, 1::2] / 4
+    expected = (
+        mask[0::2, 0::2] / 4 + mask[1::2, 0::2] / 4 + mask[0::2, 1::2] / 4 + mask[1::2, 1::2] / 4
+    )
     np.testing.assert_allclose(encoded.mask[0, 0], expected, atol=1e-6)
     np.testing.assert_array_equal(encoded.mask[0, 1], encoded.mask[0, 0][:, ::-1])
     np.testing.assert_array_equal(encoded.mask[1], np.ones((2, SIZE // 2, SIZE // 2), np.float32))

@@ -1,4 +1,6 @@
-"""The noise schedule against diffusers' own, and the strictness of reading scheduler_config.json."""
+"""The noise schedule against diffusers' own, and the strictness of reading
+scheduler_config.json.
+"""
 
 import numpy as np
 import pytest
@@ -46,7 +48,11 @@ SCHEDULES = {
         "beta_schedule": "linear",
         "prediction_type": "sample",
     },
-    "cosine": {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": False},
+    "cosine": {
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "clip_sample": False,
+    },
     "trained": {
         "_class_name": "DDIMScheduler",
         "clip_sample": False,
@@ -74,7 +80,11 @@ def test_add_noise_target_and_snr_equal_diffusers(name):
     np.testing.assert_allclose(schedule.alphas_cumprod, peer.alphas_cumprod, rtol=1e-5, atol=1e-9)
     tx0, tnoise, tt = (torch.from_numpy(value) for value in (x0, noise, t))
     close(schedule.add_noise(x0, noise, t), peer.add_noise(tx0, tnoise, tt))
-    expected = {"epsilon": tnoise, "sample": tx0, "v_prediction": peer.get_velocity(tx0, tnoise, tt)}
+    expected = {
+        "epsilon": tnoise,
+        "sample": tx0,
+        "v_prediction": peer.get_velocity(tx0, tnoise, tt),
+    }
     close(schedule.target(x0, noise, t), expected[config.prediction_type])
     from diffusers.training_utils import compute_snr
 
@@ -87,7 +97,8 @@ def test_one_sample_and_a_scalar_timestep():
     t = np.array([3, 50, 400, 900, 999])
     for index in range(5):
         np.testing.assert_array_equal(
-            schedule.add_noise(x0[index], noise[index], t[index]), schedule.add_noise(x0, noise, t)[index]
+            schedule.add_noise(x0[index], noise[index], t[index]),
+            schedule.add_noise(x0, noise, t)[index],
         )
 
 
@@ -108,7 +119,9 @@ def published_classes():
 
 @pytest.mark.parametrize("class_name", published_classes())
 def test_every_published_scheduler_class_gives_its_own_betas(class_name):
-    """The file a folder has when it was saved with any of these classes, with and without the beta keys."""
+    """The file a folder has when it was saved with any of these classes, with and without the beta
+    keys.
+    """
     scheduler_class = getattr(diffusers, class_name, None)
     if scheduler_class is None:
         pytest.skip(f"this diffusers has no {class_name}")
@@ -135,13 +148,19 @@ def test_every_published_scheduler_class_gives_its_own_betas(class_name):
         ({"clip_sample": True}, ["clip_sample=True", "must be False", "scheduler_config.json"]),
         ({"thresholding": True}, ["thresholding=True"]),
         ({"beta_schedule": "sigmoid"}, ["beta_schedule='sigmoid'", "squaredcos_cap_v2"]),
-        ({"prediction_type": "flow_prediction"}, ["prediction_type='flow_prediction'", "v_prediction"]),
+        (
+            {"prediction_type": "flow_prediction"},
+            ["prediction_type='flow_prediction'", "v_prediction"],
+        ),
         ({"timestep_spacing": "trailling"}, ["timestep_spacing='trailling'", "trailing"]),
         ({"use_flow_sigmas": True}, ["use_flow_sigmas=True"]),
         ({"use_beta_sigmas": True}, ["use_beta_sigmas=True"]),
         ({"variance_type": "learned_range"}, ["variance_type='learned_range'"]),
         ({"beta_stat": 0.1}, ["unknown key 'beta_stat'", "Did you mean 'beta_start'"]),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, ["'shift'", "flow matching"]),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+            ["'shift'", "flow matching"],
+        ),
         ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, ["'sigma_data'", "EDM"]),
         ({"trained_betas": [0.1, 0.2]}, ["trained_betas has 2 entries", "1000"]),
     ],

@@ -1,4 +1,6 @@
-"""Concept files: the safetensors library reads what we write, bytes repeat, damage and strangers are named."""
+"""Concept files: the safetensors library reads what we write, bytes repeat, damage and strangers
+are named.
+"""
 
 import hashlib
 import json
@@ -12,7 +14,13 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.export import Concept, load_concept, save_concept, serialize_safetensors, write_concepts
+from catversion_jax.export import (
+    Concept,
+    load_concept,
+    save_concept,
+    serialize_safetensors,
+    write_concepts,
+)
 from catversion_jax.residual import KVResidual
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +42,10 @@ def make_residual(
 ) -> KVResidual:
     rng = np.random.default_rng(seed)
     return KVResidual(
-        rng.normal(size=shape).astype(np.float32), rng.normal(size=shape).astype(np.float32), layers, bias
+        rng.normal(size=shape).astype(np.float32),
+        rng.normal(size=shape).astype(np.float32),
+        layers,
+        bias,
     )
 
 
@@ -45,7 +56,16 @@ def test_load_is_the_inverse_of_save(tmp_path: Path) -> None:
     np.testing.assert_array_equal(concept.residual.key, residual.key)
     np.testing.assert_array_equal(concept.residual.value, residual.value)
     assert (concept.residual.layers, concept.residual.logit_bias) == ((3, 11), 0.5)
-    for field in ("base_class", "name", "when", "base_model", "text_encoder_sha256", "step", "images", "metrics"):
+    for field in (
+        "base_class",
+        "name",
+        "when",
+        "base_model",
+        "text_encoder_sha256",
+        "step",
+        "images",
+        "metrics",
+    ):
         assert getattr(concept, field) == DESCRIPTION[field]
     assert concept.train_config == DESCRIPTION["config"]
     again = concept.save(tmp_path / "again.safetensors")
@@ -73,13 +93,16 @@ def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
     assert metadata["modelspec.trigger_phrase"] == "toy car"
     assert metadata["modelspec.resolution"] == "512x512"
     data = path.read_bytes()
-    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()  # of all after the header
+    # of all after the header
+    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     assert metadata["modelspec.hash_sha256"] == "0x" + digest
 
 
 def test_no_last_axis_looks_like_a_word_embedding(tmp_path: Path) -> None:
     path = save_concept(
-        tmp_path / "x.safetensors", make_residual(shape=(1, 1, 12, 64), layers=(9,)), base_class="cat"
+        tmp_path / "x.safetensors",
+        make_residual(shape=(1, 1, 12, 64), layers=(9,)),
+        base_class="cat",
     )
     assert all(tensor.shape == (1, 12, 64) for tensor in safetensors.numpy.load_file(path).values())
     assert load_concept(path).metadata["modelspec.architecture"] == "stable-diffusion-v1/catversion"
@@ -96,14 +119,24 @@ def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
             [sys.executable, "-c", program, str(file)],
             cwd=ROOT,
             check=True,
-            env={"PYTHONHASHSEED": str(seed), "PATH": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            env={
+                "PYTHONHASHSEED": str(seed),
+                "PATH": "",
+                "PYTHONPATH": str(ROOT),
+                "JAX_PLATFORMS": "cpu",
+            },
         )
     assert len({file.read_bytes() for file in files}) == 1
-    assert files[0].read_bytes() == save_concept(tmp_path / "x", make_residual(), **DESCRIPTION).read_bytes()
+    assert (
+        files[0].read_bytes()
+        == save_concept(tmp_path / "x", make_residual(), **DESCRIPTION).read_bytes()
+    )
 
 
 def test_odd_file_names_do_not_make_an_unreadable_file(tmp_path: Path) -> None:
-    path = save_concept(tmp_path / "x.safetensors", make_residual(), base_class="cat", images=("bad\udcff.jpg",))
+    path = save_concept(
+        tmp_path / "x.safetensors", make_residual(), base_class="cat", images=("bad\udcff.jpg",)
+    )
     assert len(load_concept(path).images) == 1
 
 
@@ -117,13 +150,19 @@ def test_a_folder_is_accepted(tmp_path: Path) -> None:
     [
         (make_residual(shape=(2, 2, 1, 4, 8)), {}, "one concept"),
         (make_residual(layers=(1, 2, 3)), {}, "for 3 layers"),
-        (KVResidual(np.full((1, 1, 1, 2), np.nan), np.zeros((1, 1, 1, 2)), (0,)), {}, "NaN or infinite"),
+        (
+            KVResidual(np.full((1, 1, 1, 2), np.nan), np.zeros((1, 1, 1, 2)), (0,)),
+            {},
+            "NaN or infinite",
+        ),
         (make_residual(bias=-np.inf), {}, "NaN or infinite"),
         (make_residual(), {"base_class": " "}, "base_class=' '"),
         (make_residual(), {"when": "never"}, "when='never': must be one of class_word, always"),
     ],
 )
-def test_what_is_not_written(tmp_path: Path, residual: KVResidual, kwargs: dict, message: str) -> None:
+def test_what_is_not_written(
+    tmp_path: Path, residual: KVResidual, kwargs: dict, message: str
+) -> None:
     with pytest.raises(CatVersionError, match=message):
         save_concept(tmp_path / "x.safetensors", residual, **{"base_class": "cat", **kwargs})
     assert list(tmp_path.iterdir()) == []
@@ -143,14 +182,19 @@ import resource, signal, sys
 sys.path.insert(0, 'tests')
 from test_export import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file may grow beyond: a write fails as on a full disk
+# no file may grow beyond: a write fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     save_concept(sys.argv[1], make_residual(2), base_class="cat")
 except CatVersionError as error:
     print(error)
 """
     result = subprocess.run(
-        [sys.executable, "-c", program, str(path)], cwd=ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "-c", program, str(path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert "cannot be written" in result.stdout
     assert "free some space" in result.stdout
@@ -191,7 +235,9 @@ def test_truncated_and_corrupt(tmp_path: Path) -> None:
     data = path.read_bytes()
     for length in (0, 7, 8, 100, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(CatVersionError, match=r"damaged or incomplete|too short|something else"):
+        with pytest.raises(
+            CatVersionError, match=r"damaged or incomplete|too short|something else"
+        ):
             load_concept(path)
     flipped = bytearray(data)
     flipped[-3] ^= 16
@@ -209,7 +255,10 @@ def test_truncated_and_corrupt(tmp_path: Path) -> None:
         ({"unet.up.lora_A.weight": (4, 8)}, "LoRA.*load_lora_weights"),
         ({"<my-cat>": (1, 768)}, "textual inversion.*load_textual_inversion"),
         ({"emb_params": (2, 768)}, "textual inversion"),
-        ({"model.diffusion_model.x": (1, 1, 1), "cond_stage_model.y": (2,)}, "whole Stable Diffusion checkpoint"),
+        (
+            {"model.diffusion_model.x": (1, 1, 1), "cond_stage_model.y": (2,)},
+            "whole Stable Diffusion checkpoint",
+        ),
         ({f"text_model.encoder.layers.{i}.x": (2, 2) for i in range(6)}, "weights of a network"),
         ({"prompt_embeds": (1, 7, 8)}, "prompt embeddings"),
         ({"something": (1, 2, 3)}, "without catversion metadata .it holds something."),
@@ -243,9 +292,16 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_write_concepts_names_files_safely(tmp_path: Path) -> None:
-    concepts = [Concept(make_residual(i), "cat", name) for i, name in enumerate(("tom", "../up one", "käse"))]
+    concepts = [
+        Concept(make_residual(i), "cat", name)
+        for i, name in enumerate(("tom", "../up one", "käse"))
+    ]
     files = write_concepts(concepts, tmp_path)
-    assert [file.name for file in files] == ["tom.safetensors", "up_one.safetensors", "käse.safetensors"]
+    assert [file.name for file in files] == [
+        "tom.safetensors",
+        "up_one.safetensors",
+        "käse.safetensors",
+    ]
     assert [load_concept(file).name for file in files] == ["tom", "../up one", "käse"]
     with pytest.raises(CatVersionError, match="would hold both 'a b' and 'a/b'"):
         write_concepts([Concept(make_residual(), "cat", name) for name in ("a b", "a/b")], tmp_path)

@@ -1,4 +1,6 @@
-"""``catversion export``, ``import`` and ``inspect`` from the outside; exported things run in stock pipelines."""
+"""``catversion export``, ``import`` and ``inspect`` from the outside; exported things run in stock
+pipelines.
+"""
 
 import json
 import subprocess
@@ -88,7 +90,9 @@ def test_export_concept_files(run_folder: Path, tmp_path: Path, capsys) -> None:
         assert (out / f"{name}.safetensors").read_bytes() == original.read_bytes()
     again = export_concepts(out, tmp_path / "again")
     assert [path.name for path in again] == ["rex.safetensors", "tom.safetensors"]
-    code, text = catversion(capsys, "export", run_folder, "--concept", "tom", "--output_dir", tmp_path / "one")
+    code, text = catversion(
+        capsys, "export", run_folder, "--concept", "tom", "--output_dir", tmp_path / "one"
+    )
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["tom.safetensors"]
 
 
@@ -99,14 +103,21 @@ def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, c
     from catversion_jax.training.state import TrainState
 
     records = [
-        ConceptRecord(name, "cat", "class_word", "some/model", "ab", ("1.png",), 3, {"resolution": 16})
+        ConceptRecord(
+            name, "cat", "class_word", "some/model", "ab", ("1.png",), 3, {"resolution": 16}
+        )
         for name in ("tom", "ill")
     ]
     residuals = [make_residual(seed) for seed in (0, 1)]
     stacked = KVResidual(
-        jnp.stack([r.key for r in residuals]), jnp.stack([r.value for r in residuals]), (1, 2, 3), 1.0
+        jnp.stack([r.key for r in residuals]),
+        jnp.stack([r.value for r in residuals]),
+        (1, 2, 3),
+        1.0,
     )
-    state = TrainState(step=jnp.array([4, 4]), residual=stacked, opt_state=(), failed_step=jnp.array([-1, 2]))
+    state = TrainState(
+        step=jnp.array([4, 4]), residual=stacked, opt_state=(), failed_step=jnp.array([-1, 2])
+    )
     manager = open_checkpoints(tmp_path / "run" / "checkpoints" / "pack-0000", keep=2)
     save_checkpoint(manager, 4, state, records)
     manager.close()
@@ -116,7 +127,8 @@ def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, c
     assert f"It has checkpoints: export {step}" in text
     code, _ = catversion(capsys, "export", step, "--output_dir", tmp_path / "out")
     assert code == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tom.safetensors"]  # the other one had failed
+    # the other one had failed
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tom.safetensors"]
     records[0].save(tmp_path / "expected.safetensors", residuals[0], 4)
     expected = (tmp_path / "expected.safetensors").read_bytes()
     assert (tmp_path / "out" / "tom.safetensors").read_bytes() == expected
@@ -135,7 +147,9 @@ def test_prompt_embeds_work_in_a_stock_pipeline(
     pipe = stock_pipe(tiny_sd_folder)
     with torch.no_grad():
         plain, negative = pipe.encode_prompt("a red cab", "cpu", 1, True, negative_prompt="blurry")
-    np.testing.assert_allclose(tensors["prompt_embeds"][1:], plain.numpy(), atol=1e-4 * float(plain.abs().max()))
+    np.testing.assert_allclose(
+        tensors["prompt_embeds"][1:], plain.numpy(), atol=1e-4 * float(plain.abs().max())
+    )
     np.testing.assert_allclose(tensors["negative_prompt_embeds"][:1], negative.numpy(), atol=1e-3)
     concept = run_folder / "concepts" / "tom"
     from catversion_jax.integrations.diffusers import load_catversion
@@ -160,9 +174,12 @@ def test_whole_image_equals_our_sampler(run_folder: Path, tiny_sd_folder: Path) 
     concept = load_concept(path)
     use = ConceptUse(concept.name, concept.base_class, concept.residual)
     settings = SamplingSettings(sampler="ddim", num_inference_steps=3, guidance_scale=5.0)
-    ours = generate(load_backbone(tiny_sd_folder), [ImageRequest("a cat", (use,))], settings, latents=LATENTS)
+    ours = generate(
+        load_backbone(tiny_sd_folder), [ImageRequest("a cat", (use,))], settings, latents=LATENTS
+    )
     theirs = draw_with_loader(tiny_sd_folder, path, "a cat")
-    assert np.abs(theirs - draw(stock_pipe(tiny_sd_folder), "a cat")).max() > 0.01  # the concept is seen
+    # the concept is seen
+    assert np.abs(theirs - draw(stock_pipe(tiny_sd_folder), "a cat")).max() > 0.01
     assert np.abs(ours.pixels[0] - theirs).max() < 1e-3
 
 
@@ -170,7 +187,9 @@ def test_pipeline_folder_needs_no_package_of_ours(
     run_folder: Path, tiny_sd_folder: Path, tmp_path: Path, capsys
 ) -> None:
     out = tmp_path / "pipeline"
-    code, text = catversion(capsys, "export", run_folder, "--format", "pipeline", "--output_dir", out)
+    code, text = catversion(
+        capsys, "export", run_folder, "--format", "pipeline", "--output_dir", out
+    )
     assert code == 0, text
     program = """
 import importlib.abc, sys, warnings
@@ -217,7 +236,9 @@ np.save(result, np.stack(images))
     np.testing.assert_array_equal(images[2], draw(plain, "a red cab"))
     np.testing.assert_array_equal(images[3], draw(plain, "a cat"))
     assert load_concept(out / "catversion" / "tom.safetensors").base_class == "cat"
-    code, text = catversion(capsys, "export", run_folder, "--format", "pipeline", "--output_dir", out)
+    code, text = catversion(
+        capsys, "export", run_folder, "--format", "pipeline", "--output_dir", out
+    )
     assert code == 2
     assert "not an empty folder" in text
 
@@ -227,9 +248,15 @@ def test_export_says_what_is_wrong(run_folder: Path, tmp_path: Path, capsys) -> 
     cases = [
         (("export", tmp_path / "no"), "no such file or folder"),
         (("export", tmp_path), "no finished concept in it"),
-        (("export", run_folder, "--concept", "max"), "--concept max: not in .* which holds rex, tom"),
+        (
+            ("export", run_folder, "--concept", "max"),
+            "--concept max: not in .* which holds rex, tom",
+        ),
         (("export", run_folder, "--format", "prompt_embeds"), "at least one --prompt"),
-        (("export", run_folder, "--format", "pipeline", "--model", tmp_path), "is not a diffusers folder"),
+        (
+            ("export", run_folder, "--format", "pipeline", "--model", tmp_path),
+            "is not a diffusers folder",
+        ),
     ]
     for arguments, message in cases:
         code, text = catversion(capsys, *arguments, "--output_dir", out)
@@ -239,7 +266,9 @@ def test_export_says_what_is_wrong(run_folder: Path, tmp_path: Path, capsys) -> 
 
 
 @pytest.mark.parametrize("form", ["pipeline", "prompt_embeds"])
-def test_export_for_another_text_encoder_is_refused(run_folder: Path, tmp_path: Path, capsys, form: str) -> None:
+def test_export_for_another_text_encoder_is_refused(
+    run_folder: Path, tmp_path: Path, capsys, form: str
+) -> None:
     from conftest import save_tiny_sd
 
     other = save_tiny_sd(tmp_path / "other", seed=1)
@@ -282,7 +311,9 @@ def test_import_an_official_adapter(tmp_path: Path, tiny_sd_folder: Path, capsys
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_with_loader(tiny_sd_folder, tmp_path / "out" / "my_teapot", "a teapot")
-    code, text = catversion(capsys, "import", tmp_path / "my_teapot", "--base_class", "x", "--name", "a/b")
+    code, text = catversion(
+        capsys, "import", tmp_path / "my_teapot", "--base_class", "x", "--name", "a/b"
+    )
     assert code == 2
     assert "without path separators" in text
 

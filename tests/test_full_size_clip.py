@@ -50,9 +50,13 @@ PUBLISHED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_text_encoder(name, capsys):
-    reference = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**PUBLISHED[name])))
+    reference = randomise(
+        transformers.CLIPTextModel(transformers.CLIPTextConfig(**PUBLISHED[name]))
+    )
     config = CLIPTextConfig.from_hf(reference.config.to_dict(), source=name)
-    ours = as_network(reference, lambda rngs: CLIPTextModel(config, param_dtype=jnp.float32, rngs=rngs))
+    ours = as_network(
+        reference, lambda rngs: CLIPTextModel(config, param_dtype=jnp.float32, rngs=rngs)
+    )
     ids = np.random.default_rng(0).integers(0, 49406, (2, 77), dtype=np.int32)
     expected = reference(torch.tensor(ids), output_hidden_states=True)
     states = [state.numpy() for state in expected.hidden_states]
@@ -80,7 +84,9 @@ def test_vision_encoder_of_the_score(capsys):
     """CLIP ViT-B/32, whose sizes are transformers' defaults."""
     reference = randomise(transformers.CLIPVisionModel(transformers.CLIPVisionConfig()))
     config = CLIPVisionConfig.from_hf(reference.config.to_dict(), source="ViT-B/32")
-    ours = as_network(reference, lambda rngs: CLIPVisionModel(config, param_dtype=jnp.float32, rngs=rngs))
+    ours = as_network(
+        reference, lambda rngs: CLIPVisionModel(config, param_dtype=jnp.float32, rngs=rngs)
+    )
     pixels = draw(2, 224, 224, 3)
     pooled = jax.jit(Network.call, static_argnums=1)(ours, "pooled", pixels)
     error = relative_error(pooled, reference(nchw(pixels)).pooler_output)

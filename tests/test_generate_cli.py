@@ -20,7 +20,10 @@ def concepts(tmp_path_factory):
         key, value = np.random.default_rng(seed).normal(size=(2, 2, 1, 4, 8)).astype(np.float32)
         residual = KVResidual(key, value, (2, 3))
         save_concept(
-            folder / f"my_{word}" / "catversion.safetensors", residual, base_class=word, name=f"my_{word}"
+            folder / f"my_{word}" / "catversion.safetensors",
+            residual,
+            base_class=word,
+            name=f"my_{word}",
         )
     return folder
 
@@ -42,7 +45,10 @@ def generate(tiny_sd_folder, tmp_path):
                 *map(str, arguments),
             ]
         )
-        return code, {path.name: np.asarray(Image.open(path)) for path in sorted((tmp_path / out).glob("*.png"))}
+        return code, {
+            path.name: np.asarray(Image.open(path))
+            for path in sorted((tmp_path / out).glob("*.png"))
+        }
 
     return call
 
@@ -50,8 +56,9 @@ def generate(tiny_sd_folder, tmp_path):
 def test_images_grid_and_metadata(generate, concepts, tmp_path, tiny_sd_folder, capsys):
     dog = concepts / "my_dog"
     code, images = generate(
-        "--prompt", "a dog", "--prompt", "a cat", "--concept", f"{dog}:1.5", "--num_images_per_prompt", "2",
-        "--seed", "5", "--negative_prompt", "ugly", "--sampler", "euler", "--guidance_scale", "4",
+        "--prompt", "a dog", "--prompt", "a cat", "--concept", f"{dog}:1.5",
+        "--num_images_per_prompt", "2", "--seed", "5", "--negative_prompt", "ugly",
+        "--sampler", "euler", "--guidance_scale", "4",
     )  # fmt: skip
     assert code == 0
     assert list(images) == [
@@ -71,14 +78,20 @@ def test_images_grid_and_metadata(generate, concepts, tmp_path, tiny_sd_folder, 
     assert metadata["concepts"] == [
         {"name": "my_dog", "base_class": "dog", "scale": 1.5, "when": "class_word", "acts": False}
     ]
-    assert (metadata["sampler"], metadata["num_inference_steps"], metadata["guidance_scale"]) == ("euler", 2, 4.0)
+    assert (metadata["sampler"], metadata["num_inference_steps"], metadata["guidance_scale"]) == (
+        "euler",
+        2,
+        4.0,
+    )
     assert metadata["model"] == str(tiny_sd_folder)
     assert read_metadata(tmp_path / "out" / "00000-a-dog-seed5.png")["concepts"][0]["acts"] is True
     assert "grid-00000.png" in capsys.readouterr().out
 
     # again: nothing is overwritten, and the bits are the same
-    _, more = generate("--prompt", "a cat", "--seed", "6", "--negative_prompt", "ugly", "--sampler", "euler",
-                       "--guidance_scale", "4")  # fmt: skip
+    _, more = generate(
+        "--prompt", "a cat", "--seed", "6", "--negative_prompt", "ugly", "--sampler", "euler",
+        "--guidance_scale", "4",
+    )  # fmt: skip
     assert len(more) == 7
     np.testing.assert_array_equal(more["00004-a-cat-seed6.png"], images["00003-a-cat-seed6.png"])
 
@@ -88,7 +101,11 @@ def test_each_prompt_of_a_file_uses_its_own_concepts(generate, concepts, tmp_pat
         {"prompt": "a dog", "concepts": ["my_dog"], "seed": 3},
         {"prompt": "a dog", "concepts": [], "seed": 3},
         {"prompt": "a dog", "concepts": ["my_dog:0"], "seed": 3},
-        {"prompt": "a dog, a cat", "concepts": ["my_dog", str(concepts / "my_cat") + ":0.5"], "seed": 4},
+        {
+            "prompt": "a dog, a cat",
+            "concepts": ["my_dog", str(concepts / "my_cat") + ":0.5"],
+            "seed": 4,
+        },
         {"prompt": "a dog", "seed": 3, "negative_prompt": "cat"},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -99,12 +116,20 @@ def test_each_prompt_of_a_file_uses_its_own_concepts(generate, concepts, tmp_pat
     assert (learned != plain).any()
     assert (learned != negative).any()
     acting = read_metadata(next((tmp_path / "out").glob("00003-*.png")))["concepts"]
-    assert [(c["name"], c["scale"], c["acts"]) for c in acting] == [("my_dog", 1.0, True), ("my_cat", 0.5, True)]
+    assert [(c["name"], c["scale"], c["acts"]) for c in acting] == [
+        ("my_dog", 1.0, True),
+        ("my_cat", 0.5, True),
+    ]
 
     (tmp_path / "rows.yaml").write_text(
-        "- prompt: a dog\n  concepts: [my_dog]\n  seed: 3\n- {prompt: a dog, concepts: [], seed: 3}\n"
+        "- prompt: a dog\n"
+        "  concepts: [my_dog]\n"
+        "  seed: 3\n"
+        "- {prompt: a dog, concepts: [], seed: 3}\n"
     )
-    _, from_yaml = generate("--prompts", tmp_path / "rows.yaml", "--concept", concepts / "my_dog", out="yaml")
+    _, from_yaml = generate(
+        "--prompts", tmp_path / "rows.yaml", "--concept", concepts / "my_dog", out="yaml"
+    )
     for actual, expected in zip(list(from_yaml.values())[:2], (learned, plain), strict=True):
         np.testing.assert_array_equal(actual, expected)
     (tmp_path / "rows.txt").write_text("a dog\n\na cat\n")
@@ -132,10 +157,20 @@ def test_scale_zero_is_the_plain_model_and_when_always(generate, concepts, caplo
     _, images = generate("--prompt", "a house", "--concept", concepts / "my_dog")
     assert "never names concept 'my_dog'" in caplog.text
     caplog.clear()
-    _, always = generate("--prompt", "a house", "--concept", concepts / "my_dog", "--when", "always", out="always")
+    _, always = generate(
+        "--prompt", "a house", "--concept", concepts / "my_dog", "--when", "always", out="always"
+    )
     assert "never names" not in caplog.text
     _, zero = generate(
-        "--prompt", "a house", "--concept", concepts / "my_dog", "--when", "always", "--scale", "0", out="zero"
+        "--prompt",
+        "a house",
+        "--concept",
+        concepts / "my_dog",
+        "--when",
+        "always",
+        "--scale",
+        "0",
+        out="zero",
     )
     name = "00000-a-house-seed0.png"
     np.testing.assert_array_equal(images[name], zero[name])
@@ -147,7 +182,10 @@ def test_scale_zero_is_the_plain_model_and_when_always(generate, concepts, caplo
     [
         (["--concept", "{tmp}/none"], ["none", "cannot be read", "concept file"]),
         (["--concept", "{concepts}"], ["several concepts", "my_cat", "my_dog"]),
-        (["--concept", "{concepts}/my_dog", "--concept", "{concepts}/my_dog:2"], ["my_dog", "each once"]),
+        (
+            ["--concept", "{concepts}/my_dog", "--concept", "{concepts}/my_dog:2"],
+            ["my_dog", "each once"],
+        ),
         (["--concept", "{concepts}/my_dog:-1"], ["scale=-1.0", ">= 0"]),
         (["--concept", "{tmp}/other"], ["--force", "hash"]),
         (["--concept", "{tmp}/sd1", "--force"], ["12 heads x 64", "4 heads x 8", "another model"]),
@@ -164,7 +202,11 @@ def test_scale_zero_is_the_plain_model_and_when_always(generate, concepts, caplo
 )
 def test_mistakes_are_explained(tiny_sd_folder, concepts, tmp_path, capsys, arguments, words):
     ones = np.ones((3, 1, 12, 64), np.float32)
-    save_concept(tmp_path / "sd1/catversion.safetensors", KVResidual(ones, ones, (9, 10, 11)), base_class="dog")
+    save_concept(
+        tmp_path / "sd1/catversion.safetensors",
+        KVResidual(ones, ones, (9, 10, 11)),
+        base_class="dog",
+    )
     small = ones[:1, :, :4, :8]
     save_concept(
         tmp_path / "other/catversion.safetensors", KVResidual(small, small, (3,)), base_class="dog",
@@ -173,7 +215,14 @@ def test_mistakes_are_explained(tiny_sd_folder, concepts, tmp_path, capsys, argu
     np.save(tmp_path / "wrong.npy", np.zeros((1, 4, 4, 4), np.float32))
     (tmp_path / "rows.jsonl").write_text("{}")
     filled = [text.format(tmp=tmp_path, concepts=concepts) for text in arguments]
-    defaults = ["--model", str(tiny_sd_folder), "--prompt", "a dog", "--output_dir", str(tmp_path / "out")]
+    defaults = [
+        "--model",
+        str(tiny_sd_folder),
+        "--prompt",
+        "a dog",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main(["generate", *defaults, *filled]) == 2
     message = capsys.readouterr().err
     for word in words:

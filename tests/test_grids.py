@@ -20,7 +20,11 @@ def cells(grid, value):
 
 
 def test_metadata_comes_back_whatever_the_language(tmp_path):
-    settings = {"prompt": 'ein "Bär" im Schnee 熊 🐻', "seed": 3, "concepts": [{"name": "x", "scale": 0.5}]}
+    settings = {
+        "prompt": 'ein "Bär" im Schnee 熊 🐻',
+        "seed": 3,
+        "concepts": [{"name": "x", "scale": 0.5}],
+    }
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     save_png(tmp_path / "a.png", pixels, settings)
     assert read_metadata(tmp_path / "a.png") == settings
@@ -67,7 +71,8 @@ def test_rows_columns_and_references_are_where_they_belong():
     assert centre[1][1] == centre[3][1] < centre[2][1] == centre[4][1]
     assert max(centre[7][1], centre[8][1]) < centre[1][1]
     assert cells(grid, 9)[0].size == 0  # two rows have room for two references
-    assert (32, 32, 32) in {tuple(pixel) for pixel in np.asarray(grid).reshape(-1, 3)}  # labels are drawn
+    # labels are drawn
+    assert (32, 32, 32) in {tuple(pixel) for pixel in np.asarray(grid).reshape(-1, 3)}
 
 
 def test_labels_and_images_must_match():

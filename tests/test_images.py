@@ -1,4 +1,6 @@
-"""Decoding against closed forms: what each kind of file must look like, computed by hand with numpy."""
+"""Decoding against closed forms: what each kind of file must look like, computed by hand with
+numpy.
+"""
 
 import contextlib
 import io
@@ -18,7 +20,9 @@ from catversion_jax.images import Crop, LoadedImage, load_image
 ORIENTATION = 0x0112
 
 
-def source(image: Image.Image, kind: str = "PNG", *, mask: Path | None = None, **save: Any) -> ImageSource:
+def source(
+    image: Image.Image, kind: str = "PNG", *, mask: Path | None = None, **save: Any
+) -> ImageSource:
     buffer = io.BytesIO()
     image.save(buffer, kind, **save)
     return ImageSource("picture", data=buffer.getvalue(), mask=mask)
@@ -48,8 +52,8 @@ def test_pixels_are_float32_in_minus_one_to_one() -> None:
     np.testing.assert_array_equal(loaded.pixels, values.astype(np.float32) / 127.5 - 1.0)
 
 
-# How an upright scene is stored in each orientation (EXIF tag 0x0112: on which side of the scene the stored
-# row 0 and column 0 lie).
+# How an upright scene is stored in each orientation (EXIF tag 0x0112: on which side of the scene
+# the stored row 0 and column 0 lie).
 STORED = {
     1: lambda a: a,  # top, left
     2: lambda a: a[:, ::-1],  # top, right
@@ -65,7 +69,9 @@ STORED = {
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
 def test_exif_orientation(orientation: int, kind: str, tmp_path: Path) -> None:
-    """An image taken in any orientation is the same upright picture, and its upright mask fits it."""
+    """An image taken in any orientation is the same upright picture, and its upright mask fits
+    it.
+    """
     upright = np.zeros((32, 48, 3), np.uint8)
     upright[:16, :24] = (255, 0, 0)
     upright[:16, 24:] = (0, 255, 0)
@@ -99,16 +105,31 @@ def with_transparent_colour(mode: str, colour: Any, transparency: Any) -> ImageS
 
 def test_transparency_is_composited_on_white() -> None:
     # c * a + 255 * (1 - a), in every way a file can say it
-    assert constant(load_image(source(Image.new("RGBA", (8, 8), (200, 100, 0, 51))), resolution=8)) == [
+    assert constant(
+        load_image(source(Image.new("RGBA", (8, 8), (200, 100, 0, 51))), resolution=8)
+    ) == [
         244,
         224,
         204,
     ]
-    assert constant(load_image(source(Image.new("RGBA", (8, 8), (9, 9, 9, 0))), resolution=8)) == [255, 255, 255]
-    assert constant(load_image(source(Image.new("LA", (8, 8), (100, 51))), resolution=8)) == [224, 224, 224]
-    assert constant(load_image(with_transparent_colour("RGB", (1, 2, 3), (1, 2, 3)), resolution=8)) == [255] * 3
+    assert constant(load_image(source(Image.new("RGBA", (8, 8), (9, 9, 9, 0))), resolution=8)) == [
+        255,
+        255,
+        255,
+    ]
+    assert constant(load_image(source(Image.new("LA", (8, 8), (100, 51))), resolution=8)) == [
+        224,
+        224,
+        224,
+    ]
+    assert (
+        constant(load_image(with_transparent_colour("RGB", (1, 2, 3), (1, 2, 3)), resolution=8))
+        == [255] * 3
+    )
     assert constant(load_image(with_transparent_colour("L", 7, 7), resolution=8)) == [255] * 3
-    assert constant(load_image(with_transparent_colour("RGB", (1, 2, 3), (9, 9, 9)), resolution=8)) == [1, 2, 3]
+    assert constant(
+        load_image(with_transparent_colour("RGB", (1, 2, 3), (9, 9, 9)), resolution=8)
+    ) == [1, 2, 3]
 
 
 def test_alpha_as_mask() -> None:
@@ -139,7 +160,9 @@ def test_palette_with_and_without_transparency() -> None:
     assert constant(load_image(source(image), resolution=8)) == [10, 20, 30]
     assert constant(load_image(source(image, transparency=1), resolution=8)) == [255, 255, 255]
     # one alpha per palette entry: 10 * 102/255 + 255 * 153/255 = 157
-    assert constant(load_image(source(image, transparency=bytes([255, 102, 255])), resolution=8)) == [
+    assert constant(
+        load_image(source(image, transparency=bytes([255, 102, 255])), resolution=8)
+    ) == [
         157,
         161,
         165,
@@ -155,7 +178,9 @@ def test_cmyk() -> None:
     # (255 - ink) * (255 - black) / 255
     loaded = load_image(source(Image.new("CMYK", (8, 8), (255, 51, 0, 102)), "TIFF"), resolution=8)
     assert constant(loaded) == [0, 122, 153]
-    jpeg = load_image(source(Image.new("CMYK", (8, 8), (255, 51, 0, 102)), "JPEG", quality=100), resolution=8)
+    jpeg = load_image(
+        source(Image.new("CMYK", (8, 8), (255, 51, 0, 102)), "JPEG", quality=100), resolution=8
+    )
     assert np.abs(np.array(constant(jpeg)) - [0, 122, 153]).max() <= 2
 
 
@@ -171,20 +196,28 @@ def png(width: int, height: int, bit_depth: int, colour_type: int, rows: bytes) 
     """A PNG written by hand (PNG specification, 5.2): signature, IHDR, IDAT, IEND."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
 
 
 def test_sixteen_bit_colour() -> None:
     row = b"\0" + struct.pack(">HHH", 257 * 10, 257 * 20, 257 * 200) * 8
-    loaded = load_image(ImageSource("x", data=png(8, 8, 16, 2, zlib.compress(row * 8))), resolution=8)
+    loaded = load_image(
+        ImageSource("x", data=png(8, 8, 16, 2, zlib.compress(row * 8))), resolution=8
+    )
     assert constant(loaded) == [10, 20, 200]
 
 
 def test_float_tiff() -> None:
-    unit = load_image(source(Image.fromarray(np.full((8, 8), 0.2, np.float32)), "TIFF"), resolution=8)
+    unit = load_image(
+        source(Image.fromarray(np.full((8, 8), 0.2, np.float32)), "TIFF"), resolution=8
+    )
     assert constant(unit) == [51, 51, 51]
 
 
@@ -198,14 +231,17 @@ def test_animation_gives_its_first_frame() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (32, 32), (128, 64)])
 def test_center_crop_is_resize_then_crop(height: int, width: int) -> None:
-    """Equal to resizing the whole image with PIL and cutting the middle, where that middle is whole pixels."""
+    """Equal to resizing the whole image with PIL and cutting the middle, where that middle is whole
+    pixels.
+    """
     image = Image.fromarray(random_rgb(np.random.default_rng(1), height, width))
     side = 16
     scale = side / min(height, width)
     whole = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
     left, top = (whole.width - side) // 2, (whole.height - side) // 2
     expected = np.asarray(whole)[top : top + side, left : left + side]
-    # PIL rounds to 8 bits between its horizontal and vertical pass, and the two ways take them in other orders.
+    # PIL rounds to 8 bits between its horizontal and vertical pass, and the two ways take them in
+    # other orders.
     difference = np.abs(bytes_of(load_image(source(image), resolution=side)) - expected)
     assert difference.max() <= 2
     assert difference.mean() < 0.5
@@ -214,12 +250,16 @@ def test_center_crop_is_resize_then_crop(height: int, width: int) -> None:
 def test_squash_is_the_official_resize() -> None:
     image = Image.fromarray(random_rgb(np.random.default_rng(2), 40, 64))
     expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(bytes_of(load_image(source(image), resolution=16, crop="squash")), expected)
+    np.testing.assert_array_equal(
+        bytes_of(load_image(source(image), resolution=16, crop="squash")), expected
+    )
 
 
 @pytest.mark.parametrize("crop", ["center", "squash"])
 def test_mask_follows_the_image(crop: Crop, tmp_path: Path) -> None:
-    """A mask that is the image's own brightness stays so in every geometry, also when saved at half size."""
+    """A mask that is the image's own brightness stays so in every geometry, also when saved at half
+    size.
+    """
     inside = np.zeros((64, 128), np.uint8)
     inside[16:48, 40:104] = 255
     image = Image.fromarray(np.repeat(inside[..., None], 3, axis=2))
@@ -236,7 +276,9 @@ def test_mask_follows_the_image(crop: Crop, tmp_path: Path) -> None:
 
 def test_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
     Image.new("L", (16, 32)).save(tmp_path / "mask.png")
-    with pytest.raises(ConceptError, match=r"mask\.png: the mask is 16 x 32, its image picture is 32 x 16"):
+    with pytest.raises(
+        ConceptError, match=r"mask\.png: the mask is 16 x 32, its image picture is 32 x 16"
+    ):
         load_image(source(Image.new("RGB", (32, 16)), mask=tmp_path / "mask.png"), resolution=8)
 
 
@@ -245,7 +287,9 @@ def test_truncated_jpeg(tmp_path: Path) -> None:
     data = source(image, "JPEG").data
     assert data is not None
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ConceptError, match=r"cut\.jpg: cannot be decoded.*truncated.*Replace or remove"):
+    with pytest.raises(
+        ConceptError, match=r"cut\.jpg: cannot be decoded.*truncated.*Replace or remove"
+    ):
         load_image(ImageSource("cut.jpg", tmp_path / "cut.jpg"), resolution=8)
 
 
@@ -261,7 +305,9 @@ def test_damaged_files_of_every_kind() -> None:
             for _ in range(4):
                 damaged[rng.integers(len(damaged))] = rng.integers(256)
             with contextlib.suppress(ConceptError):
-                assert load_image(ImageSource("damaged", data=bytes(damaged)), resolution=8).pixels.shape == (
+                assert load_image(
+                    ImageSource("damaged", data=bytes(damaged)), resolution=8
+                ).pixels.shape == (
                     8,
                     8,
                     3,
@@ -277,7 +323,9 @@ def test_damaged_files_of_every_kind() -> None:
         ("a.jpg", None, "No such file"),
     ],
 )
-def test_files_that_are_no_images(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_files_that_are_no_images(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConceptError, match=message):
@@ -288,7 +336,8 @@ def test_decompression_bomb_is_refused_from_its_header() -> None:
     bomb = png(20_000, 20_000, 1, 0, zlib.compress(bytes(2501 * 20_000)))
     assert len(bomb) < 100_000
     with pytest.raises(
-        ConceptError, match=r"picture: too large.*400000000 pixels.*limit of \d+ pixels.*Scale it down"
+        ConceptError,
+        match=r"picture: too large.*400000000 pixels.*limit of \d+ pixels.*Scale it down",
     ):
         load_image(ImageSource("picture", data=bomb), resolution=8)
 

@@ -39,7 +39,10 @@ def check_equals_torch(folder: Path, prompt: str, tolerance: float = 1e-4) -> No
         posterior = pipe.vae.encode(nchw(pixels)).latent_dist
         image = pipe.vae.decode(nchw(latents)).sample
     assert relative_error(ours.text_encoder(ids), text) < tolerance
-    assert relative_error(jax.jit(Network.__call__)(ours.unet, latents, 37, text.numpy()), nhwc(noise)) < tolerance
+    assert (
+        relative_error(jax.jit(Network.__call__)(ours.unet, latents, 37, text.numpy()), nhwc(noise))
+        < tolerance
+    )
     call = jax.jit(Network.call, static_argnums=1)
     mean, std = call(ours.vae, "encode", pixels)
     assert relative_error(mean, nhwc(posterior.mean)) < tolerance
@@ -86,7 +89,7 @@ def test_sharding_places_every_weight(tiny_sd_folder):
         assert {leaf.sharding for leaf in jax.tree.leaves(network)} == {everywhere}
 
 
-# ---- variants ------------------------------------------------------------------------------------------
+# ---- variants ------------------------------------------------------------------------------------
 
 
 def test_fp16_variant_equals_the_fp16_pipeline(tiny_sd_folder, tmp_path):
@@ -98,13 +101,15 @@ def test_fp16_variant_equals_the_fp16_pipeline(tiny_sd_folder, tmp_path):
     expected = pipe.unet.conv_in.weight.detach().float().permute(2, 3, 1, 0).numpy()
     np.testing.assert_array_equal(weight, expected)
     assert ours.text_encoder_sha256 == load_backbone(tiny_sd_folder).text_encoder_sha256
-    with pytest.raises(CatVersionError, match=r"text_encoder: no safetensors weights; .*Pass variant='fp16'"):
+    with pytest.raises(
+        CatVersionError, match=r"text_encoder: no safetensors weights; .*Pass variant='fp16'"
+    ):
         load_backbone(tmp_path)
     with pytest.raises(CatVersionError, match=r"of variant 'bf16'; found .*Pass variant='fp16'"):
         load_backbone(tmp_path, variant="bf16")
 
 
-# ---- folders that are not a Stable Diffusion -------------------------------------------------------------
+# ---- folders that are not a Stable Diffusion -----------------------------------------------------
 
 
 @pytest.fixture
@@ -120,7 +125,9 @@ def change(path: Path, **values) -> None:
 @pytest.mark.parametrize("component", ["text_encoder", "unet", "vae", "tokenizer", "scheduler"])
 def test_missing_component_is_named(broken, component):
     shutil.rmtree(broken / component)
-    with pytest.raises(CatVersionError, match=rf"missing component {component}; expected .*Download"):
+    with pytest.raises(
+        CatVersionError, match=rf"missing component {component}; expected .*Download"
+    ):
         load_backbone(broken)
 
 
@@ -139,13 +146,19 @@ def test_missing_configuration_is_named(broken, name):
 
 def test_folder_of_something_else(tmp_path, tiny_sd_folder):
     (tmp_path / "photo.jpg").touch()
-    with pytest.raises(CatVersionError, match=r"not a diffusers folder; expected model_index.json.*photo.jpg"):
+    with pytest.raises(
+        CatVersionError, match=r"not a diffusers folder; expected model_index.json.*photo.jpg"
+    ):
         load_backbone(tmp_path)
-    with pytest.raises(CatVersionError, match=r"not a diffusers folder.*Give the folder that holds model_index"):
+    with pytest.raises(
+        CatVersionError, match=r"not a diffusers folder.*Give the folder that holds model_index"
+    ):
         load_backbone(tiny_sd_folder / "unet")
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "a/b/c", "nowhere", "~/nowhere", ""])
+@pytest.mark.parametrize(
+    "path", ["./nowhere", "/nowhere/at/all", "a/b/c", "nowhere", "~/nowhere", ""]
+)
 def test_folder_that_does_not_exist(path):
     with pytest.raises(CatVersionError, match=r"folder does not exist|not a diffusers folder"):
         load_backbone(path)
@@ -154,23 +167,33 @@ def test_folder_that_does_not_exist(path):
 @pytest.mark.parametrize("name", ["v1-5-pruned.safetensors", "model.ckpt"])
 def test_single_file_checkpoint(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(CatVersionError, match=r"single file.*from_single_file\(file\).save_pretrained"):
+    with pytest.raises(
+        CatVersionError, match=r"single file.*from_single_file\(file\).save_pretrained"
+    ):
         load_backbone(tmp_path / name)
 
 
 def test_pickled_folder(broken):
     weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(CatVersionError, match=r"unet: no safetensors weights.*Pickled weights can run"):
+    with pytest.raises(
+        CatVersionError, match=r"unet: no safetensors weights.*Pickled weights can run"
+    ):
         load_backbone(broken)
 
 
 def test_other_pipelines(broken):
-    change(broken / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+    change(
+        broken / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]
+    )
     with pytest.raises(CatVersionError, match="two text encoders"):
         load_backbone(broken)
-    change(broken / "model_index.json", text_encoder_2=[None, None], unet=["diffusers", "UNet2DModel"])
-    with pytest.raises(CatVersionError, match="its unet is a UNet2DModel, must be a UNet2DConditionModel"):
+    change(
+        broken / "model_index.json", text_encoder_2=[None, None], unet=["diffusers", "UNet2DModel"]
+    )
+    with pytest.raises(
+        CatVersionError, match="its unet is a UNet2DModel, must be a UNet2DConditionModel"
+    ):
         load_backbone(broken)
 
 
@@ -178,7 +201,11 @@ def test_other_pipelines(broken):
     ("name", "values", "message"),
     [
         ("unet", {"in_channels": 9}, "in_channels = 9.*Inpainting"),
-        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim = 64 but text_encoder hidden_size = 32"),
+        (
+            "unet",
+            {"cross_attention_dim": 64},
+            "cross_attention_dim = 64 but text_encoder hidden_size = 32",
+        ),
         ("unet", {"sample_size": [8, 16]}, r"sample_size = \[8, 16\]"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("vae", {"shift_factor": 0.1}, "shift_factor"),
@@ -199,17 +226,31 @@ def test_unknown_dtype(tiny_sd_folder):
         load_backbone(tiny_sd_folder, dtype="float16")
 
 
-# ---- the text encoder alone ------------------------------------------------------------------------------
+# ---- the text encoder alone ----------------------------------------------------------------------
 
 
 def test_text_encoder_of_a_whole_clip_and_with_projection(tmp_path):
     sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 10, "bos_token_id": 58, "eos_token_id": 59}
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes |= {
+        "num_attention_heads": 2,
+        "max_position_embeddings": 10,
+        "bos_token_id": 58,
+        "eos_token_id": 59,
+    }
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     vision |= {"image_size": 8, "patch_size": 4}
     ids = np.array([[1, 2, 3]], np.int32)
-    whole = transformers.CLIPModel(transformers.CLIPConfig(text_config=sizes, vision_config=vision)).eval()
-    projected = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**sizes)).eval()
+    whole = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=sizes, vision_config=vision)
+    ).eval()
+    projected = transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(**sizes)
+    ).eval()
     for name, model in (("whole", whole), ("projected", projected)):
         model.save_pretrained(tmp_path / name)
         expected = model.text_model(torch.tensor(ids)).last_hidden_state.detach()
@@ -221,7 +262,7 @@ def test_text_encoder_from_a_pipeline_folder(tiny_sd_folder):
         load_text_encoder(tiny_sd_folder)
 
 
-# ---- hub ids ---------------------------------------------------------------------------------------------
+# ---- hub ids -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -249,7 +290,9 @@ def test_hub_id_from_the_cache(hub, tiny_sd_folder):
 
 
 def test_hub_id_without_network(hub):
-    with pytest.raises(CatVersionError, match=r"someone/unknown: neither a folder here.*offline.*Connect once"):
+    with pytest.raises(
+        CatVersionError, match=r"someone/unknown: neither a folder here.*offline.*Connect once"
+    ):
         load_backbone("someone/unknown")
     with pytest.raises(CatVersionError, match="is now stable-diffusion-v1-5/stable-diffusion-v1-5"):
         load_backbone("runwayml/stable-diffusion-v1-5")
@@ -264,15 +307,29 @@ def test_local_folder_comes_before_the_hub(hub, tiny_sd_folder, monkeypatch, tmp
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (401, "RepoNotFound", r"neither a folder here nor a model on the Hugging Face hub.*hf auth login"),
-        (404, "RepoNotFound", r"neither a folder here nor a model on the Hugging Face hub.*spelling"),
-        (403, "GatedRepo", r"access is restricted. Accept the terms on https://huggingface.co/someone/gated"),
+        (
+            401,
+            "RepoNotFound",
+            r"neither a folder here nor a model on the Hugging Face hub.*hf auth login",
+        ),
+        (
+            404,
+            "RepoNotFound",
+            r"neither a folder here nor a model on the Hugging Face hub.*spelling",
+        ),
+        (
+            403,
+            "GatedRepo",
+            r"access is restricted. Accept the terms on https://huggingface.co/someone/gated",
+        ),
         (404, "RevisionNotFound", r"has no revision 'v9'.*tree/main"),
         (500, "", r"cannot be reached|cannot be downloaded"),
     ],
 )
 def test_what_the_hub_answers(tmp_path, status, code, message):
-    """A server on this machine answers as the hub does; a fresh process, because the address is read once."""
+    """A server on this machine answers as the hub does; a fresh process, because the address is
+    read once.
+    """
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -296,10 +353,18 @@ def test_what_the_hub_answers(tmp_path, status, code, message):
         "except CatVersionError as error: print(error)"
     )
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+    }
     environment |= {"HF_HUB_OFFLINE": "0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=100
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
     server.shutdown()
     assert re.search(message, done.stdout), done.stdout + done.stderr

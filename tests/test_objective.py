@@ -1,4 +1,4 @@
-"""The loss and its gradient against PyTorch: transformers' CLIP with concatenated K/V, diffusers' UNet, autograd."""
+"""The loss and its gradient against PyTorch: CLIP with concatenated K/V, UNet, autograd."""
 
 from pathlib import Path
 
@@ -59,10 +59,14 @@ def test_loss_and_gradient_equal_torch(tiny_sd_folder: Path, snr_gamma: float | 
     token_ids = backbone.tokenizer(["a teapot", "the teapot on a hill"])
 
     scheduler = DDPMScheduler.from_pretrained(tiny_sd_folder, subfolder="scheduler")
-    text_encoder = CLIPTextModel.from_pretrained(tiny_sd_folder / "text_encoder", attn_implementation="eager")
+    text_encoder = CLIPTextModel.from_pretrained(
+        tiny_sd_folder / "text_encoder", attn_implementation="eager"
+    )
     unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet")
     torch_key, torch_value = (torch.tensor(x, requires_grad=True) for x in (key, value))
-    context = torch_text_states(text_encoder, torch.tensor(token_ids.astype(np.int64)), torch_key, torch_value)
+    context = torch_text_states(
+        text_encoder, torch.tensor(token_ids.astype(np.int64)), torch_key, torch_value
+    )
     steps = torch.tensor(timesteps, dtype=torch.long)
     noisy = scheduler.add_noise(torch.tensor(latents), torch.tensor(noise), steps)
     error = (unet(noisy, steps, context).sample - torch.tensor(noise)) ** 2
@@ -77,7 +81,9 @@ def test_loss_and_gradient_equal_torch(tiny_sd_folder: Path, snr_gamma: float | 
 
     residual = KVResidual(jnp.asarray(key), jnp.asarray(value), LAYERS, BIAS)
     hidden = backbone.text_encoder.call("lower", token_ids, LAYERS[0])
-    batch = DiffusionBatch(latents.transpose(0, 2, 3, 1), noise.transpose(0, 2, 3, 1), timesteps, hidden, mask)
+    batch = DiffusionBatch(
+        latents.transpose(0, 2, 3, 1), noise.transpose(0, 2, 3, 1), timesteps, hidden, mask
+    )
 
     @jax.jit
     def ours(residual, text_encoder, unet):

@@ -1,4 +1,6 @@
-"""The authors' adapters: published files, files torch writes in their layout, and files that must be refused."""
+"""The authors' adapters: published files, files torch writes in their layout, and files that must
+be refused.
+"""
 
 import collections
 import json
@@ -23,7 +25,9 @@ POOL_KEY = "prefix_tuning.prefix_tunings.prefix_tuning1.clip_text_model_self_pre
 
 @pytest.fixture
 def torch():
-    return pytest.importorskip("torch", reason="the files are written by torch: pip install '.[test]'")
+    return pytest.importorskip(
+        "torch", reason="the files are written by torch: pip install '.[test]'"
+    )
 
 
 def state_dict(vector, layers: tuple) -> dict:
@@ -31,7 +35,9 @@ def state_dict(vector, layers: tuple) -> dict:
 
 
 def config(prefix_length: int, hidden_size: int) -> str:
-    return json.dumps({"config": {"prefix_length": prefix_length, "flat": True}, "hidden_size": hidden_size})
+    return json.dumps(
+        {"config": {"prefix_length": prefix_length, "flat": True}, "hidden_size": hidden_size}
+    )
 
 
 @pytest.mark.parametrize("name", ["teddybear", "colorful_teapot"])
@@ -63,7 +69,9 @@ def test_published_concepts(name: str, as_folder: bool, torch) -> None:
         (3, 12, 64, (10, 11)),
     ],
 )
-def test_layout_is_the_authors_view(tmp_path: Path, torch, positions, heads, head_dim, layers) -> None:
+def test_layout_is_the_authors_view(
+    tmp_path: Path, torch, positions, heads, head_dim, layers
+) -> None:
     width = heads * head_dim
     flat = torch.randn(positions * 2 * len(layers) * width)
     torch.save(state_dict(flat, layers), tmp_path / "pytorch_adapter.bin")
@@ -73,12 +81,15 @@ def test_layout_is_the_authors_view(tmp_path: Path, torch, positions, heads, hea
     pairs = flat.view(positions, 2 * len(layers), heads, head_dim).permute(1, 2, 0, 3).split(2)
     assert residual.layers == layers
     for index, pair in enumerate(pairs):
-        np.testing.assert_array_equal(residual.key[index], pair[0].transpose(0, 1).numpy())  # [P N H]
+        # [P N H]
+        np.testing.assert_array_equal(residual.key[index], pair[0].transpose(0, 1).numpy())
         np.testing.assert_array_equal(residual.value[index], pair[1].transpose(0, 1).numpy())
 
 
 @pytest.mark.parametrize("positions", [1, 2, 5])
-def test_positions_from_the_vector_when_there_is_no_config(tmp_path: Path, torch, positions: int) -> None:
+def test_positions_from_the_vector_when_there_is_no_config(
+    tmp_path: Path, torch, positions: int
+) -> None:
     torch.save(state_dict(torch.randn(positions * 6 * 768), (9, 10, 11)), tmp_path / "any_name.bin")
     assert import_official_concept(tmp_path / "any_name.bin").key.shape == (3, positions, 12, 64)
     torch.save(state_dict(torch.randn(6 * 32), (1, 2, 3)), tmp_path / "small.bin")
@@ -118,14 +129,18 @@ def test_code_in_the_pickle_is_refused_and_does_not_run(tmp_path: Path, protocol
     data = pickle.dumps({LAYER_KEY.format(9): Malicious(flag)}, protocol=protocol)
     with zipfile.ZipFile(tmp_path / "pytorch_adapter.bin", "w") as archive:
         archive.writestr("archive/data.pkl", data)
-    with pytest.raises(CatVersionError, match=r"asks for (posix|os|nt)\.system.*refused, nothing was run"):
+    with pytest.raises(
+        CatVersionError, match=r"asks for (posix|os|nt)\.system.*refused, nothing was run"
+    ):
         import_official_concept(tmp_path)
     assert not flag.exists()
     pickle.loads(data)  # the trap itself works
     assert flag.exists()
 
 
-@pytest.mark.parametrize("name", ["builtins eval", "torch._utils _rebuild_parameter", "collections defaultdict"])
+@pytest.mark.parametrize(
+    "name", ["builtins eval", "torch._utils _rebuild_parameter", "collections defaultdict"]
+)
 def test_every_other_name_is_refused(tmp_path: Path, name: str) -> None:
     module, attribute = name.split()
     with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
@@ -136,15 +151,22 @@ def test_every_other_name_is_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int64"])
 def test_other_number_types_are_refused(tmp_path: Path, torch, dtype: str) -> None:
-    torch.save(state_dict(torch.zeros(6 * 768, dtype=getattr(torch, dtype)), (9, 10, 11)), tmp_path / "a.bin")
+    torch.save(
+        state_dict(torch.zeros(6 * 768, dtype=getattr(torch, dtype)), (9, 10, 11)),
+        tmp_path / "a.bin",
+    )
     with pytest.raises(CatVersionError, match=r"stored as torch\.\w+Storage; must be float32"):
         import_official_concept(tmp_path / "a.bin")
 
 
 def test_old_torch_files_are_refused_with_the_remedy(tmp_path: Path, torch) -> None:
     vector = torch.zeros(6 * 768)
-    torch.save(state_dict(vector, (9, 10, 11)), tmp_path / "a.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(CatVersionError, match=r"before 1\.6.*torch\.save\(torch\.load\(file, weights_only=True"):
+    torch.save(
+        state_dict(vector, (9, 10, 11)), tmp_path / "a.bin", _use_new_zipfile_serialization=False
+    )
+    with pytest.raises(
+        CatVersionError, match=r"before 1\.6.*torch\.save\(torch\.load\(file, weights_only=True"
+    ):
         import_official_concept(tmp_path / "a.bin")
 
 
@@ -186,7 +208,10 @@ def test_what_is_not_one_flat_adapter(tmp_path: Path, torch) -> None:
             {**state_dict(vector, (9, 10, 11)), "gate.weight": torch.zeros(3)},
             r"holds gate\.weight; must hold one flat",
         ),
-        ({**state_dict(vector, (9, 10, 11)), LAYER_KEY.format(10): vector + 1}, "differs from that of"),
+        (
+            {**state_dict(vector, (9, 10, 11)), LAYER_KEY.format(10): vector + 1},
+            "differs from that of",
+        ),
         (state_dict(vector * float("nan"), (9, 10, 11)), "NaN or infinite"),
         (state_dict(vector[:-1].clone(), (9, 10, 11)), "a vector of 4607 numbers for 3 layers"),
         (vector, "not a table of named tensors"),

@@ -22,7 +22,9 @@ HEADS, HEAD_DIM = 6, 8
 
 def make_residual(layers=(2, 3, 4), positions=1, logit_bias=0.0, seed=0) -> KVResidual:
     shape = (len(layers), positions, HEADS, HEAD_DIM)
-    return KVResidual(draw(*shape, seed=seed), draw(*shape, seed=seed + 100), tuple(layers), logit_bias)
+    return KVResidual(
+        draw(*shape, seed=seed), draw(*shape, seed=seed + 100), tuple(layers), logit_bias
+    )
 
 
 def attention_layer() -> tuple:
@@ -53,7 +55,9 @@ def test_identity_of_the_method(logit_bias):
     query, keys = project("q_proj"), project("k_proj")
     own = np.einsum("BTNH,BSNH->BTNS", query, keys) / math.sqrt(HEAD_DIM)
     own = np.where(np.tril(np.ones((7, 7)))[None, :, None, :] > 0, np.exp(own), 0.0).sum(-1)
-    odds = np.exp(np.einsum("BTNH,NH->BTN", query, np.float64(key[0])) / math.sqrt(HEAD_DIM) + logit_bias)
+    odds = np.exp(
+        np.einsum("BTNH,NH->BTN", query, np.float64(key[0])) / math.sqrt(HEAD_DIM) + logit_bias
+    )
     weight = (odds / (odds + own))[..., None]
     expected = plain + weight * (np.float64(value[0]) - plain)
     assert weight.min() < 0.2  # the case is not degenerate
@@ -141,7 +145,10 @@ def test_gradients_equal_torch_autograd():
     residual = make_residual(positions=2, logit_bias=1.0)
     ours = jax.jit(jax.grad(lambda r: (encoder(ids, r) * weights).sum()))(residual)
     parameters = [
-        (torch.tensor(residual.key, requires_grad=True), torch.tensor(residual.value, requires_grad=True))
+        (
+            torch.tensor(residual.key, requires_grad=True),
+            torch.tensor(residual.value, requires_grad=True),
+        )
     ]
     (torch_with([residual], ids, parameters) * torch.tensor(weights)).sum().backward()
     assert relative_error(ours.key, parameters[0][0].grad) < 1e-4
@@ -168,7 +175,8 @@ def test_scale_multiplies_the_odds(scale):
         return np.asarray(layer(hidden, causal_bias(7), [ExtraKeys(*r.at_layer(0), r.logit_bias)]))
 
     trained = weights(residual)
-    expected = scale * trained / (1 - trained + scale * trained)  # odds l / (1 - l) times scale, solved for l
+    # odds l / (1 - l) times scale, solved for l
+    expected = scale * trained / (1 - trained + scale * trained)
     assert relative_error(weights(residual.scaled(scale)), expected) < 1e-5
 
 
@@ -191,7 +199,9 @@ def test_upper_with_residual_is_the_whole():
     _, encoder = default_encoders()
     ids, residual = token_ids(2, 20), make_residual()
     hidden = encoder.call("lower", ids, 2)
-    np.testing.assert_array_equal(encoder.call("upper", hidden, residual, 2), encoder(ids, residual))
+    np.testing.assert_array_equal(
+        encoder.call("upper", hidden, residual, 2), encoder(ids, residual)
+    )
 
 
 def test_vmap_over_concepts_equals_one_after_another():
@@ -217,10 +227,15 @@ def test_penultimate_leaves_the_last_layer_out():
     ("residual", "message"),
     [
         (make_residual(layers=(9, 10, 11)), r"layers \(9, 10, 11\): only layers 0..4 run"),
-        (dataclasses.replace(make_residual(), key=draw(3, 1, 12, 64)), r"key \[3, 1, 12, 64\].*\[3, 1, 6, 8\]"),
+        (
+            dataclasses.replace(make_residual(), key=draw(3, 1, 12, 64)),
+            r"key \[3, 1, 12, 64\].*\[3, 1, 6, 8\]",
+        ),
         (dataclasses.replace(make_residual(), layers=(3, 4)), r"\[2, 1, 6, 8\]"),
         (
-            dataclasses.replace(make_residual(), key=draw(2, 3, 1, 6, 8), value=draw(2, 3, 1, 6, 8)),
+            dataclasses.replace(
+                make_residual(), key=draw(2, 3, 1, 6, 8), value=draw(2, 3, 1, 6, 8)
+            ),
             r"vmap over concepts",
         ),
     ],
@@ -253,7 +268,9 @@ def test_layers_as_users_write_them(layers, count, expected):
     assert resolve_layers(layers, count) == expected
 
 
-@pytest.mark.parametrize("layers", ["last0", "last13", "12", "-1", "1,1", "", "first3", [], [12], [1, 1], ["1"]])
+@pytest.mark.parametrize(
+    "layers", ["last0", "last13", "12", "-1", "1,1", "", "first3", [], [12], [1, 1], ["1"]]
+)
 def test_layers_that_do_not_exist(layers):
     with pytest.raises(CatVersionError, match=r"layers=.*must be 'all', 'last<k>'.*0\.\.11"):
         resolve_layers(layers, 12)

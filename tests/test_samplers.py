@@ -1,4 +1,6 @@
-"""Whole trajectories of every sampler against the diffusers scheduler of that name, with a cheap fake network."""
+"""Whole trajectories of every sampler against the diffusers scheduler of that name, with a cheap
+fake network.
+"""
 
 import numpy as np
 import pytest
@@ -35,7 +37,9 @@ def fake_network(x, t):
 
 
 def fake_image_network(x, t):
-    """For models that predict x_0: an image-like answer that does not explode where sigma is large."""
+    """For models that predict x_0: an image-like answer that does not explode where sigma is
+    large.
+    """
     return (0.8 * np.tanh(x * 0.3) + 0.1 * np.sin(t / 300.0)).astype(np.float32)
 
 
@@ -83,7 +87,9 @@ def compare(name, change, steps, monkeypatch, *, eta=0.0, karras=None):
     start = generator.normal(size=(1, 4, 8, 8)).astype(np.float32)
     noises = generator.normal(size=(steps + 1, 1, 4, 8, 8)).astype(np.float32)
     network = fake_image_network if config.prediction_type == "sample" else fake_network
-    expected, scheduler = peer_trajectory(name, model, steps, start, noises, network, monkeypatch, eta=eta)
+    expected, scheduler = peer_trajectory(
+        name, model, steps, start, noises, network, monkeypatch, eta=eta
+    )
     assert len(sampler.rows) == len(scheduler.timesteps)
     timesteps = np.array([row.timestep for row in sampler.rows])
     np.testing.assert_allclose(timesteps, scheduler.timesteps.numpy(), rtol=0, atol=2e-3)
@@ -134,7 +140,11 @@ def test_karras(name, prediction, steps, monkeypatch):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddim_eta_with_the_same_noise(prediction, eta, monkeypatch):
     for set_alpha_to_one in (True, False):
-        change = {"prediction_type": prediction, "set_alpha_to_one": set_alpha_to_one, "steps_offset": 0}
+        change = {
+            "prediction_type": prediction,
+            "set_alpha_to_one": set_alpha_to_one,
+            "steps_offset": 0,
+        }
         compare("ddim", change, 12, monkeypatch, eta=eta)
 
 
@@ -150,15 +160,21 @@ def test_ddim_eta_with_the_same_noise(prediction, eta, monkeypatch):
 )
 def test_endings(change, steps, monkeypatch):
     compare("dpmsolver++", change, steps, monkeypatch)
-    compare("euler", {"final_sigmas_type": change.get("final_sigmas_type", "zero")}, steps, monkeypatch)
+    compare(
+        "euler", {"final_sigmas_type": change.get("final_sigmas_type", "zero")}, steps, monkeypatch
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 def test_other_beta_schedules(name, schedule, monkeypatch):
-    # not from the very last timestep: there the cosine schedule has sigma 20000, and diffusers' float32 Euler
-    # step subtracts two numbers of that size
-    change = {"beta_schedule": schedule, "prediction_type": "v_prediction", "timestep_spacing": "leading"}
+    # not from the very last timestep: there the cosine schedule has sigma 20000, and diffusers'
+    # float32 Euler step subtracts two numbers of that size
+    change = {
+        "beta_schedule": schedule,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "leading",
+    }
     compare(name, change, 20, monkeypatch)
 
 
@@ -172,7 +188,9 @@ def test_karras_in_the_folder_is_honoured_unless_overruled():
 
 
 def test_exact_solution_for_a_single_image():
-    """The data distribution is one point m: the ideal network leads every deterministic sampler to m exactly."""
+    """The data distribution is one point m: the ideal network leads every deterministic sampler to
+    m exactly.
+    """
     config = NoiseScheduleConfig.from_scheduler_config(
         {**MODEL, "set_alpha_to_one": True, "prediction_type": "sample"}
     )
@@ -181,11 +199,14 @@ def test_exact_solution_for_a_single_image():
         sampler = make_sampler(name, config, 7)
         noises = np.random.default_rng(1).normal(size=(8, *point.shape)).astype(np.float32)
         last = our_trajectory(sampler, noises[-1], noises, lambda x, t: point)[-1]
-        if name == "ddim":  # its last step starts from timestep 1 and lands at a' = 1 when the offset is 0
+        if name == "ddim":
+            # its last step starts from timestep 1 and lands at a' = 1 when the offset is 0
             config_zero = NoiseScheduleConfig.from_scheduler_config(
                 {**MODEL, "set_alpha_to_one": True, "prediction_type": "sample", "steps_offset": 0}
             )
-            last = our_trajectory(make_sampler(name, config_zero, 7), noises[-1], noises, lambda x, t: point)[-1]
+            last = our_trajectory(
+                make_sampler(name, config_zero, 7), noises[-1], noises, lambda x, t: point
+            )[-1]
         np.testing.assert_allclose(last, point, atol=1e-5)
 
 

@@ -1,4 +1,6 @@
-"""Drawing: equal to the torch pipeline from the same latents, repeatable per seed, and the rules of concepts."""
+"""Drawing: equal to the torch pipeline from the same latents, repeatable per seed, and the rules of
+concepts.
+"""
 
 import logging
 
@@ -55,7 +57,9 @@ def torch_images(folder, sampler, prompts, negative, latents, settings):
 
 def compare_with_torch(folder, backbone, settings, shape=None):
     side = backbone.default_resolution // backbone.latent_downsampling
-    latents = np.random.default_rng(3).normal(size=(2, 4, *(shape or (side, side)))).astype(np.float32)
+    latents = (
+        np.random.default_rng(3).normal(size=(2, 4, *(shape or (side, side)))).astype(np.float32)
+    )
     prompts, negative = ["a red cat", "two dogs, snow"], ["blurry", ""]
     expected = torch_images(folder, settings.sampler, prompts, negative, latents, settings)
     requests = [ImageRequest(p, negative_prompt=n) for p, n in zip(prompts, negative, strict=True)]
@@ -67,12 +71,16 @@ def compare_with_torch(folder, backbone, settings, shape=None):
 
 @pytest.mark.parametrize("sampler", PEERS)
 def test_images_equal_the_torch_pipelines(tiny_sd_folder, backbone, sampler):
-    compare_with_torch(tiny_sd_folder, backbone, SamplingSettings(sampler=sampler, num_inference_steps=6))
+    compare_with_torch(
+        tiny_sd_folder, backbone, SamplingSettings(sampler=sampler, num_inference_steps=6)
+    )
 
 
 @pytest.mark.parametrize("guidance_scale", [0.5, 1.0])
 def test_no_guidance_at_or_below_one_and_another_size(tiny_sd_folder, backbone, guidance_scale):
-    settings = SamplingSettings(num_inference_steps=3, guidance_scale=guidance_scale, height=24, width=32)
+    settings = SamplingSettings(
+        num_inference_steps=3, guidance_scale=guidance_scale, height=24, width=32
+    )
     result, expected = compare_with_torch(tiny_sd_folder, backbone, settings, shape=(12, 16))
     assert result.images.shape == expected.shape == (2, 24, 32, 3)
 
@@ -115,8 +123,11 @@ def test_seeds_differ_and_ancestral_noise_belongs_to_the_seed(backbone):
     images = generate(backbone, [ImageRequest("a cat", seed=s) for s in (1, 2, 1)], settings).pixels
     np.testing.assert_array_equal(images[0], images[2])
     assert np.abs(images[0] - images[1]).max() > 0.01
-    latents = np.zeros((2, 4, 8, 8), np.float32)  # the same start: only the noise along the way differs
-    images = generate(backbone, [ImageRequest("a cat", seed=s) for s in (1, 2)], settings, latents=latents).pixels
+    # the same start: only the noise along the way differs
+    latents = np.zeros((2, 4, 8, 8), np.float32)
+    images = generate(
+        backbone, [ImageRequest("a cat", seed=s) for s in (1, 2)], settings, latents=latents
+    ).pixels
     assert np.abs(images[0] - images[1]).max() > 0.01
 
 
@@ -126,12 +137,16 @@ def test_a_concept_acts_where_its_word_is(backbone):
     zero = random_concept(backbone, "dog", scale=0.0)
 
     def drawn(prompt, *concepts, negative=""):
-        return generate(backbone, [ImageRequest(prompt, concepts, negative_prompt=negative)], QUICK).pixels
+        return generate(
+            backbone, [ImageRequest(prompt, concepts, negative_prompt=negative)], QUICK
+        ).pixels
 
     np.testing.assert_array_equal(drawn("a dog", zero), drawn("a dog"))
     np.testing.assert_array_equal(drawn("a cat", dog), drawn("a cat"))
     # the negative prompt is plain even where it names the concept or the concept always acts
-    np.testing.assert_array_equal(drawn("a cat", dog, negative="dog"), drawn("a cat", negative="dog"))
+    np.testing.assert_array_equal(
+        drawn("a cat", dog, negative="dog"), drawn("a cat", negative="dog")
+    )
     assert np.abs(drawn("a dog", dog) - drawn("a dog")).max() > 1e-3
     np.testing.assert_array_equal(drawn("a dog", dog), drawn("a dog", always))
     assert np.abs(drawn("a cat", always) - drawn("a cat")).max() > 1e-3
@@ -149,7 +164,9 @@ def test_several_concepts_each_where_its_word_is(backbone):
 
 
 def test_scale_is_the_odds_of_the_residual(backbone):
-    """A scale of 2 is the logit bias plus log 2; 1 is the residual as it is, with the negative branch plain."""
+    """A scale of 2 is the logit bias plus log 2; 1 is the residual as it is, with the negative
+    branch plain.
+    """
     dog, strong = random_concept(backbone, "dog"), random_concept(backbone, "dog", scale=2.0)
     residual = dog.residual
     token_ids = backbone.tokenizer(["a dog"])
@@ -189,7 +206,10 @@ def test_progress_counts_every_step(backbone):
 def test_warnings_name_what_was_cut_and_who_was_not_called(backbone, caplog):
     long_prompt = "a small dog in a very big house"
     dog, house = random_concept(backbone, "dog"), random_concept(backbone, "house", seed=1)
-    requests = [ImageRequest(long_prompt, (dog, house), seed=seed, negative_prompt="dog" * 12) for seed in (0, 1)]
+    requests = [
+        ImageRequest(long_prompt, (dog, house), seed=seed, negative_prompt="dog" * 12)
+        for seed in (0, 1)
+    ]
     with caplog.at_level(logging.WARNING):
         result = generate(backbone, requests, QUICK)
     ours = [r.getMessage() for r in caplog.records if r.name.startswith("catversion_jax")]

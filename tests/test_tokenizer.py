@@ -24,7 +24,12 @@ def tokenizer(folder):
 
 
 def test_ids_are_those_of_the_diffusers_pipeline(tokenizer, folder):
-    prompts = ["a teapot", "", "A  Teapot, ünïcode!", "a very long prompt about a teapot on a table"]
+    prompts = [
+        "a teapot",
+        "",
+        "A  Teapot, ünïcode!",
+        "a very long prompt about a teapot on a table",
+    ]
     expected = transformers.CLIPTokenizer.from_pretrained(folder)(
         prompts, padding="max_length", max_length=24, truncation=True, return_tensors="np"
     ).input_ids
@@ -134,7 +139,9 @@ def test_works_without_torch(folder):
         "assert 'transformers' not in sys.modules\n"
         f"print(Tokenizer.from_folder({str(folder)!r})(['a cat']).shape)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "(1, 24)", done.stderr
 
 

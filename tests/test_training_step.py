@@ -1,4 +1,4 @@
-"""The compiled step: independence of concepts, devices and dispatches; quarantine; images used evenly."""
+"""The compiled step: independence of concepts, devices and dispatches; quarantine; optimizer."""
 
 import dataclasses
 from pathlib import Path
@@ -15,8 +15,20 @@ from catversion_jax.diffusion import NoiseSchedule, noise_schedule
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.residual import KVResidual
 from catversion_jax.sharding import make_mesh, place_by_concept, replicated
-from catversion_jax.training.state import ConceptData, TrainState, concept_key, create_train_state, make_optimizer
-from catversion_jax.training.step import StepMetrics, apply_update, make_eval_step, make_train_step, sample_batch
+from catversion_jax.training.state import (
+    ConceptData,
+    TrainState,
+    concept_key,
+    create_train_state,
+    make_optimizer,
+)
+from catversion_jax.training.step import (
+    StepMetrics,
+    apply_update,
+    make_eval_step,
+    make_train_step,
+    sample_batch,
+)
 
 LAYERS = (1, 2, 3)
 NUM_CONCEPTS = 8
@@ -28,13 +40,17 @@ def backbone(tiny_sd_folder: Path) -> Backbone:
 
 
 def config(**options: object) -> TrainConfig:
-    return make_config({"concepts": "unused", "steps_per_dispatch": 6, "learning_rate": 1e-3, **options})
+    return make_config(
+        {"concepts": "unused", "steps_per_dispatch": 6, "learning_rate": 1e-3, **options}
+    )
 
 
 def concept_data(backbone: Backbone, seed: int = 0) -> tuple[KVResidual, ConceptData]:
     """Eight concepts with 1..4 images and 1..2 prompts."""
     rng = np.random.default_rng(seed)
-    hidden = backbone.text_encoder.call("lower", backbone.tokenizer(["a teapot", "the cat"]), LAYERS[0])
+    hidden = backbone.text_encoder.call(
+        "lower", backbone.tokenizer(["a teapot", "the cat"]), LAYERS[0]
+    )
     shape = (NUM_CONCEPTS, 4, 2, 8, 8, 4)
     data = ConceptData(
         rng=jnp.stack([concept_key(i) for i in range(NUM_CONCEPTS)]),
@@ -49,7 +65,10 @@ def concept_data(backbone: Backbone, seed: int = 0) -> tuple[KVResidual, Concept
     )
     leaf = (NUM_CONCEPTS, len(LAYERS), 2, 4, 8)
     residual = KVResidual(
-        rng.normal(size=leaf).astype(np.float32), rng.normal(size=leaf).astype(np.float32), LAYERS, 0.0
+        rng.normal(size=leaf).astype(np.float32),
+        rng.normal(size=leaf).astype(np.float32),
+        LAYERS,
+        0.0,
     )
     return residual, data
 
@@ -62,7 +81,7 @@ def run(
     dispatches: tuple[int, ...] = (6,),
     edit: object = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """Train on ``devices`` devices; host copies of the final state and the last dispatch's metrics."""
+    """Train on ``devices`` devices: final state and the last dispatch's metrics, on the host."""
     residual, data = concept_data(backbone)
     if edit is not None:
         data = edit(data)
@@ -114,7 +133,9 @@ def test_the_mesh_does_not_change_the_result(
     assert distance(sharded.residual, packed.residual) < 1e-3
 
 
-def test_how_steps_are_dispatched_does_not_change_a_bit(backbone: Backbone, packed: TrainState) -> None:
+def test_how_steps_are_dispatched_does_not_change_a_bit(
+    backbone: Backbone, packed: TrainState
+) -> None:
     in_parts, metrics = run(backbone, config(), devices=1, dispatches=(1, 3, 2))
     for one, other in zip(jax.tree.leaves(in_parts), jax.tree.leaves(packed), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -148,8 +169,14 @@ def test_one_axis_needs_no_communication_and_two_axes_only_sums(backbone: Backbo
         residual, data = concept_data(backbone)
         state = place_by_concept(jax.tree.map(np.asarray, create_train_state(residual, tx)), mesh)
         networks = jax.device_put((backbone.text_encoder, backbone.unet), replicated(mesh))
-        text = step.lower(state, place_by_concept(data, mesh), *networks, jnp.int32(1)).compile().as_text()
-        found[data_parallel] = {name for name in collectives if f" {name}(" in text or f" {name}-start(" in text}
+        text = (
+            step.lower(state, place_by_concept(data, mesh), *networks, jnp.int32(1))
+            .compile()
+            .as_text()
+        )
+        found[data_parallel] = {
+            name for name in collectives if f" {name}(" in text or f" {name}-start(" in text
+        }
     assert found == {1: set(), 2: {"all-reduce"}}
 
 
@@ -178,10 +205,14 @@ def test_updates_are_torch_adamw(backbone: Backbone) -> None:
     residual = KVResidual(jnp.asarray(start[0]), jnp.asarray(start[1]), LAYERS, 0.0)
     state = TrainState(jnp.int32(0), residual, tx.init(residual), jnp.int32(-1))
     parameters = [torch.tensor(leaf, requires_grad=True) for leaf in start]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2
+    )
     for _ in range(20):
         grads = [rng.normal(size=leaf.shape).astype(np.float32) for leaf in start]
-        state = apply_update(state, jnp.float32(1.0), KVResidual(*map(jnp.asarray, grads), LAYERS, 0.0), tx)
+        state = apply_update(
+            state, jnp.float32(1.0), KVResidual(*map(jnp.asarray, grads), LAYERS, 0.0), tx
+        )
         for parameter, gradient in zip(parameters, grads, strict=True):
             parameter.grad = torch.tensor(gradient)
         optimizer.step()
@@ -189,11 +220,15 @@ def test_updates_are_torch_adamw(backbone: Backbone) -> None:
         np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize(("scheduler", "warmup"), [("constant", 0), ("linear", 5), ("cosine", 5), ("cosine", 0)])
+@pytest.mark.parametrize(
+    ("scheduler", "warmup"), [("constant", 0), ("linear", 5), ("cosine", 5), ("cosine", 0)]
+)
 def test_learning_rate_schedules_are_those_of_diffusers(scheduler: str, warmup: int) -> None:
     from diffusers.optimization import get_scheduler
 
-    options = config(lr_scheduler=scheduler, lr_warmup_steps=warmup, max_train_steps=20, adam_weight_decay=0.0)
+    options = config(
+        lr_scheduler=scheduler, lr_warmup_steps=warmup, max_train_steps=20, adam_weight_decay=0.0
+    )
     name = "constant_with_warmup" if scheduler == "constant" else scheduler
     dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     theirs = get_scheduler(name, dummy, num_warmup_steps=warmup, num_training_steps=20)
@@ -202,7 +237,9 @@ def test_learning_rate_schedules_are_those_of_diffusers(scheduler: str, warmup: 
     for step in range(20):
         updates, opt_state = tx.update(jnp.ones(()), opt_state, params)
         # AdamW's update for a constant gradient of one is exactly minus the learning rate.
-        np.testing.assert_allclose(-updates, theirs.get_last_lr()[0], rtol=1e-4, atol=1e-9, err_msg=f"step {step}")
+        np.testing.assert_allclose(
+            -updates, theirs.get_last_lr()[0], rtol=1e-4, atol=1e-9, err_msg=f"step {step}"
+        )
         dummy.step()
         theirs.step()
 
@@ -211,14 +248,22 @@ def test_gradient_clip_never_couples_concepts() -> None:
     options = config(max_grad_norm=1.0)
     tx = make_optimizer(options)
     rng = np.random.default_rng(2)
-    grads = KVResidual(*(rng.normal(size=(2, 3, 1, 4, 8)).astype(np.float32) for _ in range(2)), LAYERS, 0.0)
-    grads = KVResidual(grads.key * np.array([1, 1e4])[:, None, None, None, None], grads.value, LAYERS, 0.0)
-    clipped, _ = jax.vmap(lambda g: optax.clip_by_global_norm(1.0).update(g, optax.EmptyState()))(grads)
+    grads = KVResidual(
+        *(rng.normal(size=(2, 3, 1, 4, 8)).astype(np.float32) for _ in range(2)), LAYERS, 0.0
+    )
+    grads = KVResidual(
+        grads.key * np.array([1, 1e4])[:, None, None, None, None], grads.value, LAYERS, 0.0
+    )
+    clipped, _ = jax.vmap(lambda g: optax.clip_by_global_norm(1.0).update(g, optax.EmptyState()))(
+        grads
+    )
     together, _ = jax.vmap(tx.update)(grads, jax.vmap(tx.init)(grads), grads)
     first = jax.tree.map(lambda leaf: leaf[0], grads)
     alone, _ = tx.update(first, tx.init(first), first)
     np.testing.assert_allclose(together.key[0], alone.key, rtol=1e-5)
-    np.testing.assert_allclose(optax.global_norm(jax.tree.map(lambda leaf: leaf[0], clipped)), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(
+        optax.global_norm(jax.tree.map(lambda leaf: leaf[0], clipped)), 1.0, rtol=1e-5
+    )
 
 
 def test_evaluation_loss_is_deterministic_and_ignores_the_mesh(backbone: Backbone) -> None:

@@ -1,4 +1,6 @@
-"""The UNet against torch diffusers' UNet2DConditionModel: blocks, whole network, gradients, configurations."""
+"""The UNet against torch diffusers' UNet2DConditionModel: blocks, whole network, gradients,
+configurations.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-torch = pytest.importorskip("torch", reason="parity needs torch and diffusers: pip install '.[test]'")
+torch = pytest.importorskip(
+    "torch", reason="parity needs torch and diffusers: pip install '.[test]'"
+)
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install '.[test]'")
 
 from diffusers.models.embeddings import get_timestep_embedding  # noqa: E402
@@ -68,7 +72,8 @@ FORWARD = {
         "cross_attention_dim": [24, 24],
     },
     "uneven-depth": SD1_LIKE | {"layers_per_block": [1, 2], "act_fn": "gelu"},
-    "inpainting-channels": SD1_LIKE | {"in_channels": 9, "out_channels": 5, "flip_sin_to_cos": False},
+    "inpainting-channels": SD1_LIKE
+    | {"in_channels": 9, "out_channels": 5, "flip_sin_to_cos": False},
     "other-details": SD1_LIKE | {"freq_shift": 1, "norm_eps": 1e-3, "mid_block_type": None},
     "one-block": SD1_LIKE
     | {
@@ -116,7 +121,11 @@ def text_gradient(unet, weight, sample, timesteps, text):
 def test_whole_network_and_text_gradient_equal_diffusers(name):
     config = WITH_GRADIENT[name]
     reference, unet = build(config)
-    sample, weight, timesteps = draw(2, 8, 12, 4, seed=1), draw(2, 8, 12, 4, seed=3), np.array([3, 981])
+    sample, weight, timesteps = (
+        draw(2, 8, 12, 4, seed=1),
+        draw(2, 8, 12, 4, seed=3),
+        np.array([3, 981]),
+    )
     text = draw(2, 7, 24, seed=2)
     torch_text = torch.tensor(text, requires_grad=True)
     expected = reference(nchw(sample), torch.tensor(timesteps), torch_text).sample
@@ -174,7 +183,9 @@ def test_each_part_equals_diffusers(sd2_pair):
     compare("down_blocks.0.downsamplers.0", draw(2, 8, 6, 16))
     compare("down_blocks.0.downsamplers.0", draw(2, 7, 5, 16))
     compare("up_blocks.0.upsamplers.0", draw(2, 8, 6, 48))
-    compare("up_blocks.0.upsamplers.0", draw(2, 4, 3, 48), ours_args=((7, 5),), torch_args=((7, 5),))
+    compare(
+        "up_blocks.0.upsamplers.0", draw(2, 4, 3, 48), ours_args=((7, 5),), torch_args=((7, 5),)
+    )
     text_args = {"ours_args": (text,), "torch_args": (torch_text,)}
     for path, width in (("down_blocks.0", 16), ("mid_block", 48), ("up_blocks.2", 16)):
         compare(f"{path}.attentions.0", draw(2, 8, 6, width), **text_args)
@@ -182,8 +193,12 @@ def test_each_part_equals_diffusers(sd2_pair):
         path = f"mid_block.attentions.0.transformer_blocks.0.{part}"
         positions, context = draw(2, 48, 48), part == "attn2"
         module = getattr(ours.mid_block.attentions[0].transformer_blocks[0], part)
-        expected = reference.get_submodule(path)(torch.tensor(positions), *([torch_text] if context else []))
-        errors[path] = relative_error(module(positions, *([text] if context else [])), expected.numpy())
+        expected = reference.get_submodule(path)(
+            torch.tensor(positions), *([torch_text] if context else [])
+        )
+        errors[path] = relative_error(
+            module(positions, *([text] if context else [])), expected.numpy()
+        )
     assert {path: error for path, error in errors.items() if not error < 1e-5} == {}
 
 
@@ -226,8 +241,9 @@ def test_timestep_embedding_equals_diffusers(width, flip, shift):
         torch.tensor(timesteps), width, flip_sin_to_cos=flip, downscale_freq_shift=shift
     )
     ours = timestep_embedding(jnp.asarray(timesteps), width, flip_sin_to_cos=flip, freq_shift=shift)
-    # An angle t * w carries t times the rounding of w < 1, half a unit in whose last place is 2 ** -25, and
-    # torch's exp is one unit off for some w: at t = 999 torch is 5e-5 away from the exact embedding itself.
+    # An angle t * w carries t times the rounding of w < 1, half a unit in whose last place is
+    # 2 ** -25, and torch's exp is one unit off for some w: at t = 999 torch is 5e-5 away from the
+    # exact embedding itself.
     bound = 1e-5 + timesteps[:, None] * 2.0**-24
     assert (np.abs(np.asarray(ours) - expected.numpy()) <= bound).all()
 
@@ -235,7 +251,9 @@ def test_timestep_embedding_equals_diffusers(width, flip, shift):
 def test_one_timestep_serves_the_batch(one_block_pair):
     _, unet = one_block_pair
     sample, text = draw(2, 8, 8, 4), draw(2, 7, 24)
-    np.testing.assert_array_equal(forward(unet, sample, 7, text), forward(unet, sample, jnp.array([7, 7]), text))
+    np.testing.assert_array_equal(
+        forward(unet, sample, 7, text), forward(unet, sample, jnp.array([7, 7]), text)
+    )
 
 
 def test_concept_axis_scan_and_rematerialisation_change_nothing(one_block_pair):
@@ -248,13 +266,17 @@ def test_concept_axis_scan_and_rematerialisation_change_nothing(one_block_pair):
 
     @jax.jit(compiler_options=QUICK)
     def stacked(unet):
-        return jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, 0, 0))(text, unet, sample, timesteps)
+        return jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, 0, 0))(
+            text, unet, sample, timesteps
+        )
 
     @jax.jit(compiler_options=QUICK)
     def scanned(unet):
         step = jax.value_and_grad(jax.checkpoint(loss))
         return jax.lax.scan(
-            lambda _, inputs: (None, step(inputs[0], unet, *inputs[1:])), None, (text, sample, timesteps)
+            lambda _, inputs: (None, step(inputs[0], unet, *inputs[1:])),
+            None,
+            (text, sample, timesteps),
         )[1]
 
     for ours, reference in zip(stacked(unet), scanned(unet), strict=True):
@@ -265,8 +287,12 @@ def test_bfloat16_is_as_close_to_float32_as_torchs(one_block_pair):
     reference, unet = one_block_pair
     sample, text = draw(2, 8, 8, 4), draw(2, 7, 24)
     exact = nhwc(reference(nchw(sample), torch.tensor([999, 998]), torch.tensor(text)).sample)
-    half = randomise(diffusers.UNet2DConditionModel.from_config(FORWARD["one-block"])).to(torch.bfloat16)
-    torch_half = half(nchw(sample).bfloat16(), torch.tensor([999, 998]), torch.tensor(text).bfloat16()).sample
+    half = randomise(diffusers.UNet2DConditionModel.from_config(FORWARD["one-block"])).to(
+        torch.bfloat16
+    )
+    torch_half = half(
+        nchw(sample).bfloat16(), torch.tensor([999, 998]), torch.tensor(text).bfloat16()
+    ).sample
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), unet.params)
     graphdef = abstract_network(
         lambda rngs: UNet2DConditionModel(
@@ -286,7 +312,8 @@ def test_published_configs_make_the_published_number_of_parameters(config, count
 
 def test_equal_configs_make_equal_structures():
     first, second = (
-        abstract_network(lambda rngs: UNet2DConditionModel(dict(SD1_LIKE), rngs=rngs)) for _ in range(2)
+        abstract_network(lambda rngs: UNet2DConditionModel(dict(SD1_LIKE), rngs=rngs))
+        for _ in range(2)
     )
     assert first.graphdef == second.graphdef
     assert hash(first.graphdef) == hash(second.graphdef)
@@ -328,7 +355,9 @@ def test_unsupported_config_is_named(change, named):
 def test_the_trial_model(trial_folder):
     folder = trial_folder / "unet"
     reference = diffusers.UNet2DConditionModel.from_pretrained(folder).eval()
-    unet = load_network(lambda rngs: UNet2DConditionModel(dict(reference.config), rngs=rngs), folder)
+    unet = load_network(
+        lambda rngs: UNet2DConditionModel(dict(reference.config), rngs=rngs), folder
+    )
     sample, text = draw(2, 16, 16, 4), draw(2, 77, reference.config.cross_attention_dim)
     with torch.no_grad():
         expected = reference(nchw(sample), torch.tensor([10, 900]), torch.tensor(text)).sample

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-torch = pytest.importorskip("torch", reason="parity needs torch and diffusers: pip install '.[test]'")
+torch = pytest.importorskip(
+    "torch", reason="parity needs torch and diffusers: pip install '.[test]'"
+)
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install '.[test]'")
 
 from torch_reference import SD15_VAE, as_network, draw, nchw, nhwc, randomise, relative_error  # noqa: E402
@@ -34,8 +36,10 @@ NEWER_KEYS = {
 VARIANTS = {
     "sd": SMALL,
     "newer-keys": SMALL | NEWER_KEYS,
-    "bare": SMALL | {"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False},
-    "odd-channels": SMALL | {"in_channels": 5, "out_channels": 2, "latent_channels": 3, "layers_per_block": 1},
+    "bare": SMALL
+    | {"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False},
+    "odd-channels": SMALL
+    | {"in_channels": 5, "out_channels": 2, "latent_channels": 3, "layers_per_block": 1},
     "gelu": SMALL | {"act_fn": "gelu", "norm_num_groups": 8},
     "one-block": SMALL
     | {
@@ -141,7 +145,9 @@ def test_published_names_of_the_old_attention_load(pair):
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
         tensors[name] = tensor
     assert "decoder.mid_block.attentions.0.proj_attn.weight" in tensors
-    loaded = convert_state_dict(tensors, abstract_network(lambda rngs: AutoencoderKL(SMALL, rngs=rngs)))
+    loaded = convert_state_dict(
+        tensors, abstract_network(lambda rngs: AutoencoderKL(SMALL, rngs=rngs))
+    )
     assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded.params, vae.params))
 
 

@@ -1,6 +1,8 @@
-"""What the parity tests share: random torch weights that hide nothing, and errors relative to the scale.
+"""What the parity tests share: random torch weights that hide nothing, and errors relative to the
+scale.
 
-Parity is judged on ``max |ours - torch| / max |torch|`` in float32: 1e-5 for a layer, 1e-4 for a network.
+Parity is judged on ``max |ours - torch| / max |torch|`` in float32: 1e-5 for a layer, 1e-4 for a
+network.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import torch
 from catversion_jax.models.convert import convert_state_dict
 from catversion_jax.models.network import Network, abstract_network
 
-# Published config.json files, as they are on the Hugging Face hub (underscored bookkeeping left out).
+# Published config.json files, as they are on the Hugging Face hub (underscored bookkeeping left
+# out).
 SD15_UNET = {
     "act_fn": "silu",
     "attention_head_dim": 8,
@@ -56,7 +59,9 @@ SD15_VAE = {
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Draw every parameter, biases and norm weights included, so that no zero or one hides an error."""
+    """Draw every parameter, biases and norm weights included, so that no zero or one hides an
+    error.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -1,6 +1,8 @@
-"""The ``catversion`` command. Each command is one module with ``add_arguments(parser)`` and ``run(args) -> int``.
+"""The ``catversion`` command. Each command is one module with ``add_arguments(parser)`` and
+``run(args) -> int``.
 
-Exit codes: 0 all succeeded, 2 wrong usage or input, 3 some concepts were quarantined, 130 interrupted.
+Exit codes: 0 all succeeded, 2 wrong usage or input, 3 some concepts were quarantined, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ from catversion_jax.errors import CatVersionError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train many concepts at once"),
-    "check": ("check", "show what a folder or manifest of concepts holds, before any accelerator is needed"),
+    "check": (
+        "check",
+        "show what a folder or manifest of concepts holds, before any accelerator is needed",
+    ),
     "generate": ("generate", "draw images with trained concepts"),
     "export": ("export", "concept files, prompt embeddings, or a complete diffusers pipeline"),
     "import": ("import_official", "convert the authors' released adapters"),
     "inspect": ("inspect", "say what a concept file is"),
-    "example": ("example", "write a small random model and three toy concepts, to try the commands on"),
+    "example": (
+        "example",
+        "write a small random model and three toy concepts, to try the commands on",
+    ),
 }
 
 
@@ -44,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(f"catversion_jax.cli.{module_name}")
     parser = argparse.ArgumentParser(
-        prog=f"catversion {name}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"catversion {name}",
+        description=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
     args = parser.parse_args(argv[1:])
@@ -63,4 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "usage: catversion COMMAND ...\n\n" + "\n".join(lines) + "\n\n`catversion COMMAND --help` says more."
+    return (
+        "usage: catversion COMMAND ...\n\n"
+        + "\n".join(lines)
+        + "\n\n`catversion COMMAND --help` says more."
+    )

@@ -1,4 +1,6 @@
-"""``catversion check CONCEPTS``: what a folder, manifest or dataset of concepts holds, and what may go wrong."""
+"""``catversion check CONCEPTS``: what a folder, manifest or dataset of concepts holds, and what may
+go wrong.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,25 @@ _LEFT_COLUMNS = (0, 1, 5)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command; names and defaults are those of training."""
-    parser.add_argument("concepts", metavar="CONCEPTS", help="folder, manifest, or dataset (hf:owner/name)")
+    parser.add_argument(
+        "concepts", metavar="CONCEPTS", help="folder, manifest, or dataset (hf:owner/name)"
+    )
     parser.add_argument("--base_class", help="base class of concepts that do not name their own")
     parser.add_argument(
-        "--model", metavar="DIR", help="model folder: also check words and prompts with its tokenizer"
+        "--model",
+        metavar="DIR",
+        help="model folder: also check words and prompts with its tokenizer",
     )
     parser.add_argument(
-        "--resolution", type=int, help=f"training size in pixels [the model's, else {_SD_RESOLUTION}]"
+        "--resolution",
+        type=int,
+        help=f"training size in pixels [the model's, else {_SD_RESOLUTION}]",
     )
     parser.add_argument("--alpha", choices=("white", "mask"), default=_DEFAULTS["alpha"])
     parser.add_argument(
-        "--instance_prompt", default=_DEFAULTS["instance_prompt"], help="template, 'object' or 'style'"
+        "--instance_prompt",
+        default=_DEFAULTS["instance_prompt"],
+        help="template, 'object' or 'style'",
     )
     parser.add_argument("--when", choices=("class_word", "always"), default=_DEFAULTS["when"])
     parser.add_argument("--dataset_split", default=_DEFAULTS["dataset_split"])
@@ -88,8 +98,8 @@ def _model_resolution(folder: Path) -> int:
         return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CatVersionError(
-            f"--model {folder}: unet/config.json and vae/config.json do not tell its resolution ({error!r}). Give "
-            "a complete diffusers folder, or --resolution."
+            f"--model {folder}: unet/config.json and vae/config.json do not tell its resolution "
+            f"({error!r}). Give a complete diffusers folder, or --resolution."
         ) from None
 
 
@@ -117,7 +127,11 @@ def _print_table(
         print("  ".join(cells).rstrip())
         if report is None:
             continue
-        for kind, lines in (("problem", report.problems), ("warning", report.warnings), ("note", report.notes)):
+        for kind, lines in (
+            ("problem", report.problems),
+            ("warning", report.warnings),
+            ("note", report.notes),
+        ):
             for line in lines:
                 print(f"    {kind}: {line}")
         if report.skipped:

@@ -1,7 +1,7 @@
-"""``catversion example FOLDER``: a small random model and three toy concepts, so that every command can be tried.
+"""``catversion example FOLDER``: a small random model and three toy concepts to try commands on.
 
-The model has Stable Diffusion's architecture and random weights: it draws noise, whatever it is asked for. It shows
-that the commands work on a machine, not that the method does.
+The model has Stable Diffusion's architecture and random weights: it draws noise, whatever it is
+asked for. It shows that the commands work on a machine, not that the method does.
 """
 
 from __future__ import annotations
@@ -71,12 +71,13 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     for part in ("model", "concepts"):
         if (folder / part).exists():
-            raise CatVersionError(f"{folder / part}: exists already. Remove it or give another folder.")
+            raise CatVersionError(
+                f"{folder / part}: exists already. Remove it or give another folder."
+            )
     write_random_model(folder / "model")
     write_toy_concepts(folder / "concepts")
-    print(
-        f"{folder / 'model'}: a random model ({IMAGE_SIZE} px); {folder / 'concepts'}: 3 concepts, 4 images each"
-    )
+    print(f"{folder / 'model'}: a random model ({IMAGE_SIZE} px)")
+    print(f"{folder / 'concepts'}: {len(TOYS)} concepts, 4 images each")
     return 0
 
 
@@ -106,7 +107,9 @@ def write_random_model(folder: Path, seed: int = 0) -> None:
         "dtype": "float32",
     }
     parsed = CLIPTextConfig.from_hf(text_config, source="the example")
-    text_encoder = random_network(lambda rngs: CLIPTextModel(parsed, param_dtype="float32", rngs=rngs), seed)
+    text_encoder = random_network(
+        lambda rngs: CLIPTextModel(parsed, param_dtype="float32", rngs=rngs), seed
+    )
     unet = random_network(lambda rngs: UNet2DConditionModel(UNET_CONFIG, rngs=rngs), seed + 1)
     vae = random_network(lambda rngs: AutoencoderKL(VAE_CONFIG, rngs=rngs), seed + 2)
     _write_component(folder / "text_encoder", text_config, text_encoder, "model")
@@ -129,10 +132,12 @@ def write_random_model(folder: Path, seed: int = 0) -> None:
 
 
 def byte_vocabulary() -> dict[str, int]:
-    """CLIP's byte-level vocabulary without any merge: 256 bytes, 256 that end a word, two specials."""
+    """CLIP's byte-level vocabulary without merges: 256 bytes, 256 that end a word, two specials."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     remapped = [byte for byte in range(256) if byte not in printable]
-    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(remapped))]
+    letters = [chr(byte) for byte in printable] + [
+        chr(256 + index) for index in range(len(remapped))
+    ]
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return {word: index for index, word in enumerate(words)}
 
@@ -194,7 +199,10 @@ def _teal_cup(image: Image.Image, mask: Image.Image, angle: float) -> None:
     body = [((0.3 + shift) * side, 0.25 * side), ((0.66 + shift) * side, 0.8 * side)]
     handle = [((0.58 + shift) * side, 0.36 * side), ((0.8 + shift) * side, 0.64 * side)]
     dot = [((0.42 + shift) * side, 0.45 * side), ((0.54 + shift) * side, 0.57 * side)]
-    for canvas, colours in ((ImageDraw.Draw(image), ("#0a9396", "#ee9b00")), (ImageDraw.Draw(mask), (255, 255))):
+    for canvas, colours in (
+        (ImageDraw.Draw(image), ("#0a9396", "#ee9b00")),
+        (ImageDraw.Draw(mask), (255, 255)),
+    ):
         canvas.ellipse(handle, outline=colours[0], width=14)
         canvas.rounded_rectangle(body, radius=18, fill=colours[0])
         canvas.ellipse(dot, fill=colours[1])
@@ -213,7 +221,9 @@ def _write_component(folder: Path, config: dict[str, Any], network: Network, ste
     from catversion_jax.models.convert import state_dict_of
 
     _write_json(folder / "config.json", config)
-    write_atomically(folder / f"{stem}.safetensors", save(state_dict_of(network), metadata={"format": "pt"}))
+    write_atomically(
+        folder / f"{stem}.safetensors", save(state_dict_of(network), metadata={"format": "pt"})
+    )
 
 
 def _write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:

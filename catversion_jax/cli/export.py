@@ -1,4 +1,6 @@
-"""``catversion export SOURCE``: concept files, baked prompt embeddings, or a complete diffusers folder."""
+"""``catversion export SOURCE``: concept files, baked prompt embeddings, or a complete diffusers
+folder.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "source",
         metavar="SOURCE",
-        help="run directory, checkpoint (RUN/checkpoints/pack-0000/STEP), concept file or its folder",
+        help=(
+            "run directory, checkpoint (RUN/checkpoints/pack-0000/STEP), concept file or its folder"
+        ),
     )
     add("--format", choices=FORMATS, default="safetensors", help="[safetensors]")
-    add("--output_dir", default="catversion-export", help="[catversion-export]; for a pipeline: the new folder")
+    add(
+        "--output_dir",
+        default="catversion-export",
+        help="[catversion-export]; for a pipeline: the new folder",
+    )
     add("--concept", action="append", metavar="NAME", help="only this concept; repeatable [all]")
     add("--model", help="diffusers folder or hub id [the one the concepts were trained on]")
     add("--revision", help="hub revision of the model")
@@ -93,7 +101,9 @@ def collect_concepts(source: str | Path) -> list[Concept]:
     files = sorted(folder.glob(f"*/{CONCEPT_FILE_NAME}")) or sorted(folder.glob("*.safetensors"))
     if files:
         return [load_concept(file) for file in files]
-    steps = sorted(mark.parent for mark in source.rglob(_CHECKPOINT_MARK) if mark.parent.name.isdigit())
+    steps = sorted(
+        mark.parent for mark in source.rglob(_CHECKPOINT_MARK) if mark.parent.name.isdigit()
+    )
     hint = f" It has checkpoints: export {steps[-1]}, for instance." if steps else ""
     raise CatVersionError(
         f"{source}: no finished concept in it (looked for {folder / '*' / CONCEPT_FILE_NAME})."
@@ -120,7 +130,9 @@ def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: str) -
     by_name = {concept.name: concept for concept in concepts}
     for name in names:
         if name not in by_name:
-            raise CatVersionError(f"--concept {name}: not in {source}, which holds {', '.join(by_name)}.")
+            raise CatVersionError(
+                f"--concept {name}: not in {source}, which holds {', '.join(by_name)}."
+            )
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
@@ -129,11 +141,15 @@ def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], 
     from catversion_jax.models.stable_diffusion import load_backbone
     from catversion_jax.prompt_embeds import export_prompt_embeds
 
-    backbone = load_backbone(_model_of(args, concepts), revision=args.revision, variant=args.variant)
+    backbone = load_backbone(
+        _model_of(args, concepts), revision=args.revision, variant=args.variant
+    )
     uses = [ConceptUse(c.name, c.base_class, c.residual, args.scale, c.when) for c in concepts]
     for concept, use in zip(concepts, uses, strict=True):
         check_concept(backbone, use, concept.text_encoder_sha256, force=args.force)
-    return export_prompt_embeds(path, backbone, args.prompt, uses, negative_prompt=args.negative_prompt)
+    return export_prompt_embeds(
+        path, backbone, args.prompt, uses, negative_prompt=args.negative_prompt
+    )
 
 
 def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], output: Path) -> Path:
@@ -147,8 +163,9 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
     for concept in concepts:
         if concept.text_encoder_sha256 not in ("", ours) and not args.force:
             raise CatVersionError(
-                f"concept {concept.name!r}: trained with the text encoder {concept.text_encoder_sha256[:12]} of "
-                f"{concept.base_model}, {folder} has {ours[:12]}. Give the right --model, or --force."
+                f"concept {concept.name!r}: trained with the text encoder "
+                f"{concept.text_encoder_sha256[:12]} of {concept.base_model}, {folder} has "
+                f"{ours[:12]}. Give the right --model, or --force."
             )
     return export_pipeline(output, folder, concepts, force=args.force)
 
@@ -160,6 +177,6 @@ def _model_of(args: argparse.Namespace, concepts: Sequence[Concept]) -> str:
     if len(models) == 1 and "" not in models:
         return models.pop()
     raise CatVersionError(
-        f"the concepts name {', '.join(sorted(models - {''})) or 'no model'} as what they were trained on. "
-        "Give --model."
+        f"the concepts name {', '.join(sorted(models - {''})) or 'no model'} as what they were "
+        "trained on. Give --model."
     )

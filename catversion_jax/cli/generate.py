@@ -27,7 +27,9 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command; names are those of diffusers' pipelines where they have the option."""
+    """Arguments of the command; names are those of diffusers' pipelines where they have the
+    option.
+    """
     add = parser.add_argument
     add("--model", required=True, help="diffusers folder or Hugging Face hub id")
     add("--revision", help="hub revision of the model")
@@ -35,36 +37,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="what to draw; repeatable")
     prompts.add_argument(
-        "--prompts", metavar="FILE", help="text, one prompt a line; or JSONL/YAML rows of prompt, concepts, seed, "
-        "negative_prompt",
-    )  # fmt: skip
+        "--prompts",
+        metavar="FILE",
+        help=(
+            "text, one prompt a line; or JSONL/YAML rows of prompt, concepts, seed, negative_prompt"
+        ),
+    )
     add(
         "--concept", action="append", default=[], metavar="PATH[:SCALE]",
         help="concept file or its folder; repeatable, several act together",
     )  # fmt: skip
-    add("--scale", type=float, default=1.0, help="of concepts without their own: 0 plain model, 1 trained [1]")
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="of concepts without their own: 0 plain model, 1 trained [1]",
+    )
     add("--when", choices=("class_word", "always"), help="when concepts act [as their files say]")
-    add("--force", action="store_true", help="use a concept though it was trained with another text encoder")
+    add(
+        "--force",
+        action="store_true",
+        help="use a concept though it was trained with another text encoder",
+    )
     add("--negative_prompt", default="", help="what to keep away from; concepts never act on it")
     add("--num_images_per_prompt", type=int, default=1, help="image i has seed + i [1]")
-    add("--seed", type=int, default=0, help="an image depends on its own seed, not on the batch [0]")
-    add("--latents", metavar="FILE.npy", help="initial latents [images channels h w], as diffusers takes them")
+    add(
+        "--seed", type=int, default=0, help="an image depends on its own seed, not on the batch [0]"
+    )
+    add(
+        "--latents",
+        metavar="FILE.npy",
+        help="initial latents [images channels h w], as diffusers takes them",
+    )
     add("--sampler", help=f"one of {', '.join(SAMPLERS)} [{_DEFAULTS['sampler']}]")
     add("--num_inference_steps", type=int, help=f"[{_DEFAULTS['num_inference_steps']}]")
     add("--guidance_scale", type=float, help=f"[{_DEFAULTS['guidance_scale']}]")
     add("--eta", type=float, help=f"ddim: 0 deterministic, 1 DDPM [{_DEFAULTS['eta']}]")
-    add("--karras", action=argparse.BooleanOptionalAction, help="Karras spacing [as the model's folder says]")
+    add(
+        "--karras",
+        action=argparse.BooleanOptionalAction,
+        help="Karras spacing [as the model's folder says]",
+    )
     add("--height", type=int, help="pixels [the model's]")
     add("--width", type=int, help="pixels [the model's]")
     add("--batch_size", type=int, help="images denoised together [1 on CPU, else 4]")
     add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
-    add("--output_dir", default="catversion-images", help="receives the PNGs and the grid [catversion-images]")
+    add(
+        "--output_dir",
+        default="catversion-images",
+        help="receives the PNGs and the grid [catversion-images]",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw everything; files that are there already are kept."""
     if args.num_images_per_prompt < 1:
-        raise CatVersionError(f"--num_images_per_prompt {args.num_images_per_prompt}: must be at least 1.")
+        raise CatVersionError(
+            f"--num_images_per_prompt {args.num_images_per_prompt}: must be at least 1."
+        )
     given = {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
     settings = SamplingSettings(**given)
     rows = [PromptRow(p) for p in args.prompt] if args.prompt else read_prompts(Path(args.prompts))
@@ -103,7 +133,8 @@ class _ConceptShelf:
             concept = self._load(Path(path))
             if concept.name in self._by_name:
                 raise CatVersionError(
-                    f"--concept {text}: another --concept is called {concept.name!r} too. Give each once."
+                    f"--concept {text}: another --concept is called {concept.name!r} too. Give "
+                    "each once."
                 )
             self._by_name[concept.name] = (concept, scale)
             self._default += (self._use(concept, scale),)
@@ -126,7 +157,8 @@ class _ConceptShelf:
         if not Path(name).exists():
             known = ", ".join(map(repr, self._by_name)) or "none"
             raise CatVersionError(
-                f"concept {name!r} of a prompt row: is neither a file nor the name of a --concept ({known})."
+                f"concept {name!r} of a prompt row: is neither a file nor the name of a --concept "
+                f"({known})."
             )
         return self._use(self._load(Path(name)), self._scale if scale is None else scale)
 
@@ -137,7 +169,8 @@ class _ConceptShelf:
             inside = sorted(p.parent for p in path.rglob(CONCEPT_FILE_NAME))[:8]
             if inside:
                 raise CatVersionError(
-                    f"--concept {path}: holds several concepts; give one of {', '.join(map(str, inside))}."
+                    f"--concept {path}: holds several concepts; give one of "
+                    f"{', '.join(map(str, inside))}."
                 )
         if path not in self._by_path:
             self._by_path[path] = load_concept(path)
@@ -146,7 +179,9 @@ class _ConceptShelf:
     def _use(self, concept: Concept, scale: float) -> ConceptUse:
         from catversion_jax.image_requests import ConceptUse
 
-        use = ConceptUse(concept.name, concept.base_class, concept.residual, scale, self._when or concept.when)
+        use = ConceptUse(
+            concept.name, concept.base_class, concept.residual, scale, self._when or concept.when
+        )
         self._uses.setdefault(id(concept), (concept, use))
         return use
 
@@ -178,10 +213,13 @@ def _read_latents(path: Path) -> np.ndarray:
         value = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise CatVersionError(
-            f"--latents {path}: is not a readable .npy array ({error}). Write it with np.save(file, latents)."
+            f"--latents {path}: is not a readable .npy array ({error}). Write it with "
+            "np.save(file, latents)."
         ) from None
     if not isinstance(value, np.ndarray):
-        raise CatVersionError(f"--latents {path}: holds several arrays; save one with np.save(file, latents).")
+        raise CatVersionError(
+            f"--latents {path}: holds several arrays; save one with np.save(file, latents)."
+        )
     return value
 
 
@@ -197,7 +235,8 @@ def _draw_pages(
     from catversion_jax.image_requests import active_concepts
     from catversion_jax.sampling import checked_latents, generate
 
-    checked_latents(backbone, settings, latents, len(requests))  # all of them, before the first page
+    # all of them, before the first page
+    checked_latents(backbone, settings, latents, len(requests))
     folder, columns = Path(args.output_dir), args.num_images_per_prompt
     per_page = max(_IMAGES_PER_PAGE // columns, 1) * columns
     first = _next_number(folder)
@@ -218,7 +257,9 @@ def _draw_pages(
 
 @contextlib.contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that appears with the first step: warnings about the prompts come before it."""
+    """A progress bar that appears with the first step: warnings about the prompts come before
+    it.
+    """
     from tqdm import tqdm
 
     bars: list[Any] = []
@@ -239,12 +280,18 @@ def _grid(images: np.ndarray, page: Sequence[ImageRequest], columns: int) -> Any
     from catversion_jax.grids import image_grid
 
     rows = [list(images[i : i + columns]) for i in range(0, len(page), columns)]
-    seeds = [[request.seed for request in page[i : i + columns]] for i in range(0, len(page), columns)]
+    seeds = [
+        [request.seed for request in page[i : i + columns]] for i in range(0, len(page), columns)
+    ]
     prompts = [page[i].prompt for i in range(0, len(page), columns)]
     if all(row == seeds[0] for row in seeds):
-        return image_grid(rows, row_labels=prompts, column_labels=[f"seed {seed}" for seed in seeds[0]])
+        return image_grid(
+            rows, row_labels=prompts, column_labels=[f"seed {seed}" for seed in seeds[0]]
+        )
     labels = [f"{prompt} (from seed {row[0]})" for prompt, row in zip(prompts, seeds, strict=True)]
-    return image_grid(rows, row_labels=labels, column_labels=[f"image {i + 1}" for i in range(columns)])
+    return image_grid(
+        rows, row_labels=labels, column_labels=[f"image {i + 1}" for i in range(columns)]
+    )
 
 
 def _metadata(
@@ -279,7 +326,11 @@ def _metadata(
 
 
 def _next_number(folder: Path) -> int:
-    numbers = [int(m.group(1)) for path in folder.iterdir() if (m := re.match(r"(\d{5,})-.*\.png$", path.name))]
+    numbers = [
+        int(m.group(1))
+        for path in folder.iterdir()
+        if (m := re.match(r"(\d{5,})-.*\.png$", path.name))
+    ]
     return max(numbers, default=-1) + 1
 
 

@@ -12,7 +12,11 @@ from catversion_jax.errors import CatVersionError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add = parser.add_argument
-    add("source", metavar="PATH", help="folder with pytorch_adapter.bin and adapter_config.json, or that .bin")
+    add(
+        "source",
+        metavar="PATH",
+        help="folder with pytorch_adapter.bin and adapter_config.json, or that .bin",
+    )
     add("--base_class", required=True, help="the word it was trained with, such as teapot")
     add("--name", help="[the folder's name]")
     add(
@@ -20,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="catversion-import",
         help="receives NAME/catversion.safetensors [catversion-import]",
     )
-    add("--num_heads", type=int, default=12, help="attention heads of the text encoder [12: SD 1.x]")
+    add(
+        "--num_heads", type=int, default=12, help="attention heads of the text encoder [12: SD 1.x]"
+    )
     add("--prefix_length", type=int, help="concatenated positions [as adapter_config.json says]")
     add(
         "--when",
@@ -28,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="class_word",
         help="the authors' code acts on every prompt: always [class_word]",
     )
-    add("--model", default="", help="what it was trained on; a local folder also gives the encoder's fingerprint")
+    add(
+        "--model",
+        default="",
+        help="what it was trained on; a local folder also gives the encoder's fingerprint",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     source = Path(args.source)
     name = args.name or (source.resolve() if source.is_dir() else source.resolve().parent).name
     if re.search(r"[/\\]", name) or name in ("", ".", ".."):
-        raise CatVersionError(f"--name {name!r}: becomes a folder's name. Give one without path separators.")
+        raise CatVersionError(
+            f"--name {name!r}: becomes a folder's name. Give one without path separators."
+        )
     residual = import_official_concept(source, args.num_heads, prefix_length=args.prefix_length)
     path = save_concept(
         Path(args.output_dir) / name / CONCEPT_FILE_NAME,
@@ -51,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
         text_encoder_sha256=_fingerprint(args.model),
         config={"imported_from": "RoyZhao926/CatVersion"},
     )
-    print(f"{path}: layers {', '.join(map(str, residual.layers))}, {residual.num_positions} position(s)")
+    print(
+        f"{path}: layers {', '.join(map(str, residual.layers))}, {residual.num_positions} "
+        "position(s)"
+    )
     return 0
 
 

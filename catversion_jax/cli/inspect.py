@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("file", metavar="FILE", help="concept file or its folder, or an official adapter")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the whole training configuration")
-    parser.add_argument("--num_heads", type=int, default=12, help="of an official adapter's text encoder [12]")
+    parser.add_argument(
+        "file", metavar="FILE", help="concept file or its folder, or an official adapter"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, with the whole training configuration"
+    )
+    parser.add_argument(
+        "--num_heads", type=int, default=12, help="of an official adapter's text encoder [12]"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,12 +65,16 @@ def _official_facts(path: Path, num_heads: int) -> dict[str, Any]:
 
 
 def _residual_facts(residual: KVResidual) -> dict[str, Any]:
-    """Shapes, and per layer the mean length of its per-head vectors (sqrt(head dim) for the random start)."""
+    """Shapes, and per layer the mean length of its per-head vectors (sqrt(head dim) for the random
+    start).
+    """
     import numpy as np
 
     _, positions, heads, head_dim = residual.key.shape
     norms = {
-        part: [round(float(x), 4) for x in np.linalg.norm(np.asarray(leaf), axis=-1).mean(axis=(1, 2))]
+        part: [
+            round(float(x), 4) for x in np.linalg.norm(np.asarray(leaf), axis=-1).mean(axis=(1, 2))
+        ]
         for part, leaf in (("key", residual.key), ("value", residual.value))
     }
     return {

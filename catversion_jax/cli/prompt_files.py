@@ -31,7 +31,8 @@ _KEYS = {"prompt": str, "concepts": list, "seed": int, "negative_prompt": str}
 
 
 def read_prompts(path: Path) -> list[PromptRow]:
-    """Read ``.txt`` (one prompt a line), ``.jsonl``, ``.json`` or ``.yaml`` (rows with the keys of a PromptRow).
+    """Read ``.txt`` (one prompt a line), ``.jsonl``, ``.json`` or ``.yaml`` (rows with the keys of
+    a PromptRow).
 
     Raises:
       CatVersionError: unreadable, empty, or a row that is no prompt; the message names its number.
@@ -40,7 +41,9 @@ def read_prompts(path: Path) -> list[PromptRow]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CatVersionError(f"--prompts {path}: cannot be read ({reason}). Give a text file.") from None
+        raise CatVersionError(
+            f"--prompts {path}: cannot be read ({reason}). Give a text file."
+        ) from None
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         rows = [_row(path, n, _json(path, n, line)) for n, line in _lines(text)]
@@ -62,7 +65,8 @@ def _json(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except ValueError as error:
         raise CatVersionError(
-            f'--prompts {path}, line {number}: is not JSON ({error}). Write {{"prompt": "a dog"}} on each line.'
+            f'--prompts {path}, line {number}: is not JSON ({error}). Write {{"prompt": "a dog"}} '
+            "on each line."
         ) from None
 
 
@@ -73,8 +77,8 @@ def _yaml_list(path: Path, text: str) -> list[Any]:
         raise CatVersionError(f"--prompts {path}: is not valid YAML: {error}") from None
     if not isinstance(value, list):
         raise CatVersionError(
-            f"--prompts {path}: holds {type(value).__name__}, must be a list of prompts or of rows with the keys "
-            f"{', '.join(_KEYS)}."
+            f"--prompts {path}: holds {type(value).__name__}, must be a list of prompts or of rows "
+            f"with the keys {', '.join(_KEYS)}."
         )
     return value
 
@@ -84,14 +88,20 @@ def _row(path: Path, number: int, value: Any) -> PromptRow:
     if isinstance(value, str):
         return PromptRow(value)
     if not isinstance(value, Mapping) or "prompt" not in value:
-        raise CatVersionError(f"{where}: {value!r} has no 'prompt'. The keys are {', '.join(_KEYS)}.")
+        raise CatVersionError(
+            f"{where}: {value!r} has no 'prompt'. The keys are {', '.join(_KEYS)}."
+        )
     for key, item in value.items():
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise CatVersionError(f"{where}: unknown key {key!r}, the keys are {', '.join(_KEYS)}.{hint}")
+            raise CatVersionError(
+                f"{where}: unknown key {key!r}, the keys are {', '.join(_KEYS)}.{hint}"
+            )
         if isinstance(item, bool) or not isinstance(item, _KEYS[key]):
-            raise CatVersionError(f"{where}: {key}={item!r}, must be of type {_KEYS[key].__name__}.")
+            raise CatVersionError(
+                f"{where}: {key}={item!r}, must be of type {_KEYS[key].__name__}."
+            )
     concepts = value.get("concepts")
     if concepts is not None and not all(isinstance(item, str) for item in concepts):
         raise CatVersionError(f"{where}: concepts={concepts!r}, must be a list of names or paths.")

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "catversion train --config FILE [key=value ...]"
     parser.epilog = f"options, as keys of the YAML file or key=value [default]:\n{table}"
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options that win over the file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         default_when=config.when,
     )
     count = len(concepts.concepts)
-    print(f"{count} concepts, {sum(len(c.images) for c in concepts.concepts)} images from {config.concepts}")
+    num_images = sum(len(spec.images) for spec in concepts.concepts)
+    print(f"{count} concepts, {num_images} images from {config.concepts}")
     for line in concepts.skipped:
         print(f"  skipped {line}")
     for spec in concepts.concepts:
@@ -60,9 +63,8 @@ def run(args: argparse.Namespace) -> int:
     _use_compilation_cache(config)
     mesh = make_mesh(config.data_parallel)
     dtype = _compute_dtype(config, jax.default_backend())
-    print(
-        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s); loading {config.pretrained_model_name_or_path}"
-    )
+    print(f"{jax.device_count()} device(s) of kind {jax.devices()[0].device_kind}, {dtype}")
+    print(f"loading {config.pretrained_model_name_or_path}")
     backbone = load_backbone(
         config.pretrained_model_name_or_path,
         revision=config.revision,

@@ -1,7 +1,9 @@
-"""What the user gave: concepts found in folders, manifests and datasets, checked before anything is decoded.
+"""What the user gave: concepts found in folders, manifests and datasets, checked before anything is
+decoded.
 
-``reading`` builds and checks them, ``layouts`` knows one layout per function, ``files`` sorts one folder,
-``datasets`` reads Hugging Face datasets, ``fields`` the values beside a concept, ``prompts`` fills templates.
+``reading`` builds and checks them, ``layouts`` knows one layout per function, ``files`` sorts one
+folder, ``datasets`` reads Hugging Face datasets, ``fields`` the values beside a concept,
+``prompts`` fills templates.
 """
 
 from catversion_jax.concepts.files import ImageSource

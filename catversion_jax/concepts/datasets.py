@@ -1,4 +1,6 @@
-"""Concepts from a Hugging Face dataset: an imagefolder with metadata, a saved dataset, or a hub id."""
+"""Concepts from a Hugging Face dataset: an imagefolder with metadata, a saved dataset, or a hub
+id.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def read_dataset(
     """Group the rows of a dataset into concepts, in order of appearance; images stay encoded.
 
     Raises:
-      CatVersionError: ``datasets`` is not installed, the dataset cannot be loaded, or a column is not there.
+      CatVersionError: ``datasets`` is not installed, the dataset cannot be loaded, or a column is
+        not there.
     """
     rows = _load(source, split)
     wanted = {
@@ -35,12 +38,15 @@ def read_dataset(
             near = difflib.get_close_matches(column, rows.column_names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise CatVersionError(
-                f"{source}: {option}={column!r}: no such column; there are {', '.join(rows.column_names)}.{hint}"
+                f"{source}: {option}={column!r}: no such column; there are "
+                f"{', '.join(rows.column_names)}.{hint}"
             )
     from datasets import Image
 
     kept = [column for column in wanted.values() if column is not None]
-    rows = rows.select_columns(list(dict.fromkeys(kept))).cast_column(image_column, Image(decode=False))
+    rows = rows.select_columns(list(dict.fromkeys(kept))).cast_column(
+        image_column, Image(decode=False)
+    )
     groups: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     labels = {c: rows.features[c].int2str for c in kept if hasattr(rows.features[c], "int2str")}
     for index, row in enumerate(rows):
@@ -49,7 +55,8 @@ def read_dataset(
     if not groups:
         raise CatVersionError(f"{source}: split {split!r} has no rows.")
     entries = [
-        _entry(source, concept, members, image_column, base_class_column) for concept, members in groups.items()
+        _entry(source, concept, members, image_column, base_class_column)
+        for concept, members in groups.items()
     ]
     return Layout(tuple(entries), single=concept_column is None)
 
@@ -58,7 +65,9 @@ def _load(source: str, split: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise CatVersionError(f"{source}: is a dataset; reading it needs: pip install datasets") from None
+        raise CatVersionError(
+            f"{source}: is a dataset; reading it needs: pip install datasets"
+        ) from None
     folder = Path(source)
     try:
         if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
@@ -66,19 +75,22 @@ def _load(source: str, split: str) -> Any:
             if isinstance(loaded, datasets.Dataset):
                 return loaded
             if split not in loaded:
-                raise CatVersionError(f"{source}: has no split {split!r}, only {', '.join(map(str, loaded))}.")
+                raise CatVersionError(
+                    f"{source}: has no split {split!r}, only {', '.join(map(str, loaded))}."
+                )
             return loaded[split]
         if folder.is_dir():
             return datasets.load_dataset("imagefolder", data_dir=source, split=split)
         return datasets.load_dataset(source, split=split)
     except CatVersionError:
         raise
-    # `datasets` lets errors of a dozen libraries through (network, parquet, zip, its own); all mean the same here.
+    # `datasets` lets errors of a dozen libraries through (network, parquet, zip, its own); all mean
+    # the same here.
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CatVersionError(
-            f"{source}: split {split!r} cannot be loaded as a dataset: {reason[0]}. Check the name, the split and "
-            "(for a hub id) the network."
+            f"{source}: split {split!r} cannot be loaded as a dataset: {reason[0]}. Check the "
+            "name, the split and (for a hub id) the network."
         ) from error
 
 
@@ -87,7 +99,9 @@ def _concept_name(row: dict[str, Any], column: str | None, name: str, source: st
         return name
     value = row[column]
     if value is None:
-        raise CatVersionError(f"{source}: column {column!r}: a row has no concept name; fill it or drop the row.")
+        raise CatVersionError(
+            f"{source}: column {column!r}: a row has no concept name; fill it or drop the row."
+        )
     return str(value)
 
 
@@ -115,6 +129,12 @@ def _entry(
         problem = f"{where}: its rows give different base classes: {listed}. A concept has one."
     elif empty:
         problem = f"{where}: rows {', '.join(map(str, empty))} have no image; drop them."
-    home = f"column {base_class_column!r}" if base_class_column else "a column named by base_class_column"
+    home = (
+        f"column {base_class_column!r}"
+        if base_class_column
+        else "a column named by base_class_column"
+    )
     fields = {"base_class": words.pop()} if len(words) == 1 else {}
-    return Entry(name, where, fields, Path(), images=tuple(images), base_class_home=home, problem=problem)
+    return Entry(
+        name, where, fields, Path(), images=tuple(images), base_class_home=home, problem=problem
+    )

@@ -16,13 +16,17 @@ def prompts_field(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """Its own prompts or templates, from whichever key the layout uses."""
     given = [key for key in ("prompts", "prompt", "instance_prompt", "templates") if key in fields]
     if len(given) > 1:
-        raise ConceptError(f"{where}: {' and '.join(given)} are one and the same thing; keep one of them.")
+        raise ConceptError(
+            f"{where}: {' and '.join(given)} are one and the same thing; keep one of them."
+        )
     if not given:
         return ()
     value = fields[given[0]]
     if given[0] == "templates":
         if not isinstance(value, str) or value not in TEMPLATE_SETS:
-            raise ConceptError(f"{where}: templates={value!r}: must be one of {', '.join(TEMPLATE_SETS)}.")
+            raise ConceptError(
+                f"{where}: templates={value!r}: must be one of {', '.join(TEMPLATE_SETS)}."
+            )
         return TEMPLATE_SETS[value]
     prompts = [value] if isinstance(value, str) else value
     if not isinstance(prompts, list) or not all(isinstance(p, str) and p.strip() for p in prompts):
@@ -39,7 +43,9 @@ def seed_field(value: Any, where: str) -> int | None:
     except ValueError:
         seed = None
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ConceptError(f"{where}: seed={value!r}: must be a whole number within 0..{2**32 - 1}.")
+        raise ConceptError(
+            f"{where}: seed={value!r}: must be a whole number within 0..{2**32 - 1}."
+        )
     return seed
 
 
@@ -55,7 +61,9 @@ def random_flip_field(value: Any, where: str) -> float | None:
     except ValueError:
         probability = math.nan
     if not 0.0 <= probability <= 1.0:
-        raise ConceptError(f"{where}: random_flip={value!r}: must be false or a probability within 0..1.")
+        raise ConceptError(
+            f"{where}: random_flip={value!r}: must be false or a probability within 0..1."
+        )
     return probability
 
 

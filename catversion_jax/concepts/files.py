@@ -6,7 +6,7 @@ Masks follow the habits of the field, and a file recognised as a mask is never a
 |------------------------------------------------|---------------------------------------|
 | ``<image stem>-masklabel.<ext>`` (OneTrainer)  | ``dog-masklabel.png`` for ``dog.jpg``  |
 | ``<image stem>.mask.<ext>`` (cloneofsimo/lora) | ``1.mask.png`` for ``1.png``, ``1.src.jpg`` |
-| a parallel folder, same stem (kohya)           | ``masks/dog.png``, ``../<folder>_masks/dog.png`` |
+| a parallel folder, same stem (kohya)           | ``masks/dog.png``, ``../<folder>_masks/dog.png``|
 | the image's own alpha channel                  | decided when the image is decoded     |
 | ``<image stem>_mask.<ext>``, only when that image exists | ``dog_mask.png`` for ``dog.jpg`` |
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 from catversion_jax.errors import ConceptError
 
 IMAGE_SUFFIXES = (
-    ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
-    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg",
+    ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 MASK_FOLDERS = ("masks", "mask")
 _MASK_STEM = re.compile(r"^(?P<image>.+)(-masklabel|\.mask)$", re.IGNORECASE)
@@ -65,12 +65,16 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder belongs to the system, not to the user (``.DS_Store``, ``Thumbs.db`` ...)."""
+    """Whether a file or folder belongs to the system, not to the user (``.DS_Store``, ``Thumbs.db``
+    ...).
+    """
     return name.startswith(".") or name.casefold() in _SYSTEM_NAMES
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether the name is that of an image file; whether it decodes is known only when it is read."""
+    """Whether the name is that of an image file; whether it decodes is known only when it is
+    read.
+    """
     return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name)
 
 
@@ -84,25 +88,31 @@ def children(folder: Path) -> list[Path]:
         return sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
     except OSError as error:
         raise ConceptError(
-            f"{folder}: cannot be listed ({error.strerror or error}). Check that it is a folder you may read."
+            f"{folder}: cannot be listed ({error.strerror or error}). Check that it is a folder "
+            "you may read."
         ) from error
 
 
 def holds_images(folder: Path) -> bool:
     """Whether a training image (not only masks) lies directly in ``folder``."""
     return any(
-        path.is_file() and is_image_name(path) and not _MASK_STEM.match(path.stem) for path in children(folder)
+        path.is_file() and is_image_name(path) and not _MASK_STEM.match(path.stem)
+        for path in children(folder)
     )
 
 
 def mask_folder_of(folder: Path) -> Path | None:
     """The parallel mask folder of ``folder`` by naming habit, inside it or beside it, or None."""
     beside = [f"{folder.name}{joint}{word}" for joint in "_-" for word in MASK_FOLDERS]
-    candidates = [folder / name for name in MASK_FOLDERS] + [folder.parent / name for name in beside]
+    candidates = [folder / name for name in MASK_FOLDERS] + [
+        folder.parent / name for name in beside
+    ]
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def list_images(folder: Path, *, mask_folder: Path | None = None, ignore: Iterable[str] = ()) -> FolderImages:
+def list_images(
+    folder: Path, *, mask_folder: Path | None = None, ignore: Iterable[str] = ()
+) -> FolderImages:
     """Sort the contents of one folder into training images, masks, nested folders and the rest.
 
     Args:
@@ -159,21 +169,29 @@ def _separate_masks(candidates: list[Path]) -> tuple[list[Path], list[tuple[str,
     return images, masks
 
 
-def _pair(images: list[Path], masks: list[tuple[str, Path]]) -> tuple[tuple[ImageSource, ...], tuple[str, ...]]:
+def _pair(
+    images: list[Path], masks: list[tuple[str, Path]]
+) -> tuple[tuple[ImageSource, ...], tuple[str, ...]]:
     """Give every image its mask, and say which masks found no image or came second."""
     warnings: list[str] = []
     mask_of: dict[str, Path] = {}
     for target, path in masks:
         if target in mask_of:
-            warnings.append(f"mask {path.name} not used: {mask_of[target].name} is already the mask of {target}")
+            warnings.append(
+                f"mask {path.name} not used: {mask_of[target].name} is already the mask of {target}"
+            )
         else:
             mask_of[target] = path
     sources = []
     used = set()
     for path in images:
         # cloneofsimo/lora writes the prepared image as N.src.jpg beside N.mask.png
-        targets = [t for t in (path.name, path.stem, path.stem.removesuffix(".src")) if t in mask_of]
+        targets = [
+            t for t in (path.name, path.stem, path.stem.removesuffix(".src")) if t in mask_of
+        ]
         used.update(targets[:1])
         sources.append(ImageSource(path.name, path, mask=mask_of[targets[0]] if targets else None))
-    warnings += [f"mask {path.name} has no image" for target, path in mask_of.items() if target not in used]
+    warnings += [
+        f"mask {path.name} has no image" for target, path in mask_of.items() if target not in used
+    ]
     return tuple(sources), tuple(warnings)

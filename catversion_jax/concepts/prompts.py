@@ -1,7 +1,8 @@
 """Training prompts: templates with a place for the base class, and whether a prompt contains it.
 
-``object`` and ``style`` are short lists after the idea of Textual Inversion (arXiv 2208.01618): neutral phrases that
-vary the medium and the article. ``default`` is the bare base class, as in CatVersion's released training.
+``object`` and ``style`` are short lists after the idea of Textual Inversion (arXiv 2208.01618):
+neutral phrases that vary the medium and the article. ``default`` is the bare base class, as in
+CatVersion's released training.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ _PAINTINGS = ("painting", "close-up painting", "bright painting", "picture", "dr
 TEMPLATE_SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "default": ("{base_class}",),
-        "object": tuple(f"a {kind} of {which} {{base_class}}" for kind in _PHOTOS for which in ("a", "the")),
+        "object": tuple(
+            f"a {kind} of {which} {{base_class}}" for kind in _PHOTOS for which in ("a", "the")
+        ),
         "style": tuple(f"a {kind} in the style of {{base_class}}" for kind in _PAINTINGS),
     }
 )
 
-# CLIP's own splitting before byte pairs (openai/CLIP simple_tokenizer.py): contractions, runs of letters,
-# single digits, runs of anything else. Equal pieces give equal tokens.
+# CLIP's own splitting before byte pairs (openai/CLIP simple_tokenizer.py): contractions, runs of
+# letters, single digits, runs of anything else. Equal pieces give equal tokens.
 _PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 def prompt_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
-    """A named set (``default``, ``object``, ``style``), one template, or several, as a tuple of templates.
+    """A named set (``default``, ``object``, ``style``), one template, or several, as a tuple of
+    templates.
 
     Raises:
       CatVersionError: the list is empty, or a single word that looks like a misspelt set name.
@@ -42,7 +46,9 @@ def prompt_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
             return TEMPLATE_SETS[choice]
         near = difflib.get_close_matches(choice, TEMPLATE_SETS, n=1)
         if near and "{" not in choice:
-            raise CatVersionError(f"prompt templates {choice!r}: no such set. Did you mean {near[0]!r}?")
+            raise CatVersionError(
+                f"prompt templates {choice!r}: no such set. Did you mean {near[0]!r}?"
+            )
         return (choice,)
     if not choice:
         raise CatVersionError("prompt templates: the list is empty; give at least '{base_class}'.")
@@ -50,8 +56,12 @@ def prompt_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def contains_words(prompt: str, words: str) -> bool:
-    """Whether ``words`` appear in ``prompt`` next to each other and whole, as the tokenizer would see them."""
-    pieces, wanted = (_PIECES.findall(unicodedata.normalize("NFC", text).lower()) for text in (prompt, words))
+    """Whether ``words`` appear in ``prompt`` next to each other and whole, as the tokenizer would
+    see them.
+    """
+    pieces, wanted = (
+        _PIECES.findall(unicodedata.normalize("NFC", text).lower()) for text in (prompt, words)
+    )
     return bool(wanted) and any(
         pieces[i : i + len(wanted)] == wanted for i in range(len(pieces) - len(wanted) + 1)
     )
@@ -67,15 +77,18 @@ def fill_template(template: str, base_class: str, *, where: str, needs_class_wor
       needs_class_word: whether a prompt without the base-class words is a mistake.
 
     Raises:
-      ConceptError: another placeholder or a lone brace, or the base class is missing from the result.
+      ConceptError: another placeholder or a lone brace, or the base class is missing from the
+        result.
     """
     other = [name for name in _PLACEHOLDER.findall(template) if name not in ("", "base_class")]
     if other or set(_PLACEHOLDER.sub("", template)) & {"{", "}"}:
-        raise ConceptError(f"{where}: prompt {template!r}: the only placeholders are {{}} and {{base_class}}.")
+        raise ConceptError(
+            f"{where}: prompt {template!r}: the only placeholders are {{}} and {{base_class}}."
+        )
     prompt = " ".join(_PLACEHOLDER.sub(lambda _: base_class, template).split())
     if needs_class_word and not contains_words(prompt, base_class):
         raise ConceptError(
-            f"{where}: prompt {template!r} does not contain the base class {base_class!r}, so the concept would "
-            "not act on it. Write {base_class} where it belongs, or set when=always."
+            f"{where}: prompt {template!r} does not contain the base class {base_class!r}, so the "
+            "concept would not act on it. Write {base_class} where it belongs, or set when=always."
         )
     return prompt

@@ -1,8 +1,9 @@
-"""What to personalize: concepts, read from any of the usual layouts and checked before anything is loaded.
+"""What to personalize: concepts, read from any of the usual layouts and checked before anything is
+loaded.
 
-One broken concept among many becomes a :class:`ConceptProblem` and the others go on. Mistakes in the list as a
-whole (nothing found, two concepts of one name, a name that cannot be a folder) are raised, all at once.
-``layouts.py`` knows the layouts, ``files.py`` tells images from masks.
+One broken concept among many becomes a :class:`ConceptProblem` and the others go on. Mistakes in
+the list as a whole (nothing found, two concepts of one name, a name that cannot be a folder) are
+raised, all at once. ``layouts.py`` knows the layouts, ``files.py`` tells images from masks.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ KNOWN_KEYS = (
 )
 _MAX_NAME_BYTES = 100
 _UNSAFE_CHARACTERS = frozenset('<>:"|?*')
-_DEVICE_NAMES = frozenset({"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)})
+_DEVICE_NAMES = frozenset(
+    {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,9 @@ class ConceptProblem:
 
 @dataclasses.dataclass(frozen=True)
 class ConceptList:
-    """All concepts of one source. ``skipped`` are entries of the source that belong to no concept."""
+    """All concepts of one source. ``skipped`` are entries of the source that belong to no
+    concept.
+    """
 
     concepts: tuple[ConceptSpec, ...]
     problems: tuple[ConceptProblem, ...] = ()
@@ -98,19 +103,22 @@ def read_concepts(
     """Find the concepts of ``source`` and check them. No image is decoded.
 
     Args:
-      source: a folder of images, a folder of such folders, a YAML/JSON/JSONL/CSV manifest, Custom Diffusion's
-        ``concepts_list.json``, a DreamBench folder, or a Hugging Face dataset (folder, or ``hf:owner/name``).
+      source: a folder of images, a folder of such folders, a YAML/JSON/JSONL/CSV manifest, Custom
+        Diffusion's ``concepts_list.json``, a DreamBench folder, or a Hugging Face dataset (folder,
+        or ``hf:owner/name``).
       base_class: of the concepts that do not name their own. For a single folder it also overrides
         ``concept.json``, as a command line overrides a file.
       dataset_split: split of a Hugging Face dataset.
       image_column: its image column.
-      concept_column: its column that names the concept of a row; None makes the dataset one concept.
+      concept_column: its column that names the concept of a row; None makes the dataset one
+        concept.
       base_class_column: its column with the base class.
-      default_when: the run's choice for concepts that make none; under ``always`` prompts need no class word.
+      default_when: the run's choice for concepts that make none; under ``always`` prompts need no
+        class word.
 
     Raises:
-      CatVersionError: the source is not found or not understood, holds no usable concept, or has duplicate or
-        unusable names. The message lists everything that is wrong.
+      CatVersionError: the source is not found or not understood, holds no usable concept, or has
+        duplicate or unusable names. The message lists everything that is wrong.
     """
     layout = read_entries(
         source,
@@ -144,12 +152,13 @@ def concept_prompts(
 
     Args:
       spec: its own prompts are used when it has some.
-      default_templates: the run's templates: texts with ``{}`` or ``{base_class}``, or ``'object'``/``'style'``.
+      default_templates: the run's templates: texts with ``{}`` or ``{base_class}``, or
+        ``'object'``/``'style'``.
       default_when: the run's ``when``, for a concept that has none.
 
     Raises:
-      ConceptError: a prompt lacks the base-class words (unless ``when`` is ``always``), or has another
-        placeholder.
+      ConceptError: a prompt lacks the base-class words (unless ``when`` is ``always``), or has
+        another placeholder.
     """
     templates = spec.prompts or prompt_templates(default_templates)
     needed = (spec.when or default_when) != "always"
@@ -167,7 +176,10 @@ def check_concept_name(name: str) -> str | None:
     if "/" in name or "\\" in name or name in (".", ".."):
         rule = "must not contain path separators or be '.' or '..'"
     elif len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
-        rule = f"must be at most {_MAX_NAME_BYTES} bytes long, this one has {len(name.encode('utf-8', 'replace'))}"
+        rule = (
+            f"must be at most {_MAX_NAME_BYTES} bytes long, this one has "
+            f"{len(name.encode('utf-8', 'replace'))}"
+        )
     elif bad := sorted({c for c in name if c in _UNSAFE_CHARACTERS or not c.isprintable()}):
         rule = f"must not contain {', '.join(map(repr, bad))}"
     elif name != name.strip() or name.startswith(".") or name.endswith("."):
@@ -176,7 +188,10 @@ def check_concept_name(name: str) -> str | None:
         rule = "is a reserved device name on Windows"
     if rule is None:
         return None
-    return f"concept name {name!r}: {rule}; it becomes a folder name. Rename it, or set `name` in its entry."
+    return (
+        f"concept name {name!r}: {rule}; it becomes a folder name. Rename it, or set `name` in its "
+        "entry."
+    )
 
 
 def _name_mistakes(entries: Iterable[Entry]) -> list[str]:
@@ -190,8 +205,14 @@ def _name_mistakes(entries: Iterable[Entry]) -> list[str]:
         # macOS and Windows would put both into one output folder.
         folder = unicodedata.normalize("NFC", name).casefold()
         if folder in seen:
-            other = "" if seen[folder] == name else f" (as {seen[folder]!r}, one folder on some systems)"
-            mistakes.append(f"{entry.where}: concept name {name!r}: appears twice{other}. Rename one of them.")
+            other = (
+                ""
+                if seen[folder] == name
+                else f" (as {seen[folder]!r}, one folder on some systems)"
+            )
+            mistakes.append(
+                f"{entry.where}: concept name {name!r}: appears twice{other}. Rename one of them."
+            )
         seen.setdefault(folder, name)
     return mistakes
 
@@ -218,7 +239,9 @@ def _build_concept(entry: Entry, argument: str | None, *, overrides: bool) -> Co
 
 
 def _checked_keys(entry: Entry, notes: list[str]) -> dict[str, Any]:
-    """Known keys with a value. A near-miss of a known key is an error, anything else is descriptive."""
+    """Known keys with a value. A near-miss of a known key is an error, anything else is
+    descriptive.
+    """
     unknown = [key for key in entry.fields if key not in KNOWN_KEYS]
     mistakes = []
     for key in unknown:
@@ -228,7 +251,11 @@ def _checked_keys(entry: Entry, notes: list[str]) -> dict[str, Any]:
         raise ConceptError("\n".join(mistakes))
     if unknown:
         notes.append(f"keys without effect: {', '.join(map(str, unknown))}")
-    return {key: value for key, value in entry.fields.items() if key in KNOWN_KEYS and value not in (None, "")}
+    return {
+        key: value
+        for key, value in entry.fields.items()
+        if key in KNOWN_KEYS and value not in (None, "")
+    }
 
 
 def _base_class(
@@ -244,13 +271,15 @@ def _base_class(
     words = " ".join((own or argument or "").split())
     if not words:
         raise ConceptError(
-            f"{entry.where}: no base class. Say what it is a kind of: base_class=teapot on the command line, or "
-            f'{{"base_class": "teapot"}} in {entry.base_class_home}.'
+            f"{entry.where}: no base class. Say what it is a kind of: base_class=teapot on the "
+            f'command line, or {{"base_class": "teapot"}} in {entry.base_class_home}.'
         )
-    if any(c in "{}<>" or not c.isprintable() for c in words) or not any(c.isalnum() for c in words):
+    if any(c in "{}<>" or not c.isprintable() for c in words) or not any(
+        c.isalnum() for c in words
+    ):
         raise ConceptError(
-            f"{entry.where}: base_class={words!r}: must be plain words such as 'teapot' or 'stuffed animal', "
-            "without placeholders."
+            f"{entry.where}: base_class={words!r}: must be plain words such as 'teapot' or "
+            "'stuffed animal', without placeholders."
         )
     return words
 
@@ -268,34 +297,41 @@ def _images(
             masks = _listed_files(fields["masks"], entry, "masks")
             if len(masks) != len(files):
                 raise ConceptError(
-                    f"{entry.where}: {len(masks)} masks for {len(files)} images; list one mask per image."
+                    f"{entry.where}: {len(masks)} masks for {len(files)} images; list one mask per "
+                    "image."
                 )
-        return tuple(ImageSource(f.name, f, mask=m) for f, m in zip(files, masks, strict=True)), (), ()
+        return (
+            tuple(ImageSource(f.name, f, mask=m) for f, m in zip(files, masks, strict=True)),
+            (),
+            (),
+        )
     mask_folder = None
     if "masks" in fields:
         if not isinstance(fields["masks"], str) or not (entry.root / fields["masks"]).is_dir():
             raise ConceptError(
-                f"{entry.where}: masks={fields['masks']!r}: must be a folder (relative to {entry.root}) with one "
-                "mask per image, of the same file stem."
+                f"{entry.where}: masks={fields['masks']!r}: must be a folder (relative to "
+                f"{entry.root}) with one mask per image, of the same file stem."
             )
         mask_folder = entry.root / fields["masks"]
     found = list_images(entry.folder, mask_folder=mask_folder, ignore=CONCEPT_FILES)
     if found.nested:
         raise ConceptError(
             f"{entry.folder}: has images and also sub-folders of images "
-            f"({', '.join(path.name for path in found.nested)}). Move the sub-folders out, or give each concept "
-            "a folder of its own; masks go into a sub-folder named masks."
+            f"({', '.join(path.name for path in found.nested)}). Move the sub-folders out, or give "
+            "each concept a folder of its own; masks go into a sub-folder named masks."
         )
     if not found.images:
         raise ConceptError(
-            f"{entry.folder}: no image in it{_what_was_there(found.skipped)}. Put 3 to 10 photos of the concept "
-            "there."
+            f"{entry.folder}: no image in it{_what_was_there(found.skipped)}. Put 3 to 10 photos "
+            "of the concept there."
         )
     return found.images, found.skipped, found.warnings
 
 
 def _what_was_there(skipped: Sequence[str]) -> str:
-    return f" (only {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''})" if skipped else ""
+    return (
+        f" (only {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''})" if skipped else ""
+    )
 
 
 def _listed_files(value: Any, entry: Entry, key: str) -> list[Path]:
@@ -305,6 +341,7 @@ def _listed_files(value: Any, entry: Entry, key: str) -> list[Path]:
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise ConceptError(
-            f"{entry.where}: {key} not found: {', '.join(missing)}. Paths are relative to {entry.root}."
+            f"{entry.where}: {key} not found: {', '.join(missing)}. Paths are relative to "
+            f"{entry.root}."
         )
     return files

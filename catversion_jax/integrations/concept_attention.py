@@ -1,7 +1,9 @@
-"""Concatenated attention inside transformers' CLIP text encoder, for the rows of a batch that ask for it.
+"""Concatenated attention inside transformers' CLIP text encoder, for the rows of a batch that ask
+for it.
 
-Equations (1) and (2) are in ``diffusers.py``. :class:`EncoderState` is all that is loaded into one text encoder;
-its methods are public torch hooks, and the attention function is registered in transformers' public interface.
+Equations (1) and (2) are in ``diffusers.py``. :class:`EncoderState` is all that is loaded into one
+text encoder; its methods are public torch hooks, and the attention function is registered in
+transformers' public interface.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ _PREFIX = "catversion_"  # our attention implementations are catversion_sdpa and
 
 
 class CatVersionLoadError(ValueError):
-    """A concept that cannot be used with this pipeline. The message says the value, the rule and the remedy."""
+    """A concept that cannot be used with this pipeline. The message says the value, the rule and
+    the remedy.
+    """
 
 
 @dataclasses.dataclass
@@ -40,12 +44,16 @@ class LoadedConcept:
     placed: dict[Any, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def at_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Key and value ``[N P H]`` on the device and in the dtype of ``like``; None where it is not adapted."""
+        """Key and value ``[N P H]`` on the device and in the dtype of ``like``; None where it is
+        not adapted.
+        """
         if layer not in self.layers:
             return None
         place = (like.device, like.dtype)
         if place not in self.placed:  # the encoder may have moved since loading
-            self.placed = {place: [x.permute(0, 2, 1, 3).to(*place) for x in (self.key, self.value)]}
+            self.placed = {
+                place: [x.permute(0, 2, 1, 3).to(*place) for x in (self.key, self.value)]
+            }
         key, value = self.placed[place]
         index = self.layers.index(layer)
         return key[index], value[index]
@@ -56,8 +64,8 @@ _Group = tuple[list[tuple[LoadedConcept, float]], list[int]]
 
 
 class _HookHandles(list):
-    """Handles for removing hooks. A deep copy of an encoder gets none: handles of a copy refer to nothing, so the
-    copy's hooks stay after unloading there, without effect.
+    """Handles for removing hooks. A deep copy of an encoder gets none: handles of a copy refer to
+    nothing, so the copy's hooks stay after unloading there, without effect.
     """
 
     def __deepcopy__(self, memo: dict) -> _HookHandles:
@@ -65,7 +73,9 @@ class _HookHandles(list):
 
 
 class EncoderState:
-    """All that is loaded into one text encoder. Lives on the encoder, so pipelines that share it share this."""
+    """All that is loaded into one text encoder. Lives on the encoder, so pipelines that share it
+    share this.
+    """
 
     def __init__(self, tokenizer: Any):
         self.loaded: dict[str, LoadedConcept] = {}
@@ -84,16 +94,21 @@ class EncoderState:
         """Raise when ``name`` is not loaded."""
         if name not in self.loaded:
             listed = ", ".join(self.loaded) or "none"
-            raise CatVersionLoadError(f"{name!r} is not loaded; loaded: {listed}. Use load_catversion first.")
+            raise CatVersionLoadError(
+                f"{name!r} is not loaded; loaded: {listed}. Use load_catversion first."
+            )
 
     def install(self, encoder: Any, unet: Any) -> None:
-        """Hooks and the attention implementation; again after a change of the latter, else without effect."""
+        """Hooks and the attention implementation; again after a change of the latter, else without
+        effect.
+        """
         current = encoder.config._attn_implementation
         if not current.startswith(_PREFIX):
             if current not in _IMPLEMENTATIONS:
                 raise CatVersionLoadError(
                     f"attention implementation {current!r} of the text encoder: must be one of "
-                    f"{', '.join(_IMPLEMENTATIONS)}. Use pipe.text_encoder.set_attn_implementation('sdpa')."
+                    f"{', '.join(_IMPLEMENTATIONS)}. Use "
+                    "pipe.text_encoder.set_attn_implementation('sdpa')."
                 )
             self.original = current
             encoder.set_attn_implementation(_register(current))
@@ -103,7 +118,9 @@ class EncoderState:
         for layer, attention in enumerate(_attention_modules(encoder)):
             attention._catversion = (self, layer)
         encoder._catversion_state = self
-        self.handles.append(encoder.register_forward_pre_hook(self.before_encoding, with_kwargs=True))
+        self.handles.append(
+            encoder.register_forward_pre_hook(self.before_encoding, with_kwargs=True)
+        )
         self.handles.append(encoder.register_forward_hook(self.after_encoding, always_call=True))
         if isinstance(unet, torch.nn.Module):
             self.handles.append(unet.register_forward_pre_hook(self.before_denoising))
@@ -119,7 +136,9 @@ class EncoderState:
         del encoder._catversion_state
 
     def before_encoding(self, encoder: Any, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of the text encoder: group the rows by the concepts their prompts call."""
+        """Forward pre-hook of the text encoder: group the rows by the concepts their prompts
+        call.
+        """
         self.groups = []
         acting = {name: scale for name, scale in self.active.items() if scale > 0}
         if not self.enabled or not acting:
@@ -127,7 +146,10 @@ class EncoderState:
         self.install(encoder, None)  # the user may have set another attention implementation since
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
-            warnings.warn("no input_ids: which prompts call a concept is unknown, all stay plain.", stacklevel=2)
+            warnings.warn(
+                "no input_ids: which prompts call a concept is unknown, all stay plain.",
+                stacklevel=2,
+            )
             return
         prompts = [self._content(row) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
         rows_by_names: dict[tuple[str, ...], list[int]] = {}
@@ -135,7 +157,10 @@ class EncoderState:
             if names := tuple(name for name in acting if self._calls(prompt, self.loaded[name])):
                 rows_by_names.setdefault(names, []).append(row)
         self.groups = [
-            ([(self.loaded[n], self.loaded[n].logit_bias + math.log(acting[n])) for n in names], rows)
+            (
+                [(self.loaded[n], self.loaded[n].logit_bias + math.log(acting[n])) for n in names],
+                rows,
+            )
             for names, rows in rows_by_names.items()
         ]
         self._warn_uncalled(prompts, {row for _, rows in self.groups for row in rows})
@@ -145,7 +170,9 @@ class EncoderState:
         self.groups = []
 
     def before_denoising(self, unet: Any, args: tuple) -> None:
-        """Forward pre-hook of the UNet: this picture's prompts are encoded, the next ones are a new picture's."""
+        """Forward pre-hook of the UNet: this picture's prompts are encoded, the next ones are a new
+        picture's.
+        """
         self.negative_expected = False
 
     def _content(self, ids: list[int]) -> tuple[int, ...]:
@@ -164,17 +191,23 @@ class EncoderState:
     def _warn_uncalled(self, prompts: list[tuple[int, ...]], called: set[int]) -> None:
         """Warn about prompts that call nothing, once per picture.
 
-        Pipelines encode the prompts first, then the negative ones, which call nothing on purpose: after a first
-        encoding, one that calls nothing is taken for them until the UNet has run.
+        Pipelines encode the prompts first, then the negative ones, which call nothing on purpose:
+        after a first encoding, one that calls nothing is taken for them until the UNet has run.
         """
-        plain = [row for row, ids in enumerate(prompts) if ids and ids not in self.plain and row not in called]
+        plain = [
+            row
+            for row, ids in enumerate(prompts)
+            if ids and ids not in self.plain and row not in called
+        ]
         is_negative = self.negative_expected and not called
         self.negative_expected = not is_negative
         if plain and not is_negative:
-            words = " or ".join(repr(word) for word in sorted({self.loaded[n].base_class for n in self.active}))
+            words = " or ".join(
+                repr(word) for word in sorted({self.loaded[n].base_class for n in self.active})
+            )
             warnings.warn(
-                f"prompt {', '.join(map(str, plain))} of this batch calls no active concept and is drawn by the "
-                f"plain model. Write {words} in it.",
+                f"prompt {', '.join(map(str, plain))} of this batch calls no active concept and is "
+                f"drawn by the plain model. Write {words} in it.",
                 stacklevel=2,
             )
 
@@ -186,20 +219,29 @@ class EncoderState:
         scaling: float,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """``output`` ``[B T N H]`` with the marked rows replaced by equation (1); others are not touched.
+        """``output`` ``[B T N H]`` with the marked rows replaced by equation (1); others are not
+        touched.
 
-        ``heads`` are query, key and value, ``[B N T H]``; ``mask`` ``[B or 1, 1, T, T]`` boolean or additive.
+        ``heads`` are query, key and value, ``[B N T H]``; ``mask`` ``[B or 1, 1, T, T]`` boolean or
+        additive.
         """
         wide = torch.promote_types(output.dtype, torch.float32)
         for concepts, rows in self.groups:
             index = torch.tensor(rows, device=output.device)
             q, k, v = (x[index].to(wide) for x in heads)
-            parts = [(pair, bias) for one, bias in concepts if (pair := one.at_layer(layer, q)) is not None]
+            parts = [
+                (pair, bias)
+                for one, bias in concepts
+                if (pair := one.at_layer(layer, q)) is not None
+            ]
             if not parts:
                 continue
-            logits = [torch.matmul(q, pair[0].mT) * scaling + bias for pair, bias in parts]  # [R N T P]
+            # [R N T P]
+            logits = [torch.matmul(q, pair[0].mT) * scaling + bias for pair, bias in parts]
             logits.append(_masked(torch.matmul(q, k.mT) * scaling, mask, index))  # [R N T T]
-            values = torch.cat([*(pair[1].expand(len(rows), -1, -1, -1) for pair, _ in parts), v], dim=-2)
+            values = torch.cat(
+                [*(pair[1].expand(len(rows), -1, -1, -1) for pair, _ in parts), v], dim=-2
+            )
             mixed = torch.matmul(torch.cat(logits, dim=-1).softmax(dim=-1), values)  # [R N T H]
             output = output.index_copy(0, index, mixed.transpose(1, 2).to(output.dtype))
         return output
@@ -208,7 +250,9 @@ class EncoderState:
 def _masked(logits: torch.Tensor, mask: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
     """Logits ``[R N T T]`` with later tokens hidden; a given mask already says so."""
     if mask is None:  # CLIP hands SDPA no mask and is_causal=True
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()[None, None]
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()[
+            None, None
+        ]
     if mask.shape[0] > 1:
         mask = mask[index]
     if mask.dtype == torch.bool:
@@ -222,7 +266,9 @@ def _attention_modules(encoder: Any) -> list[Any]:
 
 
 def _register(original: str) -> str:
-    """Register our attention on top of ``original``, and ``original``'s masks under the same name."""
+    """Register our attention on top of ``original``, and ``original``'s masks under the same
+    name.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = _PREFIX + original
@@ -231,9 +277,16 @@ def _register(original: str) -> str:
     return name
 
 
-def _make_attention(original: str, registered: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def _make_attention(
+    original: str, registered: Any
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     def catversion_attention(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: torch.Tensor | None, **kwargs: Any
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if original == "eager":  # not in the registry: every model file brings its own
             plain = sys.modules[type(module).__module__].eager_attention_forward

@@ -5,23 +5,29 @@ r"""CatVersion concepts in a PyTorch diffusers pipeline.
     load_catversion(pipe, "out/concepts/my_teapot")           # or a hub id
     pipe("a teapot on the moon")                              # the class word calls the concept
 
-A concept is a few keys and values per adapted layer of the text encoder's self-attention, concatenated before
-the layer's own (CatVersion, arXiv 2311.14631), with an additive bias b on their logits:
+A concept is a few keys and values per adapted layer of the text encoder's self-attention,
+concatenated before the layer's own (CatVersion, arXiv 2311.14631), with an additive bias b on their
+logits:
 
-    (1)  attn([K_c; K], [V_c; V]) = softmax([q K_c^T / sqrt(H) + b, q K^T / sqrt(H) + causal mask]) [V_c; V]
-    (2)  scale s multiplies the concept's odds against the prompt's own tokens:  b + log s;  s = 0: not applied
+    (1)  attn([K_c; K], [V_c; V])
+             = softmax([q K_c^T / sqrt(H) + b, q K^T / sqrt(H) + causal mask]) [V_c; V]
+    (2)  scale s multiplies the concept's odds against the prompt's own tokens:
+             b + log s;  s = 0: not applied
 
-How it acts. Through transformers' public attention interface: the encoder's own implementation (eager or SDPA)
-runs unchanged for every row of the batch, then only the rows whose prompt calls a concept are overwritten with
-(1), computed in float32. A public forward pre-hook on the text encoder finds those rows from the token ids. So
-prompts about other things, the unconditional branch and everything while nothing is active stay bit-identical.
+How it acts. Through transformers' public attention interface: the encoder's own implementation
+(eager or SDPA) runs unchanged for every row of the batch, then only the rows whose prompt calls a
+concept are overwritten with (1), computed in float32. A public forward pre-hook on the text encoder
+finds those rows from the token ids. So prompts about other things, the unconditional branch and
+everything while nothing is active stay bit-identical.
 
-When it acts. ``class_word`` concepts: on prompts that contain the words of their base class, negative prompts
-included if they do. ``always`` concepts: on every prompt except the empty one. A text encoder cannot see that a
-prompt is a negative one, so name those that must stay plain: ``set_catversion(..., plain_prompts=["blurry"])``.
+When it acts. ``class_word`` concepts: on prompts that contain the words of their base class,
+negative prompts included if they do. ``always`` concepts: on every prompt except the empty one. A
+text encoder cannot see that a prompt is a negative one, so name those that must stay plain:
+``set_catversion(..., plain_prompts=["blurry"])``.
 
-This file and ``concept_attention.py`` need torch, safetensors and transformers, no jax. ``catversion export
---format pipeline`` writes both into the ``pipeline.py`` of a model folder, which then needs no package of ours.
+This file and ``concept_attention.py`` need torch, safetensors and transformers, no jax.
+``catversion export --format pipeline`` writes both into the ``pipeline.py`` of a model folder,
+which then needs no package of ours.
 """
 
 from __future__ import annotations
@@ -36,13 +42,17 @@ from typing import Any
 
 import torch
 
-from catversion_jax.integrations.concept_attention import CatVersionLoadError, EncoderState, LoadedConcept
+from catversion_jax.integrations.concept_attention import (
+    CatVersionLoadError,
+    EncoderState,
+    LoadedConcept,
+)
 
 CONCEPT_FILE_NAME = "catversion.safetensors"
 FORMAT_VERSION = 1
 
 
-# ---- What a user calls ----------------------------------------------------------------------------------------
+# ---- What a user calls ---------------------------------------------------------------------------
 
 
 def load_catversion(
@@ -53,15 +63,18 @@ def load_catversion(
     force: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Load a concept and make it active at scale 1, beside the active concepts of other base classes.
+    """Load a concept and make it active at scale 1, beside the active concepts of other base
+    classes.
 
-    An active concept of the same base class is set aside, and a loaded one of the same name is replaced; both
-    cost no more than the few kB of the new one. Use :func:`set_catversion` for any other choice.
+    An active concept of the same base class is set aside, and a loaded one of the same name is
+    replaced; both cost no more than the few kB of the new one. Use :func:`set_catversion` for any
+    other choice.
 
     Args:
       pipe: a pipeline with ``text_encoder`` (CLIP) and ``tokenizer``.
-      path_or_hub_id: a concept file, a folder with ``catversion.safetensors``, or a hub id, optionally with a
-        folder or file inside the repository: ``"user/repo"``, ``"user/repo/teapot"``.
+      path_or_hub_id: a concept file, a folder with ``catversion.safetensors``, or a hub id,
+        optionally with a folder or file inside the repository: ``"user/repo"``,
+        ``"user/repo/teapot"``.
       adapter_name: how to call it here; default: the concept's own name.
       force: load it although it was trained with another text encoder of the same shape.
       revision: of the hub repository.
@@ -85,14 +98,15 @@ def set_catversion(
 ) -> None:
     """Choose the active concepts and their scales; all other loaded ones rest.
 
-    Several active concepts each act on the prompts that call them; a prompt that calls several gets all of them.
+    Several active concepts each act on the prompts that call them; a prompt that calls several gets
+    all of them.
 
     Args:
       pipe: the pipeline.
       name: one or more loaded names.
       scale: one number for all or one per name; 0 = plain model exactly, 1 = as trained.
-      plain_prompts: prompts that stay plain whatever they say, such as the negative prompt; None keeps the
-        earlier choice.
+      plain_prompts: prompts that stay plain whatever they say, such as the negative prompt; None
+        keeps the earlier choice.
 
     Raises:
       CatVersionLoadError: a name that is not loaded, or a scale that is not a finite number >= 0.
@@ -101,11 +115,15 @@ def set_catversion(
     names = [name] if isinstance(name, str) else list(name)
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(names)
     if len(scales) != len(names):
-        raise CatVersionLoadError(f"{len(names)} names and {len(scales)} scales: give one scale per name.")
+        raise CatVersionLoadError(
+            f"{len(names)} names and {len(scales)} scales: give one scale per name."
+        )
     for one, number in zip(names, scales, strict=True):
         state.require(one)
         if not (math.isfinite(number) and number >= 0):
-            raise CatVersionLoadError(f"scale={number}: must be a finite number >= 0 (0 = plain, 1 = as trained).")
+            raise CatVersionLoadError(
+                f"scale={number}: must be a finite number >= 0 (0 = plain, 1 = as trained)."
+            )
     state.active = dict(zip(names, map(float, scales), strict=True))
     state.enabled = True
     if plain_prompts is not None:
@@ -115,7 +133,9 @@ def set_catversion(
 
 
 def disable_catversion(pipe: Any) -> None:
-    """Let every concept rest: the pipeline is bit-identical to the plain one until ``enable_catversion``."""
+    """Let every concept rest: the pipeline is bit-identical to the plain one until
+    ``enable_catversion``.
+    """
     _state_of(pipe).enabled = False
 
 
@@ -125,7 +145,8 @@ def enable_catversion(pipe: Any) -> None:
 
 
 def unload_catversion(pipe: Any, name: str | None = None) -> None:
-    """Forget one concept, or all; with the last one every hook and the attention implementation are undone.
+    """Forget one concept, or all; with the last one every hook and the attention implementation are
+    undone.
 
     Raises:
       CatVersionLoadError: ``name`` is not loaded.
@@ -154,7 +175,7 @@ def list_catversion(pipe: Any) -> list[dict[str, Any]]:
     return listed
 
 
-# ---- Concept files --------------------------------------------------------------------------------------------
+# ---- Concept files -------------------------------------------------------------------------------
 
 
 def _resolve_file(path_or_hub_id: str | Path, revision: str | None) -> Path:
@@ -162,23 +183,30 @@ def _resolve_file(path_or_hub_id: str | Path, revision: str | None) -> Path:
     if path.is_dir():
         path = path / CONCEPT_FILE_NAME
         if not path.is_file():
-            raise CatVersionLoadError(f"{path.parent}: no {CONCEPT_FILE_NAME} in it. Give a concept's folder.")
+            raise CatVersionLoadError(
+                f"{path.parent}: no {CONCEPT_FILE_NAME} in it. Give a concept's folder."
+            )
     if path.is_file():
         return path
     owner, *parts = str(path_or_hub_id).split("/")
     if not parts or owner in ("", ".", "..", "~"):
         raise CatVersionLoadError(
-            f"{path_or_hub_id}: no such file. Give a concept file, its folder, or a hub id like user/repo."
+            f"{path_or_hub_id}: no such file. Give a concept file, its folder, or a hub id like "
+            "user/repo."
         )
-    inside = "/".join(parts[1:] if parts[-1].endswith(".safetensors") else [*parts[1:], CONCEPT_FILE_NAME])
+    inside = "/".join(
+        parts[1:] if parts[-1].endswith(".safetensors") else [*parts[1:], CONCEPT_FILE_NAME]
+    )
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(f"{owner}/{parts[0]}", inside, revision=revision))
-    except Exception as error:  # the hub's exceptions differ by version; all mean that there is no file
+    except Exception as error:
+        # the hub's exceptions differ by version; all mean that there is no file
         raise CatVersionLoadError(
-            f"{path_or_hub_id}: no such file here, and no {inside} in a hub repository of that name "
-            f"({type(error).__name__}: {error}). Check the spelling, and the connection for a hub id."
+            f"{path_or_hub_id}: no such file here, and no {inside} in a hub repository of that "
+            f"name ({type(error).__name__}: {error}). Check the spelling, and the connection for a "
+            "hub id."
         ) from error
 
 
@@ -194,43 +222,55 @@ def _parse_concept(data: bytes, source: str) -> LoadedConcept:
             raise ValueError("its tensors do not have the checksum it states")
     except Exception as error:  # SafetensorError, or anything json and torch raise on garbage
         raise CatVersionLoadError(
-            f"{source}: not a complete safetensors file ({error}). Give a {CONCEPT_FILE_NAME}; copy it again."
+            f"{source}: not a complete safetensors file ({error}). Give a {CONCEPT_FILE_NAME}; "
+            "copy it again."
         ) from error
-    own = {k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")}
+    own = {
+        k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
+    }
     version = own.get("format_version")
     if version is None:
         raise CatVersionLoadError(
-            f"{source}: no catversion metadata (it holds {', '.join(list(tensors)[:3])}): not a concept file. "
-            "LoRAs load with load_lora_weights, embeddings with load_textual_inversion."
+            f"{source}: no catversion metadata (it holds {', '.join(list(tensors)[:3])}): not a "
+            "concept file. LoRAs load with load_lora_weights, embeddings with "
+            "load_textual_inversion."
         )
     if not version.isdigit() or int(version) > FORMAT_VERSION:
         raise CatVersionLoadError(
-            f"{source}: format version {version}, this code reads up to {FORMAT_VERSION}. Update catversion-jax."
+            f"{source}: format version {version}, this code reads up to {FORMAT_VERSION}. Update "
+            "catversion-jax."
         )
     try:
         layers = tuple(int(i) for i in json.loads(own["layers"]))
         key, value = (
-            torch.stack([tensors[f"layers.{i}.{part}"] for i in layers]).float() for part in ("key", "value")
+            torch.stack([tensors[f"layers.{i}.{part}"] for i in layers]).float()
+            for part in ("key", "value")
         )
         texts = ("name", "base_class", "when", "base_model", "text_encoder_sha256")
         named = {text: own[text] for text in texts}
         return LoadedConcept(layers, key, value, float(own["logit_bias"]), **named)
     except (KeyError, ValueError, TypeError) as error:
-        raise CatVersionLoadError(f"{source}: damaged concept file ({error!r}). Export it again.") from error
+        raise CatVersionLoadError(
+            f"{source}: damaged concept file ({error!r}). Export it again."
+        ) from error
 
 
 def _load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str | None, force: bool) -> str:
     concept = _parse_concept(data, source)
     encoder = getattr(pipe, "text_encoder", None)
     if encoder is None or getattr(pipe, "tokenizer", None) is None:
-        raise CatVersionLoadError(f"{type(pipe).__name__}: a concept needs a text_encoder and a tokenizer.")
+        raise CatVersionLoadError(
+            f"{type(pipe).__name__}: a concept needs a text_encoder and a tokenizer."
+        )
     _check_shape(concept, encoder, source)
     state = getattr(encoder, "_catversion_state", None) or EncoderState(pipe.tokenizer)
     if not force:
         _check_fingerprint(state, concept, encoder, source)
     concept.class_ids = _word_ids(pipe.tokenizer, concept.base_class)
     if not concept.class_ids:
-        raise CatVersionLoadError(f"{source}: base class {concept.base_class!r} has no tokens. Export it again.")
+        raise CatVersionLoadError(
+            f"{source}: base class {concept.base_class!r} has no tokens. Export it again."
+        )
     state.install(encoder, getattr(pipe, "unet", None))
     for rival, one in state.loaded.items():
         if one.class_ids == concept.class_ids:
@@ -247,37 +287,45 @@ def _check_shape(concept: LoadedConcept, encoder: Any, source: str) -> None:
     top = max(concept.layers)
     if tuple(concept.key.shape[2:]) != (heads, head_dim) or top >= num_layers:
         raise CatVersionLoadError(
-            f"{source}: made for a text encoder with {concept.key.shape[2]} heads of {concept.key.shape[3]} and "
-            f"at least {top + 1} layers; this pipeline's has {heads} heads of {head_dim} and {num_layers} layers. "
-            f"Load the model it was trained on: {concept.base_model or 'not stated in the file'}."
+            f"{source}: made for a text encoder with {concept.key.shape[2]} heads of "
+            f"{concept.key.shape[3]} and at least {top + 1} layers; this pipeline's has {heads} "
+            f"heads of {head_dim} and {num_layers} layers. Load the model it was trained on: "
+            f"{concept.base_model or 'not stated in the file'}."
         )
 
 
-def _check_fingerprint(state: EncoderState, concept: LoadedConcept, encoder: torch.nn.Module, source: str) -> None:
+def _check_fingerprint(
+    state: EncoderState, concept: LoadedConcept, encoder: torch.nn.Module, source: str
+) -> None:
     if not concept.text_encoder_sha256:
         return
     state.fingerprint = state.fingerprint or text_encoder_sha256(encoder)
     if state.fingerprint is None:
         warnings.warn(
-            f"{source}: whether this text encoder is the one it was trained with cannot be checked in "
-            f"{getattr(encoder, 'dtype', 'this dtype')}; load the pipeline in float16 or float32 to check.",
+            f"{source}: whether this text encoder is the one it was trained with cannot be checked "
+            f"in {getattr(encoder, 'dtype', 'this dtype')}; load the pipeline in float16 or "
+            "float32 to check.",
             stacklevel=4,
         )
     elif state.fingerprint != concept.text_encoder_sha256:
         raise CatVersionLoadError(
             f"{source}: trained with the text encoder {concept.text_encoder_sha256[:12]} of "
-            f"{concept.base_model or 'an unnamed model'}; this pipeline's is {state.fingerprint[:12]}, and "
-            "a concept means nothing to another one. Load that model, or pass force=True to try it."
+            f"{concept.base_model or 'an unnamed model'}; this pipeline's is "
+            f"{state.fingerprint[:12]}, and a concept means nothing to another one. Load that "
+            "model, or pass force=True to try it."
         )
 
 
 def text_encoder_sha256(encoder: torch.nn.Module) -> str | None:
-    """Fingerprint of the weights, the same for float32 and float16 copies; None when it cannot be known.
+    """Fingerprint of the weights, the same for float32 and float16 copies; None when it cannot be
+    known.
 
-    sha256 over the sorted state dict without ``token_embedding`` and ``position_ids``: key (freed of the
-    ``text_model.`` prefix), then the tensor as little-endian float16.
+    sha256 over the sorted state dict without ``token_embedding`` and ``position_ids``: key (freed
+    of the ``text_model.`` prefix), then the tensor as little-endian float16.
     """
-    tensors = {key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items()}
+    tensors = {
+        key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items()
+    }
     digest = hashlib.sha256()
     for key in sorted(tensors):
         if "token_embedding" in key or "position_ids" in key:
@@ -286,14 +334,18 @@ def text_encoder_sha256(encoder: torch.nn.Module) -> str | None:
         if tensor.is_meta or tensor.dtype not in (torch.float16, torch.float32, torch.float64):
             return None  # bfloat16 has dropped digits that float16 keeps
         digest.update(key.encode())
-        digest.update(tensor.detach().cpu().to(torch.float16).contiguous().numpy().astype("<f2").tobytes())
+        digest.update(
+            tensor.detach().cpu().to(torch.float16).contiguous().numpy().astype("<f2").tobytes()
+        )
     return digest.hexdigest()
 
 
 def _state_of(pipe: Any) -> EncoderState:
     state = getattr(pipe.text_encoder, "_catversion_state", None)
     if state is None:
-        raise CatVersionLoadError("no concept is loaded in this pipeline. Use load_catversion first.")
+        raise CatVersionLoadError(
+            "no concept is loaded in this pipeline. Use load_catversion first."
+        )
     return state
 
 

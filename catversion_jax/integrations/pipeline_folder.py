@@ -1,9 +1,10 @@
-"""Write a complete diffusers folder whose ``pipeline.py`` brings the concepts and the code they need.
+"""Write a complete diffusers folder whose ``pipeline.py`` brings the concepts and the code they
+need.
 
-``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)`` then needs torch, diffusers and transformers,
-no package of ours; diffusers 0.42 asks for ``trust_remote_code=True`` with any custom pipeline. ``pipeline.py`` is
-the source of ``concept_attention.py`` and ``diffusers.py`` one after the other, the concept files in base64, and a
-pipeline class that loads them when it is made.
+``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)`` then needs torch, diffusers
+and transformers, no package of ours; diffusers 0.42 asks for ``trust_remote_code=True`` with any
+custom pipeline. ``pipeline.py`` is the source of ``concept_attention.py`` and ``diffusers.py`` one
+after the other, the concept files in base64, and a pipeline class that loads them when it is made.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from __future__ import annotations
 
 _PIPELINE = '''
 
-# ---- The concepts of this folder and the pipeline that loads them ---------------------------------------------
+# ---- The concepts of this folder and the pipeline that loads them --------------------------------
 
 import base64
 import functools
@@ -56,7 +57,8 @@ class CatVersionPipeline(StableDiffusionPipeline):
         super().__init__(*args, **kwargs)
         if self.text_encoder is not None:
             for name, data in _CONCEPTS.items():
-                _load_bytes(self, base64.b64decode(data), f"concept {{name!r}} of this pipeline", name, {force})
+                source = f"concept {{name!r}} of this pipeline"
+                _load_bytes(self, base64.b64decode(data), source, name, {force})
 
     def set_catversion(self, name, scale=1.0, *, plain_prompts=None):
         """See the function of that name."""
@@ -78,13 +80,16 @@ pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_r
 pipe("{prompt}").images[0]
 ```
 
-Without `custom_pipeline` the folder is the plain model. The folder `catversion/` holds the concept files.
+Without `custom_pipeline` the folder is the plain model. The folder `catversion/` holds the concept
+files.
 """
 
 
 def pipeline_source(concepts: Mapping[str, bytes], *, force: bool = False) -> str:
     """Source of ``pipeline.py`` for concept files given as bytes by name."""
-    bodies = [_body(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in _SOURCES]
+    bodies = [
+        _body(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in _SOURCES
+    ]
     encoded = {name: base64.b64encode(data).decode() for name, data in concepts.items()}
     entries = "".join(f"    {name!r}: {data!r},\n" for name, data in encoded.items())
     names = ", ".join(concepts).replace("\\", "/").replace('"', "'")
@@ -99,7 +104,8 @@ def export_pipeline(
     *,
     force: bool = False,
 ) -> Path:
-    """Write the folder: model files (hard links where the disk allows, else copies), concepts, ``pipeline.py``.
+    """Write the folder: model files (hard links where the disk allows, else copies), concepts,
+    ``pipeline.py``.
 
     Args:
       output: a new or empty folder.
@@ -112,7 +118,9 @@ def export_pipeline(
     """
     output, model_folder = Path(output), Path(model_folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CatVersionError(f"{output}: exists and is not an empty folder. Give a new folder for the pipeline.")
+        raise CatVersionError(
+            f"{output}: exists and is not an empty folder. Give a new folder for the pipeline."
+        )
     index = _read_index(model_folder)
     make_folder(output)
     for name, component in index.items():
@@ -125,9 +133,12 @@ def export_pipeline(
     index["requires_safety_checker"] = bool((index.get("safety_checker") or [None])[0])
     files = write_concepts(concepts, output / "catversion")
     data = {concept.name: file.read_bytes() for concept, file in zip(concepts, files, strict=True)}
-    write_atomically(output / "model_index.json", (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(
+        output / "model_index.json", (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    )
     rows = "\n".join(
-        f"| {c.name} | {c.base_class if c.when == 'class_word' else 'every prompt'} |" for c in concepts
+        f"| {c.name} | {c.base_class if c.when == 'class_word' else 'every prompt'} |"
+        for c in concepts
     )
     prompt = f"a photo of a {concepts[0].base_class}"
     readme = _README.format(title=output.name, rows=rows, prompt=prompt)
@@ -155,7 +166,8 @@ def _read_index(model_folder: Path) -> dict[str, Any]:
         return json.loads((model_folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CatVersionError(
-            f"{model_folder}: no readable model_index.json ({error}). Give a diffusers folder as --model."
+            f"{model_folder}: no readable model_index.json ({error}). Give a diffusers folder as "
+            "--model."
         ) from error
 
 

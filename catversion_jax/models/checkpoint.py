@@ -1,8 +1,9 @@
 """Finding and reading safetensors files, one tensor at a time.
 
-The format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape,
-data_offsets}}``, then the raw little-endian tensors. Tensors are read by offset instead of through a memory
-map, because mapped pages count as the process's memory and would double the peak while loading.
+The format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header
+``{name: {dtype, shape, data_offsets}}``, then the raw little-endian tensors. Tensors are read by
+offset instead of through a memory map, because mapped pages count as the process's memory and would
+double the peak while loading.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class StoredTensor:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            array = np.fromfile(file, dtype=self.dtype, count=int(np.prod(self.shape))).reshape(self.shape)
+            array = np.fromfile(file, dtype=self.dtype, count=int(np.prod(self.shape))).reshape(
+                self.shape
+            )
         return array if dtype is None else array.astype(dtype)
 
 
@@ -69,17 +72,25 @@ def open_checkpoint(folder: str | Path, *, variant: str | None = None) -> dict[s
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CatVersionError(f"{folder}: the folder does not exist; weights were expected in it. Check the path.")
+        raise CatVersionError(
+            f"{folder}: the folder does not exist; weights were expected in it. Check the path."
+        )
     names = sorted(path.name for path in folder.iterdir())
     for stem in STEMS:
         for name in weight_files(stem, variant):
             if name in names:
-                return _open_shards(folder / name) if name.endswith(".json") else read_header(folder / name)
+                return (
+                    _open_shards(folder / name)
+                    if name.endswith(".json")
+                    else read_header(folder / name)
+                )
     raise CatVersionError(missing_weights(str(folder), names, variant))
 
 
 def weight_files(stem: str, variant: str | None) -> tuple[str, ...]:
-    """File names that hold the weights of a variant, or the index of their shards; the first one counts."""
+    """File names that hold the weights of a variant, or the index of their shards; the first one
+    counts.
+    """
     infix = f".{variant}" if variant else ""
     single = f"{stem}{infix}.safetensors"
     # Both places for the variant's name in an index are in use.
@@ -99,18 +110,24 @@ def missing_weights(where: str, names: Sequence[str], variant: str | None) -> st
         remedy = "Pass " + " or ".join(f"variant={name!r}" for name in variants) + "."
     elif any(name.endswith(PICKLED) for name in names):
         remedy = (
-            "Pickled weights can run arbitrary code and are not read. Convert them once in PyTorch: load the "
-            "model with diffusers or transformers and call save_pretrained(folder, safe_serialization=True)."
+            "Pickled weights can run arbitrary code and are not read. Convert them once in "
+            "PyTorch: load the model with diffusers or transformers and call "
+            "save_pretrained(folder, safe_serialization=True)."
         )
     else:
-        remedy = f"Expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}; download the model again."
+        remedy = (
+            f"Expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}; download the model "
+            "again."
+        )
     wanted = f"safetensors weights{f' of variant {variant!r}' if variant else ''}"
     return f"{where}: no {wanted}; found {list(names)}. {remedy}"
 
 
 def _variants(names: Sequence[str]) -> list[str | None]:
     """Variants whose safetensors are among ``names``; None is the plain one."""
-    pattern = re.compile(rf"(?:{'|'.join(STEMS)})(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
+    pattern = re.compile(
+        rf"(?:{'|'.join(STEMS)})(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+    )
     matches = [match for match in map(pattern.fullmatch, names) if match]
     return sorted({match[1] or match[2] for match in matches}, key=lambda name: name or "")
 
@@ -126,30 +143,34 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if start.startswith(b"version "):
-            raise CatVersionError(f"{path}: is a git-lfs pointer, not the weights. Run 'git lfs pull' there.")
+            raise CatVersionError(
+                f"{path}: is a git-lfs pointer, not the weights. Run 'git lfs pull' there."
+            )
         if not 2 <= length <= min(HEADER_LIMIT, size - 8):
             raise CatVersionError(
-                f"{path}: not a safetensors file ({size} bytes, header length {length}); it is probably cut "
-                "off or of another kind. Download it again."
+                f"{path}: not a safetensors file ({size} bytes, header length {length}); it is "
+                "probably cut off or of another kind. Download it again."
             )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise CatVersionError(f"{path}: damaged safetensors header ({error}). Download it again.") from error
+            raise CatVersionError(
+                f"{path}: damaged safetensors header ({error}). Download it again."
+            ) from error
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise CatVersionError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}. "
-                "Use the model's unquantized weights."
+                f"{path}: tensor {name} has dtype {entry['dtype']}; supported are "
+                f"{', '.join(DTYPES)}. Use the model's unquantized weights."
             )
         dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         if end - begin != int(np.prod(shape)) * dtype.itemsize or 8 + length + end > size:
             raise CatVersionError(
-                f"{path}: tensor {name} lies outside the file ({size} bytes); the file is cut off or damaged. "
-                "Download it again."
+                f"{path}: tensor {name} lies outside the file ({size} bytes); the file is cut off "
+                "or damaged. Download it again."
             )
         tensors[name] = StoredTensor(path, 8 + length + begin, shape, dtype)
     return tensors
@@ -159,10 +180,14 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise CatVersionError(f"{index}: not an index of shards ({error!r}). Download it again.") from error
+        raise CatVersionError(
+            f"{index}: not an index of shards ({error!r}). Download it again."
+        ) from error
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        raise CatVersionError(f"{index}: these shards are missing beside it: {missing}. Download them.")
+        raise CatVersionError(
+            f"{index}: these shards are missing beside it: {missing}. Download them."
+        )
     tensors: dict[str, StoredTensor] = {}
     for name in shards:
         tensors.update(read_header(index.parent / name))

@@ -1,6 +1,7 @@
 """The transformer that CLIP's text and vision encoders share: pre-norm attention and MLP.
 
-Source: transformers ``models/clip/modeling_clip.py`` (CLIPAttention, CLIPMLP, CLIPEncoderLayer, CLIPEncoder).
+Source: transformers ``models/clip/modeling_clip.py`` (CLIPAttention, CLIPMLP, CLIPEncoderLayer,
+CLIPEncoder).
 """
 
 from __future__ import annotations
@@ -153,7 +154,9 @@ class CLIPEncoder(nnx.Module):
         )
 
 
-def layer_norm(config: EncoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(
+    config: EncoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+) -> nnx.LayerNorm:
     """Layer norm as PyTorch computes it: variance from centred values, in float32."""
     return nnx.LayerNorm(
         config.hidden_size,

@@ -1,11 +1,13 @@
 """CLIP's text encoder, with a concept's keys and values as an argument.
 
     (1)  h_0 = token_embedding[ids] + position_embedding[0..T-1]
-    (2)  h_{i+1} = layer_i(h_i; causal mask; [residual keys; own keys], [residual values; own values])
+    (2)  h_{i+1} = layer_i(h_i; causal mask;
+                           [residual keys; own keys], [residual values; own values])
     (3)  last = final_layer_norm(h_L),   penultimate = h_{L-1} (``hidden_states[-2]``, no norm)
 
-Without a residual (2) is plain CLIP, bit for bit. Padding tokens are not masked, as in Stable Diffusion.
-Source: transformers ``CLIPTextModel``; the residual is METHOD equation (1), see ``residual.py``.
+Without a residual (2) is plain CLIP, bit for bit. Padding tokens are not masked, as in Stable
+Diffusion. Source: transformers ``CLIPTextModel``; the residual is METHOD equation (1), see
+``residual.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from flax import nnx
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.clip_encoder import ACTIVATIONS, CLIPEncoder, EncoderConfig, ExtraKeys, layer_norm
+from catversion_jax.models.clip_encoder import (
+    ACTIVATIONS,
+    CLIPEncoder,
+    EncoderConfig,
+    ExtraKeys,
+    layer_norm,
+)
 from catversion_jax.models.hf_config import TRANSFORMERS_IGNORED, check_supported
 from catversion_jax.residual import KVResidual
 
@@ -28,7 +36,9 @@ Output = Literal["last", "penultimate"]
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(EncoderConfig):
-    """A text encoder's ``config.json``; the defaults are transformers' own, for keys a file leaves out."""
+    """A text encoder's ``config.json``; the defaults are transformers' own, for keys a file leaves
+    out.
+    """
 
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -57,7 +67,8 @@ class CLIPTextConfig(EncoderConfig):
         )
         if not isinstance(config.get("eos_token_id", 0), int):
             raise CatVersionError(
-                f"{source}: eos_token_id = {config['eos_token_id']!r}, must be one integer. Correct the file."
+                f"{source}: eos_token_id = {config['eos_token_id']!r}, must be one integer. "
+                "Correct the file."
             )
         return cls(**{name: value for name, value in config.items() if name in names})
 
@@ -68,7 +79,9 @@ class CLIPTextEmbeddings(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes)
-        self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, **dtypes)
+        self.position_embedding = nnx.Embed(
+            config.max_position_embeddings, config.hidden_size, **dtypes
+        )
 
     def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embed tokens and add positions.
@@ -79,8 +92,9 @@ class CLIPTextEmbeddings(nnx.Module):
         num_tokens = token_ids.shape[-1]
         if num_tokens > self.position_embedding.num_embeddings:
             raise CatVersionError(
-                f"{num_tokens} tokens: this text encoder has {self.position_embedding.num_embeddings} positions. "
-                "Truncate the prompt; Tokenizer does so."
+                f"{num_tokens} tokens: this text encoder has "
+                f"{self.position_embedding.num_embeddings} positions. Truncate the prompt; "
+                "Tokenizer does so."
             )
         return self.token_embedding(token_ids) + self.position_embedding(jnp.arange(num_tokens))
 
@@ -88,7 +102,9 @@ class CLIPTextEmbeddings(nnx.Module):
 class CLIPTextModel(nnx.Module):
     """The text encoder."""
 
-    def __init__(self, config: CLIPTextConfig, *, dtype: Any = jnp.float32, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: CLIPTextConfig, *, dtype: Any = jnp.float32, param_dtype: Any, rngs: nnx.Rngs
+    ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.eos_token_id = config.eos_token_id
         self.embeddings = CLIPTextEmbeddings(config, **dtypes)
@@ -115,7 +131,9 @@ class CLIPTextModel(nnx.Module):
         return self.upper(self.lower(token_ids, 0), residual, 0, output=output)
 
     def lower(self, token_ids: Int[Array, "B T"], layer: int) -> Float[Array, "B T D"]:
-        """The plain hidden state that enters layer ``layer``: what no residual from there on can change."""
+        """The plain hidden state that enters layer ``layer``: what no residual from there on can
+        change.
+        """
         hidden = self.embeddings(jnp.asarray(token_ids))
         bias = causal_bias(hidden.shape[1])
         for block in self.encoder.layers[:layer]:
@@ -133,7 +151,8 @@ class CLIPTextModel(nnx.Module):
         """The layers from ``layer`` on, equations (2) and (3).
 
         Raises:
-          CatVersionError: a residual that does not fit this encoder, or adapts a layer below ``layer``.
+          CatVersionError: a residual that does not fit this encoder, or adapts a layer below
+            ``layer``.
         """
         num_layers = len(self.encoder.layers)
         stop = {"last": num_layers, "penultimate": num_layers - 1}[output]
@@ -160,11 +179,13 @@ class CLIPTextModel(nnx.Module):
             hidden = block(hidden, bias)
         return jnp.stack(keys), jnp.stack(values)
 
-    def pooled(self, last: Float[Array, "B T D"], token_ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
+    def pooled(
+        self, last: Float[Array, "B T D"], token_ids: Int[Array, "B T"]
+    ) -> Float[Array, "B D"]:
         """The state at the end-of-text token, which summarizes a prompt.
 
-        Configurations written before transformers 4.31 say ``eos_token_id = 2``, which is wrong; the highest
-        id of the row is meant there.
+        Configurations written before transformers 4.31 say ``eos_token_id = 2``, which is wrong;
+        the highest id of the row is meant there.
         """
         ids = jnp.asarray(token_ids)
         where = ids.argmax(-1) if self.eos_token_id == 2 else (ids == self.eos_token_id).argmax(-1)
@@ -173,17 +194,22 @@ class CLIPTextModel(nnx.Module):
     def _check_fits(self, residual: KVResidual, layers: range) -> None:
         attention = self.encoder.layers[0].self_attn
         heads = (attention.num_heads, attention.k_proj.out_features // attention.num_heads)
-        expected = (len(residual.layers), residual.key.shape[-3] if residual.key.ndim >= 3 else "P", *heads)
+        expected = (
+            len(residual.layers),
+            residual.key.shape[-3] if residual.key.ndim >= 3 else "P",
+            *heads,
+        )
         if residual.key.shape != expected or residual.value.shape != expected:
             raise CatVersionError(
-                f"residual with key {list(residual.key.shape)}, value {list(residual.value.shape)} and layers "
-                f"{residual.layers}: this text encoder needs [layers, positions, heads, head size] = "
-                f"{list(expected)}. Use a concept trained on this model; vmap over concepts outside."
+                f"residual with key {list(residual.key.shape)}, value {list(residual.value.shape)} "
+                f"and layers {residual.layers}: this text encoder needs [layers, positions, heads, "
+                f"head size] = {list(expected)}. Use a concept trained on this model; vmap over "
+                "concepts outside."
             )
         if not set(residual.layers) <= set(layers):
             raise CatVersionError(
-                f"residual on layers {residual.layers}: only layers {layers.start}..{layers.stop - 1} run here. "
-                "Use a concept trained on this model."
+                f"residual on layers {residual.layers}: only layers "
+                f"{layers.start}..{layers.stop - 1} run here. Use a concept trained on this model."
             )
 
 

@@ -1,10 +1,13 @@
-"""CLIP's vision encoder, and the whole CLIP with both projections, which turns images and texts into scores.
+"""CLIP's vision encoder, and the whole CLIP with both projections, which turns images and texts
+into scores.
 
     (1)  h_0 = pre_layrnorm([class_embedding; patches(pixels)] + position_embedding)
     (2)  pooled = post_layernorm(h_L[0])
-    (3)  image_embeds = visual_projection(pooled),  text_embeds = text_projection(text state at end-of-text)
+    (3)  image_embeds = visual_projection(pooled),
+         text_embeds = text_projection(text state at end-of-text)
 
-Source: transformers ``CLIPVisionModel`` and ``CLIPModel`` (whose spelling ``pre_layrnorm`` is kept).
+Source: transformers ``CLIPVisionModel`` and ``CLIPModel`` (whose spelling ``pre_layrnorm`` is
+kept).
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from catversion_jax.models.network import Network
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig(EncoderConfig):
-    """A vision encoder's ``config.json``; the defaults are transformers' own, for keys a file leaves out."""
+    """A vision encoder's ``config.json``; the defaults are transformers' own, for keys a file
+    leaves out.
+    """
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -58,7 +63,8 @@ class CLIPVisionConfig(EncoderConfig):
         for name in ("image_size", "patch_size"):
             if not isinstance(config.get(name, 0), int):
                 raise CatVersionError(
-                    f"{source}: {name} = {config[name]!r}, must be one integer (square images). Use such a model."
+                    f"{source}: {name} = {config[name]!r}, must be one integer (square images). "
+                    "Use such a model."
                 )
         return cls(**{name: value for name, value in config.items() if name in names})
 
@@ -87,7 +93,9 @@ class CLIPConfig:
             only={"model_type": ("clip",)},
         )
         return cls(
-            text=CLIPTextConfig.from_hf(sub_config(config, "text_config"), source=f"{source}, text_config"),
+            text=CLIPTextConfig.from_hf(
+                sub_config(config, "text_config"), source=f"{source}, text_config"
+            ),
             vision=CLIPVisionConfig.from_hf(
                 sub_config(config, "vision_config"), source=f"{source}, vision_config"
             ),
@@ -137,7 +145,14 @@ class CLIPVisionEmbeddings(nnx.Module):
 class CLIPVisionModel(nnx.Module):
     """The vision encoder."""
 
-    def __init__(self, config: CLIPVisionConfig, *, dtype: Any = jnp.float32, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: CLIPVisionConfig,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embeddings = CLIPVisionEmbeddings(config, **dtypes)
         self.pre_layrnorm = layer_norm(config, **dtypes)
@@ -159,11 +174,15 @@ class CLIPVisionModel(nnx.Module):
 class CLIPModel(nnx.Module):
     """Both encoders with their projections; embeddings are not normalized."""
 
-    def __init__(self, config: CLIPConfig, *, dtype: Any = jnp.float32, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: CLIPConfig, *, dtype: Any = jnp.float32, param_dtype: Any, rngs: nnx.Rngs
+    ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.text_model = CLIPTextModel(config.text, **dtypes)
         self.vision_model = CLIPVisionModel(config.vision, **dtypes)
-        self.text_projection = nnx.Linear(config.text.hidden_size, config.projection_dim, use_bias=False, **dtypes)
+        self.text_projection = nnx.Linear(
+            config.text.hidden_size, config.projection_dim, use_bias=False, **dtypes
+        )
         self.visual_projection = nnx.Linear(
             config.vision.hidden_size, config.projection_dim, use_bias=False, **dtypes
         )
@@ -179,13 +198,16 @@ class CLIPModel(nnx.Module):
 
 
 def sub_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """``text_config`` or ``vision_config``; as in transformers an old ``<name>_dict`` beside it wins."""
+    """``text_config`` or ``vision_config``; as in transformers an old ``<name>_dict`` beside it
+    wins.
+    """
     old = config.get(f"{name}_dict")
     return old if old is not None else config.get(name) or {}
 
 
 def load_clip(folder: str | Path, *, dtype: Any = jnp.float32, sharding: Any = None) -> Network:
-    """Load a CLIPModel folder of transformers; call ``"image_embeds"`` and ``"text_embeds"`` on the result.
+    """Load a CLIPModel folder of transformers; call ``"image_embeds"`` and ``"text_embeds"`` on the
+    result.
 
     Raises:
       CatVersionError: the folder is not a CLIPModel's, or its weights do not fit.

@@ -1,6 +1,8 @@
-"""PyTorch weights into a network: one mechanical rule, one table of old names, strict in both directions.
+"""PyTorch weights into a network: one mechanical rule, one table of old names, strict in both
+directions.
 
-Modules carry Hugging Face attribute names, so the PyTorch name of a parameter is its path joined by dots:
+Modules carry Hugging Face attribute names, so the PyTorch name of a parameter is its path joined by
+dots:
 
     | leaf      | PyTorch  | layout                                          |
     |-----------|----------|-------------------------------------------------|
@@ -37,7 +39,9 @@ RENAMES: tuple[tuple[str, str], ...] = (
 """Old name -> present name, as regular expressions."""
 
 PREFIXES = ("text_model.", "vision_model.")
-"""transformers >= 5.6 writes CLIPTextModel and CLIPVisionModel without them, older files have them."""
+"""transformers >= 5.6 writes CLIPTextModel and CLIPVisionModel without them, older files have
+them.
+"""
 
 IGNORED = (r"(^|\.)position_ids$",)
 """Buffers that hold 0, 1, 2, ...; never a weight."""
@@ -49,7 +53,9 @@ LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 class TensorLike(Protocol):
-    """What a state dict holds: ``numpy.asarray`` gives the values, perhaps by reading a file just then."""
+    """What a state dict holds: ``numpy.asarray`` gives the values, perhaps by reading a file just
+    then.
+    """
 
     @property
     def shape(self) -> Sequence[int]:
@@ -82,7 +88,9 @@ def load_network(
     """
     tensors = open_checkpoint(folder, variant=variant)
     target = abstract_network(module_fn)
-    return convert_state_dict(tensors, target, dtype=dtype, sharding=sharding, source=str(folder), ignore=ignore)
+    return convert_state_dict(
+        tensors, target, dtype=dtype, sharding=sharding, source=str(folder), ignore=ignore
+    )
 
 
 def convert_state_dict(
@@ -144,7 +152,9 @@ class Slot:
     def of(cls, path: Sequence[Any], shape: tuple[int, ...]) -> Slot:
         """The slot of the parameter at a pytree path."""
         names = [str(entry.key) for entry in path]
-        return cls(".".join([*names[:-1], LEAVES.get(names[-1], names[-1])]), shape, names[-1] == "kernel")
+        return cls(
+            ".".join([*names[:-1], LEAVES.get(names[-1], names[-1])]), shape, names[-1] == "kernel"
+        )
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
@@ -155,7 +165,9 @@ class Slot:
         return (outputs, inputs, *window)
 
     def takes(self, stored: tuple[int, ...]) -> bool:
-        """The same shape, or a 1x1 convolution ``[O I 1 1]`` where a linear layer ``[O I]`` is expected."""
+        """The same shape, or a 1x1 convolution ``[O I 1 1]`` where a linear layer ``[O I]`` is
+        expected.
+        """
         linear = self.is_kernel and len(self.shape) == 2
         return stored == self.torch_shape or (linear and stored == (*self.torch_shape, 1, 1))
 
@@ -198,15 +210,23 @@ def present_name(name: str) -> str:
 
 def _mismatch(source: str, missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
     lines = [f"{source}: the weights do not fit the configuration beside them."]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped)):
+    for title, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("misshaped", misshaped),
+    ):
         if names:
             lines += [f"{len(names)} {title}:", *(f"  {name}" for name in names)]
-    lines.append("Check that weights and config.json belong to the same model and the download is complete.")
+    lines.append(
+        "Check that weights and config.json belong to the same model and the download is complete."
+    )
     return "\n".join(lines)
 
 
 def state_dict_of(network: Network) -> dict[str, np.ndarray]:
-    """The network's weights by PyTorch name and in PyTorch's layout: the inverse of :func:`convert_state_dict`."""
+    """The network's weights by PyTorch name and in PyTorch's layout: the inverse of
+    :func:`convert_state_dict`.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(network.params)
     state_dict = {}
     for path, leaf in leaves:

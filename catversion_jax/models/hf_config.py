@@ -9,7 +9,8 @@ from typing import Any
 
 from catversion_jax.errors import CatVersionError
 
-# Bookkeeping, initialization, training, text generation and labels: what every transformers model carries.
+# Bookkeeping, initialization, training, text generation and labels: what every transformers model
+# carries.
 # fmt: off
 TRANSFORMERS_IGNORED = frozenset({
     "architectures", "attention_dropout", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
@@ -42,8 +43,8 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
         found = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else None
         state = f"the folder holds {found}" if found is not None else "the folder does not exist"
         raise CatVersionError(
-            f"{path}: not found ({state}). A Hugging Face model folder has its configuration there; "
-            "check the path, or download the model again."
+            f"{path}: not found ({state}). A Hugging Face model folder has its configuration "
+            "there; check the path, or download the model again."
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CatVersionError(
@@ -73,8 +74,8 @@ def check_supported(
       ignored: keys that do not change the computation of a frozen network.
       only: keys of which just these values are supported; an absent key passes.
 
-    Keys that start with an underscore are bookkeeping. Any other key passes only if its value is None, False
-    or empty, which is how Hugging Face writes "not used".
+    Keys that start with an underscore are bookkeeping. Any other key passes only if its value is
+    None, False or empty, which is how Hugging Face writes "not used".
 
     Raises:
       CatVersionError: one error that names every offending key.
@@ -94,7 +95,8 @@ def check_supported(
         raise CatVersionError(
             f"{source}: this network computes something catversion_jax does not support:\n  "
             + "\n  ".join(offending)
-            + "\nUse a Stable Diffusion 1.x or 2.x model, or report the model so that it can be added."
+            + "\nUse a Stable Diffusion 1.x or 2.x model, or report the model so that it can be "
+            "added."
         )
 
 

@@ -1,7 +1,9 @@
-"""A frozen network as a plain pytree: the door between flax.nnx (inside ``models/``) and everything else.
+"""A frozen network as a plain pytree: the door between flax.nnx (inside ``models/``) and everything
+else.
 
-A :class:`Network` is handed to a jitted function as an ARGUMENT. Weights that a jitted function closes over
-would be folded into the program as constants, which exhausts memory at Stable Diffusion's size.
+A :class:`Network` is handed to a jitted function as an ARGUMENT. Weights that a jitted function
+closes over would be folded into the program as constants, which exhausts memory at Stable
+Diffusion's size.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ class Network:
 
     Attributes:
       params: nested dict of arrays; the only leaves of the pytree.
-      graphdef: the structure, hashable and equal for networks built from equal configurations. Static.
+      graphdef: the structure, hashable and equal for networks built from equal configurations.
+        Static.
     """
 
     params: dict[Any, Any]

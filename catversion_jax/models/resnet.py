@@ -1,6 +1,7 @@
-r"""Convolutional parts that the UNet and the autoencoder share, NHWC, with diffusers' attribute names.
+r"""Convolutional parts that the UNet and the autoencoder share, NHWC, with diffusers' attribute
+names.
 
-    (1)  h = conv1(act(norm1(x)));   h = h + time_emb_proj(act(temb))      (the second half in the UNet only)
+    (1)  h = conv1(act(norm1(x)));   h = h + time_emb_proj(act(temb))  (latter: UNet only)
     (2)  y = conv_shortcut(x) + conv2(act(norm2(h)))
 
 Source: diffusers ``models/resnet.py`` (``ResnetBlock2D`` with ``time_embedding_norm="default"``),
@@ -36,8 +37,8 @@ NO_PADDING = ((0, 0), (0, 0))
 class KeyStream:
     """Serves layers in place of ``nnx.Rngs``: one fresh key per parameter, counted in Python.
 
-    ``nnx.Rngs`` counts in an array, and under ``nnx.eval_shape`` each increment walks the whole program so
-    far; for a full-size UNet that is most of ten seconds, against one with this.
+    ``nnx.Rngs`` counts in an array, and under ``nnx.eval_shape`` each increment walks the whole
+    program so far; for a full-size UNet that is most of ten seconds, against one with this.
     """
 
     def __init__(self, key: Key[Array, ""]):
@@ -56,7 +57,8 @@ class LayerFactory:
     Args:
       dtype: activations are computed in it; the norms' statistics are float32 whatever it is.
       param_dtype: weights are stored in it.
-      rngs: initial values. Checkpoints replace them, so modules are usually built under ``nnx.eval_shape``.
+      rngs: initial values. Checkpoints replace them, so modules are usually built under
+        ``nnx.eval_shape``.
     """
 
     def __init__(self, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -151,7 +153,9 @@ class ResnetBlock2D(nnx.Module):
         self.act = ACTIVATIONS[act_fn]
         self.norm1 = layers.group_norm(in_channels, groups, epsilon)
         self.conv1 = layers.conv(in_channels, out_channels)
-        self.time_emb_proj = None if temb_channels is None else layers.linear(temb_channels, out_channels)
+        self.time_emb_proj = (
+            None if temb_channels is None else layers.linear(temb_channels, out_channels)
+        )
         self.norm2 = layers.group_norm(out_channels, groups, epsilon)
         self.conv2 = layers.conv(out_channels, out_channels)
         changes_width = in_channels != out_channels
@@ -203,8 +207,9 @@ class Upsample2D(nnx.Module):
     ) -> Float[Array, "B h2 w2 Cin"]:
         """Upsample to ``size``, by default ``(2 h, 2 w)``.
 
-        ``size`` may be ``2 h - 1``: halving an odd size rounds up, and torch's nearest interpolation to an
-        odd size picks ``floor(i h / (2 h - 1)) = i // 2``, the same pixels as doubling and cropping.
+        ``size`` may be ``2 h - 1``: halving an odd size rounds up, and torch's nearest
+        interpolation to an odd size picks ``floor(i h / (2 h - 1)) = i // 2``, the same pixels as
+        doubling and cropping.
         """
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         if size is not None:

@@ -34,13 +34,15 @@ DEFAULT_SAMPLE_SIZE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """The frozen parts. Not a pytree: hand ``.text_encoder``, ``.unet`` and ``.vae`` to jitted functions.
+    """The frozen parts. Not a pytree: hand ``.text_encoder``, ``.unet`` and ``.vae`` to jitted
+    functions.
 
     Attributes:
-      text_encoder: ``(token_ids [B T], residual=None) -> [B T D]``; see :class:`~.clip_text.CLIPTextModel`.
+      text_encoder: ``(token_ids [B T], residual=None) -> [B T D]``; see
+        :class:`~.clip_text.CLIPTextModel`.
       unet: ``(sample [B h w 4], timesteps, encoder_hidden_states [B T D]) -> [B h w 4]``.
-      vae: ``call("encode", images [B H W 3] in [-1, 1])`` gives mean and standard deviation, ``call("decode",
-        latents)`` gives images; latents are unscaled. Always float32.
+      vae: ``call("encode", images [B H W 3] in [-1, 1])`` gives mean and standard deviation,
+        ``call("decode", latents)`` gives images; latents are unscaled. Always float32.
       tokenizer: prompts to token ids.
       noise_schedule: what ``scheduler_config.json`` says.
       name: the folder or hub id as the user gave it.
@@ -90,7 +92,8 @@ def load_backbone(
       sharding: where the weights go, as for ``jax.device_put``.
 
     Raises:
-      CatVersionError: the folder, a configuration or the weights cannot be used; the message says which and why.
+      CatVersionError: the folder, a configuration or the weights cannot be used; the message says
+        which and why.
     """
     weights = _dtype(dtype)
     folder = locate_model(model, revision=revision, variant=variant)
@@ -102,7 +105,9 @@ def load_backbone(
     noise_schedule = NoiseScheduleConfig.from_scheduler_config(
         read_config(folder / "scheduler", "scheduler_config.json")
     )
-    tokenizer = Tokenizer.from_folder(folder / "tokenizer", context=text_config.max_position_embeddings)
+    tokenizer = Tokenizer.from_folder(
+        folder / "tokenizer", context=text_config.max_position_embeddings
+    )
 
     def load(name: str, make: Callable[..., Any], config: Any, dtype: Any) -> Network:
         return load_network(
@@ -122,14 +127,17 @@ def load_backbone(
         noise_schedule=noise_schedule,
         name=str(model),
         folder=folder,
-        text_encoder_sha256=text_encoder_sha256(open_checkpoint(folder / "text_encoder", variant=variant)),
+        text_encoder_sha256=text_encoder_sha256(
+            open_checkpoint(folder / "text_encoder", variant=variant)
+        ),
         num_text_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,
         head_dim=text_config.hidden_size // text_config.num_attention_heads,
         latent_scale=configs["vae"].get("scaling_factor", SD1_LATENT_SCALE),
         latent_downsampling=downsampling,
         latent_channels=configs["vae"].get("latent_channels", 4),
-        default_resolution=(configs["unet"].get("sample_size") or DEFAULT_SAMPLE_SIZE) * downsampling,
+        default_resolution=(configs["unet"].get("sample_size") or DEFAULT_SAMPLE_SIZE)
+        * downsampling,
     )
 
 
@@ -145,7 +153,8 @@ def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Network:
     folder = Path(folder).expanduser()
     if (folder / "model_index.json").is_file():
         raise CatVersionError(
-            f"{folder}: is a whole diffusers folder. Give {folder / 'text_encoder'} instead, or use load_backbone."
+            f"{folder}: is a whole diffusers folder. Give {folder / 'text_encoder'} instead, or "
+            "use load_backbone."
         )
     config = read_config(folder)
     ignore: tuple[str, ...] = ()
@@ -177,21 +186,27 @@ def _check_components_fit(folder: Path, configs: dict[str, dict[str, Any]]) -> N
       CatVersionError: they do not.
     """
     unet, text = configs["unet"], configs["text_encoder"]
-    width, context = text.get("hidden_size", CLIPTextConfig.hidden_size), unet.get("cross_attention_dim", 1280)
+    width, context = (
+        text.get("hidden_size", CLIPTextConfig.hidden_size),
+        unet.get("cross_attention_dim", 1280),
+    )
     if context != width and context != [width] * len(context if isinstance(context, list) else ()):
         raise CatVersionError(
-            f"{folder}: unet cross_attention_dim = {context} but text_encoder hidden_size = {width}; they must be "
-            "equal. The components are of different models: download the model again."
+            f"{folder}: unet cross_attention_dim = {context} but text_encoder hidden_size = "
+            f"{width}; they must be equal. The components are of different models: download the "
+            "model again."
         )
     channels, latent = unet.get("in_channels", 4), configs["vae"].get("latent_channels", 4)
     if not channels == unet.get("out_channels", 4) == latent:
         raise CatVersionError(
-            f"{folder}: unet in_channels = {channels}, out_channels = {unet.get('out_channels', 4)} and vae "
-            f"latent_channels = {latent} must be equal. Inpainting, depth and upscaling models are not supported: "
-            "use the text-to-image model of the same family."
+            f"{folder}: unet in_channels = {channels}, out_channels = "
+            f"{unet.get('out_channels', 4)} and vae latent_channels = {latent} must be equal. "
+            "Inpainting, depth and upscaling models are not supported: use the text-to-image model "
+            "of the same family."
         )
     size = unet.get("sample_size")
     if not isinstance(size, int | None):
         raise CatVersionError(
-            f"{folder}: unet sample_size = {size!r}, must be one integer (square images). Use such a model."
+            f"{folder}: unet sample_size = {size!r}, must be one integer (square images). Use such "
+            "a model."
         )

@@ -34,10 +34,12 @@ class Tokenizer:
         """
         folder = Path(folder)
         found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
-        if found is None or not ("tokenizer.json" in found or {"vocab.json", "merges.txt"} <= set(found)):
+        if found is None or not (
+            "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= set(found)
+        ):
             raise CatVersionError(
-                f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, found "
-                f"{'no folder' if found is None else found}. Download the model again."
+                f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, "
+                f"found {'no folder' if found is None else found}. Download the model again."
             )
         from transformers import AutoTokenizer  # heavy
 
@@ -51,13 +53,16 @@ class Tokenizer:
         if length > UNSET_LENGTH:
             if context is None:
                 raise CatVersionError(
-                    f"{folder}: tokenizer_config.json gives no model_max_length. Add it (77 for Stable Diffusion)."
+                    f"{folder}: tokenizer_config.json gives no model_max_length. Add it (77 for "
+                    "Stable Diffusion)."
                 )
             length = context
         return cls(tokenizer, int(length))
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token ids ``[B T]`` int32 with start and end, truncated and padded to ``model_max_length``."""
+        """Token ids ``[B T]`` int32 with start and end, truncated and padded to
+        ``model_max_length``.
+        """
         encoded = self._tokenizer(
             list(prompts), padding="max_length", max_length=self.model_max_length, truncation=True
         )
@@ -68,19 +73,27 @@ class Tokenizer:
         return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def contains(self, prompt: str, base_class: str) -> bool:
-        """Whether the tokens of ``base_class`` follow one another in the part of the prompt that is read.
+        """Whether the tokens of ``base_class`` follow one another in the part of the prompt that is
+        read.
 
         Raises:
           CatVersionError: ``base_class`` has no tokens.
         """
         wanted = self.word_ids(base_class)
         if not wanted:
-            raise CatVersionError(f"base class {base_class!r}: must be at least one word, such as 'teapot'.")
+            raise CatVersionError(
+                f"base class {base_class!r}: must be at least one word, such as 'teapot'."
+            )
         ids = self.word_ids(prompt)[: self._room]
-        return any(ids[start : start + len(wanted)] == wanted for start in range(len(ids) - len(wanted) + 1))
+        return any(
+            ids[start : start + len(wanted)] == wanted
+            for start in range(len(ids) - len(wanted) + 1)
+        )
 
     def word_positions(self, token_ids: Sequence[int], words: str) -> tuple[int, ...]:
-        """Where the tokens of ``words`` first follow one another in a row of token ids; () where they do not."""
+        """Where the tokens of ``words`` first follow one another in a row of token ids; () where
+        they do not.
+        """
         wanted, ids = self.word_ids(words), tuple(int(i) for i in token_ids)
         for start in range(len(ids) - len(wanted) + 1):
             if ids[start : start + len(wanted)] == wanted:
@@ -89,7 +102,9 @@ class Tokenizer:
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that does not fit in the context; ``''`` where all of it fits."""
-        encoded = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = self._tokenizer(
+            prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         if len(encoded["input_ids"]) <= self._room:
             return ""
         start, _ = encoded["offset_mapping"][self._room]

@@ -1,14 +1,15 @@
 r"""The UNet's transformer: image positions attend to each other and to the prompt.
 
     (1)  x_0 = proj_in(group_norm(h)),   h [B h w c]  as  [B h*w c']
-    (2)  a = x + attn1(norm1(x))              self-attention, or the text again where only_cross_attention
+    (2)  a = x + attn1(norm1(x))              self-attention, or text if only_cross_attention
     (3)  b = a + attn2(norm2(a), text)        here, and only here, the prompt enters the picture
     (4)  x' = b + W_2 (u * gelu(g)),  [u, g] = W_1 norm3(b)                             (GEGLU)
     (5)  y = h + proj_out(x)
 
-Source: diffusers ``models/transformers/transformer_2d.py`` (continuous input) and ``models/attention.py``.
-``upcast_attention`` needs no flag: ``attention()`` computes logits and softmax in float32 always.
-The group norm's epsilon is 1e-6 here, whatever ``norm_eps`` says; the layer norms' is 1e-5.
+Source: diffusers ``models/transformers/transformer_2d.py`` (continuous input) and
+``models/attention.py``. ``upcast_attention`` needs no flag: ``attention()`` computes logits and
+softmax in float32 always. The group norm's epsilon is 1e-6 here, whatever ``norm_eps`` says; the
+layer norms' is 1e-5.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Attention(nnx.Module):
         self.to_q = layers.linear(query_dim, inner_dim, use_bias=qkv_bias)
         self.to_k = layers.linear(context_dim, inner_dim, use_bias=qkv_bias)
         self.to_v = layers.linear(context_dim, inner_dim, use_bias=qkv_bias)
-        self.to_out = nnx.List([layers.linear(inner_dim, query_dim)])  # torch holds a dropout at index 1
+        # torch holds a dropout at index 1
+        self.to_out = nnx.List([layers.linear(inner_dim, query_dim)])
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None
@@ -91,7 +93,9 @@ class FeedForward(nnx.Module):
 
     def __init__(self, dim: int, *, layers: LayerFactory):
         inner_dim = 4 * dim
-        self.net = nnx.List([GEGLU(dim, inner_dim, layers=layers), NoDropout(), layers.linear(inner_dim, dim)])
+        self.net = nnx.List(
+            [GEGLU(dim, inner_dim, layers=layers), NoDropout(), layers.linear(inner_dim, dim)]
+        )
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the list in order."""
@@ -140,7 +144,9 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = layers.layer_norm(dim)
         self.ff = FeedForward(dim, layers=layers)
 
-    def __call__(self, x: Float[Array, "B S D"], text: Float[Array, "B T E"]) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x: Float[Array, "B S D"], text: Float[Array, "B T E"]
+    ) -> Float[Array, "B S D"]:
         """Apply the block to image positions ``x``."""
         x = x + self.attn1(self.norm1(x), text if self.only_cross_attention else None)
         x = x + self.attn2(self.norm2(x), text)
@@ -156,7 +162,8 @@ class Transformer2DModel(nnx.Module):
       num_layers: transformer blocks.
       context_dim: width of the text states.
       groups: of the group norm.
-      use_linear_projection: ``proj_in`` and ``proj_out`` are dense layers (SD 2.x) or 1x1 convolutions (SD 1.x).
+      use_linear_projection: ``proj_in`` and ``proj_out`` are dense layers (SD 2.x) or 1x1
+        convolutions (SD 1.x).
       only_cross_attention: see :class:`BasicTransformerBlock`.
       layers: makes the elementary layers.
     """
@@ -190,7 +197,9 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = projection(channels, channels)
 
-    def __call__(self, hidden: Float[Array, "B h w D"], text: Float[Array, "B T E"]) -> Float[Array, "B h w D"]:
+    def __call__(
+        self, hidden: Float[Array, "B h w D"], text: Float[Array, "B T E"]
+    ) -> Float[Array, "B h w D"]:
         """Let every image position attend to the others and to the text."""
         batch, height, width, channels = hidden.shape
         # A dense layer and a 1x1 convolution both act on the last axis, so the order of reshape and

@@ -1,11 +1,12 @@
 r"""The denoiser of Stable Diffusion 1.x and 2.x: ``UNet2DConditionModel`` of diffusers, NHWC.
 
-    (1)  e(t) = [cos(t w), sin(t w)] (or sin first),  w_k = 10000^{-k / (E/2 - freq_shift)},  k = 0 .. E/2 - 1
+    (1)  e(t) = [cos(t w), sin(t w)] or sin first,  w_k = 10000^{-k / (E/2 - freq_shift)},  k < E/2
     (2)  temb = W_2 act(W_1 e(t))
-    (3)  down blocks -> mid block -> up blocks, each up block fed with the skips of the down block at its depth
+    (3)  down blocks -> mid block -> up blocks, each fed the skips of the down block at its depth
+         depth
 
-The prompt enters through cross-attention only, so this is where the gradient to the text encoder comes from.
-Source: diffusers ``models/unets/unet_2d_condition.py`` and ``models/embeddings.py``.
+The prompt enters through cross-attention only, so this is where the gradient to the text encoder
+comes from. Source: diffusers ``models/unets/unet_2d_condition.py`` and ``models/embeddings.py``.
 """
 
 from __future__ import annotations
@@ -34,10 +35,18 @@ def timestep_embedding(
     """
     half = width // 2
     # On the host, rounded where torch rounds: at t = 999 the last bit of w moves the angle by 6e-5.
-    exponent = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
+    exponent = (
+        np.float32(-math.log(10000.0))
+        * np.arange(half, dtype=np.float32)
+        / np.float32(half - freq_shift)
+    )
     frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angles = jnp.asarray(timesteps, jnp.float32)[:, None] * frequencies
-    parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    parts = (
+        [jnp.cos(angles), jnp.sin(angles)]
+        if flip_sin_to_cos
+        else [jnp.sin(angles), jnp.cos(angles)]
+    )
     return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, width % 2)))
 
 
@@ -55,7 +64,8 @@ class TimestepEmbedding(nnx.Module):
 
 
 class UNet2DConditionModel(nnx.Module):
-    """Predicts noise, velocity or image (the noise schedule knows which) from noisy latents and a prompt.
+    """Predicts noise, velocity or image (the noise schedule knows which) from noisy latents and a
+    prompt.
 
     Args:
       config: the folder's ``unet/config.json``.
@@ -64,7 +74,8 @@ class UNet2DConditionModel(nnx.Module):
       rngs: initial values.
 
     Raises:
-      CatVersionError: the configuration asks for something unsupported; the message names every such key.
+      CatVersionError: the configuration asks for something unsupported; the message names every
+        such key.
     """
 
     def __init__(
@@ -82,15 +93,25 @@ class UNet2DConditionModel(nnx.Module):
         self.config = parsed
         self.dtype = dtype
         self.conv_in = layers.conv(parsed.in_channels, widths[0])
-        self.time_embedding = TimestepEmbedding(widths[0], temb_channels, act_fn=parsed.act_fn, layers=layers)
+        self.time_embedding = TimestepEmbedding(
+            widths[0], temb_channels, act_fn=parsed.act_fn, layers=layers
+        )
         levels = range(len(widths))
         self.down_blocks = nnx.List(
-            [DownBlock(parsed, level, temb_channels=temb_channels, layers=layers) for level in levels]
+            [
+                DownBlock(parsed, level, temb_channels=temb_channels, layers=layers)
+                for level in levels
+            ]
         )
         has_mid = parsed.has_mid_block
-        self.mid_block = MidBlock(parsed, temb_channels=temb_channels, layers=layers) if has_mid else None
+        self.mid_block = (
+            MidBlock(parsed, temb_channels=temb_channels, layers=layers) if has_mid else None
+        )
         self.up_blocks = nnx.List(
-            [UpBlock(parsed, level, temb_channels=temb_channels, layers=layers) for level in reversed(levels)]
+            [
+                UpBlock(parsed, level, temb_channels=temb_channels, layers=layers)
+                for level in reversed(levels)
+            ]
         )
         self.act = ACTIVATIONS[parsed.act_fn]
         self.conv_norm_out = layers.group_norm(widths[0], parsed.norm_num_groups, parsed.norm_eps)
@@ -110,8 +131,8 @@ class UNet2DConditionModel(nnx.Module):
           encoder_hidden_states: the text encoder's output.
 
         Returns:
-          The prediction, in the computation's dtype. Any height and width work: where halving an odd size
-          rounded up, the way up follows the size of the skips.
+          The prediction, in the computation's dtype. Any height and width work: where halving an
+          odd size rounded up, the way up follows the size of the skips.
         """
         hidden = jnp.asarray(sample, self.dtype)
         text = jnp.asarray(encoder_hidden_states, self.dtype)
@@ -128,7 +149,8 @@ class UNet2DConditionModel(nnx.Module):
         for up_block in self.up_blocks:
             count = len(up_block.resnets)
             skips, pending = pending[-count:], pending[:-count]
-            # conv_in's output is the last skip, so only the outermost block, which does not upsample, finds none.
+            # conv_in's output is the last skip, so only the outermost block, which does not
+            # upsample, finds none.
             _, height, width, _ = pending[-1].shape if pending else hidden.shape
             hidden = up_block(hidden, skips, temb, text, size=(height, width))
         return self.conv_out(self.act(self.conv_norm_out(hidden)))

@@ -1,7 +1,8 @@
-"""Blocks of the UNet: residual blocks, each followed by a transformer where the block has cross-attention.
+"""Blocks of the UNet: residual blocks, each followed by a transformer where the block has
+cross-attention.
 
-Every down block hands its intermediate results to the up block at the same depth, which consumes them in
-reverse order, one per residual block. Source: diffusers ``models/unets/unet_2d_blocks.py``.
+Every down block hands its intermediate results to the up block at the same depth, which consumes
+them in reverse order, one per residual block. Source: diffusers ``models/unets/unet_2d_blocks.py``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float
-from catversion_jax.models.resnet import PAD_AROUND, Downsample2D, LayerFactory, ResnetBlock2D, Upsample2D
+from catversion_jax.models.resnet import (
+    PAD_AROUND,
+    Downsample2D,
+    LayerFactory,
+    ResnetBlock2D,
+    Upsample2D,
+)
 from catversion_jax.models.transformer2d import Transformer2DModel
 from catversion_jax.models.unet_config import UNetConfig
 
 
 def _resnet(
-    config: UNetConfig, in_channels: int, out_channels: int, temb_channels: int, layers: LayerFactory
+    config: UNetConfig,
+    in_channels: int,
+    out_channels: int,
+    temb_channels: int,
+    layers: LayerFactory,
 ) -> ResnetBlock2D:
     return ResnetBlock2D(
         in_channels,
@@ -59,7 +70,10 @@ class DownBlock(nnx.Module):
         in_width = config.block_out_channels[max(level - 1, 0)]
         count = config.layers_per_block[level]
         self.resnets = nnx.List(
-            [_resnet(config, in_width if i == 0 else width, width, temb_channels, layers) for i in range(count)]
+            [
+                _resnet(config, in_width if i == 0 else width, width, temb_channels, layers)
+                for i in range(count)
+            ]
         )
         only_cross = config.only_cross_attention[level]
         self.attentions = nnx.List(
@@ -74,7 +88,10 @@ class DownBlock(nnx.Module):
         )
 
     def __call__(
-        self, hidden: Float[Array, "B h w Cin"], temb: Float[Array, "B E"], text: Float[Array, "B T D"]
+        self,
+        hidden: Float[Array, "B h w Cin"],
+        temb: Float[Array, "B E"],
+        text: Float[Array, "B T D"],
     ) -> tuple[Array, list[Array]]:
         """The block's output and what the up block at this depth will want, oldest first."""
         skips = []
@@ -97,12 +114,19 @@ class MidBlock(nnx.Module):
 
     def __init__(self, config: UNetConfig, *, temb_channels: int, layers: LayerFactory):
         width = config.block_out_channels[-1]
-        self.resnets = nnx.List([_resnet(config, width, width, temb_channels, layers) for _ in range(2)])
+        self.resnets = nnx.List(
+            [_resnet(config, width, width, temb_channels, layers) for _ in range(2)]
+        )
         innermost = len(config.block_out_channels) - 1
-        self.attentions = nnx.List([_transformer(config, innermost, only_cross_attention=False, layers=layers)])
+        self.attentions = nnx.List(
+            [_transformer(config, innermost, only_cross_attention=False, layers=layers)]
+        )
 
     def __call__(
-        self, hidden: Float[Array, "B h w Cin"], temb: Float[Array, "B E"], text: Float[Array, "B T D"]
+        self,
+        hidden: Float[Array, "B h w Cin"],
+        temb: Float[Array, "B E"],
+        text: Float[Array, "B T D"],
     ) -> Float[Array, "B h w Cin"]:
         """Apply the block at the lowest resolution."""
         hidden = self.resnets[0](hidden, temb)
@@ -160,7 +184,9 @@ class UpBlock(nnx.Module):
         *,
         size: tuple[int, int],
     ) -> Array:
-        """Consume ``skips`` (as :class:`DownBlock` gave them, last first) and upsample to ``size``."""
+        """Consume ``skips`` (as :class:`DownBlock` gave them, last first) and upsample to
+        ``size``.
+        """
         for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             hidden = resnet(jnp.concatenate([hidden, skip], axis=-1), temb)
             if self.attentions:

@@ -73,7 +73,8 @@ IGNORED = frozenset(
 class UNetConfig:
     """What decides a UNet's computation; tuples run from the outermost block to the innermost.
 
-    ``num_heads`` is what the files call ``attention_head_dim``: since SD 1.x it has meant the number of heads.
+    ``num_heads`` is what the files call ``attention_head_dim``: since SD 1.x it has meant the
+    number of heads.
     """
 
     in_channels: int
@@ -96,7 +97,8 @@ class UNetConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, source: str = "unet/config.json") -> UNetConfig:
-        """Read a diffusers ``UNet2DConditionModel`` configuration; absent keys take diffusers' defaults.
+        """Read a diffusers ``UNet2DConditionModel`` configuration; absent keys take diffusers'
+        defaults.
 
         Raises:
           CatVersionError: a key asks for something unsupported, or the keys contradict each other.
@@ -113,15 +115,20 @@ class UNetConfig:
             if type(values[key]) not in kinds:
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise CatVersionError(
-                    f"{source}: {key}={values[key]!r} must be a single {expected}. Correct the configuration."
+                    f"{source}: {key}={values[key]!r} must be a single {expected}. Correct the "
+                    "configuration."
                 )
         parsed = cls(
             **{key: values[key] for key in SCALARS},
             act_fn=values["act_fn"],
             has_mid_block=values["mid_block_type"] is not None,
             block_out_channels=widths,
-            down_cross_attention=_block_types(values["down_block_types"], DOWN_BLOCKS, count, source=source),
-            up_cross_attention=_block_types(values["up_block_types"], UP_BLOCKS, count, source=source),
+            down_cross_attention=_block_types(
+                values["down_block_types"], DOWN_BLOCKS, count, source=source
+            ),
+            up_cross_attention=_block_types(
+                values["up_block_types"], UP_BLOCKS, count, source=source
+            ),
             layers_per_block=per_block("layers_per_block", int),
             transformer_layers_per_block=per_block("transformer_layers_per_block", int),
             num_heads=per_block("attention_head_dim", int),
@@ -135,21 +142,31 @@ class UNetConfig:
         check_groups(self.norm_num_groups, self.block_out_channels, source=source)
         uses_heads = [
             down or up
-            for down, up in zip(self.down_cross_attention, reversed(self.up_cross_attention), strict=True)
+            for down, up in zip(
+                self.down_cross_attention, reversed(self.up_cross_attention), strict=True
+            )
         ]
         uses_heads[-1] = uses_heads[-1] or self.has_mid_block
-        for width, heads, used in zip(self.block_out_channels, self.num_heads, uses_heads, strict=True):
+        for width, heads, used in zip(
+            self.block_out_channels, self.num_heads, uses_heads, strict=True
+        ):
             if used and (heads < 1 or width % heads):
                 raise CatVersionError(
-                    f"{source}: attention_head_dim={list(self.num_heads)} is the number of heads of each block "
-                    f"and must divide its width; {heads} does not divide {width}. Correct the configuration."
+                    f"{source}: attention_head_dim={list(self.num_heads)} is the number of heads "
+                    f"of each block and must divide its width; {heads} does not divide {width}. "
+                    "Correct the configuration."
                 )
 
 
 def _integers(value: Any, key: str, *, source: str) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or not value or not all(isinstance(v, int) and v > 0 for v in value):
+    if (
+        not isinstance(value, Sequence)
+        or not value
+        or not all(isinstance(v, int) and v > 0 for v in value)
+    ):
         raise CatVersionError(
-            f"{source}: {key}={value!r} must be a list of positive integers. Correct the configuration."
+            f"{source}: {key}={value!r} must be a list of positive integers. Correct the "
+            "configuration."
         )
     return tuple(value)
 
@@ -161,8 +178,9 @@ def _per_block(value: Any, key: str, kind: type, count: int, *, source: str) -> 
     # bool is a subclass of int: a flag where a number belongs is refused too.
     if not fits or not all(type(entry) is kind for entry in entries):
         raise CatVersionError(
-            f"{source}: {key}={value!r} must be one {kind.__name__} or a list of {count} (one for each entry "
-            "of block_out_channels). Another layout is not supported; correct the configuration."
+            f"{source}: {key}={value!r} must be one {kind.__name__} or a list of {count} (one for "
+            "each entry of block_out_channels). Another layout is not supported; correct the "
+            "configuration."
         )
     return tuple(entries)
 
@@ -174,7 +192,8 @@ def _block_types(
     unknown = [name for name in value if name not in supported]
     if unknown or len(value) != count:
         raise CatVersionError(
-            f"{source}: block types {list(value)} must be {count} (one for each entry of block_out_channels) "
-            f"out of {sorted(supported)}. Use a Stable Diffusion 1.x or 2.x model."
+            f"{source}: block types {list(value)} must be {count} (one for each entry of "
+            f"block_out_channels) out of {sorted(supported)}. Use a Stable Diffusion 1.x or 2.x "
+            "model."
         )
     return tuple(supported[name] for name in value)

@@ -4,8 +4,8 @@ r"""The autoencoder of Stable Diffusion 1.x and 2.x: ``AutoencoderKL`` of diffus
     (2)  q(z | image) = N(mean, diag(std^2)),   std = exp(log var / 2)
     (3)  image' = decoder(post_quant_conv(z))
 
-Latents are unscaled here: the UNet sees ``scaling_factor * z``, and the caller multiplies.
-Source: diffusers ``models/autoencoders/{autoencoder_kl,vae}.py``. Two facts that bite: downsampling pads
+Latents are unscaled here: the UNet sees ``scaling_factor * z``, and the caller multiplies. Source:
+diffusers ``models/autoencoders/{autoencoder_kl,vae}.py``. Two facts that bite: downsampling pads
 below and right only, and every group norm has epsilon 1e-6.
 """
 
@@ -77,7 +77,8 @@ class VAEConfig:
           CatVersionError: a key asks for something unsupported, or the keys contradict each other.
         """
         block_keys = {"down_block_types": DOWN_BLOCK, "up_block_types": UP_BLOCK}
-        # shift_factor, latents_mean and latents_std change how latents are scaled: only null passes.
+        # shift_factor, latents_mean and latents_std change how latents are scaled: only null
+        # passes.
         check_supported(
             config,
             source=source,
@@ -91,7 +92,8 @@ class VAEConfig:
             fits = isinstance(values[key], Sequence) if kind is tuple else type(values[key]) is kind
             if not fits:
                 raise CatVersionError(
-                    f"{source}: {key}={values[key]!r} must be of type {kind.__name__}. Correct the configuration."
+                    f"{source}: {key}={values[key]!r} must be of type {kind.__name__}. Correct the "
+                    "configuration."
                 )
         values["block_out_channels"] = tuple(values["block_out_channels"])
         for key, kind_of_block in block_keys.items():
@@ -99,14 +101,16 @@ class VAEConfig:
             if blocks != [kind_of_block] * len(values["block_out_channels"]):
                 raise CatVersionError(
                     f"{source}: {key}={blocks} must be {kind_of_block!r} once for each entry of "
-                    f"block_out_channels={list(values['block_out_channels'])}. Use a Stable Diffusion 1.x or "
-                    "2.x autoencoder."
+                    f"block_out_channels={list(values['block_out_channels'])}. Use a Stable "
+                    "Diffusion 1.x or 2.x autoencoder."
                 )
         check_groups(values["norm_num_groups"], values["block_out_channels"], source=source)
         return cls(**values)
 
 
-def _resnet(config: VAEConfig, in_channels: int, out_channels: int, layers: LayerFactory) -> ResnetBlock2D:
+def _resnet(
+    config: VAEConfig, in_channels: int, out_channels: int, layers: LayerFactory
+) -> ResnetBlock2D:
     return ResnetBlock2D(
         in_channels,
         out_channels,
@@ -119,7 +123,9 @@ def _resnet(config: VAEConfig, in_channels: int, out_channels: int, layers: Laye
 
 
 class ImageAttention(Attention):
-    """Single-head self-attention over all positions of a feature map, with its own norm and skip."""
+    """Single-head self-attention over all positions of a feature map, with its own norm and
+    skip.
+    """
 
     def __init__(self, channels: int, *, groups: int, layers: LayerFactory):
         super().__init__(channels, num_heads=1, inner_dim=channels, qkv_bias=True, layers=layers)
@@ -133,14 +139,19 @@ class ImageAttention(Attention):
 
 
 class MidBlock(nnx.Module):
-    """``UNetMidBlock2D``: residual block, attention where the configuration has it, residual block."""
+    """``UNetMidBlock2D``: residual block, attention where the configuration has it, residual
+    block.
+    """
 
     def __init__(self, config: VAEConfig, *, layers: LayerFactory):
         width = config.block_out_channels[-1]
         self.resnets = nnx.List([_resnet(config, width, width, layers) for _ in range(2)])
         groups = config.norm_num_groups
         self.attentions = nnx.List(
-            [ImageAttention(width, groups=groups, layers=layers) for _ in range(config.mid_block_add_attention)]
+            [
+                ImageAttention(width, groups=groups, layers=layers)
+                for _ in range(config.mid_block_add_attention)
+            ]
         )
 
     def __call__(self, hidden: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
@@ -158,11 +169,17 @@ class DownEncoderBlock(nnx.Module):
         widths = config.block_out_channels
         width, in_width = widths[level], widths[max(level - 1, 0)]
         self.resnets = nnx.List(
-            [_resnet(config, in_width if i == 0 else width, width, layers) for i in range(config.layers_per_block)]
+            [
+                _resnet(config, in_width if i == 0 else width, width, layers)
+                for i in range(config.layers_per_block)
+            ]
         )
         has_downsampler = level < len(widths) - 1
         self.downsamplers = nnx.List(
-            [Downsample2D(width, padding=PAD_BELOW_AND_RIGHT, layers=layers) for _ in range(has_downsampler)]
+            [
+                Downsample2D(width, padding=PAD_BELOW_AND_RIGHT, layers=layers)
+                for _ in range(has_downsampler)
+            ]
         )
 
     def __call__(self, hidden: Float[Array, "B h w D"]) -> Array:
@@ -175,7 +192,9 @@ class DownEncoderBlock(nnx.Module):
 
 
 class UpDecoderBlock(nnx.Module):
-    """Residual blocks (one more than the encoder's), then twice the resolution except in the last block."""
+    """Residual blocks (one more than the encoder's), then twice the resolution except in the last
+    block.
+    """
 
     def __init__(self, config: VAEConfig, level: int, *, layers: LayerFactory):
         widths = config.block_out_channels
@@ -203,9 +222,13 @@ class Encoder(nnx.Module):
     def __init__(self, config: VAEConfig, *, layers: LayerFactory):
         widths = config.block_out_channels
         self.conv_in = layers.conv(config.in_channels, widths[0])
-        self.down_blocks = nnx.List([DownEncoderBlock(config, i, layers=layers) for i in range(len(widths))])
+        self.down_blocks = nnx.List(
+            [DownEncoderBlock(config, i, layers=layers) for i in range(len(widths))]
+        )
         self.mid_block = MidBlock(config, layers=layers)
-        self.conv_norm_out = layers.group_norm(widths[-1], config.norm_num_groups, GROUP_NORM_EPSILON)
+        self.conv_norm_out = layers.group_norm(
+            widths[-1], config.norm_num_groups, GROUP_NORM_EPSILON
+        )
         self.conv_out = layers.conv(widths[-1], 2 * config.latent_channels)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w 2c"]:
@@ -226,8 +249,12 @@ class Decoder(nnx.Module):
         self.conv_in = layers.conv(config.latent_channels, widths[-1])
         self.mid_block = MidBlock(config, layers=layers)
         levels = reversed(range(len(widths)))
-        self.up_blocks = nnx.List([UpDecoderBlock(config, level, layers=layers) for level in levels])
-        self.conv_norm_out = layers.group_norm(widths[0], config.norm_num_groups, GROUP_NORM_EPSILON)
+        self.up_blocks = nnx.List(
+            [UpDecoderBlock(config, level, layers=layers) for level in levels]
+        )
+        self.conv_norm_out = layers.group_norm(
+            widths[0], config.norm_num_groups, GROUP_NORM_EPSILON
+        )
         self.conv_out = layers.conv(widths[0], config.out_channels)
 
     def __call__(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
@@ -248,7 +275,8 @@ class AutoencoderKL(nnx.Module):
       rngs: initial values.
 
     Raises:
-      CatVersionError: the configuration asks for something unsupported; the message names every such key.
+      CatVersionError: the configuration asks for something unsupported; the message names every
+        such key.
     """
 
     def __init__(
@@ -265,13 +293,20 @@ class AutoencoderKL(nnx.Module):
         self.dtype = dtype
         self.encoder = Encoder(parsed, layers=layers)
         self.decoder = Decoder(parsed, layers=layers)
-        self.quant_conv = layers.pointwise(2 * channels, 2 * channels) if parsed.use_quant_conv else None
-        self.post_quant_conv = layers.pointwise(channels, channels) if parsed.use_post_quant_conv else None
+        self.quant_conv = (
+            layers.pointwise(2 * channels, 2 * channels) if parsed.use_quant_conv else None
+        )
+        self.post_quant_conv = (
+            layers.pointwise(channels, channels) if parsed.use_post_quant_conv else None
+        )
 
-    def encode(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
+    def encode(
+        self, images: Float[Array, "B H W 3"]
+    ) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
         """Mean and standard deviation of equation (2), unscaled, for images in [-1, 1].
 
-        A side that is not a multiple of ``2 ** (blocks - 1)`` loses its last pixels, as in diffusers.
+        A side that is not a multiple of ``2 ** (blocks - 1)`` loses its last pixels, as in
+        diffusers.
         """
         moments = self.encoder(jnp.asarray(images, self.dtype))
         if self.quant_conv is not None:

@@ -1,7 +1,9 @@
-"""Orbax checkpoints of trained state only: residuals, moments, step counters. Nothing frozen is saved.
+"""Orbax checkpoints of trained state only: residuals, moments, step counters. Nothing frozen is
+saved.
 
-A checkpoint holds the real concepts of a pack (no padding), so it restores onto any number of devices. Beside
-the arrays lies what a concept file needs, so that a checkpoint alone can be exported.
+A checkpoint holds the real concepts of a pack (no padding), so it restores onto any number of
+devices. Beside the arrays lies what a concept file needs, so that a checkpoint alone can be
+exported.
 """
 
 from __future__ import annotations
@@ -53,14 +55,16 @@ class ConceptRecord:
 
 def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
     """Asynchronous, rotated checkpoints under ``folder/<step>/``."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=True, create=True
+    )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def save_checkpoint(
     manager: ocp.CheckpointManager, step: int, state: TrainState, records: list[ConceptRecord]
 ) -> None:
-    """Start saving the first ``len(records)`` rows of ``state``; returns before the files are complete."""
+    """Start saving the first ``len(records)`` rows of ``state``; the files are complete later."""
     rows = jax.tree.map(lambda leaf: np.asarray(leaf[: len(records)]), state)
     residual = rows.residual
     described = {
@@ -81,7 +85,7 @@ def save_checkpoint(
 
 def read_records(manager: ocp.CheckpointManager, step: int) -> list[ConceptRecord]:
     """The concepts of a checkpoint, in row order."""
-    described = manager.restore(step, args=ocp.args.Composite(**{_CONCEPTS: ocp.args.JsonRestore()}))[_CONCEPTS]
+    described = _restore_description(manager, step)
     return [ConceptRecord(**{**c, "images": tuple(c["images"])}) for c in described["concepts"]]
 
 
@@ -92,20 +96,28 @@ def latest_records(folder: Path) -> list[ConceptRecord]:
         return [] if step is None else read_records(manager, step)
 
 
-def restore_checkpoint(manager: ocp.CheckpointManager, step: int, template: TrainState) -> TrainState:
-    """The rows of a checkpoint as numpy arrays, in the structure of ``template`` (which may have more rows)."""
-    saved = manager.restore(step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore()}))[_STATE]
+def restore_latest(
+    folder: Path, template: TrainState
+) -> tuple[int, TrainState, list[ConceptRecord]]:
+    """Step, rows and concepts of the newest checkpoint in a pack's folder, which must have one.
+
+    The rows are numpy arrays in the structure of ``template``, which may have another number of
+    them.
+    """
+    with ocp.CheckpointManager(folder.absolute()) as manager:
+        step = manager.latest_step()
+        records = read_records(manager, step)
+        saved = _restore_arrays(manager, step)
     opt_leaves, opt_structure = jax.tree.flatten(template.opt_state)
-    opt_state = [np.asarray(saved["opt_state"][str(i)]) for i in range(len(opt_leaves))]
-    residual = dataclasses.replace(
-        template.residual, key=np.asarray(saved["key"]), value=np.asarray(saved["value"])
-    )
-    return TrainState(
-        step=np.asarray(saved["step"]),
+    opt_state = [saved["opt_state"][str(i)] for i in range(len(opt_leaves))]
+    residual = dataclasses.replace(template.residual, key=saved["key"], value=saved["value"])
+    state = TrainState(
+        step=saved["step"],
         residual=residual,
         opt_state=jax.tree.unflatten(opt_structure, opt_state),
-        failed_step=np.asarray(saved["failed_step"]),
+        failed_step=saved["failed_step"],
     )
+    return step, state, records
 
 
 def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, KVResidual, int]]:
@@ -117,21 +129,18 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, KV
     folder = Path(folder).absolute()
     if not (folder / _CONCEPTS).is_dir() or not folder.name.isdigit():
         raise CatVersionError(
-            f"{folder}: is not a training checkpoint. Give RUN/checkpoints/pack-0000/<step>, or RUN itself for "
-            "its finished concepts."
+            f"{folder}: is not a training checkpoint. Give RUN/checkpoints/pack-0000/<step>, or "
+            "RUN itself for its finished concepts."
         )
-    manager = ocp.CheckpointManager(folder.parent)
     step = int(folder.name)
-    composite = ocp.args.Composite(
-        **{_STATE: ocp.args.StandardRestore(), _CONCEPTS: ocp.args.JsonRestore()},
-    )
-    restored = manager.restore(step, args=composite)
-    described, saved = restored[_CONCEPTS], restored[_STATE]
+    with ocp.CheckpointManager(folder.parent) as manager:
+        saved = _restore_arrays(manager, step)
+        described = _restore_description(manager, step)
     layers, bias = tuple(described["layers"]), float(described["logit_bias"])
     return [
         (
             ConceptRecord(**{**concept, "images": tuple(concept["images"])}),
-            KVResidual(np.asarray(saved["key"][row]), np.asarray(saved["value"][row]), layers, bias),
+            KVResidual(saved["key"][row], saved["value"][row], layers, bias),
             int(saved["step"][row]),
         )
         for row, concept in enumerate(described["concepts"])
@@ -140,7 +149,7 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, KV
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
-    """Named arrays of a state. Optax states are nested tuples, which do not survive a file: by position."""
+    """Named arrays of a state. Optax's nested tuples do not survive a file: those by position."""
     opt_state = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
     return {
         "step": state.step,
@@ -149,3 +158,14 @@ def _arrays(state: TrainState) -> dict[str, Any]:
         "opt_state": opt_state,
         "failed_step": state.failed_step,
     }
+
+
+def _restore_description(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(**{_CONCEPTS: ocp.args.JsonRestore()})
+    return manager.restore(step, args=args)[_CONCEPTS]
+
+
+def _restore_arrays(manager: ocp.CheckpointManager, step: int) -> Any:
+    """What :func:`_arrays` gave, as numpy arrays."""
+    args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore()})
+    return jax.tree.map(np.asarray, manager.restore(step, args=args)[_STATE])

@@ -1,18 +1,20 @@
 """The training loop, from top to bottom.
 
-Concepts are trained in packs: as many at once as the mesh has rows, one pack after the other, all with the same
-compiled programs. Inside a pack nothing but metrics leaves the device; the host reads those of one dispatch while
-the device works on the next.
+Concepts are trained in packs: as many at once as the mesh has rows, one pack after the other, all
+with the same compiled programs. Inside a pack nothing but metrics leaves the device; the host reads
+those of one dispatch while the device works on the next.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -31,11 +33,17 @@ from catversion_jax.training import checkpoint
 from catversion_jax.training.metrics import MetricsRecorder
 from catversion_jax.training.pack import PreparedConcept, assemble_pack, prepare_concept
 from catversion_jax.training.run_directory import RunDirectory
-from catversion_jax.training.state import ConceptData, TrainState, create_train_state, make_optimizer
-from catversion_jax.training.step import make_eval_step, make_train_step
+from catversion_jax.training.state import (
+    ConceptData,
+    TrainState,
+    create_train_state,
+    make_optimizer,
+)
+from catversion_jax.training.step import StepMetrics, make_eval_step, make_train_step
 from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +54,14 @@ class TrainResult:
     failures: Mapping[str, str]
 
 
-def train(config: TrainConfig, backbone: Backbone, concepts: ConceptList, mesh: Mesh) -> TrainResult:
+def train(
+    config: TrainConfig, backbone: Backbone, concepts: ConceptList, mesh: Mesh
+) -> TrainResult:
     """Train every concept that is not done yet; continue what ``config.output_dir`` holds.
 
     Raises:
-      CatVersionError: the options contradict the model or the run in ``output_dir``, or it is not writable.
+      CatVersionError: the options contradict the model or the run in ``output_dir``, or it is not
+      writable.
     """
     run = RunDirectory(config)
     trainer = _Trainer(config, backbone, mesh, run, concepts.concepts)
@@ -61,7 +72,9 @@ def train(config: TrainConfig, backbone: Backbone, concepts: ConceptList, mesh: 
 
     names = [*failures, *(spec.name for spec in concepts.concepts)]
     total = len(concepts.concepts) * config.max_train_steps
-    with tqdm(total=total, unit="concept-step", desc="training", dynamic_ncols=True, smoothing=0.1) as progress:
+    with tqdm(
+        total=total, unit="concept-step", desc="training", dynamic_ncols=True, smoothing=0.1
+    ) as progress:
         for pack in _packs(concepts.concepts, run, trainer.num_rows, progress):
             failures |= trainer.run_pack(pack, progress)
             run.write_index(names, failures)
@@ -72,28 +85,43 @@ def train(config: TrainConfig, backbone: Backbone, concepts: ConceptList, mesh: 
 
 @dataclasses.dataclass(frozen=True)
 class _Pack:
+    """Concepts trained together, their checkpoints' folder, and where an earlier state lies."""
+
     concepts: tuple[ConceptSpec, ...]
     folder: Path
+    restore_from: Path | None
 
 
-def _packs(specs: Sequence[ConceptSpec], run: RunDirectory, num_rows: int, progress: tqdm) -> Iterator[_Pack]:
-    """The packs still to do: interrupted ones as they were, then the rest in order, earlier failures last."""
+def _packs(
+    specs: Sequence[ConceptSpec], run: RunDirectory, num_rows: int, progress: tqdm
+) -> Iterator[_Pack]:
+    """The packs to do: interrupted ones as they were, then the rest, earlier failures last."""
     by_name = {spec.name: spec for spec in specs}
     handled = {name for name in by_name if run.is_done(name)}
     progress.update(len(handled) * run.config.max_train_steps)
-    known = sorted(run.checkpoints.glob("pack-*"))
+    known = sorted(run.checkpoints.glob("pack-*"), reverse=True)
+    new_folders = (run.checkpoints / f"pack-{number:04d}" for number in itertools.count(len(known)))
     for folder in known:
-        rows = checkpoint.latest_records(folder)
-        unfinished = [r.name for r in rows if r.name not in handled and not run.has_failed(r.name)]
-        if unfinished and all(row.name in by_name for row in rows):
-            progress.update(-sum(row.name in handled for row in rows) * run.config.max_train_steps)
-            handled |= {row.name for row in rows}
-            yield _Pack(tuple(by_name[row.name] for row in rows), folder)
+        rows = [row.name for row in checkpoint.latest_records(folder)]
+        unfinished = [name for name in rows if name not in handled and not run.has_failed(name)]
+        if not unfinished or any(name not in by_name for name in rows):
+            continue
+        if len(rows) <= num_rows:
+            progress.update(-sum(name in handled for name in rows) * run.config.max_train_steps)
+            yield _Pack(tuple(by_name[name] for name in rows), folder, restore_from=folder)
+        else:  # interrupted on a larger machine
+            for names in _batched(unfinished, num_rows):
+                yield _Pack(tuple(by_name[name] for name in names), next(new_folders), folder)
+        handled |= set(rows)
     todo = [spec for spec in specs if spec.name not in handled]
     todo.sort(key=lambda spec: run.has_failed(spec.name))
-    for start in range(0, len(todo), num_rows):
-        number = len(known) + start // num_rows
-        yield _Pack(tuple(todo[start : start + num_rows]), run.checkpoints / f"pack-{number:04d}")
+    for chunk in _batched(todo, num_rows):
+        yield _Pack(chunk, next(new_folders), restore_from=None)
+
+
+def _batched(items: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
+    for start in range(0, len(items), size):
+        yield tuple(items[start : start + size])
 
 
 class _Trainer:
@@ -120,6 +148,10 @@ class _Trainer:
         self.eval_step = make_eval_step(schedule, mesh, config, self.layers[0])
         self.grids = SampleGrids(backbone, config)
         self.compiled = False
+        # What the progress bar says; ``mark`` is when the last dispatch was read, None after other
+        # work.
+        self.mark: float | None = None
+        self.rate, self.status = 0.0, ""
 
     # ------------------------------------------------------------------ one pack
 
@@ -131,7 +163,8 @@ class _Trainer:
         if not prepared:
             return failures
         manager = checkpoint.open_checkpoints(pack.folder, config.checkpoints_total_limit)
-        step, state, data = self._start(prepared, manager)
+        step, state, data = self._start(prepared, pack.restore_from)
+        plain_loss = self._evaluate(None, data)
         progress.update(step * len(prepared))
         names = [concept.spec.name for concept in prepared]
         recorder = MetricsRecorder(
@@ -142,8 +175,9 @@ class _Trainer:
         )
         records = [concept.record for concept in prepared]
         pending: collections.deque[_Dispatched] = collections.deque()
+        loss = self._evaluate(state.residual, data)
         if step == 0:
-            pending.append(_Dispatched(0, 0, None, self._evaluate(state.residual, data)))
+            pending.append(_Dispatched(0, 0, None, loss))
 
         # ---------------------------------------------------------- the loop
         while step < total:
@@ -151,10 +185,11 @@ class _Trainer:
             state, metrics = self._dispatch(state, data, num_steps)
             step += num_steps
             evaluate = step % config.eval_steps == 0 or step == total
-            loss = self._evaluate(state.residual, data) if evaluate else None
+            if evaluate:
+                loss = self._evaluate(state.residual, data)
             while pending:
                 self._record(pending.popleft(), names, recorder, progress)
-            pending.append(_Dispatched(step, num_steps, metrics, loss))
+            pending.append(_Dispatched(step, num_steps, metrics, loss if evaluate else None))
             if step % config.checkpointing_steps == 0 or step == total:
                 checkpoint.save_checkpoint(manager, step, state, records)
                 if step < total:
@@ -166,7 +201,9 @@ class _Trainer:
             self._record(pending.popleft(), names, recorder, progress)
         recorder.close()
         manager.wait_until_finished()
-        failures |= self._export(prepared, state, None)
+        failures |= self._export(
+            prepared, state, None, losses=(np.asarray(plain_loss), np.asarray(loss))
+        )
         manager.close()
         return failures
 
@@ -185,7 +222,7 @@ class _Trainer:
         return prepared, failures
 
     def _start(
-        self, prepared: Sequence[PreparedConcept], manager: checkpoint.ocp.CheckpointManager
+        self, prepared: Sequence[PreparedConcept], restore_from: Path | None
     ) -> tuple[int, TrainState, ConceptData]:
         """Rows on the mesh, at step 0 or where the newest checkpoint left them."""
         residual, data = assemble_pack(
@@ -198,10 +235,10 @@ class _Trainer:
         )
         data = place_by_concept(data, self.mesh)
         state = jax.tree.map(np.asarray, create_train_state(residual, self.tx))
-        step = manager.latest_step() or 0
-        if step:
-            rows = checkpoint.restore_checkpoint(manager, step, state)
-            order = [r.name for r in checkpoint.read_records(manager, step)]
+        step = 0
+        if restore_from is not None:
+            step, rows, records = checkpoint.restore_latest(restore_from, state)
+            order = [record.name for record in records]
             taken = [order.index(concept.spec.name) for concept in prepared]
             taken += [taken[0]] * (self.num_rows - len(taken))
             state = jax.tree.map(lambda leaf: leaf[np.array(taken)], rows)
@@ -216,62 +253,98 @@ class _Trainer:
         to_next = min(interval - step % interval for interval in intervals)
         return min(config.steps_per_dispatch, to_next, config.max_train_steps - step)
 
-    def _dispatch(self, state: TrainState, data: ConceptData, num_steps: int):
+    def _dispatch(
+        self, state: TrainState, data: ConceptData, num_steps: int
+    ) -> tuple[TrainState, StepMetrics]:
         count = jax.device_put(np.int32(num_steps), replicated(self.mesh))
         started = time.perf_counter()
         with jax.transfer_guard("disallow"):
-            state, metrics = self.train_step(state, data, self.backbone.text_encoder, self.backbone.unet, count)
+            state, metrics = self.train_step(
+                state, data, self.backbone.text_encoder, self.backbone.unet, count
+            )
         if not self.compiled:
             self.compiled = True
             logger.info("compiled the training step in %.0f s", time.perf_counter() - started)
         return state, metrics
 
-    def _evaluate(self, residual: KVResidual, data: ConceptData) -> jax.Array:
+    def _evaluate(self, residual: KVResidual | None, data: ConceptData) -> jax.Array:
         return self.eval_step(residual, data, self.backbone.text_encoder, self.backbone.unet)
 
     # ------------------------------------------------------------------ what the host does
 
-    def _record(self, done: _Dispatched, names: list[str], recorder: MetricsRecorder, progress: tqdm) -> None:
+    def _record(
+        self, done: _Dispatched, names: list[str], recorder: MetricsRecorder, progress: tqdm
+    ) -> None:
         if done.metrics is not None:
             losses = np.asarray(done.metrics.losses)[: done.num_steps]
             recorder.add_losses({name: losses[:, row].tolist() for row, name in enumerate(names)})
             progress.update(done.num_steps * len(names))
-        rate = progress.format_dict["rate"] or 0.0
+        rate = self._concept_steps_per_s(done.num_steps * len(names))
         concepts_per_hour = 3600 * rate / self.config.max_train_steps
         evaluated = None
         if done.eval_loss is not None:
             evaluated = dict(zip(names, np.asarray(done.eval_loss).tolist(), strict=False))
             mean = np.mean([evaluated[name] for name in names])
-            progress.set_postfix_str(f"eval loss {mean:.4f}, {concepts_per_hour:.0f} concepts/h")
+            self.status = f"eval loss {mean:.4f}"
+        if rate:
+            progress.set_postfix_str(f"{self.status}, {concepts_per_hour:.0f} concepts/h")
         if evaluated is not None or done.step % self.config.logging_steps == 0:
-            throughput = {"concept_steps_per_s": round(rate, 3), "concepts_per_hour": round(concepts_per_hour, 1)}
+            throughput = {
+                "concept_steps_per_s": round(rate, 3),
+                "concepts_per_hour": round(concepts_per_hour, 1),
+            }
             recorder.write_row(done.step, evaluated, throughput)
 
-    def _export(self, prepared: Sequence[PreparedConcept], state: TrainState, step: int | None) -> dict[str, str]:
-        """Concept files of all healthy rows (``step=None``: the final ones); quarantines the others."""
+    def _concept_steps_per_s(self, num_concept_steps: int) -> float:
+        """Speed of the compiled step since the last record; compilation and grids are left out."""
+        now = time.perf_counter()
+        if self.mark is not None and num_concept_steps:
+            latest = num_concept_steps / (now - self.mark)
+            self.rate = latest if self.rate == 0 else 0.7 * self.rate + 0.3 * latest
+        self.mark = now
+        return self.rate
+
+    def _export(
+        self,
+        prepared: Sequence[PreparedConcept],
+        state: TrainState,
+        step: int | None,
+        losses: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> dict[str, str]:
+        """Concept files of all healthy rows (``step=None``: the final ones); quarantines the
+        others.
+
+        ``losses`` are the evaluation losses ``[C]`` of the plain model and of the concepts.
+        """
         rows = jax.tree.map(np.asarray, dataclasses.replace(state, opt_state=()))
         failures = {}
         for row, concept in enumerate(prepared):
             name, residual = concept.spec.name, _row(rows.residual, row)
             if rows.failed_step[row] < 0:
                 reached = self.config.max_train_steps if step is None else step
+                if losses:
+                    self.run.write_summary(name, _summary(name, row, losses))
                 concept.record.save(self.run.concept_file(name, step), residual, reached)
                 continue
             failed = int(rows.failed_step[row])
             reason = (
-                f"{name}: the loss or the update was not finite at step {failed}. The state before it is kept in "
-                f"{self.run.concept_file(name, failed).name}. Try a lower learning_rate."
+                f"{name}: the loss or the update was not finite at step {failed}. The state before "
+                f"it is kept in {self.run.concept_file(name, failed).name}. Try a lower "
+                "learning_rate."
             )
             concept.record.save(self.run.concept_file(name, failed), residual, failed)
             self.run.quarantine(name, reason)
             failures[name] = reason
         return failures
 
-    def _write_grids(self, prepared: Sequence[PreparedConcept], state: TrainState, step: int) -> None:
+    def _write_grids(
+        self, prepared: Sequence[PreparedConcept], state: TrainState, step: int
+    ) -> None:
         residuals = jax.tree.map(np.asarray, state.residual)
         for row, concept in enumerate(prepared):
             path = self.run.concept(concept.spec.name) / "samples" / f"{step:06d}.png"
             self.grids.write(path, concept, _row(residuals, row), step)
+        self.mark = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,8 +353,19 @@ class _Dispatched:
 
     step: int
     num_steps: int
-    metrics: object | None
+    metrics: StepMetrics | None
     eval_loss: jax.Array | None
+
+
+def _summary(name: str, row: int, losses: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    plain, learned = (float(f"{loss[row]:.6g}") for loss in losses)
+    if learned >= plain:
+        logger.warning(
+            f"{name}: its evaluation loss {learned} is not below the plain model's {plain}, so it "
+            "learned nothing useful. Train longer, try another learning_rate or init, and check "
+            "that the base class suits the images."
+        )
+    return {"eval_loss": learned, "plain_eval_loss": plain}
 
 
 def _row(residual: KVResidual, row: int) -> KVResidual:

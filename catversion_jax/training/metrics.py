@@ -1,4 +1,4 @@
-"""What a run records: a CSV per concept, one JSONL for the run, TensorBoard. Written by the host, between dispatches."""
+"""What a run records: a CSV per concept, one JSONL for the run, TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ class MetricsRecorder:
     ``eval_loss`` is the deterministic one, comparable over time; step 0 is the untrained residual.
     """
 
-    def __init__(self, folders: Mapping[str, Path], jsonl: Path, tensorboard_dir: Path | None, start_step: int):
+    def __init__(
+        self,
+        folders: Mapping[str, Path],
+        jsonl: Path,
+        tensorboard_dir: Path | None,
+        start_step: int,
+    ):
         self._files = {name: folder / "metrics.csv" for name, folder in folders.items()}
         self._rows = {name: _read_rows(path, start_step) for name, path in self._files.items()}
         self._pending: dict[str, list[float]] = {name: [] for name in folders}
@@ -34,7 +40,9 @@ class MetricsRecorder:
         for name, values in losses.items():
             self._pending[name].extend(values)
 
-    def write_row(self, step: int, eval_loss: Mapping[str, float] | None, throughput: Mapping[str, float]) -> None:
+    def write_row(
+        self, step: int, eval_loss: Mapping[str, float] | None, throughput: Mapping[str, float]
+    ) -> None:
         """Close the current window at ``step`` and write it everywhere."""
         record: dict[str, dict[str, float | None]] = {}
         for name, rows in self._rows.items():
@@ -54,7 +62,9 @@ class MetricsRecorder:
         for writer in self._writers.values():
             writer.close()  # type: ignore[attr-defined]
 
-    def _write_tensorboard(self, name: str, step: int, loss: float | None, eval_loss: float | None) -> None:
+    def _write_tensorboard(
+        self, name: str, step: int, loss: float | None, eval_loss: float | None
+    ) -> None:
         if self._tensorboard_dir is None:
             return
         if name not in self._writers:
@@ -76,7 +86,10 @@ def _read_rows(path: Path, last_step: int | None) -> list[tuple[int, float | Non
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [(int(r["step"]), _number(r["loss"]), _number(r["eval_loss"])) for r in csv.DictReader(file)]
+        rows = [
+            (int(r["step"]), _number(r["loss"]), _number(r["eval_loss"]))
+            for r in csv.DictReader(file)
+        ]
     return [row for row in rows if last_step is None or (row[0] <= last_step and last_step > 0)]
 
 
@@ -88,5 +101,7 @@ def _csv_bytes(rows: Sequence[tuple[int, float | None, float | None]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([[step, *("" if v is None else f"{v:.6g}" for v in values)] for step, *values in rows])
+    writer.writerows(
+        [[step, *("" if v is None else f"{v:.6g}" for v in values)] for step, *values in rows]
+    )
     return text.getvalue().encode()

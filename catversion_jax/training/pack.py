@@ -1,6 +1,8 @@
-"""From concepts on disk to the rows of one pack: images encoded, prompts encoded, residuals started.
+"""From concepts on disk to the rows of one pack: images encoded, prompts encoded, residuals
+started.
 
-Everything here happens per concept, with programs of fixed shape, so that a row never depends on its neighbours.
+Everything here happens per concept, with programs of fixed shape, so that a row never depends on
+its neighbours.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +56,8 @@ def prepare_concept(
     """Read, check and encode one concept.
 
     Raises:
-      ConceptError: an image cannot be used, a prompt does not name the concept, masks are missing where the
-        loss needs them.
+      ConceptError: an image cannot be used, a prompt does not name the concept, masks are missing
+        where the loss needs them.
     """
     prompts = concept_prompts(spec, config.instance_prompt, default_when=config.when)
     when = spec.when or config.when
@@ -62,11 +65,16 @@ def prepare_concept(
         _check_prompts_fit(spec, prompts, backbone)
     resolution = config.resolution or backbone.default_resolution
     images = load_concept_images(spec, resolution=resolution, crop=config.crop, alpha=config.alpha)
-    unmasked = [source.label for source, image in zip(spec.images, images, strict=True) if image.mask is None]
+    unmasked = [
+        source.label
+        for source, image in zip(spec.images, images, strict=True)
+        if image.mask is None
+    ]
     if config.masked_training and unmasked:
         raise ConceptError(
-            f"{spec.name}: masked_training=true, but {len(unmasked)} of {len(images)} images have no mask "
-            f"({', '.join(unmasked[:3])}). Add x.mask.png beside each, use alpha=mask, or masked_training=false."
+            f"{spec.name}: masked_training=true, but {len(unmasked)} of {len(images)} images have "
+            f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each, use alpha=mask, or "
+            "masked_training=false."
         )
     encoded = encode_concept(
         images,
@@ -78,7 +86,9 @@ def prepare_concept(
     hidden = [lower_text_states(backbone.text_encoder, ids, layers[0]) for ids in token_ids]
     seed = config.seed if spec.seed is None else spec.seed
     word_positions = backbone.tokenizer.word_positions(token_ids[0], spec.base_class)
-    residual = init_residual(config, layers, backbone.text_encoder, token_ids[0], word_positions or (0,), seed)
+    residual = init_residual(
+        config, layers, backbone.text_encoder, token_ids[0], word_positions or (0,), seed
+    )
     record = ConceptRecord(
         name=spec.name,
         base_class=spec.base_class,
@@ -89,7 +99,9 @@ def prepare_concept(
         seed=seed,
         config=learning_options(config),
     )
-    references = tuple(np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2])
+    references = tuple(
+        np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2]
+    )
     residual = jax.tree.map(np.asarray, residual)
     return PreparedConcept(spec, record, residual, encoded, np.stack(hidden), prompts, references)
 
@@ -103,9 +115,11 @@ def assemble_pack(
     max_images: int,
     max_prompts: int,
 ) -> tuple[KVResidual, ConceptData]:
-    """Stack concepts into ``num_rows`` rows; rows beyond them repeat the first (their results are dropped).
+    """Stack concepts into ``num_rows`` rows; rows beyond them repeat the first (their results are
+    dropped).
 
-    ``max_images`` and ``max_prompts`` are those of the whole run, so that every pack has the same shapes.
+    ``max_images`` and ``max_prompts`` are those of the whole run, so that every pack has the same
+    shapes.
     """
     rows = [prepared[i] if i < len(prepared) else prepared[0] for i in range(num_rows)]
     default_flip = config.random_flip
@@ -115,18 +129,20 @@ def assemble_pack(
         layer = prepared[0].residual.layers[0]
         empty = lower_text_states(backbone.text_encoder, backbone.tokenizer([""])[0], layer)
         empty_hidden = np.stack([empty] * num_rows)
-    data = ConceptData(
+    arrays: dict[str, Any] = dict(
         rng=jnp.stack([concept_key(row.record.seed) for row in rows]),
         latent_mean=np.stack([_padded(row.encoded.mean, max_images) for row in rows]),
         latent_std=np.stack([_padded(row.encoded.std, max_images) for row in rows]),
-        mask=np.stack([_padded(row.encoded.mask, max_images) for row in rows]) if config.masked_training else None,
+        mask=np.stack([_padded(row.encoded.mask, max_images) for row in rows])
+        if config.masked_training
+        else None,
         num_images=np.array([len(row.encoded.mean) for row in rows], np.int32),
         flip=np.array(flips, np.float32),
         text_hidden=np.stack([_padded(row.text_hidden, max_prompts) for row in rows]),
         num_prompts=np.array([len(row.prompts) for row in rows], np.int32),
         empty_hidden=empty_hidden,
     )
-    return stack_residuals([row.residual for row in rows]), data
+    return stack_residuals([row.residual for row in rows]), ConceptData(**arrays)
 
 
 def lower_text_states(text_encoder: Network, token_ids: np.ndarray, layer: int) -> np.ndarray:
@@ -150,6 +166,7 @@ def _check_prompts_fit(spec: ConceptSpec, prompts: Sequence[str], backbone: Back
         lost = backbone.tokenizer.cut_off(prompt)
         if lost and not backbone.tokenizer.contains(prompt, spec.base_class):
             raise ConceptError(
-                f"{spec.name}: the base class {spec.base_class!r} does not fit into the model's context of "
-                f"{backbone.tokenizer.model_max_length} tokens: prompt {prompt!r} loses {lost!r}. Use shorter words."
+                f"{spec.name}: the base class {spec.base_class!r} does not fit into the model's "
+                f"context of {backbone.tokenizer.model_max_length} tokens: prompt {prompt!r} loses "
+                f"{lost!r}. Use shorter words."
             )

@@ -1,8 +1,9 @@
 """The output folder of a run: where each thing lies, what is done, and why a concept failed.
 
 out/
-  run.json  config.resolved.yaml  index.csv  metrics.jsonl  logs/<concept>/  checkpoints/pack-0000/<step>/
-  concepts/<name>/  catversion.safetensors  catversion-000250.safetensors  metrics.csv
+  run.json  config.resolved.yaml  index.csv  metrics.jsonl  logs/<concept>/
+      checkpoints/pack-0000/<step>/
+  concepts/<name>/  catversion.safetensors  catversion-000250.safetensors  metrics.csv  metrics.json
                     samples/000250.png  FAILED.txt (only when quarantined)
 """
 
@@ -24,7 +25,8 @@ from catversion_jax.export import CONCEPT_FILE_NAME, load_concept
 
 logger = logging.getLogger(__name__)
 
-FAILED_NAME = "FAILED.txt"
+FAILED_NAME, SUMMARY_NAME = "FAILED.txt", "metrics.json"
+INDEX_COLUMNS = ("name", "state", "eval_loss", "plain_eval_loss", "file", "reason")
 
 
 class RunDirectory:
@@ -44,14 +46,16 @@ class RunDirectory:
     def concept_file(self, name: str, step: int | None = None) -> Path:
         """The final concept file, or the one of an intermediate step."""
         stem, suffix = CONCEPT_FILE_NAME.rsplit(".", 1)
-        return self.concept(name) / (CONCEPT_FILE_NAME if step is None else f"{stem}-{step:06d}.{suffix}")
+        return self.concept(name) / (
+            CONCEPT_FILE_NAME if step is None else f"{stem}-{step:06d}.{suffix}"
+        )
 
     def open(self, base_model: str, text_encoder_sha256: str) -> None:
         """Create the folder, or check that the run in it is this one.
 
         Raises:
-          CatVersionError: unwritable; holds a run that learned with other options; holds results and
-            ``resume_from_checkpoint`` is none.
+          CatVersionError: unwritable; holds a run that learned with other options; holds results
+            and ``resume_from_checkpoint`` is none.
         """
         make_folder(self.root)
         settings = {
@@ -84,36 +88,53 @@ class RunDirectory:
     def quarantine(self, name: str, reason: str) -> None:
         """Say in the concept's folder why it was given up; nothing else of it is touched."""
         make_folder(self.concept(name))
-        text = f"{reason}\n\nThe other concepts of the run went on. Correct the cause and run the same command again.\n"
+        text = (
+            f"{reason}\n\nThe other concepts of the run went on. Correct the cause and run the "
+            "same command again.\n"
+        )
         write_atomically(self.concept(name) / FAILED_NAME, text.encode())
 
     def clear_failure(self, name: str) -> None:
         """Forget an earlier quarantine: the concept is tried again."""
         (self.concept(name) / FAILED_NAME).unlink(missing_ok=True)
 
+    def write_summary(self, name: str, summary: Mapping[str, float]) -> None:
+        """The concept's final evaluation losses, for people and for ``index.csv``."""
+        text = json.dumps(summary, indent=1) + "\n"
+        write_atomically(self.concept(name) / SUMMARY_NAME, text.encode())
+
     def write_index(self, names: Iterable[str], failures: Mapping[str, str]) -> None:
-        """One line per concept: done, failed (with reason) or pending."""
+        """One line per concept: done (with its losses), failed (with the reason) or pending."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["name", "state", "file", "reason"])
+        writer = csv.DictWriter(text, INDEX_COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
         for name in names:
             if name in failures:
-                writer.writerow([name, "failed", "", failures[name].splitlines()[0]])
+                reason = failures[name].splitlines()[0]
+                writer.writerow({"name": name, "state": "failed", "reason": reason})
             elif self.concept_file(name).exists():
-                writer.writerow([name, "done", self.concept_file(name).relative_to(self.root), ""])
+                file = self.concept_file(name).relative_to(self.root)
+                summary = self.concept(name) / SUMMARY_NAME
+                losses = json.loads(summary.read_text()) if summary.exists() else {}
+                writer.writerow({"name": name, "state": "done", "file": file, **losses})
             else:
-                writer.writerow([name, "pending", "", ""])
+                writer.writerow({"name": name, "state": "pending"})
         write_atomically(self.root / "index.csv", text.getvalue().encode())
 
     def _check_same_run(self, manifest: Path, settings: Mapping[str, Any]) -> None:
         if self.config.resume_from_checkpoint == "none":
             raise CatVersionError(
-                f"output_dir={self.root}: already holds a run and resume_from_checkpoint=none would overwrite "
-                "it. Give another output_dir, or leave resume_from_checkpoint=latest to continue."
+                f"output_dir={self.root}: already holds a run and resume_from_checkpoint=none "
+                "would overwrite it. Give another output_dir, or leave "
+                "resume_from_checkpoint=latest to continue."
             )
         try:
             old = json.loads(manifest.read_text(encoding="utf-8"))
-            before = {**old["options"], "base model": old["base_model"], "weights": old["text_encoder_sha256"]}
+            before = {
+                **old["options"],
+                "base model": old["base_model"],
+                "weights": old["text_encoder_sha256"],
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CatVersionError(
                 f"{manifest}: is not readable as a run ({error}). Give another output_dir."
@@ -130,6 +151,7 @@ class RunDirectory:
         ]
         if changed:
             raise CatVersionError(
-                f"output_dir={self.root}: holds a run that learned with other options ({'; '.join(changed)}). "
-                "Continue it with its own options (config.resolved.yaml) or give another output_dir."
+                f"output_dir={self.root}: holds a run that learned with other options "
+                f"({'; '.join(changed)}). Continue it with its own options (config.resolved.yaml) "
+                "or give another output_dir."
             )

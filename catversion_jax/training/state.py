@@ -1,7 +1,8 @@
 """What is trained, and the cached data it is trained on. Every leaf leads with the concept axis C.
 
-Randomness belongs to the concept: its key comes from its own seed, each step folds in the step number and
-each image slot its index. Rows, packs and devices never enter, so a concept's result does not depend on them.
+Randomness belongs to the concept: its key comes from its own seed, each step folds in the step
+number and each image slot its index. Rows, packs and devices never enter, so a concept's result
+does not depend on them.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class TrainState:
       step: ``[C]`` int32, updates done.
       residual: leaves ``[C L P N H]`` float32.
       opt_state: optax state, one per concept.
-      failed_step: ``[C]`` int32, the step whose loss or update was not finite, -1 while healthy. A failed
-        concept keeps its last finite state and no longer changes.
+      failed_step: ``[C]`` int32, the step whose loss or update was not finite, -1 while healthy. A
+        failed concept keeps its last finite state and no longer changes.
     """
 
     step: Int[Array, "C"]
@@ -139,7 +140,9 @@ def init_residual(
 
 
 @functools.partial(jax.jit, static_argnames="layers")
-def _own_keys_values(text_encoder: Network, token_ids: Array, layers: tuple[int, ...]) -> tuple[Array, Array]:
+def _own_keys_values(
+    text_encoder: Network, token_ids: Array, layers: tuple[int, ...]
+) -> tuple[Array, Array]:
     return text_encoder.call("keys_values", token_ids, layers=layers)
 
 

@@ -1,8 +1,8 @@
 """The compiled programs of training: many steps of many concepts, and their evaluation losses.
 
-Per device: ``fori_loop`` over steps, inside it ``vmap`` over the device's concepts, inside it one concept's
-gradient step. ``shard_map`` spreads that over the (concept, data) mesh. Frozen networks are arguments: XLA
-would fold closed-over weights into the program as constants.
+Per device: ``fori_loop`` over steps, inside it ``vmap`` over the device's concepts, inside it one
+concept's gradient step. ``shard_map`` spreads that over the (concept, data) mesh. Frozen networks
+are arguments: XLA would fold closed-over weights into the program as constants.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,13 @@ from catversion_jax.models.network import Network
 from catversion_jax.objective import DiffusionBatch, diffusion_loss
 from catversion_jax.residual import KVResidual
 from catversion_jax.sharding import CONCEPT_AXIS, DATA_AXIS
-from catversion_jax.training.state import EVAL_STREAM, ORDER_STREAM, TRAIN_STREAM, ConceptData, TrainState
+from catversion_jax.training.state import (
+    EVAL_STREAM,
+    ORDER_STREAM,
+    TRAIN_STREAM,
+    ConceptData,
+    TrainState,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -46,17 +53,21 @@ TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 def make_train_step(
     schedule: NoiseSchedule, tx: optax.GradientTransformation, mesh: Mesh, config: TrainConfig
 ) -> TrainStep:
-    """Compile-once ``(state, data, text_encoder, unet, num_steps) -> (state, metrics)``; ``state`` is donated.
+    """Compile-once ``(state, data, text_encoder, unet, num_steps) -> (state, metrics)``.
 
-    ``num_steps`` is traced: any number up to ``config.steps_per_dispatch`` runs without recompiling.
+    ``state`` is donated. ``num_steps`` is traced: any number up to ``config.steps_per_dispatch``
+    runs without recompiling.
     """
     local_batch = config.train_batch_size // config.data_parallel
-    # Without a split batch nothing may mention the data axis: even a sum over one device is a collective.
+    # Without a split batch nothing may mention the data axis: even a sum over one device is a
+    # collective.
     splits_batch = config.data_parallel > 1
 
     def one_concept(state: TrainState, data: ConceptData, text_encoder: Network, unet: Network):
         first_slot = jax.lax.axis_index(DATA_AXIS) * local_batch if splits_batch else jnp.int32(0)
-        batch = sample_batch(data, state.step, first_slot, local_batch, config, schedule.num_train_timesteps)
+        batch = sample_batch(
+            data, state.step, first_slot, local_batch, config, schedule.num_train_timesteps
+        )
 
         def loss_fn(residual: KVResidual) -> Array:
             loss = diffusion_loss(
@@ -69,14 +80,19 @@ def make_train_step(
                 snr_gamma=config.snr_gamma,
                 unmasked_weight=config.unmasked_weight,
             )
-            # Inside the differentiated function: under check_vma its transpose is the gradients' mean.
+            # Inside the differentiated function: under check_vma its transpose is the mean of the
+            # gradients.
             return jax.lax.pmean(loss, DATA_AXIS) if splits_batch else loss
 
         loss, grads = jax.value_and_grad(loss_fn)(state.residual)
         return apply_update(state, loss, grads, tx), loss
 
     def many_steps(
-        state: TrainState, data: ConceptData, text_encoder: Network, unet: Network, num_steps: Int[Array, ""]
+        state: TrainState,
+        data: ConceptData,
+        text_encoder: Network,
+        unet: Network,
+        num_steps: Int[Array, ""],
     ):
         all_concepts = jax.vmap(one_concept, in_axes=(0, 0, None, None))
 
@@ -91,11 +107,13 @@ def make_train_step(
         return state, StepMetrics(losses, state.failed_step)
 
     by_concept = PartitionSpec(CONCEPT_AXIS)
+    per_row: Any = PartitionSpec(None, CONCEPT_AXIS)
+    per_concept: Any = by_concept
     sharded = jax.shard_map(
         many_steps,
         mesh=mesh,
         in_specs=(by_concept, by_concept, PartitionSpec(), PartitionSpec(), PartitionSpec()),
-        out_specs=(by_concept, StepMetrics(PartitionSpec(None, CONCEPT_AXIS), by_concept)),
+        out_specs=(by_concept, StepMetrics(per_row, per_concept)),
     )
     return jax.jit(sharded, donate_argnums=0)
 
@@ -103,7 +121,10 @@ def make_train_step(
 def apply_update(
     state: TrainState, loss: Array, grads: KVResidual, tx: optax.GradientTransformation
 ) -> TrainState:
-    """One optimizer update of one concept, or its old state and the failing step when anything is not finite."""
+    """One optimizer update of one concept.
+
+    When anything is not finite: its old state, with the failing step noted.
+    """
     updates, opt_state = tx.update(grads, state.opt_state, state.residual)
     residual = optax.apply_updates(state.residual, updates)
     finite = jnp.isfinite(loss)
@@ -125,7 +146,7 @@ def sample_batch(
     config: TrainConfig,
     num_train_timesteps: int,
 ) -> DiffusionBatch:
-    """Image slots ``first_slot ...`` of one concept's batch at ``step`` (``data`` without its C axis).
+    """Slots from ``first_slot`` on of one concept's batch (``data`` without its C axis).
 
     Images come in epochs, each a fresh permutation: every image is used equally often.
     """
@@ -155,7 +176,7 @@ def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:
     max_images = data.latent_mean.shape[0]
     order_rng = jax.random.fold_in(data.rng, ORDER_STREAM)
     epoch_rng = jax.random.fold_in(order_rng, position // data.num_images)
-    # One key per image: the order does not depend on how many padded images stand behind the real ones.
+    # One key per image: the order does not depend on how many padded images follow the real ones.
     images = jnp.arange(max_images)
     order = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(epoch_rng, i)))(images)
     order = jnp.where(images < data.num_images, order, jnp.inf)
@@ -168,12 +189,14 @@ def make_eval_step(
     """``(residual, data, text_encoder, unet) -> losses [C]`` with fixed noise and fixed timesteps.
 
     The training loss is dominated by its random timesteps; this one (plain MSE over
-    ``config.num_eval_samples`` stratified timesteps, no flip, the posterior's mean) is comparable over time.
-    With ``residual=None`` it is the plain model's loss.
+    ``config.num_eval_samples`` stratified timesteps, no flip, the posterior's mean) is comparable
+    over time. With ``residual=None`` it is the plain model's loss.
     """
     count = config.num_eval_samples
 
-    def one_concept(residual: KVResidual | None, data: ConceptData, text_encoder: Network, unet: Network):
+    def one_concept(
+        residual: KVResidual | None, data: ConceptData, text_encoder: Network, unet: Network
+    ):
         rng = jax.random.fold_in(data.rng, EVAL_STREAM)
 
         def one_sample(index: Int[Array, ""]) -> Float[Array, ""]:
@@ -183,11 +206,17 @@ def make_eval_step(
             timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * count)
             hidden = data.text_hidden[index % data.num_prompts]
             batch = DiffusionBatch(latents[None], noise[None], timestep[None], hidden[None])
-            return diffusion_loss(residual, text_encoder, unet, batch, schedule, first_layer=first_layer)
+            return diffusion_loss(
+                residual, text_encoder, unet, batch, schedule, first_layer=first_layer
+            )
 
-        return jnp.mean(jax.lax.map(one_sample, jnp.arange(count), batch_size=config.train_batch_size))
+        return jnp.mean(
+            jax.lax.map(one_sample, jnp.arange(count), batch_size=config.train_batch_size)
+        )
 
-    def all_concepts(residual: KVResidual | None, data: ConceptData, text_encoder: Network, unet: Network):
+    def all_concepts(
+        residual: KVResidual | None, data: ConceptData, text_encoder: Network, unet: Network
+    ):
         in_axes = (None if residual is None else 0, 0, None, None)
         return jax.vmap(one_concept, in_axes=in_axes)(residual, data, text_encoder, unet)
 

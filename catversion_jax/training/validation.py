@@ -1,4 +1,4 @@
-"""Sample grids: the concept's photos, the plain model and the concept, for the same prompts and seeds."""
+"""Sample grids: the photos, the plain model and the concept, for the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ class SampleGrids:
         """Write the grid of one concept, ``residual`` with leaves ``[L P N H]``."""
         columns = [
             (
-                fill_template(template, concept.spec.base_class, where=concept.spec.name, needs_class_word=False),
+                fill_template(
+                    template,
+                    concept.spec.base_class,
+                    where=concept.spec.name,
+                    needs_class_word=False,
+                ),
                 seed,
             )
             for template in self._config.validation_prompt
@@ -56,4 +61,8 @@ class SampleGrids:
             references=concept.references,
         )
         make_folder(path.parent)
-        save_png(path, grid, {"concept": record.name, "step": step, "columns": [list(c) for c in columns]})
+        save_png(
+            path,
+            grid,
+            {"concept": record.name, "step": step, "columns": [list(c) for c in columns]},
+        )

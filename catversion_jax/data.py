@@ -1,12 +1,12 @@
 """A concept's images -> VAE latents, computed once before training.
 
-The encoder's posterior of an image x is a Gaussian with mean mu(x) and standard deviation sigma(x). Both are
-cached, times the model's ``latent_scale`` s, so that a training step only draws
+The encoder's posterior of an image x is a Gaussian with mean mu(x) and standard deviation sigma(x).
+Both are cached, times the model's ``latent_scale`` s, so that a training step only draws
 
     (1)  z = s mu(x) + s sigma(x) n,   n ~ N(0, I)
 
-The flipped image is encoded too: the encoder is not equivariant, so flipped latents would not be the latents
-of the flipped image.
+The flipped image is encoded too: the encoder is not equivariant, so flipped latents would not be
+the latents of the flipped image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from catversion_jax.errors import CatVersionError, ConceptError
 from catversion_jax.images import Alpha, Crop, LoadedImage, load_image
 from catversion_jax.models.network import Network
 
-# One compiled program whatever a concept's number of images: its latents depend on nothing but the image.
+# One compiled program whatever a concept's number of images: its latents depend on nothing but the
+# image.
 ENCODE_BATCH = 4
 
 
@@ -35,7 +36,8 @@ class EncodedConcept:
     Attributes:
       mean: ``[M 2 h w c]`` float32, posterior mean, times ``latent_scale``.
       std: ``[M 2 h w c]`` float32, posterior standard deviation, times ``latent_scale``.
-      mask: ``[M 2 h w]`` float32 in [0, 1], share of the object in each latent pixel; 1 without a mask.
+      mask: ``[M 2 h w]`` float32 in [0, 1], share of the object in each latent pixel; 1 without a
+        mask.
     """
 
     mean: np.ndarray
@@ -83,7 +85,8 @@ def encode_concept(
     side = images[0].pixels.shape[0]
     if side % latent_downsampling:
         raise CatVersionError(
-            f"resolution={side}: must be a multiple of {latent_downsampling}, the model's latent downsampling."
+            f"resolution={side}: must be a multiple of {latent_downsampling}, the model's latent "
+            "downsampling."
         )
     pixels = np.stack(
         [flip for image in images for flip in (image.pixels, image.pixels[:, ::-1])]
@@ -99,8 +102,8 @@ def encode_concept(
     )
     if not (np.isfinite(mean).all() and np.isfinite(std).all()):
         raise ConceptError(
-            "the VAE gives values that are not finite for these images. Check that the model folder's VAE is "
-            "intact (some fp16 VAE files overflow; use the float32 file)."
+            "the VAE gives values that are not finite for these images. Check that the model "
+            "folder's VAE is intact (some fp16 VAE files overflow; use the float32 file)."
         )
     return EncodedConcept(
         mean, std, np.stack([_latent_masks(image, latent_downsampling) for image in images])

@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from catversion_jax.cli.example import byte_vocabulary
+
 # Eight virtual devices, so that meshes are tested on any machine; must be said before jax starts
 # its backend.
 jax.config.update("jax_platforms", "cpu")
@@ -22,17 +24,15 @@ jax.config.update("jax_compilation_cache_dir", COMPILATION_CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def byte_vocabulary() -> dict[str, int]:
-    """CLIP's byte-level vocabulary without any merge: 256 bytes, 256 bytes that end a word, two
-    specials.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    remapped = [byte for byte in range(256) if byte not in printable]
-    letters = [chr(byte) for byte in printable] + [
-        chr(256 + index) for index in range(len(remapped))
-    ]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return {word: index for index, word in enumerate(words)}
+def tiny_tokenizer(folder: Path, *, context: int):
+    """CLIP's tokenizer without merges: every byte is a token."""
+    from transformers import CLIPTokenizer
+
+    # from files: the constructor's arguments changed with transformers 5
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(byte_vocabulary()))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=context)
 
 
 def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0) -> Path:
@@ -44,15 +44,10 @@ def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0) -> Path:
         StableDiffusionPipeline,
         UNet2DConditionModel,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     vocabulary = byte_vocabulary()
-    # from files: the constructor's arguments changed with transformers 5
-    files = folder / "tokenizer"
-    files.mkdir(parents=True)
-    (files / "vocab.json").write_text(json.dumps(vocabulary))
-    (files / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(files, model_max_length=context)
+    tokenizer = tiny_tokenizer(folder / "tokenizer", context=context)
     torch.manual_seed(seed)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(

@@ -165,10 +165,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
         "official": {
             "logit_bias": 1.0,
             "crop": "squash",
+            "mixed_precision": "no",
             "seed": 23,
             "when": "always",
             "validation_guidance_scale": 10.0,
         },
+    }
+)
+
+# Names under which users of other trainers know an option.
+ALIASES: Mapping[str, str] = types.MappingProxyType(
+    {
+        "train_data_dir": "concepts",
+        "instance_data_dir": "concepts",
+        "concepts_list": "concepts",
+        "num_embeddings": "num_positions",
+        "num_vectors": "num_positions",
+        "prefix_init": "init",
+        "prefix_init_std": "init_std",
+        "prefix_logit_bias": "logit_bias",
     }
 )
 
@@ -222,13 +237,16 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
             raise CatVersionError(
                 f"{item!r}: an override is key=value, for example learning_rate=5e-3."
             )
-        values[key.lstrip("-")] = _parse_value(key.lstrip("-"), text)
+        values[key] = _parse_value(ALIASES.get(key, key), text)
     return make_config(values)
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:
     """Build a config from plain values; the preset named in them fills what they leave open."""
     names = [f.name for f in dataclasses.fields(TrainConfig)]
+    values = {ALIASES.get(key, key): value for key, value in values.items()}
+    if values.get("concepts", "") is None:
+        del values["concepts"]
     unknown = [_unknown_key(key, names) for key in values if key not in names]
     if unknown:
         raise CatVersionError("\n".join(unknown))
@@ -371,7 +389,7 @@ def _range_problems(config: TrainConfig) -> list[str]:
         "adam_epsilon": 0.0,
         "max_grad_norm": 0.0, "snr_gamma": 0.0, "seed": 0, "validation_guidance_scale": 0.0,
     }  # fmt: skip
-    between = ("random_flip", "unmasked_weight", "caption_dropout", "adam_beta1", "adam_beta2")
+    between = ("random_flip", "unmasked_weight", "caption_dropout")
     problems = []
     for name, low in at_least.items():
         value = getattr(config, name)
@@ -380,6 +398,9 @@ def _range_problems(config: TrainConfig) -> list[str]:
     for name in between:
         if not 0.0 <= getattr(config, name) <= 1.0:
             problems.append(f"{name}={getattr(config, name)}: must lie within 0..1.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            problems.append(f"{name}={getattr(config, name)}: must be at least 0 and below 1.")
     if not math.isfinite(config.logit_bias):
         problems.append(f"logit_bias={config.logit_bias}: must be finite.")
     if not config.concepts:

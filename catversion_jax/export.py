@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 
 from catversion_jax.atomic_files import make_folder, write_atomically
+from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
-from catversion_jax.foreign_files import describe_bytes, describe_tensors
+from catversion_jax.foreign_files import describe_bytes, describe_folder, describe_tensors
 from catversion_jax.residual import KVResidual
 
 FORMAT_VERSION = 1
 CONCEPT_FILE_NAME = "catversion.safetensors"
-WHEN = ("class_word", "always")
 
 # by width of the text encoder
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}
@@ -136,31 +136,47 @@ def save_concept(
     for index, layer in enumerate(residual.layers):
         tensors[f"layers.{layer}.key"] = key[index]
         tensors[f"layers.{layer}.value"] = value[index]
-    _, num_positions, num_heads, head_dim = key.shape
+    concept = Concept(
+        residual,
+        base_class,
+        name or base_class,
+        when,
+        base_model,
+        text_encoder_sha256,
+        step=int(step),
+        images=tuple(images),
+        train_config=dict(config or {}),
+        metrics=dict(metrics or {}),
+    )
+    make_folder(path.parent)
+    write_atomically(path, serialize_safetensors(tensors, _metadata_of(concept)))
+    return path
+
+
+def _metadata_of(concept: Concept) -> dict[str, str]:
+    """The file's metadata, every value a string."""
+    _, num_positions, num_heads, head_dim = concept.residual.key.shape
     own = {
         "format_version": str(FORMAT_VERSION),
-        "base_class": base_class,
-        "name": name or base_class,
-        "when": when,
-        "layers": _json(residual.layers),
+        "base_class": concept.base_class,
+        "name": concept.name,
+        "when": concept.when,
+        "layers": _json(concept.residual.layers),
         "num_positions": str(num_positions),
         "num_heads": str(num_heads),
         "head_dim": str(head_dim),
-        "logit_bias": repr(float(residual.logit_bias)),
-        "base_model": base_model,
-        "text_encoder_sha256": text_encoder_sha256,
-        "step": str(int(step)),
-        "num_images": str(len(images)),
-        "images": _json(list(images)),
-        "train_config": _json(dict(config or {})),
+        "logit_bias": repr(float(concept.residual.logit_bias)),
+        "base_model": concept.base_model,
+        "text_encoder_sha256": concept.text_encoder_sha256,
+        "step": str(concept.step),
+        "num_images": str(len(concept.images)),
+        "images": _json(concept.images),
+        "train_config": _json(concept.train_config),
     }
-    if metrics:
-        own["metrics"] = _json(dict(metrics))
+    if concept.metrics:
+        own["metrics"] = _json(concept.metrics)
     metadata = {"format": "pt"} | {f"catversion.{k}": v for k, v in own.items()}
-    metadata |= _modelspec(base_class, name or base_class, when, num_heads * head_dim, config or {})
-    make_folder(path.parent)
-    write_atomically(path, serialize_safetensors(tensors, metadata))
-    return path
+    return metadata | _modelspec(concept, num_heads * head_dim)
 
 
 def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path]:
@@ -194,7 +210,9 @@ def load_concept(path: str | Path) -> Concept:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / CONCEPT_FILE_NAME
+        folder, path = path, path / CONCEPT_FILE_NAME
+        if not path.exists() and (what := describe_folder(folder)):
+            raise CatVersionError(f"{folder}: this is not a concept but {what}")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -212,6 +230,11 @@ def load_concept(path: str | Path) -> Concept:
             f"{path}: the concept file is damaged ({detail}). Export it again from its training "
             "run."
         ) from error
+
+
+def concept_folders(folder: str | Path) -> list[Path]:
+    """The folders below ``folder`` that hold a concept file, such as those of a run directory."""
+    return sorted(file.parent for file in Path(folder).rglob(CONCEPT_FILE_NAME))
 
 
 def serialize_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -323,13 +346,12 @@ def _checked_arrays(path: Path, residual: KVResidual) -> tuple[np.ndarray, np.nd
     return key, value
 
 
-def _modelspec(
-    base_class: str, name: str, when: str, width: int, config: Mapping[str, Any]
-) -> dict[str, str]:
+def _modelspec(concept: Concept, width: int) -> dict[str, str]:
     """The keys of Stability AI's ModelSpec that do not change from one writing to the next."""
+    name, config = concept.name, concept.train_config
     hint = (
-        f"write '{base_class}' in the prompt"
-        if when == "class_word"
+        f"write '{concept.base_class}' in the prompt"
+        if concept.when == "class_word"
         else "acts on every conditional prompt"
     )
     keys = {
@@ -340,7 +362,7 @@ def _modelspec(
         "description": (
             f"CatVersion concept '{name}': keys and values for the text encoder's self-attention."
         ),
-        "trigger_phrase": base_class,
+        "trigger_phrase": concept.base_class,
         "usage_hint": hint,
         "tags": "catversion, text-to-image, personalization",
     }

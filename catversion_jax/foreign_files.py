@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+
+from catversion_jax.official_adapter import ADAPTER_FILE_NAME
 
 _TEXTUAL_INVERSION_KEYS = {"emb_params", "emp_params", "string_to_param", "clip_l", "clip_g"}
 
@@ -27,6 +30,18 @@ def describe_bytes(data: bytes) -> str | None:
         )
     if data[8:9] != b"{":
         return "something else than safetensors. Give a catversion.safetensors written by training."
+    return None
+
+
+def describe_folder(folder: Path) -> str | None:
+    """What a folder without a concept file holds instead, with the remedy; None when unknown."""
+    if (folder / ADAPTER_FILE_NAME).is_file():
+        return (
+            f"an adapter of the authors' code ({ADAPTER_FILE_NAME}); convert it with `catversion "
+            f"import {folder} --base_class WORD`."
+        )
+    if (folder / "model_index.json").is_file():
+        return "a whole diffusers model. Give it as the model, not as a concept."
     return None
 
 

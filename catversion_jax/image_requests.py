@@ -11,12 +11,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.tokenizer import Tokenizer
 from catversion_jax.residual import KVResidual
-
-WHEN = ("class_word", "always")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ import numpy as np
 from catversion_jax.errors import CatVersionError
 from catversion_jax.residual import KVResidual
 
-_FILE_NAME = "pytorch_adapter.bin"
+ADAPTER_FILE_NAME = "pytorch_adapter.bin"
 _LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?control_trans$")
 _HEAD_DIM = 64  # of every published CLIP text encoder; used only where nothing else tells the width
 # of one zip member: a guard against decompression bombs, far above any real adapter
@@ -71,7 +71,7 @@ def import_official_concept(
         executed.
     """
     path = Path(path)
-    file = path / _FILE_NAME if path.is_dir() else path
+    file = path / ADAPTER_FILE_NAME if path.is_dir() else path
     vectors = _read_vectors(file)
     layers, flat = _layers_and_vector(file, vectors)
     positions, width = _positions_and_width(file, flat.size, len(layers), num_heads, prefix_length)
@@ -148,7 +148,7 @@ def _read_vectors(file: Path) -> dict[str, np.ndarray]:
         head = file.open("rb").read(4)
     except OSError as error:
         raise CatVersionError(
-            f"{file}: cannot be read ({error.strerror}). Give the folder with {_FILE_NAME} in it, "
+            f"{file}: cannot be read ({error.strerror}). Give the folder with {ADAPTER_FILE_NAME} in it, "
             "or that file."
         ) from error
     if head[:1] == b"\x80" and head != b"PK\x03\x04":
@@ -172,7 +172,7 @@ def _read_archive(file: Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]
     ]
     if len(pickles) != 1:
         raise CatVersionError(
-            f"{file}: a zip file without PyTorch's data.pkl. Give a {_FILE_NAME}."
+            f"{file}: a zip file without PyTorch's data.pkl. Give a {ADAPTER_FILE_NAME}."
         )
     root = pickles[0].removesuffix("data.pkl")
     if (
@@ -194,7 +194,7 @@ def _read_archive(file: Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]
         isinstance(k, str) and isinstance(v, _Tensor) for k, v in content.items()
     ):
         raise CatVersionError(
-            f"{file}: not a table of named tensors. Give the adapter's {_FILE_NAME}."
+            f"{file}: not a table of named tensors. Give the adapter's {ADAPTER_FILE_NAME}."
         )
     return {key: _view(file, archive, f"{root}data/", tensor) for key, tensor in content.items()}
 

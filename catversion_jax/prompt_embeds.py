@@ -14,6 +14,7 @@ is lost is the freedom to write other prompts.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +23,16 @@ import numpy as np
 from catversion_jax.atomic_files import make_folder, write_atomically
 from catversion_jax.errors import CatVersionError
 from catversion_jax.export import serialize_safetensors
-from catversion_jax.image_requests import ConceptUse, active_concepts
+from catversion_jax.image_requests import (
+    ConceptUse,
+    ImageRequest,
+    active_concepts,
+    prompt_warnings,
+)
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.sampling import encode_prompt
+
+logger = logging.getLogger(__name__)
 
 
 def export_prompt_embeds(
@@ -45,7 +53,8 @@ def export_prompt_embeds(
       negative_prompt: encoded without any concept, repeated for every prompt.
 
     Returns:
-      ``path``. Its metadata lists the prompts and which concepts act on each.
+      ``path``. Its metadata lists the prompts and which concepts act on each. Prompts that name
+      none of the concepts, and those that are cut off, are logged as warnings.
 
     Raises:
       CatVersionError: no prompts, or the file cannot be written.
@@ -55,15 +64,20 @@ def export_prompt_embeds(
         raise CatVersionError(
             "no prompts: embeddings are of fixed prompts. Give at least one --prompt."
         )
+    acting = [active_concepts(backbone.tokenizer, prompt, concepts) for prompt in prompts]
+    # Concepts of the other prompts are no mistake in a prompt that names one.
+    requests = [
+        ImageRequest(prompt, uses or tuple(concepts), negative_prompt=negative_prompt)
+        for prompt, uses in zip(prompts, acting, strict=True)
+    ]
+    for message in prompt_warnings(backbone.tokenizer, requests):
+        logger.warning(message)
     prompted = np.stack([encode_prompt(backbone, prompt, concepts) for prompt in prompts])
     plain = encode_prompt(backbone, negative_prompt, ())
-    acting = [
-        [use.name for use in active_concepts(backbone.tokenizer, p, concepts)] for p in prompts
-    ]
     metadata = {
         "format": "pt",
         "catversion.prompts": json.dumps(list(prompts)),
-        "catversion.concepts": json.dumps(acting),
+        "catversion.concepts": json.dumps([[use.name for use in uses] for uses in acting]),
         "catversion.scales": json.dumps({use.name: use.scale for use in concepts}),
         "catversion.negative_prompt": negative_prompt,
         "catversion.base_model": backbone.name,

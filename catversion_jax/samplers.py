@@ -90,11 +90,6 @@ class Sampler:
     rows: tuple[SamplerRow, ...]
     init_noise_sigma: float
 
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether any step adds fresh noise."""
-        return any(row.next_from_noise != 0 for row in self.rows)
-
 
 def make_sampler(
     name: str,

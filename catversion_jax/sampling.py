@@ -97,14 +97,7 @@ def generate(
     # the last batch is filled up with copies of the last image
     filled = [*range(len(requests)), *[len(requests) - 1] * (-len(requests) % batch_size)]
     batches = [filled[i : i + batch_size] for i in range(0, len(filled), batch_size)]
-    total = len(batches) * len(sampler.rows)
-    progress = iter(range(1, total + 1))
-
-    def report(x: Array) -> None:
-        if on_step is not None:
-            jax.block_until_ready(x)  # dispatch runs ahead of the device, a progress bar should not
-            on_step(next(progress), total)
-
+    report = _reporter(on_step, len(batches) * len(sampler.rows))
     final = []
     for rows in batches:
         keys, x = _initial_noise(
@@ -118,6 +111,20 @@ def generate(
         )
     last = np.concatenate(final)[: len(requests)]
     return GeneratedImages(decode_latents(backbone, last), last, warnings)
+
+
+def _reporter(
+    on_step: Callable[[int, int], None] | None, total: int
+) -> Callable[[Array], None]:
+    """Calls ``on_step`` with the number of states it was given so far."""
+    progress = iter(range(1, total + 1))
+
+    def report(x: Array) -> None:
+        if on_step is not None:
+            jax.block_until_ready(x)  # dispatch runs ahead of the device, a progress bar should not
+            on_step(next(progress), total)
+
+    return report
 
 
 def latent_shape(backbone: Backbone, settings: SamplingSettings) -> tuple[int, int, int]:

@@ -325,6 +325,13 @@ def test_a_full_disk_keeps_the_older_file(tmp_path: Path, foreign: Path) -> None
     assert [path.name for path in output.iterdir()] == ["cup.safetensors"]  # no debris
 
 
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoint steps of the first pack, oldest first."""
+    marks = output.glob("checkpoints/pack-0000/*/_CHECKPOINT_METADATA")
+    folders = [mark.parent for mark in marks if mark.parent.name.isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name))
+
+
 @pytest.fixture(scope="module")
 def full_disk(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory):
     """Training whose disk fills up after the second checkpoint: output folder, exit code, text."""
@@ -342,7 +349,7 @@ def full_disk(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory):
     process = start(arguments)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        if len(list(folder.glob("out/checkpoints/*/*/_CHECKPOINT_METADATA"))) >= 2:
+        if len(checkpoints(folder / "out")) >= 2:
             fill_disk(process)
             break
         time.sleep(0.01)
@@ -365,8 +372,10 @@ def test_a_disk_that_fills_up_in_the_middle_of_training(full_disk, tmp_path: Pat
     assert kept
     for path in kept:
         assert np.isfinite(load_concept(path).residual.key).all()
-    steps = sorted(output.glob("checkpoints/pack-0000/[0-9]*"), key=lambda path: int(path.name))
-    assert main(["export", str(steps[0]), "--output_dir", str(tmp_path / "rescued")]) == 0
+    assert (
+        main(["export", str(checkpoints(output)[0]), "--output_dir", str(tmp_path / "rescued")])
+        == 0
+    )
     assert len(list((tmp_path / "rescued").iterdir())) == 2
 
 

@@ -265,6 +265,11 @@ def test_always_spares_the_empty_and_the_named_plain_prompts(tiny_sd_folder, tmp
     assert not torch.equal(got[2], plain[2])
     loader.set_catversion(pipe, name, plain_prompts=["blurry"])
     assert torch.equal(encode(pipe, *prompts)[2], plain[2])
+    loader.set_catversion(pipe, name, 0.5)  # keeps them
+    assert torch.equal(encode(pipe, *prompts)[2], plain[2])
+    assert not torch.equal(encode(pipe, *prompts)[0], plain[0])
+    loader.set_catversion(pipe, name, plain_prompts=())
+    assert not torch.equal(encode(pipe, *prompts)[2], plain[2])
 
 
 def test_base_class_of_several_words(tiny_sd_folder, tmp_path):
@@ -370,6 +375,67 @@ def test_pictures_of_other_things_are_the_plain_ones(tiny_sd_folder, tmp_path, i
         warnings.simplefilter("ignore")
         assert np.array_equal(draw(pipe, "a dog", negative_prompt="blurry"), plain["a dog"])
     assert not np.array_equal(draw(pipe, "a cat", negative_prompt="blurry"), plain["a cat"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["class_word", "always"])
+def test_negative_prompts_are_plain_in_any_order_of_calls(tiny_sd_folder, tmp_path, when):
+    stock, pipe = load_pipe(tiny_sd_folder), load_pipe(tiny_sd_folder)
+    loader.load_catversion(
+        pipe, write(tmp_path, "tom", "cat", make_residual(25, bias=2.0), when=when)
+    )
+    wanted = encode(pipe, "a cat", "my cat", "a cat")
+    ugly = encode(stock, "an ugly cat", "no cat", "a cat")
+
+    def check(prompts, guided, *negative):
+        one = len(negative) == 1
+        got, plain = pipe.encode_prompt(
+            prompts, "cpu", 1, guided, negative_prompt=negative[0] if one else list(negative)
+        )
+        count = 1 if isinstance(prompts, str) else len(prompts)
+        assert torch.equal(got, encode(pipe, *["a cat", "my cat", "a cat"][:count]))
+        if guided:
+            assert torch.equal(plain, encode(stock, *negative))
+
+    assert not torch.equal(wanted[2], ugly[2])
+    check("a cat", True, "an ugly cat")
+    check("a cat", False, "an ugly cat")
+    check("a cat", False, "an ugly cat")
+    check("a cat", True, "a cat")  # the very same text
+    check(["a cat", "my cat", "a cat"], True, "an ugly cat", "no cat", "a cat")
+    with pytest.raises(TypeError):
+        pipe.encode_prompt(["a cat"], "cpu", 1, True, negative_prompt="an ugly cat")
+    check("a cat", True, "an ugly cat")
+    check("a cat", False, "an ugly cat")
+    assert torch.equal(encode(pipe, "an ugly cat"), encode(pipe, "an ugly cat"))
+    assert not torch.equal(encode(pipe, "an ugly cat")[0], ugly[0])  # not said to be a negative one
+    got, plain = pipe.encode_prompt(
+        None, "cpu", 2, True, negative_prompt="an ugly cat", prompt_embeds=wanted[:1]
+    )
+    assert torch.equal(got, wanted[:1].repeat(2, 1, 1))
+    assert torch.equal(plain, ugly[:1].repeat(2, 1, 1))
+
+
+@pytest.mark.parametrize("when", ["class_word", "always"])
+def test_pictures_with_a_negative_prompt(tiny_sd_folder, tmp_path, implementation, when):
+    """Against the plain pipeline that is handed the embeddings of the two encoders."""
+    stock, pipe = (load_pipe(tiny_sd_folder, implementation) for _ in range(2))
+    loader.load_catversion(
+        pipe, write(tmp_path, "tom", "cat", make_residual(26, bias=2.0), when=when)
+    )
+    wanted, ugly = encode(pipe, "a cat"), encode(stock, "an ugly cat")
+    guided = draw(stock, None, prompt_embeds=wanted, negative_prompt_embeds=ugly)
+    unguided = draw(stock, None, prompt_embeds=wanted, guidance_scale=1.0)
+    for _ in range(2):
+        assert np.array_equal(draw(pipe, "a cat", negative_prompt="an ugly cat"), guided)
+        assert np.array_equal(draw(pipe, "a cat", guidance_scale=1.0), unguided)
+    by_embeds = draw(pipe, None, prompt_embeds=wanted, negative_prompt="an ugly cat")
+    assert np.array_equal(by_embeds, guided)
+    assert np.array_equal(draw(pipe, "a cat", negative_prompt="an ugly cat"), guided)
+    if when == "class_word":
+        with pytest.warns(UserWarning, match="calls no active concept"):
+            house = draw(pipe, "a house", negative_prompt="an ugly cat")
+        assert np.array_equal(house, draw(stock, "a house", negative_prompt="an ugly cat"))
 
 
 def test_equals_our_own_encoder(tiny_sd_folder, tmp_path, implementation):

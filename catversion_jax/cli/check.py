@@ -12,12 +12,14 @@ from pathlib import Path
 
 from catversion_jax.concept_report import ConceptReport, report_concept
 from catversion_jax.concepts import ConceptProblem, read_concepts
+from catversion_jax.concepts.fields import WHEN
 from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.tokenizer import Tokenizer
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 _SD_RESOLUTION = 512
+_MIN_RESOLUTION = 8  # as for training: one latent position
 _HEADER = ("name", "base class", "images", "masks", "smallest side", "prompts")
 _LEFT_COLUMNS = (0, 1, 5)
 
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["instance_prompt"],
         help="template, 'object' or 'style'",
     )
-    parser.add_argument("--when", choices=("class_word", "always"), default=_DEFAULTS["when"])
+    parser.add_argument("--when", choices=WHEN, default=_DEFAULTS["when"])
     parser.add_argument("--dataset_split", default=_DEFAULTS["dataset_split"])
     parser.add_argument("--image_column", default=_DEFAULTS["image_column"])
     parser.add_argument("--concept_column", help="dataset column that names the concept of a row")
@@ -54,7 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 when every concept can be trained, 3 when some have problems."""
-    tokenizer, resolution = None, args.resolution or _SD_RESOLUTION
+    if args.resolution is not None and args.resolution < _MIN_RESOLUTION:
+        raise CatVersionError(
+            f"--resolution {args.resolution}: must be at least {_MIN_RESOLUTION} pixels. Leave it "
+            "out for the model's own."
+        )
+    tokenizer = None
+    resolution = _SD_RESOLUTION if args.resolution is None else args.resolution
     if args.model is not None:
         folder = Path(args.model)
         if not folder.is_dir():
@@ -62,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
                 f"--model {args.model}: not a folder. Give a model folder on disk, or leave it out."
             )
         tokenizer = Tokenizer.from_folder(folder / "tokenizer")
-        resolution = args.resolution or _model_resolution(folder)
+        if args.resolution is None:
+            resolution = _model_resolution(folder)
     found = read_concepts(
         args.concepts,
         base_class=args.base_class,

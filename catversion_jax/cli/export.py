@@ -65,21 +65,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def export_concepts(source: str | Path, output_dir: str | Path) -> list[Path]:
-    """Write ``output_dir/<name>.safetensors`` for every concept of ``source``; returns the files.
-
-    Args:
-      source: a run directory, a checkpoint step of one, a concept file or its folder.
-      output_dir: receives the files.
-
-    Raises:
-      CatVersionError: nothing to export there, or the files cannot be written.
-    """
-    from catversion_jax.export import write_concepts
-
-    return write_concepts(collect_concepts(source), Path(output_dir))
-
-
 def collect_concepts(source: str | Path) -> list[Concept]:
     """Every concept of a run directory, a checkpoint, a folder of concepts, or one concept file.
 
@@ -87,6 +72,7 @@ def collect_concepts(source: str | Path) -> list[Concept]:
       CatVersionError: there is none, or one is damaged.
     """
     from catversion_jax.export import CONCEPT_FILE_NAME, load_concept
+    from catversion_jax.foreign_files import describe_folder
 
     source = Path(source)
     if source.is_file() or (source / CONCEPT_FILE_NAME).is_file():
@@ -101,6 +87,8 @@ def collect_concepts(source: str | Path) -> list[Concept]:
     files = sorted(folder.glob(f"*/{CONCEPT_FILE_NAME}")) or sorted(folder.glob("*.safetensors"))
     if files:
         return [load_concept(file) for file in files]
+    if what := describe_folder(source):
+        raise CatVersionError(f"{source}: this is not a concept but {what}")
     steps = sorted(
         mark.parent for mark in source.rglob(_CHECKPOINT_MARK) if mark.parent.name.isdigit()
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from catversion_jax import __version__
 from catversion_jax.cli.prompt_files import PromptRow, read_prompts
+from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
 from catversion_jax.sampling_settings import SAMPLERS, SamplingSettings
 
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="of concepts without their own: 0 plain model, 1 trained [1]",
     )
-    add("--when", choices=("class_word", "always"), help="when concepts act [as their files say]")
+    add("--when", choices=WHEN, help="when concepts act [as their files say]")
     add(
         "--force",
         action="store_true",
@@ -69,6 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npy",
         help="initial latents [images channels h w], as diffusers takes them",
     )
+    add(
+        "--output_dir",
+        default="catversion-images",
+        help="receives the PNGs and the grid [catversion-images]",
+    )
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options of :class:`SamplingSettings` and the number format."""
+    add = parser.add_argument
     add("--sampler", help=f"one of {', '.join(SAMPLERS)} [{_DEFAULTS['sampler']}]")
     add("--num_inference_steps", type=int, help=f"[{_DEFAULTS['num_inference_steps']}]")
     add("--guidance_scale", type=float, help=f"[{_DEFAULTS['guidance_scale']}]")
@@ -82,11 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, help="pixels [the model's]")
     add("--batch_size", type=int, help="images denoised together [1 on CPU, else 4]")
     add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
-    add(
-        "--output_dir",
-        default="catversion-images",
-        help="receives the PNGs and the grid [catversion-images]",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,10 +170,10 @@ class _ConceptShelf:
         return self._use(self._load(Path(name)), self._scale if scale is None else scale)
 
     def _load(self, path: Path) -> Concept:
-        from catversion_jax.export import CONCEPT_FILE_NAME, load_concept
+        from catversion_jax.export import CONCEPT_FILE_NAME, concept_folders, load_concept
 
         if path.is_dir() and not (path / CONCEPT_FILE_NAME).exists():
-            inside = sorted(p.parent for p in path.rglob(CONCEPT_FILE_NAME))[:8]
+            inside = concept_folders(path)[:8]
             if inside:
                 raise CatVersionError(
                     f"--concept {path}: holds several concepts; give one of "

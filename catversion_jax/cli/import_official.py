@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
+import logging
 from pathlib import Path
 
+from catversion_jax.concepts import check_concept_name
+from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefix_length", type=int, help="concatenated positions [as adapter_config.json says]")
     add(
         "--when",
-        choices=("class_word", "always"),
+        choices=WHEN,
         default="class_word",
         help="the authors' code acts on every prompt: always [class_word]",
     )
@@ -39,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="what it was trained on; a local folder also gives the encoder's fingerprint",
     )
+    add("--variant", help="weight file variant of that folder, for example fp16")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,10 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
     source = Path(args.source)
     name = args.name or (source.resolve() if source.is_dir() else source.resolve().parent).name
-    if re.search(r"[/\\]", name) or name in ("", ".", ".."):
-        raise CatVersionError(
-            f"--name {name!r}: becomes a folder's name. Give one without path separators."
-        )
+    if mistake := check_concept_name(name, remedy="Give another --name."):
+        raise CatVersionError(mistake)
     residual = import_official_concept(source, args.num_heads, prefix_length=args.prefix_length)
     path = save_concept(
         Path(args.output_dir) / name / CONCEPT_FILE_NAME,
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         name=name,
         when=args.when,
         base_model=args.model,
-        text_encoder_sha256=_fingerprint(args.model),
+        text_encoder_sha256=_fingerprint(args.model, args.variant),
         config={"imported_from": "RoyZhao926/CatVersion"},
     )
     print(
@@ -70,11 +73,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fingerprint(model: str) -> str:
-    folder = Path(model) / "text_encoder"
-    if not model or not folder.is_dir():
+def _fingerprint(model: str, variant: str | None) -> str:
+    """Of the text encoder of a local model folder; '' where it cannot be known, which is said."""
+    if not model or not Path(model).expanduser().is_dir():
+        what = f"--model {model}: not a folder here" if model else "no --model"
+        logger.warning(
+            "%s, so the concept file states no fingerprint of the text encoder it was trained with "
+            "and is not checked against the model it is used with; give --model a local diffusers "
+            "folder for that",
+            what,
+        )
         return ""
     from catversion_jax.models.checkpoint import open_checkpoint
     from catversion_jax.models.fingerprint import text_encoder_sha256
 
-    return text_encoder_sha256(open_checkpoint(folder))
+    folder = Path(model).expanduser() / "text_encoder"
+    return text_encoder_sha256(open_checkpoint(folder, variant=variant))

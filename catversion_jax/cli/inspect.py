@@ -1,4 +1,6 @@
-"""``catversion inspect FILE``: what a concept file is, without loading any model."""
+"""``catversion inspect FILE``: what a concept file is, or which concepts a run directory holds,
+without loading any model.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "file", metavar="FILE", help="concept file or its folder, or an official adapter"
+        "file",
+        metavar="FILE",
+        help="concept file or its folder, run directory, or an official adapter",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON, with the whole training configuration"
@@ -26,10 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the file says about itself."""
+    from catversion_jax.export import CONCEPT_FILE_NAME, concept_folders
+    from catversion_jax.official_adapter import ADAPTER_FILE_NAME
+
     path = Path(args.file)
-    official = path / "pytorch_adapter.bin" if path.is_dir() else path
+    official = path / ADAPTER_FILE_NAME if path.is_dir() else path
     if official.is_file() and official.suffix == ".bin":
         facts = _official_facts(path, args.num_heads)
+    elif not (path / CONCEPT_FILE_NAME).is_file() and (folders := concept_folders(path)):
+        listed = {str(folder): _concept_facts(folder) for folder in folders}
+        print(json.dumps(listed, indent=2) if args.json else _as_table(listed))
+        return 0
     else:
         facts = _concept_facts(path)
     print(json.dumps(facts, indent=2) if args.json else _as_text(facts))
@@ -87,6 +98,18 @@ def _residual_facts(residual: KVResidual) -> dict[str, Any]:
         "key_norms": norms["key"],
         "value_norms": norms["value"],
     }
+
+
+def _as_table(listed: dict[str, dict[str, Any]]) -> str:
+    """One row for each of several concepts."""
+    keys = ("name", "base_class", "when", "step")
+    rows = [[*(key.replace("_", " ") for key in keys), "folder"]]
+    rows += [[*(str(facts[key]) for key in keys), folder] for folder, facts in listed.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def _as_text(facts: dict[str, Any]) -> str:

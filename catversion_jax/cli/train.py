@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import os
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from catversion_jax.atomic_files import unwritable
+from catversion_jax.atomic_files import make_folder, unwritable
 from catversion_jax.config import TrainConfig, load_config, option_table
 
 if TYPE_CHECKING:
+    from catversion_jax.concepts import ConceptList
     from catversion_jax.training.loop import TrainResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command; the options themselves are listed from the config's own table."""
-    width = max(len(name) for name, _, _ in option_table())
-    table = "\n".join(
-        f"  {name:<{width}}  {text}" + (f" [{default}]" if default else "")
-        for name, default, text in option_table()
-    )
     parser.usage = "catversion train --config FILE [key=value ...]"
-    parser.epilog = f"options, as keys of the YAML file or key=value [default]:\n{table}"
+    parser.epilog = "Every option can stand in the YAML file, or as key=value, or as --key value."
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; see configs/")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="options that win over the file"
     )
+    for name, default, text in option_table():
+        shown = f"{text} [{default}]" if default else text
+        parser.add_argument(
+            f"--{name}", metavar="", default=argparse.SUPPRESS, help=shown.replace("%", "%%")
+        )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0 when every concept succeeded, 3 when some were quarantined."""
-    config = load_config(args.config, args.overrides)
+    given = [f"{name}={vars(args)[name]}" for name, *_ in option_table() if name in vars(args)]
+    config = load_config(args.config, [*args.overrides, *given])
     # Before jax is imported: the paths can be wrong, and that should show at once.
     from catversion_jax.concepts import read_concepts
 
@@ -45,14 +47,8 @@ def run(args: argparse.Namespace) -> int:
         base_class_column=config.base_class_column,
         default_when=config.when,
     )
-    count = len(concepts.concepts)
-    num_images = sum(len(spec.images) for spec in concepts.concepts)
-    print(f"{count} concepts, {num_images} images from {config.concepts}")
-    for line in concepts.skipped:
-        print(f"  skipped {line}")
-    for spec in concepts.concepts:
-        for line in (*spec.warnings, *spec.notes):
-            print(f"  {spec.name}: {line}")
+    _announce(config, concepts)
+    make_folder(Path(config.output_dir))
 
     import jax
 
@@ -64,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
     mesh = make_mesh(config.data_parallel)
     dtype = _compute_dtype(config, jax.default_backend())
     print(f"{jax.device_count()} device(s) of kind {jax.devices()[0].device_kind}, {dtype}")
+    if dtype == "float32":
+        # Accelerators would otherwise multiply float32 matrices with fewer bits.
+        jax.config.update("jax_default_matmul_precision", "highest")
     print(f"loading {config.pretrained_model_name_or_path}")
     backbone = load_backbone(
         config.pretrained_model_name_or_path,
@@ -72,11 +71,30 @@ def run(args: argparse.Namespace) -> int:
         dtype=dtype,
         sharding=replicated(mesh),
     )
+    # What "auto" and "the model's own" mean here is part of what is learned: recorded as such.
+    config = dataclasses.replace(
+        config,
+        mixed_precision="bf16" if dtype == "bfloat16" else "no",
+        resolution=config.resolution or backbone.default_resolution,
+    )
     try:
         result = train(config, backbone, concepts, mesh)
     except OSError as error:
         raise unwritable(Path(error.filename or config.output_dir), error) from error
     return _report(config, result)
+
+
+def _announce(config: TrainConfig, concepts: ConceptList) -> None:
+    num_images = sum(len(spec.images) for spec in concepts.concepts)
+    plural = "" if len(concepts.concepts) == 1 else "s"
+    print(f"{len(concepts.concepts)} concept{plural}, {num_images} images from {config.concepts}")
+    for line in concepts.skipped:
+        print(f"  skipped {line}")
+    for spec in concepts.concepts:
+        for line in (*spec.warnings, *spec.notes):
+            print(f"  {spec.name}: {line}")
+    for problem in concepts.problems:
+        print(f"  {problem.name}: left out: {problem.message.splitlines()[0]}", file=sys.stderr)
 
 
 def _report(config: TrainConfig, result: TrainResult) -> int:
@@ -101,7 +119,7 @@ def _use_compilation_cache(config: TrainConfig) -> None:
 
     if config.compilation_cache_dir is None:
         return
-    folder = os.path.expanduser(config.compilation_cache_dir)
-    os.makedirs(folder, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", folder)
+    folder = Path(config.compilation_cache_dir).expanduser()
+    make_folder(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -168,10 +168,12 @@ def concept_prompts(
     )
 
 
-def check_concept_name(name: str) -> str | None:
+def check_concept_name(
+    name: str, remedy: str = "Rename it, or set `name` in its entry."
+) -> str | None:
     """Why ``name`` cannot be a concept's folder name on every file system, or None when it can."""
     if not name.strip():
-        return "no name, and none to take from its path. Set `name` in its entry."
+        return f"no name, and none to take from its path. {remedy}"
     rule = None
     if "/" in name or "\\" in name or name in (".", ".."):
         rule = "must not contain path separators or be '.' or '..'"
@@ -188,10 +190,7 @@ def check_concept_name(name: str) -> str | None:
         rule = "is a reserved device name on Windows"
     if rule is None:
         return None
-    return (
-        f"concept name {name!r}: {rule}; it becomes a folder name. Rename it, or set `name` in its "
-        "entry."
-    )
+    return f"concept name {name!r}: {rule}; it becomes a folder name. {remedy}"
 
 
 def _name_mistakes(entries: Iterable[Entry]) -> list[str]:

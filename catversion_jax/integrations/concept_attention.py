@@ -9,6 +9,7 @@ transformers' public interface.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import sys
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
+_ENCODE_PROMPT = {"negative_prompt", "prompt_embeds"}  # parameters that tell the pipelines' method
 _PREFIX = "catversion_"  # our attention implementations are catversion_sdpa and catversion_eager
 
 
@@ -88,7 +90,6 @@ class EncoderState:
         self.original = ""
         self.installed = False
         self.handles = _HookHandles()
-        self.negative_expected = False
 
     def require(self, name: str) -> None:
         """Raise when ``name`` is not loaded."""
@@ -98,7 +99,7 @@ class EncoderState:
                 f"{name!r} is not loaded; loaded: {listed}. Use load_catversion first."
             )
 
-    def install(self, encoder: Any, unet: Any) -> None:
+    def install(self, encoder: Any) -> None:
         """Hooks and the attention implementation; again after a change of the latter, else without
         effect.
         """
@@ -122,8 +123,6 @@ class EncoderState:
             encoder.register_forward_pre_hook(self.before_encoding, with_kwargs=True)
         )
         self.handles.append(encoder.register_forward_hook(self.after_encoding, always_call=True))
-        if isinstance(unet, torch.nn.Module):
-            self.handles.append(unet.register_forward_pre_hook(self.before_denoising))
 
     def uninstall(self, encoder: Any) -> None:
         """Undo :meth:`install`."""
@@ -141,9 +140,9 @@ class EncoderState:
         """
         self.groups = []
         acting = {name: scale for name, scale in self.active.items() if scale > 0}
-        if not self.enabled or not acting:
+        if not self.enabled or not acting or _encodes_negative_prompt():
             return
-        self.install(encoder, None)  # the user may have set another attention implementation since
+        self.install(encoder)  # the user may have set another attention implementation since
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             warnings.warn(
@@ -169,12 +168,6 @@ class EncoderState:
         """Forward hook of the text encoder: the marks belong to one call only."""
         self.groups = []
 
-    def before_denoising(self, unet: Any, args: tuple) -> None:
-        """Forward pre-hook of the UNet: this picture's prompts are encoded, the next ones are a new
-        picture's.
-        """
-        self.negative_expected = False
-
     def _content(self, ids: list[int]) -> tuple[int, ...]:
         """A row's own tokens, between begin-of-text and the first end-of-text."""
         start = 1 if ids[:1] == [self.bos] else 0
@@ -189,19 +182,13 @@ class EncoderState:
         return concept.when == "always" or any(prompt[i : i + len(word)] == word for i in starts)
 
     def _warn_uncalled(self, prompts: list[tuple[int, ...]], called: set[int]) -> None:
-        """Warn about prompts that call nothing, once per picture.
-
-        Pipelines encode the prompts first, then the negative ones, which call nothing on purpose:
-        after a first encoding, one that calls nothing is taken for them until the UNet has run.
-        """
+        """Warn about prompts that call nothing, the empty and the named plain ones aside."""
         plain = [
             row
             for row, ids in enumerate(prompts)
             if ids and ids not in self.plain and row not in called
         ]
-        is_negative = self.negative_expected and not called
-        self.negative_expected = not is_negative
-        if plain and not is_negative:
+        if plain:
             words = " or ".join(
                 repr(word) for word in sorted({self.loaded[n].base_class for n in self.active})
             )
@@ -245,6 +232,26 @@ class EncoderState:
             mixed = torch.matmul(torch.cat(logits, dim=-1).softmax(dim=-1), values)  # [R N T H]
             output = output.index_copy(0, index, mixed.transpose(1, 2).to(output.dtype))
         return output
+
+
+def _encodes_negative_prompt() -> bool:
+    """Whether a pipeline's public method ``encode_prompt`` is encoding its negative prompt now.
+
+    The text encoder sees token ids only, and their order does not tell: a guided call encodes the
+    prompt, then the negative prompt; an unguided one the prompt alone; one that was handed
+    ``prompt_embeds`` the negative prompt alone; one that fails leaves the next in doubt. So the
+    method is asked: ``encode_prompt`` encodes the prompt into its public parameter
+    ``prompt_embeds`` where the caller left that None; once it is set, the negative prompt is all
+    that is left to encode. Nothing is remembered from one call to the next.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if code.co_name == "encode_prompt" and _ENCODE_PROMPT.issubset(parameters):
+            return frame.f_locals.get("prompt_embeds") is not None
+        frame = frame.f_back
+    return False
 
 
 def _masked(logits: torch.Tensor, mask: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:

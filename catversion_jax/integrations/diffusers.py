@@ -20,10 +20,13 @@ concept are overwritten with (1), computed in float32. A public forward pre-hook
 finds those rows from the token ids. So prompts about other things, the unconditional branch and
 everything while nothing is active stay bit-identical.
 
-When it acts. ``class_word`` concepts: on prompts that contain the words of their base class,
-negative prompts included if they do. ``always`` concepts: on every prompt except the empty one. A
-text encoder cannot see that a prompt is a negative one, so name those that must stay plain:
-``set_catversion(..., plain_prompts=["blurry"])``.
+When it acts. ``class_word`` concepts: on prompts that contain the words of their base class.
+``always`` concepts: on every prompt except the empty one. Never on negative prompts: those that a
+pipeline, or a user, encodes with the pipeline's ``encode_prompt`` are recognised, because that
+method has its ``prompt_embeds`` by then (``concept_attention.py``). This is the limit of the rule:
+code that calls the text encoder itself (prompt weighting such as Compel, pipelines without
+``encode_prompt``) does not say what a prompt is for, and all its prompts count as wanted ones. There
+name those that must stay plain: ``set_catversion(..., plain_prompts=["blurry"])``.
 
 This file and ``concept_attention.py`` need torch, safetensors and transformers, no jax.
 ``catversion export --format pipeline`` writes both into the ``pipeline.py`` of a model folder,
@@ -94,7 +97,7 @@ def set_catversion(
     name: str | Sequence[str],
     scale: float | Sequence[float] = 1.0,
     *,
-    plain_prompts: Sequence[str] = (),
+    plain_prompts: Sequence[str] | None = None,
 ) -> None:
     """Choose the active concepts and their scales; all other loaded ones rest.
 
@@ -105,8 +108,8 @@ def set_catversion(
       pipe: the pipeline.
       name: one or more loaded names.
       scale: one number for all or one per name; 0 = plain model exactly, 1 = as trained.
-      plain_prompts: prompts that stay plain whatever they say, such as the negative prompt; None
-        keeps the earlier choice.
+      plain_prompts: prompts that stay plain whatever they say, for code that does not hand its
+        negative prompt to ``pipe.encode_prompt`` as one; None keeps the earlier choice, () ends it.
 
     Raises:
       CatVersionLoadError: a name that is not loaded, or a scale that is not a finite number >= 0.
@@ -271,7 +274,7 @@ def _load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str | None, f
         raise CatVersionLoadError(
             f"{source}: base class {concept.base_class!r} has no tokens. Export it again."
         )
-    state.install(encoder, getattr(pipe, "unet", None))
+    state.install(encoder)
     for rival, one in state.loaded.items():
         if one.class_ids == concept.class_ids:
             state.active.pop(rival, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,16 +109,7 @@ def load_backbone(
     tokenizer = Tokenizer.from_folder(
         folder / "tokenizer", context=text_config.max_position_embeddings
     )
-
-    def load(name: str, make: Callable[..., Any], config: Any, dtype: Any) -> Network:
-        return load_network(
-            lambda rngs: make(config, dtype=dtype, param_dtype=dtype, rngs=rngs),
-            folder / name,
-            dtype=dtype,
-            sharding=sharding,
-            variant=variant,
-        )
-
+    load = functools.partial(_load_component, folder, sharding=sharding, variant=variant)
     downsampling = 2 ** (len(configs["vae"].get("block_out_channels", (64,))) - 1)
     return Backbone(
         text_encoder=load("text_encoder", CLIPTextModel, text_config, weights),
@@ -138,6 +130,25 @@ def load_backbone(
         latent_channels=configs["vae"].get("latent_channels", 4),
         default_resolution=(configs["unet"].get("sample_size") or DEFAULT_SAMPLE_SIZE)
         * downsampling,
+    )
+
+
+def _load_component(
+    folder: Path,
+    name: str,
+    make: Callable[..., Any],
+    config: Any,
+    dtype: Any,
+    *,
+    sharding: Any,
+    variant: str | None,
+) -> Network:
+    return load_network(
+        lambda rngs: make(config, dtype=dtype, param_dtype=dtype, rngs=rngs),
+        folder / name,
+        dtype=dtype,
+        sharding=sharding,
+        variant=variant,
     )
 
 

@@ -8,7 +8,9 @@ exported.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from catversion_jax.atomic_files import make_folder, unwritable
 from catversion_jax.errors import CatVersionError
-from catversion_jax.export import save_concept
+from catversion_jax.export import Concept, save_concept
 from catversion_jax.residual import KVResidual
 from catversion_jax.training.state import TrainState
 
@@ -34,8 +37,34 @@ class ConceptRecord:
     base_model: str
     text_encoder_sha256: str
     images: tuple[str, ...]
+    prompts: tuple[str, ...]
+    random_flip: float
     seed: int
     config: dict[str, Any]
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> ConceptRecord:
+        """The inverse of :func:`dataclasses.asdict` after a passage through JSON."""
+        lists = {name: tuple(fields[name]) for name in ("images", "prompts")}
+        return cls(**{**fields, **lists})
+
+    def train_config(self) -> dict[str, Any]:
+        """The run's options that decide the learned numbers, with the concept's own choices."""
+        own = {"seed": self.seed, "prompts": list(self.prompts), "random_flip": self.random_flip}
+        return {**self.config, **own}
+
+    def differences(self, concept: Concept) -> list[str]:
+        """What a finished concept's file says otherwise, as ``key: there -> here``."""
+        stored = {"base_class": concept.base_class, "when": concept.when, "images": concept.images}
+        return differences({**stored, **concept.train_config}, self._decisive())
+
+    def changes_since(self, earlier: ConceptRecord) -> list[str]:
+        """The same against the record in a checkpoint."""
+        return differences(earlier._decisive(), self._decisive())
+
+    def _decisive(self) -> dict[str, Any]:
+        own = {"base_class": self.base_class, "when": self.when, "images": self.images}
+        return {**own, **self.train_config()}
 
     def save(self, path: Path, residual: KVResidual, step: int) -> None:
         """Write the concept file of this record."""
@@ -48,45 +77,71 @@ class ConceptRecord:
             base_model=self.base_model,
             text_encoder_sha256=self.text_encoder_sha256,
             step=step,
-            config={**self.config, "seed": self.seed},
+            config=self.train_config(),
             images=self.images,
         )
 
 
-def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
-    """Asynchronous, rotated checkpoints under ``folder/<step>/``."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=True, create=True
-    )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+class Checkpoints:
+    """Asynchronous, rotated checkpoints under ``folder/<step>/``; leaving the block completes them.
 
+    Raises (from :meth:`save` and at the end of the block):
+      CatVersionError: a checkpoint cannot be written.
+    """
 
-def save_checkpoint(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, records: list[ConceptRecord]
-) -> None:
-    """Start saving the first ``len(records)`` rows of ``state``; the files are complete later."""
-    rows = jax.tree.map(lambda leaf: np.asarray(leaf[: len(records)]), state)
-    residual = rows.residual
-    described = {
-        "layers": list(residual.layers),
-        "logit_bias": residual.logit_bias,
-        "concepts": [dataclasses.asdict(record) for record in records],
-    }
-    manager.save(
-        step,
-        args=ocp.args.Composite(
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder
+        make_folder(folder)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, state: TrainState, records: list[ConceptRecord]) -> None:
+        """Start saving the first ``len(records)`` rows of ``state``; the files come later."""
+        rows = jax.tree.map(lambda leaf: np.asarray(leaf[: len(records)]), state)
+        described = {
+            "layers": list(rows.residual.layers),
+            "logit_bias": rows.residual.logit_bias,
+            "concepts": [dataclasses.asdict(record) for record in records],
+        }
+        args = ocp.args.Composite(
             **{
                 _STATE: ocp.args.StandardSave(_arrays(rows)),
                 _CONCEPTS: ocp.args.JsonSave(described),
             }
-        ),
-    )
+        )
+        with self._writing():
+            self._manager.save(step, args=args)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            with self._writing():
+                self._manager.wait_until_finished()
+                self._manager.close()
+            return
+        # Let running writes end; an error of theirs would only hide the one under way.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except CatVersionError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            # tensorstore reports a full disk as a ValueError
+            message = str(error).splitlines()[0]
+            cause = OSError(getattr(error, "errno", None), message)
+            raise unwritable(self._folder, cause) from error
 
 
 def read_records(manager: ocp.CheckpointManager, step: int) -> list[ConceptRecord]:
     """The concepts of a checkpoint, in row order."""
     described = _restore_description(manager, step)
-    return [ConceptRecord(**{**c, "images": tuple(c["images"])}) for c in described["concepts"]]
+    return [ConceptRecord.from_json(fields) for fields in described["concepts"]]
 
 
 def latest_records(folder: Path) -> list[ConceptRecord]:
@@ -139,7 +194,7 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, KV
     layers, bias = tuple(described["layers"]), float(described["logit_bias"])
     return [
         (
-            ConceptRecord(**{**concept, "images": tuple(concept["images"])}),
+            ConceptRecord.from_json(concept),
             KVResidual(saved["key"][row], saved["value"][row], layers, bias),
             int(saved["step"][row]),
         )
@@ -169,3 +224,12 @@ def _restore_arrays(manager: ocp.CheckpointManager, step: int) -> Any:
     """What :func:`_arrays` gave, as numpy arrays."""
     args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore()})
     return jax.tree.map(np.asarray, manager.restore(step, args=args)[_STATE])
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ, as ``key: before -> now``."""
+    return [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import numpy as np
@@ -22,7 +20,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from catversion_jax.atomic_files import make_folder
-from catversion_jax.concepts import ConceptList, ConceptSpec, concept_prompts
+from catversion_jax.concepts import ConceptList, ConceptSpec
 from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import ConceptError
@@ -30,8 +28,15 @@ from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.residual import KVResidual, resolve_layers
 from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept, replicated
 from catversion_jax.training import checkpoint
+from catversion_jax.training.checkpoint import ConceptRecord
 from catversion_jax.training.metrics import MetricsRecorder
-from catversion_jax.training.pack import PreparedConcept, assemble_pack, prepare_concept
+from catversion_jax.training.pack import (
+    PreparedConcept,
+    assemble_pack,
+    describe_concept,
+    prepare_concept,
+)
+from catversion_jax.training.planning import Pack, plan_packs
 from catversion_jax.training.run_directory import RunDirectory
 from catversion_jax.training.state import (
     ConceptData,
@@ -43,7 +48,6 @@ from catversion_jax.training.step import StepMetrics, make_eval_step, make_train
 from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,64 +68,31 @@ def train(
       writable.
     """
     run = RunDirectory(config)
-    trainer = _Trainer(config, backbone, mesh, run, concepts.concepts)
     run.open(backbone.name, backbone.text_encoder_sha256)
     failures = {problem.name: problem.message for problem in concepts.problems}
+    specs, records = {}, {}
+    for spec in concepts.concepts:
+        try:
+            records[spec.name] = describe_concept(spec, backbone, config)
+            specs[spec.name] = spec
+        except ConceptError as error:
+            failures[spec.name] = str(error)
+    trainer = _Trainer(config, backbone, mesh, run, specs, records)
+    packs = plan_packs(records, run, trainer.num_rows)
     for name, reason in failures.items():
         run.quarantine(name, reason)
 
-    names = [*failures, *(spec.name for spec in concepts.concepts)]
-    total = len(concepts.concepts) * config.max_train_steps
+    names = [*failures, *specs]
+    total = len(specs) * config.max_train_steps
+    to_do = sum(len(pack.names) for pack in packs) * config.max_train_steps
     with tqdm(
-        total=total, unit="concept-step", desc="training", dynamic_ncols=True, smoothing=0.1
+        total=total, initial=total - to_do, unit="concept-step", desc="training", smoothing=0.1
     ) as progress:
-        for pack in _packs(concepts.concepts, run, trainer.num_rows, progress):
-            failures |= trainer.run_pack(pack, progress)
+        for pack in packs:
             run.write_index(names, failures)
+            failures |= trainer.run_pack(pack, progress)
     run.write_index(names, failures)
-    finished = tuple(spec.name for spec in concepts.concepts if spec.name not in failures)
-    return TrainResult(finished, failures)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pack:
-    """Concepts trained together, their checkpoints' folder, and where an earlier state lies."""
-
-    concepts: tuple[ConceptSpec, ...]
-    folder: Path
-    restore_from: Path | None
-
-
-def _packs(
-    specs: Sequence[ConceptSpec], run: RunDirectory, num_rows: int, progress: tqdm
-) -> Iterator[_Pack]:
-    """The packs to do: interrupted ones as they were, then the rest, earlier failures last."""
-    by_name = {spec.name: spec for spec in specs}
-    handled = {name for name in by_name if run.is_done(name)}
-    progress.update(len(handled) * run.config.max_train_steps)
-    known = sorted(run.checkpoints.glob("pack-*"), reverse=True)
-    new_folders = (run.checkpoints / f"pack-{number:04d}" for number in itertools.count(len(known)))
-    for folder in known:
-        rows = [row.name for row in checkpoint.latest_records(folder)]
-        unfinished = [name for name in rows if name not in handled and not run.has_failed(name)]
-        if not unfinished or any(name not in by_name for name in rows):
-            continue
-        if len(rows) <= num_rows:
-            progress.update(-sum(name in handled for name in rows) * run.config.max_train_steps)
-            yield _Pack(tuple(by_name[name] for name in rows), folder, restore_from=folder)
-        else:  # interrupted on a larger machine
-            for names in _batched(unfinished, num_rows):
-                yield _Pack(tuple(by_name[name] for name in names), next(new_folders), folder)
-        handled |= set(rows)
-    todo = [spec for spec in specs if spec.name not in handled]
-    todo.sort(key=lambda spec: run.has_failed(spec.name))
-    for chunk in _batched(todo, num_rows):
-        yield _Pack(chunk, next(new_folders), restore_from=None)
-
-
-def _batched(items: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
-    for start in range(0, len(items), size):
-        yield tuple(items[start : start + size])
+    return TrainResult(tuple(name for name in specs if name not in failures), failures)
 
 
 class _Trainer:
@@ -133,15 +104,17 @@ class _Trainer:
         backbone: Backbone,
         mesh: Mesh,
         run: RunDirectory,
-        specs: Sequence[ConceptSpec],
+        specs: Mapping[str, ConceptSpec],
+        records: Mapping[str, ConceptRecord],
     ):
         self.config, self.backbone, self.mesh, self.run = config, backbone, mesh, run
+        self.specs = specs
         self.layers = resolve_layers(config.layers, backbone.num_text_layers)
         per_axis = mesh.shape[CONCEPT_AXIS]
         wanted = -(-len(specs) // per_axis) * per_axis
         self.num_rows = min(config.concepts_per_device * per_axis, max(wanted, per_axis))
-        self.max_images = max((len(spec.images) for spec in specs), default=1)
-        self.max_prompts = max((_num_prompts(spec, config) for spec in specs), default=1)
+        self.max_images = max((len(spec.images) for spec in specs.values()), default=1)
+        self.max_prompts = max((len(record.prompts) for record in records.values()), default=1)
         schedule = noise_schedule(backbone.noise_schedule)
         self.tx = make_optimizer(config)
         self.train_step = make_train_step(schedule, self.tx, mesh, config)
@@ -155,62 +128,61 @@ class _Trainer:
 
     # ------------------------------------------------------------------ one pack
 
-    def run_pack(self, pack: _Pack, progress: tqdm) -> dict[str, str]:
+    def run_pack(self, pack: Pack, progress: tqdm) -> dict[str, str]:
         """Train one pack to the end and export it; returns the failures."""
         config, total = self.config, self.config.max_train_steps
         prepared, failures = self._prepare(pack)
         progress.update(len(failures) * total)
         if not prepared:
             return failures
-        manager = checkpoint.open_checkpoints(pack.folder, config.checkpoints_total_limit)
-        step, state, data = self._start(prepared, pack.restore_from)
-        plain_loss = self._evaluate(None, data)
-        progress.update(step * len(prepared))
-        names = [concept.spec.name for concept in prepared]
-        recorder = MetricsRecorder(
-            {name: self.run.concept(name) for name in names},
-            self.run.jsonl,
-            self.run.logs if config.report_to == "tensorboard" else None,
-            start_step=step,
-        )
-        records = [concept.record for concept in prepared]
-        pending: collections.deque[_Dispatched] = collections.deque()
-        loss = self._evaluate(state.residual, data)
-        if step == 0:
-            pending.append(_Dispatched(0, 0, None, loss))
+        with checkpoint.Checkpoints(pack.folder, config.checkpoints_total_limit) as checkpoints:
+            step, state, data = self._start(prepared, pack.restore_from)
+            plain_loss = self._evaluate(None, data)
+            progress.update(step * len(prepared))
+            recorder = MetricsRecorder(
+                {concept.spec.name: self.run.concept(concept.spec.name) for concept in prepared},
+                self.run.jsonl,
+                self.run.logs if config.report_to == "tensorboard" else None,
+                start_step=step,
+            )
+            records = [concept.record for concept in prepared]
+            loss = self._evaluate(state.residual, data)
+            pending = collections.deque([_Dispatched(0, 0, None, loss)] if step == 0 else [])
 
-        # ---------------------------------------------------------- the loop
-        while step < total:
-            num_steps = self._steps_to_boundary(step)
-            state, metrics = self._dispatch(state, data, num_steps)
-            step += num_steps
-            evaluate = step % config.eval_steps == 0 or step == total
-            if evaluate:
-                loss = self._evaluate(state.residual, data)
-            while pending:
-                self._record(pending.popleft(), names, recorder, progress)
-            pending.append(_Dispatched(step, num_steps, metrics, loss if evaluate else None))
-            if step % config.checkpointing_steps == 0 or step == total:
-                checkpoint.save_checkpoint(manager, step, state, records)
-                if step < total:
-                    self._export(prepared, state, step)
-            if config.validation_steps and (step % config.validation_steps == 0 or step == total):
-                self._write_grids(prepared, state, step)
-        # ---------------------------------------------------------- the end
-        while pending:
-            self._record(pending.popleft(), names, recorder, progress)
-        recorder.close()
-        manager.wait_until_finished()
-        failures |= self._export(
-            prepared, state, None, losses=(np.asarray(plain_loss), np.asarray(loss))
-        )
-        manager.close()
-        return failures
+            def record_pending() -> None:
+                while pending:
+                    self._record(pending.popleft(), recorder, progress)
 
-    def _prepare(self, pack: _Pack) -> tuple[list[PreparedConcept], dict[str, str]]:
+            # ------------------------------------------------------ the loop
+            while step < total:
+                num_steps = self._steps_to_boundary(step)
+                state, metrics = self._dispatch(state, data, num_steps)
+                step += num_steps
+                evaluate = step % config.eval_steps == 0 or step == total
+                if evaluate:
+                    loss = self._evaluate(state.residual, data)
+                record_pending()  # of the dispatch before, while the device works on this one
+                pending.append(_Dispatched(step, num_steps, metrics, loss if evaluate else None))
+                every = config.validation_steps
+                if every and (step % every == 0 or step == total):
+                    record_pending()
+                    self._write_grids(prepared, state, step)
+                if step % config.checkpointing_steps == 0 or step == total:
+                    # Last: what a checkpoint has seen is recorded, and is not done again.
+                    record_pending()
+                    checkpoints.save(step, state, records)
+                    if step < total:
+                        self._export(prepared, state, step)
+            # ------------------------------------------------------ the end
+            recorder.close()
+        losses = (np.asarray(plain_loss), np.asarray(loss))
+        return failures | self._export(prepared, state, None, losses)
+
+    def _prepare(self, pack: Pack) -> tuple[list[PreparedConcept], dict[str, str]]:
         prepared: list[PreparedConcept] = []
         failures: dict[str, str] = {}
-        for spec in pack.concepts:
+        for name in pack.names:
+            spec = self.specs[name]
             try:
                 prepared.append(prepare_concept(spec, self.backbone, self.config, self.layers))
                 make_folder(self.run.concept(spec.name))
@@ -272,9 +244,8 @@ class _Trainer:
 
     # ------------------------------------------------------------------ what the host does
 
-    def _record(
-        self, done: _Dispatched, names: list[str], recorder: MetricsRecorder, progress: tqdm
-    ) -> None:
+    def _record(self, done: _Dispatched, recorder: MetricsRecorder, progress: tqdm) -> None:
+        names = recorder.names
         if done.metrics is not None:
             losses = np.asarray(done.metrics.losses)[: done.num_steps]
             recorder.add_losses({name: losses[:, row].tolist() for row, name in enumerate(names)})
@@ -370,10 +341,3 @@ def _summary(name: str, row: int, losses: tuple[np.ndarray, np.ndarray]) -> dict
 
 def _row(residual: KVResidual, row: int) -> KVResidual:
     return jax.tree.map(lambda leaf: leaf[row], residual)
-
-
-def _num_prompts(spec: ConceptSpec, config: TrainConfig) -> int:
-    try:
-        return len(concept_prompts(spec, config.instance_prompt, default_when=config.when))
-    except ConceptError:
-        return 0  # reported when the concept is prepared

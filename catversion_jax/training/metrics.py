@@ -15,7 +15,7 @@ COLUMNS = ("step", "loss", "eval_loss")
 
 
 class MetricsRecorder:
-    """Losses of one pack's concepts.
+    """Losses of one pack's concepts; ``names`` are theirs, in row order.
 
     ``loss`` is the mean training loss since the last row: noisy, dominated by its random timesteps.
     ``eval_loss`` is the deterministic one, comparable over time; step 0 is the untrained residual.
@@ -30,6 +30,7 @@ class MetricsRecorder:
     ):
         self._files = {name: folder / "metrics.csv" for name, folder in folders.items()}
         self._rows = {name: _read_rows(path, start_step) for name, path in self._files.items()}
+        self.names = list(folders)
         self._pending: dict[str, list[float]] = {name: [] for name in folders}
         self._jsonl = jsonl
         self._writers: dict[str, object] = {}
@@ -50,6 +51,8 @@ class MetricsRecorder:
             self._pending[name].clear()
             loss = sum(window) / len(window) if window else None
             evaluated = eval_loss.get(name) if eval_loss else None
+            if evaluated is not None and not math.isfinite(evaluated):
+                evaluated = None  # of a failed concept; JSON has no word for it
             rows.append((step, loss, evaluated))
             record[name] = {"loss": loss, "eval_loss": evaluated}
             write_atomically(self._files[name], _csv_bytes(rows))

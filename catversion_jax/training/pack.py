@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.residual import KVResidual, stack_residuals
 from catversion_jax.training.checkpoint import ConceptRecord
 from catversion_jax.training.state import ConceptData, concept_key, init_residual
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,29 @@ class PreparedConcept:
     references: tuple[np.ndarray, ...]
 
 
+def describe_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) -> ConceptRecord:
+    """What decides a concept's result, apart from the pixels; no image is read.
+
+    Raises:
+      ConceptError: a prompt does not name the concept.
+    """
+    return ConceptRecord(
+        name=spec.name,
+        base_class=spec.base_class,
+        when=spec.when or config.when,
+        base_model=backbone.name,
+        text_encoder_sha256=backbone.text_encoder_sha256,
+        images=tuple(source.label for source in spec.images),
+        prompts=concept_prompts(spec, config.instance_prompt, default_when=config.when),
+        random_flip=config.random_flip if spec.random_flip is None else spec.random_flip,
+        seed=config.seed if spec.seed is None else spec.seed,
+        config={
+            **learning_options(config),
+            "prediction_type": backbone.noise_schedule.prediction_type,
+        },
+    )
+
+
 def prepare_concept(
     spec: ConceptSpec, backbone: Backbone, config: TrainConfig, layers: tuple[int, ...]
 ) -> PreparedConcept:
@@ -59,10 +85,9 @@ def prepare_concept(
       ConceptError: an image cannot be used, a prompt does not name the concept, masks are missing
         where the loss needs them.
     """
-    prompts = concept_prompts(spec, config.instance_prompt, default_when=config.when)
-    when = spec.when or config.when
-    if when == "class_word":
-        _check_prompts_fit(spec, prompts, backbone)
+    record = describe_concept(spec, backbone, config)
+    prompts = record.prompts
+    _check_prompts_fit(record, backbone)
     resolution = config.resolution or backbone.default_resolution
     images = load_concept_images(spec, resolution=resolution, crop=config.crop, alpha=config.alpha)
     unmasked = [
@@ -84,20 +109,9 @@ def prepare_concept(
     )
     token_ids = backbone.tokenizer(prompts)
     hidden = [lower_text_states(backbone.text_encoder, ids, layers[0]) for ids in token_ids]
-    seed = config.seed if spec.seed is None else spec.seed
     word_positions = backbone.tokenizer.word_positions(token_ids[0], spec.base_class)
     residual = init_residual(
-        config, layers, backbone.text_encoder, token_ids[0], word_positions or (0,), seed
-    )
-    record = ConceptRecord(
-        name=spec.name,
-        base_class=spec.base_class,
-        when=when,
-        base_model=backbone.name,
-        text_encoder_sha256=backbone.text_encoder_sha256,
-        images=tuple(source.label for source in spec.images),
-        seed=seed,
-        config=learning_options(config),
+        config, layers, backbone.text_encoder, token_ids[0], word_positions or (0,), record.seed
     )
     references = tuple(
         np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2]
@@ -122,8 +136,6 @@ def assemble_pack(
     shapes.
     """
     rows = [prepared[i] if i < len(prepared) else prepared[0] for i in range(num_rows)]
-    default_flip = config.random_flip
-    flips = [default_flip if row.spec.random_flip is None else row.spec.random_flip for row in rows]
     empty_hidden = None
     if config.caption_dropout > 0:
         layer = prepared[0].residual.layers[0]
@@ -137,7 +149,7 @@ def assemble_pack(
         if config.masked_training
         else None,
         num_images=np.array([len(row.encoded.mean) for row in rows], np.int32),
-        flip=np.array(flips, np.float32),
+        flip=np.array([row.record.random_flip for row in rows], np.float32),
         text_hidden=np.stack([_padded(row.text_hidden, max_prompts) for row in rows]),
         num_prompts=np.array([len(row.prompts) for row in rows], np.int32),
         empty_hidden=empty_hidden,
@@ -161,12 +173,18 @@ def _padded(array: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([array, padding])
 
 
-def _check_prompts_fit(spec: ConceptSpec, prompts: Sequence[str], backbone: Backbone) -> None:
-    for prompt in prompts:
-        lost = backbone.tokenizer.cut_off(prompt)
-        if lost and not backbone.tokenizer.contains(prompt, spec.base_class):
+def _check_prompts_fit(record: ConceptRecord, backbone: Backbone) -> None:
+    tokenizer = backbone.tokenizer
+    for prompt in record.prompts:
+        lost = tokenizer.cut_off(prompt)
+        if not lost:
+            continue
+        if record.when == "class_word" and not tokenizer.contains(prompt, record.base_class):
             raise ConceptError(
-                f"{spec.name}: the base class {spec.base_class!r} does not fit into the model's "
-                f"context of {backbone.tokenizer.model_max_length} tokens: prompt {prompt!r} loses "
+                f"{record.name}: the base class {record.base_class!r} does not fit into the "
+                f"model's context of {tokenizer.model_max_length} tokens: prompt {prompt!r} loses "
                 f"{lost!r}. Use shorter words."
             )
+        logger.warning(
+            f"{record.name}: prompt {prompt!r} is longer than the model reads; cut off: {lost!r}"
+        )

@@ -21,7 +21,8 @@ from catversion_jax import __version__
 from catversion_jax.atomic_files import make_folder, write_atomically
 from catversion_jax.config import TrainConfig, dump_config, learning_options
 from catversion_jax.errors import CatVersionError
-from catversion_jax.export import CONCEPT_FILE_NAME, load_concept
+from catversion_jax.export import CONCEPT_FILE_NAME, Concept, load_concept
+from catversion_jax.training.checkpoint import differences
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +71,16 @@ class RunDirectory:
         write_atomically(manifest, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
         write_atomically(self.root / "config.resolved.yaml", dump_config(self.config).encode())
 
+    def final(self, name: str) -> Concept:
+        """The finished concept."""
+        return load_concept(self.concept_file(name))
+
     def is_done(self, name: str) -> bool:
-        """Whether the final file of a concept is there."""
-        path = self.concept_file(name)
-        if not path.exists():
+        """Whether the final file of a concept is there, and whole."""
+        if not self.concept_file(name).exists():
             return False
         try:
-            return load_concept(path).step == self.config.max_train_steps
+            return self.final(name).step == self.config.max_train_steps
         except CatVersionError as error:
             logger.warning("%s; training it again", error)
             return False
@@ -144,11 +148,7 @@ class RunDirectory:
             "base model": settings["base_model"],
             "weights": settings["text_encoder_sha256"],
         }
-        changed = [
-            f"{k}: {before.get(k)!r} -> {now.get(k)!r}"
-            for k in sorted({*before, *now})
-            if before.get(k) != now.get(k)
-        ]
+        changed = differences(before, now)
         if changed:
             raise CatVersionError(
                 f"output_dir={self.root}: holds a run that learned with other options "

@@ -13,6 +13,7 @@ from catversion_jax.grids import image_grid, save_png
 from catversion_jax.image_requests import ConceptUse, ImageRequest
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.residual import KVResidual
+from catversion_jax.samplers import make_sampler
 from catversion_jax.sampling import SamplingSettings, generate
 from catversion_jax.training.pack import PreparedConcept
 
@@ -30,6 +31,12 @@ class SampleGrids:
             guidance_scale=config.validation_guidance_scale,
             height=side,
             width=side,
+        )
+        # Mistakes should show now, not at the first grid.
+        for template in config.validation_prompt:
+            fill_template(template, "thing", where="validation_prompt", needs_class_word=False)
+        make_sampler(
+            self._settings.sampler, backbone.noise_schedule, config.validation_inference_steps
         )
 
     def write(self, path: Path, concept: PreparedConcept, residual: KVResidual, step: int) -> None:

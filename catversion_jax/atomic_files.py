@@ -48,6 +48,18 @@ def make_folder(path: Path) -> None:
         raise unwritable(path, error) from error
 
 
+def check_writable(path: Path) -> None:
+    """Make sure that the folder ``path`` could be created, before work is done for it.
+
+    Raises:
+      CatVersionError: it cannot.
+    """
+    existed = path.exists()
+    make_folder(path)
+    if not existed:
+        path.rmdir()
+
+
 def unwritable(path: Path, error: OSError) -> CatVersionError:
     """The message for an output that cannot be written."""
     return CatVersionError(

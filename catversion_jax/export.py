@@ -73,19 +73,21 @@ class Concept:
 
     def save(self, path: str | Path) -> Path:
         """Write the concept to ``path``; see :func:`save_concept`."""
-        return save_concept(
-            path,
-            self.residual,
-            base_class=self.base_class,
-            name=self.name,
-            when=self.when,
-            base_model=self.base_model,
-            text_encoder_sha256=self.text_encoder_sha256,
-            step=self.step,
-            config=self.train_config,
-            images=self.images,
-            metrics=self.metrics,
-        )
+        path = Path(path)
+        key, value = _checked_arrays(path, self.residual)
+        if not self.base_class.strip():
+            raise CatVersionError(
+                f"base_class={self.base_class!r}: must be the word or words that call the concept."
+            )
+        if self.when not in WHEN:
+            raise CatVersionError(f"when={self.when!r}: must be one of {', '.join(WHEN)}.")
+        tensors = {}
+        for index, layer in enumerate(self.residual.layers):
+            tensors[f"layers.{layer}.key"] = key[index]
+            tensors[f"layers.{layer}.value"] = value[index]
+        make_folder(path.parent)
+        write_atomically(path, serialize_safetensors(tensors, _metadata_of(self)))
+        return path
 
 
 def save_concept(
@@ -124,18 +126,6 @@ def save_concept(
       CatVersionError: the residual is not one finite concept, an argument is out of its rule, or
         the file cannot be written (an older file of that name then stays as it was).
     """
-    path = Path(path)
-    key, value = _checked_arrays(path, residual)
-    if not base_class.strip():
-        raise CatVersionError(
-            f"base_class={base_class!r}: must be the word or words that call the concept."
-        )
-    if when not in WHEN:
-        raise CatVersionError(f"when={when!r}: must be one of {', '.join(WHEN)}.")
-    tensors = {}
-    for index, layer in enumerate(residual.layers):
-        tensors[f"layers.{layer}.key"] = key[index]
-        tensors[f"layers.{layer}.value"] = value[index]
     concept = Concept(
         residual,
         base_class,
@@ -148,9 +138,7 @@ def save_concept(
         train_config=dict(config or {}),
         metrics=dict(metrics or {}),
     )
-    make_folder(path.parent)
-    write_atomically(path, serialize_safetensors(tensors, _metadata_of(concept)))
-    return path
+    return concept.save(path)
 
 
 def _metadata_of(concept: Concept) -> dict[str, str]:

@@ -148,8 +148,8 @@ def _read_vectors(file: Path) -> dict[str, np.ndarray]:
         head = file.open("rb").read(4)
     except OSError as error:
         raise CatVersionError(
-            f"{file}: cannot be read ({error.strerror}). Give the folder with {ADAPTER_FILE_NAME} in it, "
-            "or that file."
+            f"{file}: cannot be read ({error.strerror}). Give the folder with {ADAPTER_FILE_NAME} "
+            "in it, or that file."
         ) from error
     if head[:1] == b"\x80" and head != b"PK\x03\x04":
         raise CatVersionError(

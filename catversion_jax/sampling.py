@@ -113,9 +113,7 @@ def generate(
     return GeneratedImages(decode_latents(backbone, last), last, warnings)
 
 
-def _reporter(
-    on_step: Callable[[int, int], None] | None, total: int
-) -> Callable[[Array], None]:
+def _reporter(on_step: Callable[[int, int], None] | None, total: int) -> Callable[[Array], None]:
     """Calls ``on_step`` with the number of states it was given so far."""
     progress = iter(range(1, total + 1))
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,22 @@ def test_torch_lives_in_integrations_only(module: str) -> None:
     tops = {name.split(".")[0] for name in imported(module)}
     if not module.startswith("integrations"):
         assert not tops & {"torch", "diffusers"}, f"{module}: the base install has no torch"
+
+
+def test_the_choices_of_when_are_written_once() -> None:
+    """Apart from the type in config.py, which must say the same."""
+    from catversion_jax.concepts.fields import WHEN
+    from catversion_jax.config import TrainConfig
+
+    assert typing.get_args(typing.get_type_hints(TrainConfig)["when"]) == WHEN
+    lists = {
+        module
+        for module in module_names()
+        for node in ast.walk(ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text()))
+        if isinstance(node, ast.Tuple | ast.List)
+        and [getattr(item, "value", None) for item in node.elts] == list(WHEN)
+    }
+    assert lists == {"concepts.fields", "config"}
 
 
 def test_files_stay_readable() -> None:

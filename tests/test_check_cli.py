@@ -145,6 +145,22 @@ def test_usage_errors_give_exit_code_two(
     assert "Give a model folder on disk" in text
 
 
+def test_resolution_zero_is_not_the_model_s_own(
+    tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = concept(tmp_path / "cup", side=12)
+    for model in ((), ("--model", tiny_sd_folder)):
+        for side in (0, -64, 7):
+            code, text = check(capsys, folder, "--resolution", side, *model)
+            assert code == 2
+            assert f"--resolution {side}: must be at least 8" in text
+        code, text = check(capsys, folder, "--resolution", 8, *model)
+        assert code == 0
+        assert "scaled up" not in text
+    code, text = check(capsys, folder, "--model", tiny_sd_folder)
+    assert "smaller than 16, will be scaled up" in text  # the tiny model's own
+
+
 def test_words_longer_than_the_context(
     tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

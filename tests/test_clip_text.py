@@ -140,6 +140,26 @@ def test_is_an_argument_of_a_jitted_function_and_compiles_once():
     assert len(traces) == 1
 
 
+def test_random_networks_are_of_the_usual_size_and_a_function_of_the_seed():
+    config = CLIPTextConfig(48, 80, 2, 6, vocab_size=990, max_position_embeddings=20)
+    make = lambda rngs: CLIPTextModel(config, param_dtype=jnp.float32, rngs=rngs)  # noqa: E731
+    first, again, other = (random_network(make, seed).params for seed in (1, 1, 2))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    layer, other_layer = (params["encoder"]["layers"][1] for params in (first, other))
+    kernel = layer["mlp"]["fc2"]["kernel"]
+    assert not np.array_equal(kernel, other_layer["mlp"]["fc2"]["kernel"])
+    # variance 1 / fan-in, within four standard errors of an estimate from n numbers
+    for values, fan_in in (
+        (kernel, 80),
+        (layer["mlp"]["fc1"]["kernel"], 48),
+        (first["embeddings"]["token_embedding"]["embedding"], 48),
+    ):
+        assert abs(np.var(values) * fan_in - 1) < 4 * np.sqrt(2 / values.size)
+    assert np.array_equal(layer["layer_norm1"]["scale"], np.ones(48))
+    assert np.array_equal(layer["layer_norm1"]["bias"], np.zeros(48))
+    assert np.array_equal(layer["mlp"]["fc1"]["bias"], np.zeros(80))
+
+
 def test_bfloat16_computes_in_bfloat16_close_to_float32():
     reference = torch_encoder()
     config = our_config(reference)

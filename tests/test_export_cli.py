@@ -13,7 +13,6 @@ import pytest
 import safetensors.numpy
 
 from catversion_jax.cli import main
-from catversion_jax.cli.export import export_concepts
 from catversion_jax.export import load_concept, save_concept
 from catversion_jax.residual import KVResidual
 
@@ -72,12 +71,12 @@ def draw(pipe, prompt: str | None = "a cat", **kwargs) -> np.ndarray:
     return pipe(prompt, latents=torch.tensor(LATENTS), **kwargs).images[0]
 
 
-def draw_with_loader(folder: Path, concept: Path, prompt: str) -> np.ndarray:
+def draw_with_loader(folder: Path, concept: Path, prompt: str, **kwargs) -> np.ndarray:
     from catversion_jax.integrations.diffusers import load_catversion
 
     pipe = stock_pipe(folder)
     load_catversion(pipe, concept)
-    return draw(pipe, prompt)
+    return draw(pipe, prompt, **kwargs)
 
 
 def test_export_concept_files(run_folder: Path, tmp_path: Path, capsys) -> None:
@@ -88,8 +87,8 @@ def test_export_concept_files(run_folder: Path, tmp_path: Path, capsys) -> None:
     for name in ("tom", "rex"):
         original = run_folder / "concepts" / name / "catversion.safetensors"
         assert (out / f"{name}.safetensors").read_bytes() == original.read_bytes()
-    again = export_concepts(out, tmp_path / "again")
-    assert [path.name for path in again] == ["rex.safetensors", "tom.safetensors"]
+    code, text = catversion(capsys, "export", out, "--output_dir", tmp_path / "again")
+    assert [Path(line).name for line in text.split()] == ["rex.safetensors", "tom.safetensors"]
     code, text = catversion(
         capsys, "export", run_folder, "--concept", "tom", "--output_dir", tmp_path / "one"
     )
@@ -99,12 +98,21 @@ def test_export_concept_files(run_folder: Path, tmp_path: Path, capsys) -> None:
 def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, capsys) -> None:
     import jax.numpy as jnp
 
-    from catversion_jax.training.checkpoint import ConceptRecord, open_checkpoints, save_checkpoint
+    from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord
     from catversion_jax.training.state import TrainState
 
     records = [
         ConceptRecord(
-            name, "cat", "class_word", "some/model", "ab", ("1.png",), 3, {"resolution": 16}
+            name=name,
+            base_class="cat",
+            when="class_word",
+            base_model="some/model",
+            text_encoder_sha256="ab",
+            images=("1.png",),
+            prompts=("a cat",),
+            random_flip=0.5,
+            seed=3,
+            config={"resolution": 16},
         )
         for name in ("tom", "ill")
     ]
@@ -118,9 +126,8 @@ def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, c
     state = TrainState(
         step=jnp.array([4, 4]), residual=stacked, opt_state=(), failed_step=jnp.array([-1, 2])
     )
-    manager = open_checkpoints(tmp_path / "run" / "checkpoints" / "pack-0000", keep=2)
-    save_checkpoint(manager, 4, state, records)
-    manager.close()
+    with Checkpoints(tmp_path / "run" / "checkpoints" / "pack-0000", keep=2) as checkpoints:
+        checkpoints.save(4, state, records)
     code, text = catversion(capsys, "export", tmp_path / "run", "--output_dir", tmp_path / "out")
     assert code == 2
     step = tmp_path / "run" / "checkpoints" / "pack-0000" / "4"
@@ -135,7 +142,7 @@ def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, c
 
 
 def test_prompt_embeds_work_in_a_stock_pipeline(
-    run_folder: Path, tiny_sd_folder: Path, tmp_path: Path, capsys
+    run_folder: Path, tiny_sd_folder: Path, tmp_path: Path, capsys, caplog
 ) -> None:
     out = tmp_path / "embeds"
     code, text = catversion(
@@ -151,6 +158,7 @@ def test_prompt_embeds_work_in_a_stock_pipeline(
         tensors["prompt_embeds"][1:], plain.numpy(), atol=1e-4 * float(plain.abs().max())
     )
     np.testing.assert_allclose(tensors["negative_prompt_embeds"][:1], negative.numpy(), atol=1e-3)
+    assert caplog.messages == [m for m in caplog.messages if "a red cab" in m]
     concept = run_folder / "concepts" / "tom"
     from catversion_jax.integrations.diffusers import load_catversion
 
@@ -163,6 +171,23 @@ def test_prompt_embeds_work_in_a_stock_pipeline(
         negative_prompt_embeds=torch.tensor(tensors["negative_prompt_embeds"][:1]),
     )
     np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_prompt_embeds_warn_of_plain_and_cut_off_prompts(
+    run_folder: Path, tmp_path: Path, capsys, caplog
+) -> None:
+    long = "a cat upon a very long kitchen table"  # 22 letters fit
+    code, text = catversion(
+        capsys, "export", run_folder, "--format", "prompt_embeds", "--output_dir", tmp_path / "out",
+        "--prompt", "a cat", "--prompt", "a dog", "--prompt", long, "--prompt", "a house",
+    )  # fmt: skip
+    assert code == 0, text
+    cut, *uncalled = caplog.messages
+    assert cut.startswith(f"prompt {long!r}: longer than")
+    assert cut.endswith("cut off: 'en table'")
+    assert len(uncalled) == 2
+    for message, name in zip(sorted(uncalled), ("rex", "tom"), strict=True):
+        assert message.startswith(f"prompt 'a house': never names concept {name!r}")
 
 
 def test_whole_image_equals_our_sampler(run_folder: Path, tiny_sd_folder: Path) -> None:
@@ -203,9 +228,10 @@ torch.set_num_threads(1)
 from diffusers import DiffusionPipeline
 folder, latents, result = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-draw = lambda prompt: pipe(prompt, num_inference_steps=3, guidance_scale=5.0,
-    latents=torch.tensor(np.load(latents)), output_type="np").images[0]
+draw = lambda prompt, negative=None: pipe(prompt, num_inference_steps=3, guidance_scale=5.0,
+    latents=torch.tensor(np.load(latents)), output_type="np", negative_prompt=negative).images[0]
 images = [draw("a cat"), draw("a dog"), draw("a red cab")]
+images += [draw("a red cab", "an ugly cat"), draw("a cat", "an ugly cat")]
 pipe.set_catversion("tom", 0.0)
 images.append(draw("a cat"))
 file = folder + "/pipeline.py"
@@ -234,7 +260,12 @@ np.save(result, np.stack(images))
         expected = draw_with_loader(tiny_sd_folder, run_folder / "concepts" / name, prompt)
         np.testing.assert_array_equal(image, expected)
     np.testing.assert_array_equal(images[2], draw(plain, "a red cab"))
-    np.testing.assert_array_equal(images[3], draw(plain, "a cat"))
+    ugly = {"negative_prompt": "an ugly cat"}
+    np.testing.assert_array_equal(images[3], draw(plain, "a red cab", **ugly))
+    expected = draw_with_loader(tiny_sd_folder, run_folder / "concepts" / "tom", "a cat", **ugly)
+    np.testing.assert_array_equal(images[4], expected)
+    assert not np.array_equal(images[4], images[0])
+    np.testing.assert_array_equal(images[5], draw(plain, "a cat"))
     assert load_concept(out / "catversion" / "tom.safetensors").base_class == "cat"
     code, text = catversion(
         capsys, "export", run_folder, "--format", "pipeline", "--output_dir", out
@@ -311,11 +342,56 @@ def test_import_an_official_adapter(tmp_path: Path, tiny_sd_folder: Path, capsys
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_with_loader(tiny_sd_folder, tmp_path / "out" / "my_teapot", "a teapot")
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("a/b", "path separators"), ("a:b", "':'"), ("", "no name"), ("nul", "device name")],
+)
+def test_import_refuses_names_that_make_no_folder(tmp_path: Path, capsys, name, rule) -> None:
+    write_official(tmp_path / "teapot")
     code, text = catversion(
-        capsys, "import", tmp_path / "my_teapot", "--base_class", "x", "--name", "a/b"
-    )
+        capsys, "import", tmp_path / "teapot", "--base_class", "x", f"--name={name}",
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
     assert code == 2
-    assert "without path separators" in text
+    assert rule in text
+    assert "Give another --name" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_import_says_where_the_fingerprint_comes_from(
+    tmp_path: Path, tiny_sd_folder: Path, capsys, caplog
+) -> None:
+    import shutil
+
+    from catversion_jax.models.checkpoint import open_checkpoint
+    from catversion_jax.models.fingerprint import text_encoder_sha256
+
+    write_official(tmp_path / "teapot")
+    half = tmp_path / "half" / "text_encoder"  # fp16 weights only
+    half.mkdir(parents=True)
+    shutil.copy(
+        tiny_sd_folder / "text_encoder" / "model.safetensors", half / "model.fp16.safetensors"
+    )
+    expected = text_encoder_sha256(open_checkpoint(tiny_sd_folder / "text_encoder"))
+
+    def run(*model):
+        arguments = ("--base_class", "x", "--num_heads", 4, "--output_dir", tmp_path / "out")
+        code, text = catversion(capsys, "import", tmp_path / "teapot", *arguments, *model)
+        return code, text, caplog.text
+
+    code, text, _ = run("--model", tmp_path / "half")
+    assert code == 2
+    assert "variant='fp16'" in text
+    code, text, logged = run("--model", tmp_path / "half", "--variant", "fp16")
+    assert (code, logged) == (0, ""), text
+    assert load_concept(tmp_path / "out" / "teapot").text_encoder_sha256 == expected
+    code, _, logged = run("--model", "some/hub-id")
+    assert code == 0
+    assert "--model some/hub-id: not a folder here, so the concept file states no finger" in logged
+    concept = load_concept(tmp_path / "out" / "teapot")
+    assert (concept.base_model, concept.text_encoder_sha256) == ("some/hub-id", "")
 
 
 def test_inspect(run_folder: Path, tmp_path: Path, capsys) -> None:
@@ -333,7 +409,21 @@ def test_inspect(run_folder: Path, tmp_path: Path, capsys) -> None:
     expected = [float(torch.tensor(residual.key[i]).norm(dim=-1).mean()) for i in range(3)]
     np.testing.assert_allclose(facts["key_norms"], expected, atol=1e-4)
     assert (facts["base_class"], facts["num_parameters"], facts["logit_bias"]) == ("cat", 192, 1.0)
+    code, text = catversion(capsys, "inspect", run_folder)
+    assert code == 0
+    header, *rows = text.splitlines()
+    assert header.split() == ["name", "base", "class", "when", "step", "folder"]
+    folders = [run_folder / "concepts" / name for name in ("rex", "tom")]
+    assert [row.split() for row in rows] == [
+        ["rex", "dog", "class_word", "7", str(folders[0])],
+        ["tom", "cat", "class_word", "7", str(folders[1])],
+    ]
+    code, text = catversion(capsys, "inspect", run_folder, "--json")
+    assert json.loads(text)[str(folders[1])] == facts
     write_official(tmp_path / "official")
+    code, text = catversion(capsys, "export", tmp_path / "official")
+    assert code == 2
+    assert f"`catversion import {tmp_path / 'official'} --base_class WORD`" in text
     for path in (tmp_path / "official", tmp_path / "official" / "pytorch_adapter.bin"):
         code, text = catversion(capsys, "inspect", path, "--json", "--num_heads", 4)
         assert code == 0, text

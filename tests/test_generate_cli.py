@@ -187,6 +187,11 @@ def test_scale_zero_is_the_plain_model_and_when_always(generate, concepts, caplo
             ["my_dog", "each once"],
         ),
         (["--concept", "{concepts}/my_dog:-1"], ["scale=-1.0", ">= 0"]),
+        (
+            ["--concept", "{tmp}/official"],
+            ["adapter of the authors' code", "catversion import {tmp}/official "],
+        ),
+        (["--concept", "{tmp}"], ["several concepts", "other", "sd1"]),
         (["--concept", "{tmp}/other"], ["--force", "hash"]),
         (["--concept", "{tmp}/sd1", "--force"], ["12 heads x 64", "4 heads x 8", "another model"]),
         (["--sampler", "dpmsolver"], ["'dpmsolver'", "Did you mean 'dpmsolver++'"]),
@@ -212,6 +217,8 @@ def test_mistakes_are_explained(tiny_sd_folder, concepts, tmp_path, capsys, argu
         tmp_path / "other/catversion.safetensors", KVResidual(small, small, (3,)), base_class="dog",
         text_encoder_sha256="0" * 64,
     )  # fmt: skip
+    (tmp_path / "official").mkdir()
+    (tmp_path / "official/pytorch_adapter.bin").write_bytes(b"PK\x03\x04")
     np.save(tmp_path / "wrong.npy", np.zeros((1, 4, 4, 4), np.float32))
     (tmp_path / "rows.jsonl").write_text("{}")
     filled = [text.format(tmp=tmp_path, concepts=concepts) for text in arguments]
@@ -226,7 +233,7 @@ def test_mistakes_are_explained(tiny_sd_folder, concepts, tmp_path, capsys, argu
     assert main(["generate", *defaults, *filled]) == 2
     message = capsys.readouterr().err
     for word in words:
-        assert word in message
+        assert word.format(tmp=tmp_path) in message
     assert not list(tmp_path.glob("out/*.png"))
 
 

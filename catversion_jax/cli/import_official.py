@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.official_adapter import import_official_concept
 
     source = Path(args.source)
-    name = args.name or (source.resolve() if source.is_dir() else source.resolve().parent).name
+    folder = source.resolve() if source.is_dir() else source.resolve().parent
+    name = folder.name if args.name is None else args.name
     if mistake := check_concept_name(name, remedy="Give another --name."):
         raise CatVersionError(mistake)
     residual = import_official_concept(source, args.num_heads, prefix_length=args.prefix_length)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from catversion_jax.atomic_files import make_folder, unwritable
+from catversion_jax.atomic_files import check_writable, make_folder, unwritable
 from catversion_jax.config import TrainConfig, load_config, option_table
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         default_when=config.when,
     )
     _announce(config, concepts)
-    make_folder(Path(config.output_dir))
+    check_writable(Path(config.output_dir))
 
     import jax
 

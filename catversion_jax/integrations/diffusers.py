@@ -23,10 +23,10 @@ everything while nothing is active stay bit-identical.
 When it acts. ``class_word`` concepts: on prompts that contain the words of their base class.
 ``always`` concepts: on every prompt except the empty one. Never on negative prompts: those that a
 pipeline, or a user, encodes with the pipeline's ``encode_prompt`` are recognised, because that
-method has its ``prompt_embeds`` by then (``concept_attention.py``). This is the limit of the rule:
-code that calls the text encoder itself (prompt weighting such as Compel, pipelines without
-``encode_prompt``) does not say what a prompt is for, and all its prompts count as wanted ones. There
-name those that must stay plain: ``set_catversion(..., plain_prompts=["blurry"])``.
+method has its ``prompt_embeds`` by then (``concept_attention.py``). The limit of that rule: code
+that calls the text encoder itself (prompt weighting such as Compel, pipelines without
+``encode_prompt``) does not say what a prompt is for, and all its prompts count as wanted ones.
+There name those that must stay plain: ``set_catversion(..., plain_prompts=["blurry"])``.
 
 This file and ``concept_attention.py`` need torch, safetensors and transformers, no jax.
 ``catversion export --format pipeline`` writes both into the ``pipeline.py`` of a model folder,

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -72,9 +73,10 @@ def final_files(output: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_sd_folder: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run."""
+    """An uninterrupted run, with a grid and TensorBoard."""
     output = tmp_path_factory.mktemp("run") / "out"
-    process = start(arguments(tiny_sd_folder, toys, output))
+    shown = {"validation_steps": 12, "validation_inference_steps": 2, "num_validation_images": 1}
+    process = start(arguments(tiny_sd_folder, toys, output, **shown, report_to="tensorboard"))
     text, _ = process.communicate(timeout=500)
     assert process.returncode == 0, text
     return output
@@ -115,6 +117,28 @@ def test_a_run_writes_what_the_readme_says(finished: Path, toys: Path) -> None:
     assert (finished / "run.json").exists()
     assert (finished / "config.resolved.yaml").exists()
     assert (folder / "catversion-000004.safetensors").exists()
+    with Image.open(folder / "samples" / "000012.png") as grid:
+        assert json.loads(grid.info["parameters"])["concept"] == "purple_kite"
+        assert grid.width > 3 * 128  # references and two prompts
+
+
+def test_tensorboard_holds_the_losses_of_the_csv(finished: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,) = (finished / "logs" / "teal_cup").glob("events.*")
+    data, scalars = path.read_bytes(), {}
+    while data:  # a TFRecord: length, its checksum, the message, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        data = data[16 + length :]
+    with (finished / "concepts" / "teal_cup" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows[1:]:
+        assert scalars["loss/train", int(row["step"])] == pytest.approx(
+            float(row["loss"]), rel=1e-4
+        )
+    assert scalars["loss/eval", 12] == pytest.approx(float(rows[-1]["eval_loss"]), rel=1e-4)
 
 
 def test_killed_at_random_moments_the_final_files_are_the_same_bytes(

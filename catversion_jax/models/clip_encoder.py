@@ -7,16 +7,18 @@ CLIPEncoder).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float
+from catversion_jax.errors import CatVersionError
 from catversion_jax.models.attention import attention
+from catversion_jax.models.hf_config import TRANSFORMERS_IGNORED, check_supported
 
 
 def quick_gelu(x: Array) -> Array:
@@ -34,12 +36,37 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class EncoderConfig:
     """Sizes of the transformer, by their names in ``config.json``."""
 
+    model_type: ClassVar[str]
+
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     hidden_act: str
     layer_norm_eps: float
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, source: str) -> Self:
+        """From a parsed ``config.json``.
+
+        Raises:
+          CatVersionError: a key that changes the computation and is not supported.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        check_supported(
+            config,
+            source=source,
+            used=fields,
+            ignored=TRANSFORMERS_IGNORED,
+            only={"hidden_act": tuple(ACTIVATIONS), "model_type": (cls.model_type,)},
+        )
+        for name, field in fields.items():
+            if field.type == "int" and not isinstance(config.get(name, 0), int):
+                raise CatVersionError(
+                    f"{source}: {name} = {config[name]!r}, must be one integer. Use such a model, "
+                    "or correct the file."
+                )
+        return cls(**{name: value for name, value in config.items() if name in fields})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ Diffusion. Source: transformers ``CLIPTextModel``; the residual is METHOD equati
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,13 +22,11 @@ from flax import nnx
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip_encoder import (
-    ACTIVATIONS,
     CLIPEncoder,
     EncoderConfig,
     ExtraKeys,
     layer_norm,
 )
-from catversion_jax.models.hf_config import TRANSFORMERS_IGNORED, check_supported
 from catversion_jax.residual import KVResidual
 
 Output = Literal["last", "penultimate"]
@@ -40,6 +38,8 @@ class CLIPTextConfig(EncoderConfig):
     out.
     """
 
+    model_type: ClassVar[str] = "clip_text_model"
+
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
@@ -49,28 +49,6 @@ class CLIPTextConfig(EncoderConfig):
     vocab_size: int = 49408
     max_position_embeddings: int = 77
     eos_token_id: int = 49407
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], *, source: str) -> CLIPTextConfig:
-        """From a parsed ``config.json``.
-
-        Raises:
-          CatVersionError: a key that changes the computation and is not supported.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        check_supported(
-            config,
-            source=source,
-            used=names,
-            ignored=TRANSFORMERS_IGNORED,
-            only={"hidden_act": tuple(ACTIVATIONS), "model_type": ("clip_text_model",)},
-        )
-        if not isinstance(config.get("eos_token_id", 0), int):
-            raise CatVersionError(
-                f"{source}: eos_token_id = {config['eos_token_id']!r}, must be one integer. "
-                "Correct the file."
-            )
-        return cls(**{name: value for name, value in config.items() if name in names})
 
 
 class CLIPTextEmbeddings(nnx.Module):

@@ -15,14 +15,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.clip_encoder import ACTIVATIONS, CLIPEncoder, EncoderConfig, layer_norm
+from catversion_jax.models.clip_encoder import CLIPEncoder, EncoderConfig, layer_norm
 from catversion_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.convert import load_network
 from catversion_jax.models.hf_config import TRANSFORMERS_IGNORED, check_supported, read_config
@@ -35,6 +35,8 @@ class CLIPVisionConfig(EncoderConfig):
     leaves out.
     """
 
+    model_type: ClassVar[str] = "clip_vision_model"
+
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -44,29 +46,6 @@ class CLIPVisionConfig(EncoderConfig):
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 32
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], *, source: str) -> CLIPVisionConfig:
-        """From a parsed ``config.json``.
-
-        Raises:
-          CatVersionError: a key that changes the computation and is not supported.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        check_supported(
-            config,
-            source=source,
-            used=names,
-            ignored=TRANSFORMERS_IGNORED,
-            only={"hidden_act": tuple(ACTIVATIONS), "model_type": ("clip_vision_model",)},
-        )
-        for name in ("image_size", "patch_size"):
-            if not isinstance(config.get(name, 0), int):
-                raise CatVersionError(
-                    f"{source}: {name} = {config[name]!r}, must be one integer (square images). "
-                    "Use such a model."
-                )
-        return cls(**{name: value for name, value in config.items() if name in names})
 
 
 @dataclasses.dataclass(frozen=True)

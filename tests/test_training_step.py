@@ -262,7 +262,7 @@ def test_gradient_clip_never_couples_concepts() -> None:
     alone, _ = tx.update(first, tx.init(first), first)
     np.testing.assert_allclose(together.key[0], alone.key, rtol=1e-5)
     np.testing.assert_allclose(
-        optax.global_norm(jax.tree.map(lambda leaf: leaf[0], clipped)), 1.0, rtol=1e-5
+        optax.tree.norm(jax.tree.map(lambda leaf: leaf[0], clipped)), 1.0, rtol=1e-5
     )
 
 

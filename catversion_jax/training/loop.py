@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from catversion_jax.atomic_files import make_folder
 from catversion_jax.concepts import ConceptList, ConceptSpec
@@ -85,9 +86,10 @@ def train(
     names = [*failures, *specs]
     total = len(specs) * config.max_train_steps
     to_do = sum(len(pack.names) for pack in packs) * config.max_train_steps
-    with tqdm(
-        total=total, initial=total - to_do, unit="concept-step", desc="training", smoothing=0.1
-    ) as progress:
+    with (
+        tqdm(total=total, initial=total - to_do, unit="concept-step", desc="compiling") as progress,
+        logging_redirect_tqdm([logging.getLogger()], tqdm_class=tqdm),
+    ):
         for pack in packs:
             run.write_index(names, failures)
             failures |= trainer.run_pack(pack, progress)
@@ -249,6 +251,7 @@ class _Trainer:
         if done.metrics is not None:
             losses = np.asarray(done.metrics.losses)[: done.num_steps]
             recorder.add_losses({name: losses[:, row].tolist() for row, name in enumerate(names)})
+            progress.set_description("training", refresh=False)
             progress.update(done.num_steps * len(names))
         rate = self._concept_steps_per_s(done.num_steps * len(names))
         concepts_per_hour = 3600 * rate / self.config.max_train_steps

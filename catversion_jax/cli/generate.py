@@ -259,7 +259,8 @@ def _draw_pages(
             save_png(folder / name, image, metadata)
         grid_path = folder / f"grid-{first + start:05d}.png"
         save_png(grid_path, _grid(result.images, page, columns))
-        print(f"{len(page)} images and {grid_path}")
+        plural = "" if len(page) == 1 else "s"
+        print(f"{len(page)} image{plural} and {grid_path}")
 
 
 @contextlib.contextmanager

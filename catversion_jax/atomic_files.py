@@ -4,6 +4,7 @@ file.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -56,6 +57,8 @@ def check_writable(path: Path) -> None:
     """
     existed = path.exists()
     make_folder(path)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if not existed:
         path.rmdir()
 

@@ -398,6 +398,8 @@ def _range_problems(config: TrainConfig) -> list[str]:
     for name in between:
         if not 0.0 <= getattr(config, name) <= 1.0:
             problems.append(f"{name}={getattr(config, name)}: must lie within 0..1.")
+    if config.seed >= 2**32:
+        problems.append(f"seed={config.seed}: must be below 2**32.")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0.0 <= getattr(config, name) < 1.0:
             problems.append(f"{name}={getattr(config, name)}: must be at least 0 and below 1.")

@@ -55,7 +55,7 @@ def diffusion_loss(
     *,
     first_layer: int,
     snr_gamma: float | None = None,
-    unmasked_weight: float = 0.1,
+    unmasked_weight: float = 1.0,
 ) -> Float[Array, ""]:
     """Equation (2) for one concept; float32 whatever the networks compute in.
 

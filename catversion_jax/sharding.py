@@ -1,7 +1,7 @@
 """The device mesh: concepts along one axis, the images of one concept along the other.
 
 Concepts are independent, so a mesh of shape (devices, 1) compiles to a program without collectives.
-With a "data" axis, several devices share one concept's batch and its K/V gradients are summed by
+With a "data" axis, several devices share one concept's batch and its K/V gradients are averaged by
 one all-reduce.
 """
 

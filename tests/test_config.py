@@ -96,6 +96,7 @@ def test_names_are_consistent() -> None:
         ({"train_batch_size": 3, "data_parallel": 2}, "multiple of data_parallel"),
         ({"random_flip": 1.5}, "within 0..1"),
         ({"adam_beta1": 1.0}, "below 1"),
+        ({"seed": 2**32}, "below"),
         ({"max_train_steps": 0}, "at least 1"),
         ({"learning_rate": "fast"}, "learning_rate='fast': must be float"),
         ({"max_train_steps": True}, "must be int"),

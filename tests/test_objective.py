@@ -95,6 +95,7 @@ def test_loss_and_gradient_equal_torch(tiny_sd_folder: Path, snr_gamma: float | 
             noise_schedule(backbone.noise_schedule),
             first_layer=LAYERS[0],
             snr_gamma=snr_gamma,
+            unmasked_weight=0.1,
         )
 
     our_loss, grads = jax.value_and_grad(ours)(residual, backbone.text_encoder, backbone.unet)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -267,3 +268,32 @@ def test_a_run_with_other_options_is_not_continued(
         == 2
     )
     assert "would overwrite" in capsys.readouterr().err
+
+
+def test_a_mistyped_first_attempt_does_not_pin_the_folder(
+    tiny_sd_folder: Path, toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(["train", *arguments(tiny_sd_folder, toys, output, layers="last9")]) == 2
+    assert "this encoder has 4 layers" in capsys.readouterr().err
+    short = {"max_train_steps": 2, "validation_steps": 1, "validation_prompt": "null"}
+    assert main(["train", *arguments(tiny_sd_folder, toys, output, **short)]) == 0
+    assert len(final_files(output)) == 3
+
+
+def test_an_interrupted_pack_goes_on_without_a_concept_that_was_taken_out(
+    tiny_sd_folder: Path, tmp_path: Path
+) -> None:
+    concepts, output = tmp_path / "concepts", tmp_path / "out"
+    write_toy_concepts(concepts)
+    process = start(arguments(tiny_sd_folder, concepts, output))
+    while process.poll() is None and not list(output.glob("checkpoints/pack-0000/4")):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    shutil.rmtree(concepts / "purple_kite")
+    process = start(arguments(tiny_sd_folder, concepts, output))
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text
+    assert "resumed 1 concepts at step" in text
+    assert sorted(final_files(output)) == ["striped_ball", "teal_cup"]

@@ -80,6 +80,9 @@ def train(
             failures[spec.name] = str(error)
     trainer = _Trainer(config, backbone, mesh, run, specs, records)
     packs = plan_packs(records, run, trainer.num_rows)
+    for name in specs:
+        if run.is_done(name):
+            run.clear_failure(name)
     for name, reason in failures.items():
         run.quarantine(name, reason)
 
@@ -123,6 +126,7 @@ class _Trainer:
         self.eval_step = make_eval_step(schedule, mesh, config, self.layers[0])
         self.grids = SampleGrids(backbone, config)
         self.compiled = False
+        self.failed: set[str] = set()
         # What the progress bar says; ``mark`` is when the last dispatch was read, None after other
         # work.
         self.mark: float | None = None
@@ -165,16 +169,15 @@ class _Trainer:
                     loss = self._evaluate(state.residual, data)
                 record_pending()  # of the dispatch before, while the device works on this one
                 pending.append(_Dispatched(step, num_steps, metrics, loss if evaluate else None))
-                every = config.validation_steps
-                if every and (step % every == 0 or step == total):
-                    record_pending()
-                    self._write_grids(prepared, state, step)
                 if step % config.checkpointing_steps == 0 or step == total:
-                    # Last: what a checkpoint has seen is recorded, and is not done again.
-                    record_pending()
+                    record_pending()  # what a checkpoint has seen is not done again
                     checkpoints.save(step, state, records)
                     if step < total:
                         self._export(prepared, state, step)
+                every = config.validation_steps if config.validation_prompt else None
+                if every and (step % every == 0 or step == total):
+                    record_pending()
+                    self._write_grids(prepared, state, step)
             # ------------------------------------------------------ the end
             recorder.close()
         losses = (np.asarray(plain_loss), np.asarray(loss))
@@ -250,6 +253,10 @@ class _Trainer:
         names = recorder.names
         if done.metrics is not None:
             losses = np.asarray(done.metrics.losses)[: done.num_steps]
+            for name, failed in zip(names, np.asarray(done.metrics.failed_step), strict=False):
+                if failed >= 0 and name not in self.failed:
+                    self.failed.add(name)
+                    logger.warning(f"{name}: not finite at step {failed}; the others go on")
             recorder.add_losses({name: losses[:, row].tolist() for row, name in enumerate(names)})
             progress.set_description("training", refresh=False)
             progress.update(done.num_steps * len(names))
@@ -304,7 +311,7 @@ class _Trainer:
             reason = (
                 f"{name}: the loss or the update was not finite at step {failed}. The state before "
                 f"it is kept in {self.run.concept_file(name, failed).name}. Try a lower "
-                "learning_rate."
+                "learning_rate with another output_dir."
             )
             concept.record.save(self.run.concept_file(name, failed), residual, failed)
             self.run.quarantine(name, reason)

@@ -35,6 +35,10 @@ class MetricsRecorder:
         self._jsonl = jsonl
         self._writers: dict[str, object] = {}
         self._tensorboard_dir = tensorboard_dir
+        self._start_step = start_step
+        if jsonl.exists() and not jsonl.read_bytes().endswith(b"\n"):
+            with jsonl.open("a", encoding="utf-8") as file:
+                file.write("\n")  # a killed process left half a line
 
     def add_losses(self, losses: Mapping[str, Sequence[float]]) -> None:
         """Training losses of the newest steps, per concept, oldest first."""
@@ -73,7 +77,12 @@ class MetricsRecorder:
         if name not in self._writers:
             from tensorboardX import SummaryWriter
 
-            self._writers[name] = SummaryWriter(str(self._tensorboard_dir / name), flush_secs=30)
+            self._writers[name] = SummaryWriter(
+                str(self._tensorboard_dir / name),
+                flush_secs=30,
+                # What a killed process wrote beyond its checkpoint is shown once only.
+                purge_step=self._start_step + 1 if self._start_step else None,
+            )
         for tag, value in (("loss/train", loss), ("loss/eval", eval_loss)):
             if value is not None:
                 self._writers[name].add_scalar(tag, value, step)  # type: ignore[attr-defined]

@@ -98,8 +98,8 @@ def prepare_concept(
     if config.masked_training and unmasked:
         raise ConceptError(
             f"{spec.name}: masked_training=true, but {len(unmasked)} of {len(images)} images have "
-            f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each, use alpha=mask, or "
-            "masked_training=false."
+            f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each, or use alpha=mask "
+            "or masked_training=false with another output_dir."
         )
     encoded = encode_concept(
         images,
@@ -107,6 +107,15 @@ def prepare_concept(
         latent_scale=backbone.latent_scale,
         latent_downsampling=backbone.latent_downsampling,
     )
+    if (
+        config.masked_training
+        and config.unmasked_weight == 0
+        and not encoded.mask.any((2, 3)).all()
+    ):
+        raise ConceptError(
+            f"{spec.name}: with unmasked_weight=0 an image whose mask is empty (after the crop) "
+            "has no loss. Correct the mask, or use a weight above 0 with another output_dir."
+        )
     token_ids = backbone.tokenizer(prompts)
     hidden = [lower_text_states(backbone.text_encoder, ids, layers[0]) for ids in token_ids]
     word_positions = backbone.tokenizer.word_positions(token_ids[0], spec.base_class)

@@ -31,7 +31,8 @@ def plan_packs(
     """The packs to do: interrupted ones as they were, then the rest, earlier failures last.
 
     An interrupted pack keeps its rows, finished ones included, so that it goes on bit by bit as it
-    would have. One that no longer fits (it was interrupted on a larger machine) is split.
+    would have. One that no longer fits (it was interrupted on a larger machine, or a concept of
+    it was taken out of the list) goes on in new packs.
 
     Args:
       records: every concept of the run, in order.
@@ -43,17 +44,22 @@ def plan_packs(
     """
     done = {name for name in records if run.is_done(name)}
     changed = {name: records[name].differences(run.final(name)) for name in done}
-    folders = sorted(run.checkpoints.glob("pack-*"), reverse=True)
-    new_folders = (run.checkpoints / f"pack-{n:04d}" for n in itertools.count(len(folders)))
+    folders = sorted(run.checkpoints.glob("pack-[0-9]*"), reverse=True)
+    first = int(folders[0].name.removeprefix("pack-")) + 1 if folders else 0
+    new_folders = (run.checkpoints / f"pack-{number:04d}" for number in itertools.count(first))
     packs: list[Pack] = []
     handled = set(done)
     for folder in folders:
         rows = {record.name: record for record in checkpoint.latest_records(folder)}
-        open_rows = [name for name in rows if name not in handled and not run.has_failed(name)]
-        if not open_rows or not rows.keys() <= records.keys():
+        open_rows = [
+            name
+            for name in rows
+            if name in records and name not in handled and not run.has_failed(name)
+        ]
+        if not open_rows:
             continue
         changed |= {name: records[name].changes_since(rows[name]) for name in open_rows}
-        if len(rows) <= num_rows:
+        if len(rows) <= num_rows and rows.keys() <= records.keys():
             packs.append(Pack(tuple(rows), folder, restore_from=folder))
         else:
             packs += [Pack(n, next(new_folders), folder) for n in _batched(open_rows, num_rows)]

@@ -65,11 +65,16 @@ class RunDirectory:
             "options": learning_options(self.config),
         }
         manifest = self.root / "run.json"
-        if manifest.exists():
+        if manifest.exists() and self._holds_results():
             self._check_same_run(manifest, settings)
         content = {"catversion_jax": __version__, **settings}
         write_atomically(manifest, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
         write_atomically(self.root / "config.resolved.yaml", dump_config(self.config).encode())
+
+    def _holds_results(self) -> bool:
+        """Whether anything was learned here: a mistyped first attempt leaves the folder free."""
+        patterns = (f"concepts/*/{CONCEPT_FILE_NAME}", "checkpoints/pack-*/[0-9]*")
+        return any(next(self.root.glob(pattern), None) is not None for pattern in patterns)
 
     def final(self, name: str) -> Concept:
         """The finished concept."""
@@ -93,8 +98,8 @@ class RunDirectory:
         """Say in the concept's folder why it was given up; nothing else of it is touched."""
         make_folder(self.concept(name))
         text = (
-            f"{reason}\n\nThe other concepts of the run went on. Correct the cause and run the "
-            "same command again.\n"
+            f"{reason}\n\nThe other concepts of the run went on. Correct the images or words and "
+            "run the same command again; other options need another output_dir.\n"
         )
         write_atomically(self.concept(name) / FAILED_NAME, text.encode())
 

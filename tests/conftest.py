@@ -24,6 +24,17 @@ jax.config.update("jax_compilation_cache_dir", COMPILATION_CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# scheduler_config.json of the published SD 1.x folders, as far as it decides the noise.
+SD1_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
 def tiny_tokenizer(folder: Path, *, context: int):
     """CLIP's tokenizer without merges: every byte is a token."""
     from transformers import CLIPTokenizer
@@ -90,14 +101,7 @@ def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0) -> Path:
         norm_num_groups=8,
         sample_size=16,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    scheduler = DDIMScheduler(**SD1_SCHEDULE)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch", reason="the folder is made with torch: pip install '.[test]'")
 import diffusers  # noqa: E402
 import transformers  # noqa: E402
-from conftest import tiny_tokenizer  # noqa: E402
+from conftest import SD1_SCHEDULE, tiny_tokenizer  # noqa: E402
 from test_full_size_clip import PUBLISHED  # noqa: E402
 from torch_reference import SD15_UNET, SD15_VAE  # noqa: E402
 
@@ -37,14 +37,7 @@ def write_sd15(folder: Path) -> None:
         text_encoder=transformers.CLIPTextModel(text_config),
         tokenizer=tiny_tokenizer(folder.parent / "tokenizer", context=77),
         unet=diffusers.UNet2DConditionModel.from_config(SD15_UNET),
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=diffusers.DDIMScheduler(**SD1_SCHEDULE),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

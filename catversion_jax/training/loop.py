@@ -81,7 +81,7 @@ def train(
     trainer = _Trainer(config, backbone, mesh, run, specs, records)
     packs = plan_packs(records, run, trainer.num_rows)
     for name in specs:
-        if run.is_done(name):
+        if run.has_failed(name) and run.is_done(name):
             run.clear_failure(name)
     for name, reason in failures.items():
         run.quarantine(name, reason)

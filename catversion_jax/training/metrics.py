@@ -88,11 +88,6 @@ class MetricsRecorder:
                 self._writers[name].add_scalar(tag, value, step)  # type: ignore[attr-defined]
 
 
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Rows of a ``metrics.csv``."""
-    return [dict(zip(COLUMNS, row, strict=True)) for row in _read_rows(path, None)]
-
-
 def _read_rows(path: Path, last_step: int | None) -> list[tuple[int, float | None, float | None]]:
     """Rows up to ``last_step``: a resumed run writes the later ones anew."""
     if not path.exists():

@@ -1,0 +1,177 @@
+"""Stage 2: compose the pictures that every later stage trains on: ``python pool.py WORK --count N``.
+
+Writes ``WORK/pool/images.npy`` (``[N 64 64 3]`` uint8, memory-mapped by its readers) and
+``labels.npy`` (``[N 7]`` int16, columns :data:`COLUMNS`; -1 is none). Picture ``i`` depends on
+``(seed, i)`` alone, so the pool is the same whatever wrote it, and the last ``VALIDATION`` ones
+serve for validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import random
+from pathlib import Path
+
+import numpy as np
+
+from compose import SIZE, picture
+from sprites import Sprites, load_sprites
+from tokens import Tokens
+from world import (
+    BACKGROUND_COLOURS,
+    CLASSES,
+    COLOUR_NAMES,
+    KINDS,
+    PLACE_NAMES,
+    SCENES,
+    STYLES,
+    Colouring,
+    Instance,
+    Picture,
+    caption,
+    held_out_drawings,
+    named_instances,
+    random_colouring,
+)
+
+COLUMNS = ("drawing", "kind", "first", "second", "place", "style", "name")
+VALIDATION = 4096
+CHUNK = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """The pictures and the words for them."""
+
+    sprites: Sprites
+    images: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_train(self) -> int:
+        """Pictures before the validation ones."""
+        return len(self.images) - VALIDATION
+
+    def column(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """One label of some rows; ``class`` is derived from the drawing."""
+        if name == "class":
+            classes = np.array([CLASSES.index(d.class_word) for d in self.sprites.drawings])
+            return classes[self.labels[rows, 0]]
+        return self.labels[rows, COLUMNS.index(name)].astype(np.int64)
+
+    def captions(self, rows: np.ndarray, rng: random.Random) -> list[str]:
+        """A fresh caption for each row."""
+        return [caption(self._picture(row), rng) for row in rows]
+
+    def _picture(self, row: int) -> Picture:
+        drawing, kind, first, second, place, style, name = self.labels[row].tolist()
+        colouring = Colouring(
+            KINDS[kind],
+            COLOUR_NAMES[first] if first >= 0 else "",
+            COLOUR_NAMES[second] if second >= 0 else "",
+        )
+        return Picture(
+            self.sprites.drawings[drawing],
+            colouring,
+            PLACE_NAMES[place],
+            STYLES[style],
+            self.names[name] if name >= 0 else "",
+        )
+
+
+def load_pool(work: Path) -> Pool:
+    """What this stage wrote."""
+    sprites = load_sprites(work)
+    return Pool(
+        sprites,
+        np.load(work / "pool" / "images.npy", mmap_mode="r"),
+        np.load(work / "pool" / "labels.npy"),
+        tuple(instance.name for instance in named_instances(sprites.drawings)),
+    )
+
+
+def draw_labels(
+    sprites: Sprites, named: list[Instance], index: int, seed: int
+) -> tuple[np.ndarray, random.Random]:
+    """What picture ``index`` shows: half named drawings in their own colours, a sixth named
+    recolourings, a third recolourings without a name."""
+    rng = random.Random(f"{seed}/{index}")
+    keys = [drawing.key for drawing in sprites.drawings]
+    choice = rng.random()
+    wanted = rng.choice(CLASSES)
+    if choice < 0.68:
+        natural = choice < 0.5
+        options = [
+            (number, instance)
+            for number, instance in enumerate(named)
+            if instance.drawing.split("/")[0] == wanted
+            and (instance.colouring.kind == "natural") == natural
+        ]
+        name, instance = rng.choice(options)
+        drawing, colouring = instance.drawing, instance.colouring
+    else:
+        seen = [k for k in keys if k.split("/")[0] == wanted and k not in held_out_drawings()]
+        name, drawing = -1, rng.choice(seen)
+        colouring = random_colouring(rng, drawing)
+    place = rng.choice(SCENES) if rng.random() < 0.65 else rng.choice(BACKGROUND_COLOURS)
+    style = rng.choices(STYLES, (0.86, 0.07, 0.07))[0]
+    labels = (
+        keys.index(drawing),
+        KINDS.index(colouring.kind),
+        COLOUR_NAMES.index(colouring.first) if colouring.first else -1,
+        COLOUR_NAMES.index(colouring.second) if colouring.second else -1,
+        PLACE_NAMES.index(place),
+        STYLES.index(style),
+        name,
+    )
+    return np.array(labels, np.int16), rng
+
+
+def _write_chunk(args: tuple[Path, int, int, int]) -> None:
+    work, start, stop, seed = args
+    sprites = load_sprites(work)
+    named = named_instances(sprites.drawings)
+    images = np.load(work / "pool" / "images.npy", mmap_mode="r+")
+    labels = np.load(work / "pool" / "labels.npy", mmap_mode="r+")
+    for index in range(start, stop):
+        row, rng = draw_labels(sprites, named, index, seed)
+        colouring = Colouring(
+            KINDS[row[1]],
+            COLOUR_NAMES[row[2]] if row[2] >= 0 else "",
+            COLOUR_NAMES[row[3]] if row[3] >= 0 else "",
+        )
+        labels[index] = row
+        images[index], _ = picture(
+            sprites, int(row[0]), colouring, PLACE_NAMES[row[4]], STYLES[row[5]], rng
+        )
+
+
+def main() -> None:
+    """Compose the pool."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--count", type=int, default=120_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    folder = args.work / "pool"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shape, dtype in (
+        ("images.npy", (args.count, SIZE, SIZE, 3), np.uint8),
+        ("labels.npy", (args.count, len(COLUMNS)), np.int16),
+    ):
+        np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
+    starts = range(0, args.count, CHUNK)
+    chunks = [(args.work, s, min(s + CHUNK, args.count), args.seed) for s in starts]
+    with multiprocessing.Pool() as pool:
+        pool.map(_write_chunk, chunks)
+    Tokens.build(load_sprites(args.work).drawings).save(args.work / "tokenizer")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,9 @@ FLOORS = {
     "image_requests": 2,
     "training": 4,
     "sampling": 3,
+    "evaluation": 3,
     "prompt_embeds": 3,
+    "report": 4,
     "cli": 5,
     "integrations": 5,
 }

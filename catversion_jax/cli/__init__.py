@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "show what a folder or manifest of concepts holds, before any accelerator is needed",
     ),
     "generate": ("generate", "draw images with trained concepts"),
+    "evaluate": ("evaluate", "score a run's concepts, or any method's images, and write a report"),
     "export": ("export", "concept files, prompt embeddings, or a complete diffusers pipeline"),
     "import": ("import_official", "convert the authors' released adapters"),
     "inspect": ("inspect", "say what a concept file is"),

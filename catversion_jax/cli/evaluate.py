@@ -129,18 +129,24 @@ class _Command:
         from catversion_jax.evaluation.embedders import ClipEmbedder, DinoEmbedder
         from catversion_jax.evaluation.scoring import Scorer
         from catversion_jax.evaluation.tables import table_lines, write_scores
+        from catversion_jax.report.evaluation_page import PageMaterial, write_evaluation_page
 
-        backbone = self._load_model() if self.draws else None
+        backbone = self._load_model() if self.draws or self.args.model else None
         clip = ClipEmbedder(self._clip_folder(backbone))
         dino = None if self.args.dino is None else DinoEmbedder(self.args.dino)
         make_folder(self.output)
         images = self.output / "images" if self.draws else self.source
         steps = self._steps()
-        if backbone is not None:
+        if backbone is not None and self.draws:
             self._draw(backbone, images, steps)
         scorer = Scorer(clip, self.prompt_set, dino=dino)
-        evaluation = self._score(scorer, backbone, images, steps)
+        references = self._references(scorer, backbone)
+        evaluation = self._score(scorer, backbone, images, steps, references)
+        material = PageMaterial(
+            references, clip.mean, {s.name: s.eval_losses() for s in self.subjects}
+        )
         paths = write_scores(self.output, evaluation)
+        paths.append(write_evaluation_page(self.output / "report.html", evaluation, material))
         print("\n".join(table_lines(evaluation)))
         print("\n" + "\n".join(map(str, paths)))
         return 0
@@ -224,18 +230,25 @@ class _Command:
 
     # ------------------------------------------------------------------ scoring
 
-    def _score(
-        self, scorer: Scorer, backbone: Backbone | None, images: Path, steps: list[int]
-    ) -> Evaluation:
-        from catversion_jax.evaluation.prior import score_prior
+    def _references(self, scorer: Scorer, backbone: Backbone | None) -> dict[str, References]:
         from catversion_jax.evaluation.subjects import read_references
-        from catversion_jax.evaluation.tables import Evaluation
 
-        resolution = 512 if backbone is None else backbone.default_resolution
-        references = {
+        resolution = 0 if backbone is None else backbone.default_resolution
+        return {
             subject.name: read_references(subject, scorer.masker, resolution)
             for subject in self.subjects
         }
+
+    def _score(
+        self,
+        scorer: Scorer,
+        backbone: Backbone | None,
+        images: Path,
+        steps: list[int],
+        references: dict[str, References],
+    ) -> Evaluation:
+        from catversion_jax.evaluation.prior import score_prior
+        from catversion_jax.evaluation.tables import Evaluation
 
         def scored(folder: Path) -> list[SubjectScores]:
             return [scorer.score(s, references[s.name], folder) for s in self.subjects]
@@ -281,7 +294,7 @@ class _Command:
 
         clip, dino, prompts = scorer.clip, scorer.dino, self.prompt_set
         protocol: dict[str, Any] = {"source": str(self.source)}
-        if backbone is not None:
+        if backbone is not None and self.draws:
             protocol |= {
                 "model": backbone.name,
                 "text encoder sha256": backbone.text_encoder_sha256,

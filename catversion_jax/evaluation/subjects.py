@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
@@ -46,6 +47,25 @@ class Subject:
         """Concept files of intermediate steps, in order."""
         found = {} if self.folder is None else _step_files(self.folder)
         return {step: path for step, path in sorted(found.items())}
+
+    def eval_losses(self) -> dict[str, list[tuple[float, float | None]]]:
+        """Evaluation loss over the training step, and the plain model's, as the run recorded
+        them.
+        """
+        path = None if self.folder is None else self.folder / "metrics.csv"
+        if path is None or not path.is_file():
+            return {}
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [r for r in csv.DictReader(file) if r["eval_loss"]]
+        points: list[tuple[float, float | None]] = [
+            (float(row["step"]), float(row["eval_loss"])) for row in rows
+        ]
+        curves = {"concept": points}
+        summary = path.with_name("metrics.json")
+        if points and summary.is_file():
+            plain = json.loads(summary.read_text(encoding="utf-8"))["plain_eval_loss"]
+            curves["plain model"] = [(points[0][0], plain), (points[-1][0], plain)]
+        return curves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -298,7 +298,7 @@ class _Command:
             protocol |= {
                 "model": backbone.name,
                 "text encoder sha256": backbone.text_encoder_sha256,
-                **dataclasses.asdict(self.settings),
+                **_drawn_with(self.settings, backbone.default_resolution),
                 "seeds": list(self.seeds),
             }
         return protocol | {
@@ -313,6 +313,12 @@ class _Command:
             "platform": jax.default_backend(),
             "software": f"catversion_jax {__version__}",
         }
+
+
+def _drawn_with(settings: SamplingSettings, default_resolution: int) -> dict[str, Any]:
+    """The settings in force; what is None is the model's own."""
+    given = {key: v for key, v in dataclasses.asdict(settings).items() if v is not None}
+    return {**given, **{key: given.get(key, default_resolution) for key in ("height", "width")}}
 
 
 @contextlib.contextmanager

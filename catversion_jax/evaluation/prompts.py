@@ -131,6 +131,11 @@ def _from_yaml(name: str, text: str) -> PromptSet:
         raise CatVersionError(
             f"--prompts {name}: num_images_per_prompt={count!r}, must be a whole number >= 1."
         )
+    if ("live_prompts" in value) != ("live_classes" in value):
+        raise CatVersionError(
+            f"--prompts {name}: live_classes without live_prompts, or the reverse; give both or "
+            "none."
+        )
     return PromptSet(
         name,
         _prompts(name, value.get("prompts")),

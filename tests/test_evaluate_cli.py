@@ -16,9 +16,13 @@ from torch_reference import randomise
 
 from catversion_jax.cli import main
 from catversion_jax.cli.example import byte_vocabulary, write_random_model, write_toy_concepts
+from catversion_jax.concepts import ImageSource
 from catversion_jax.config import TrainConfig, dump_config
-from catversion_jax.evaluation.embedders import CLIP_MEAN
+from catversion_jax.evaluation import load_prompt_set
+from catversion_jax.evaluation.embedders import CLIP_MEAN, ClipEmbedder
 from catversion_jax.evaluation.masked_crops import masked_crop
+from catversion_jax.evaluation.scoring import Scorer
+from catversion_jax.evaluation.subjects import Subject, read_references
 from catversion_jax.export import save_concept
 from catversion_jax.grids import read_metadata
 from catversion_jax.residual import KVResidual
@@ -257,6 +261,59 @@ def test_an_interrupted_evaluation_continues(world, output, tmp_path, capsys):
     )
     assert total - kept == 1
     assert lost.read_bytes() == bits
+
+
+def test_what_generate_writes_is_recognised(world, tmp_path):
+    """One --output_dir per concept; prompt and seed come from the PNG, the grid is left out."""
+    prompts = [word for text in PROMPTS for word in ("--prompt", text.format("cup"))]
+    command = ["generate", "--model", str(world / "model"), "--num_inference_steps", "2"]
+    out = tmp_path / "images" / "teal_cup"
+    assert main([*command, *prompts, "--seed", "7", "--output_dir", str(out)]) == 0
+    concepts = ["--concepts", world / "concepts"]
+    assert evaluate(world, tmp_path / "images", tmp_path / "out", *concepts) == 0
+    (cup,) = scores_of(tmp_path / "out")["methods"]["images"]["concepts"]
+    assert [row["prompt"] for row in cup["prompts"]] == [text.format("cup") for text in PROMPTS]
+    assert (cup["images"], cup["ignored_files"]) == (2, [])
+
+
+def test_a_masker_fills_in_what_is_missing(world, output, tmp_path):
+    """Mask files win; made masks are kept beside the images and serve the next time."""
+    images = tmp_path / "images"
+    shutil.copytree(output / "images" / "teal_cup", images / "teal_cup")
+    snow = sorted((images / "teal_cup").glob("*snow*.png"))
+    given = np.zeros((64, 64), np.uint8)
+    given[:32] = 255
+    Image.fromarray(given).save(snow[0].with_suffix(".mask.png"))
+    asked = []
+
+    def left_half(pixels, base_classes):
+        asked.extend(base_classes)
+        masks = np.zeros(pixels.shape[:3], np.uint8)
+        masks[:, :, :32] = 255
+        return masks
+
+    photo = ImageSource("1.png", world / "concepts" / "teal_cup" / "1.png")
+    subject = Subject("teal_cup", "cup", (photo,))
+    references = read_references(subject, left_half, 64)
+    assert asked == ["cup"]
+    prompts = load_prompt_set(str(world / "prompts.txt"))
+    scorer = Scorer(ClipEmbedder(world / "clip"), prompts, masker=left_half)
+    total = scorer.score(subject, references, images).total
+    assert asked == ["cup"] * 4  # one photo, three of four images
+    assert (total.images, total.masks, total.empty_masks) == (4, 4, 0)
+    left = np.zeros((64, 64), np.uint8)
+    left[:, :32] = 255
+    for path in snow[1:]:
+        np.testing.assert_array_equal(Image.open(path.with_suffix(".mask.png")), left)
+    fill, clip = np.array(CLIP_MEAN), TorchClip(world / "clip")
+    shown = [np.asarray(Image.open(path)) for path in sorted(images.glob("teal_cup/*_?.png"))]
+    masks = [given if path == snow[0] else left for path in sorted(images.glob("teal_cup/*_?.png"))]
+    crops = [masked_crop(p, m, fill) for p, m in zip(shown, masks, strict=True)]
+    real = clip.images([masked_crop(np.asarray(Image.open(photo.path)), left, fill)])
+    expected = (clip.images(crops) @ real.T).mean()
+    assert total.image_alignment_masked == pytest.approx(expected, abs=1e-5)
+    again = Scorer(scorer.clip, prompts).score(subject, references, images).total
+    assert again == total
 
 
 def test_prior_preservation(output):

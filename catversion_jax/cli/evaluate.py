@@ -36,10 +36,15 @@ _MASK_POLICY = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command; sampling options are those of ``catversion generate``."""
+    parser.epilog = (
+        "Images of any method are scored from IMAGES/<concept>/<prompt>_<seed>.png (a prompt's "
+        "words joined by '-',\nor its number in the set from 0; <prompt>_<seed>.mask.png beside "
+        "it, object white) or as catversion generate\nwrote them, one --output_dir per concept. "
+        "docs/evaluation.md has the definitions."
+    )
     add = parser.add_argument
     add("source", metavar="RUN|IMAGES",
-        help="output folder of training; or images as <concept>/<prompt>_<seed>.png, prompt as its "
-             "words joined by '-' or its number in the set")  # fmt: skip
+        help="output folder of training, or a folder of images, see below")  # fmt: skip
     add("--clip", help="transformers CLIPModel folder that scores [the model's own clip/ folder]")
     add("--prompts", default="dreambench", metavar="NAME|FILE",
         help="dreambench, catversion, tiny; or .txt/.yaml with {} for the class word "

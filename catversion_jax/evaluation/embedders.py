@@ -153,11 +153,14 @@ def _in_batches(
     return np.concatenate(parts)[: len(rows)]
 
 
+# Accelerators would otherwise multiply float32 matrices with fewer bits.
+@jax.default_matmul_precision("float32")
 @jax.jit
 def _embed_images(network: Network, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
     return _unit(network.call("image_embeds", pixels))
 
 
+@jax.default_matmul_precision("float32")
 @jax.jit
 def _embed_texts(network: Network, token_ids: Int[Array, "B T"]) -> Float[Array, "B E"]:
     return _unit(network.call("text_embeds", token_ids))

@@ -59,6 +59,18 @@ def means(subjects: Sequence[SubjectScores]) -> dict[str, Interval | float | Non
     return result
 
 
+def real_means(subjects: Sequence[SubjectScores]) -> dict[str, float]:
+    """What the training images score among themselves, mean over concepts: the ceiling of the image
+    scores.
+    """
+    result = {}
+    for metric in ("image_alignment", "image_alignment_masked", "dino"):
+        values = [v for s in subjects if (v := getattr(s.real, metric)) is not None]
+        if values:
+            result[metric] = sum(values) / len(values)
+    return result
+
+
 def write_scores(folder: Path, evaluation: Evaluation) -> list[Path]:
     """Write ``scores.csv`` and ``scores.json``.
 
@@ -87,6 +99,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
                     metric: dataclasses.asdict(value) if isinstance(value, Interval) else value
                     for metric, value in means(subjects).items()
                 },
+                "training_images_mean": real_means(subjects),
             }
             for name, subjects in evaluation.methods.items()
         },
@@ -101,7 +114,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def table_lines(evaluation: Evaluation) -> list[str]:
-    """The table for a terminal, means with intervals last, and under it the protocol."""
+    """The table for a terminal: concepts, their mean, the training images; and the protocol."""
     lines: list[str] = []
     for method, subjects in evaluation.methods.items():
         shown = [
@@ -112,6 +125,8 @@ def table_lines(evaluation: Evaluation) -> list[str]:
         header = [method, *(TABLE_COLUMNS[metric] for metric in shown), "copies", "empty masks"]
         rows = [header] + [_table_row(subject, shown) for subject in subjects]
         rows += [_mean_row(subjects, shown)] if len(subjects) > 1 else []
+        real = real_means(subjects)
+        rows.append(["training images", *(number(real.get(m)) for m in shown), "", ""])
         lines += [*_aligned(rows), ""]
     for name, prior in evaluation.priors.items():
         lines.append(f"{name}: {describe_prior(prior)}")

@@ -20,7 +20,7 @@ from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.prior import PriorScores
 from catversion_jax.evaluation.scoring import PromptScores, SubjectScores
 from catversion_jax.evaluation.subjects import References
-from catversion_jax.evaluation.tables import TABLE_COLUMNS, Evaluation, means, number
+from catversion_jax.evaluation.tables import TABLE_COLUMNS, Evaluation, means, number, real_means
 from catversion_jax.report.charts import Chart, line_chart
 
 _THUMBNAIL = 160
@@ -102,7 +102,9 @@ def _method(name: str, subjects: Sequence[SubjectScores], columns: Sequence[str]
             mean.append((number(value.mean), f"{number(value.low)} to {number(value.high)}"))
         else:
             mean.append((number(value), ""))
-    return {"name": name, "rows": rows, "mean": mean}
+    real = real_means(subjects)
+    ceiling = [number(real.get(metric)) for metric in columns]
+    return {"name": name, "rows": rows, "mean": mean, "real": ceiling}
 
 
 def _concept(

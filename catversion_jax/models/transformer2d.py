@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float
-from catversion_jax.models.attention import attention
+from catversion_jax.models.attention import attention, attention_weights
+from catversion_jax.models.attention_maps import AttentionRecorder
 from catversion_jax.models.resnet import LayerFactory
 
 GROUP_NORM_EPSILON = 1e-6
@@ -61,11 +62,21 @@ class Attention(nnx.Module):
         """Attend to ``context``, or to ``x`` itself without one."""
         context = x if context is None else context
         query, key, value = (
-            projected.reshape(*projected.shape[:-1], self.num_heads, -1)
+            self._heads(projected)
             for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
         )  # [B T N H], [B S N H] twice
         out = attention(query, key, value)
         return self.to_out[0](out.reshape(*out.shape[:-2], -1))
+
+    def weights(
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None
+    ) -> Float[Array, "B N T S"]:
+        """How much every position of ``x`` attends to each of the context, float32."""
+        context = x if context is None else context
+        return attention_weights(self._heads(self.to_q(x)), self._heads(self.to_k(context)))
+
+    def _heads(self, projected: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        return projected.reshape(*projected.shape[:-1], self.num_heads, -1)
 
 
 class GEGLU(nnx.Module):
@@ -145,11 +156,22 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(dim, layers=layers)
 
     def __call__(
-        self, x: Float[Array, "B S D"], text: Float[Array, "B T E"]
+        self,
+        x: Float[Array, "B S D"],
+        text: Float[Array, "B T E"],
+        recorder: AttentionRecorder | None = None,
     ) -> Float[Array, "B S D"]:
-        """Apply the block to image positions ``x``."""
-        x = x + self.attn1(self.norm1(x), text if self.only_cross_attention else None)
-        x = x + self.attn2(self.norm2(x), text)
+        """Apply the block to image positions ``x``; a recorder is told what both attentions look
+        at.
+        """
+        contexts = (text if self.only_cross_attention else None, text)
+        for norm, attn, context in zip(
+            (self.norm1, self.norm2), (self.attn1, self.attn2), contexts, strict=True
+        ):
+            normed = norm(x)
+            if recorder is not None:
+                recorder.record(attn, normed, context)
+            x = x + attn(normed, context)
         return x + self.ff(self.norm3(x))
 
 
@@ -198,13 +220,17 @@ class Transformer2DModel(nnx.Module):
         self.proj_out = projection(channels, channels)
 
     def __call__(
-        self, hidden: Float[Array, "B h w D"], text: Float[Array, "B T E"]
+        self,
+        hidden: Float[Array, "B h w D"],
+        text: Float[Array, "B T E"],
+        recorder: AttentionRecorder | None = None,
     ) -> Float[Array, "B h w D"]:
         """Let every image position attend to the others and to the text."""
         batch, height, width, channels = hidden.shape
         # A dense layer and a 1x1 convolution both act on the last axis, so the order of reshape and
         # projection, which differs between SD 1.x and 2.x in diffusers, does not matter here.
         x = self.proj_in(self.norm(hidden)).reshape(batch, height * width, channels)
+        recorder = None if recorder is None else recorder.at(height, width)
         for block in self.transformer_blocks:
-            x = block(x, text)
+            x = block(x, text, recorder)
         return hidden + self.proj_out(x.reshape(batch, height, width, channels))

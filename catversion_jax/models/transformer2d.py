@@ -14,6 +14,8 @@ layer norms' is 1e-5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -69,10 +71,9 @@ class Attention(nnx.Module):
         return self.to_out[0](out.reshape(*out.shape[:-2], -1))
 
     def weights(
-        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"]
     ) -> Float[Array, "B N T S"]:
         """How much every position of ``x`` attends to each of the context, float32."""
-        context = x if context is None else context
         return attention_weights(self._heads(self.to_q(x)), self._heads(self.to_k(context)))
 
     def _heads(self, projected: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
@@ -159,19 +160,19 @@ class BasicTransformerBlock(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         text: Float[Array, "B T E"],
-        recorder: AttentionRecorder | None = None,
+        record: Callable[[Float[Array, "B N S T"]], None] | None = None,
     ) -> Float[Array, "B S D"]:
-        """Apply the block to image positions ``x``; a recorder is told what both attentions look
-        at.
+        """Apply the block to image positions ``x``; ``record`` is told the softmax weights of
+        attention to the text.
         """
-        contexts = (text if self.only_cross_attention else None, text)
-        for norm, attn, context in zip(
-            (self.norm1, self.norm2), (self.attn1, self.attn2), contexts, strict=True
-        ):
-            normed = norm(x)
-            if recorder is not None:
-                recorder.record(attn, normed, context)
-            x = x + attn(normed, context)
+        normed = self.norm1(x)
+        if record is not None and self.only_cross_attention:
+            record(self.attn1.weights(normed, text))
+        x = x + self.attn1(normed, text if self.only_cross_attention else None)
+        normed = self.norm2(x)
+        if record is not None:
+            record(self.attn2.weights(normed, text))
+        x = x + self.attn2(normed, text)
         return x + self.ff(self.norm3(x))
 
 
@@ -230,7 +231,7 @@ class Transformer2DModel(nnx.Module):
         # A dense layer and a 1x1 convolution both act on the last axis, so the order of reshape and
         # projection, which differs between SD 1.x and 2.x in diffusers, does not matter here.
         x = self.proj_in(self.norm(hidden)).reshape(batch, height * width, channels)
-        recorder = None if recorder is None else recorder.at(height, width)
+        record = None if recorder is None else recorder.at(height, width)
         for block in self.transformer_blocks:
-            x = block(x, text, recorder)
+            x = block(x, text, record)
         return hidden + self.proj_out(x.reshape(batch, height, width, channels))

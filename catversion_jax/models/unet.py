@@ -21,7 +21,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from catversion_jax.array_types import Array, Float
-from catversion_jax.models.attention_maps import AttentionMaps, AttentionRecorder
+from catversion_jax.models.attention_maps import AttentionRecorder
 from catversion_jax.models.resnet import ACTIVATIONS, LayerFactory
 from catversion_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from catversion_jax.models.unet_config import UNetConfig
@@ -143,24 +143,22 @@ class UNet2DConditionModel(nnx.Module):
         timesteps: ArrayLike,
         encoder_hidden_states: Float[Array, "B T D"],
         token_weights: Float[Array, "B T"],
-        *,
-        max_positions: int = 1024,
-    ) -> tuple[Float[Array, "B h w Cout"], AttentionMaps]:
-        """Denoise once and say where the network looked.
+    ) -> tuple[Float[Array, "B h w Cout"], tuple[Float[Array, "B h_l w_l"], ...]]:
+        """Denoise once and say where the network looked in the text, see ``attention_maps.py``.
 
         Args:
           sample: as for the call, like the next two.
           timesteps: ``[B]`` or one number.
           encoder_hidden_states: ``[B T D]``.
-          token_weights: how much each token counts in the cross-attention maps.
-          max_positions: self-attention over more positions is left out.
+          token_weights: how much each token counts.
 
         Returns:
-          The prediction of the plain call, and the maps.
+          The prediction of the plain call, and the float32 map of every cross-attention layer in
+          the order they run, at that layer's size.
         """
-        recorder = AttentionRecorder(jnp.asarray(token_weights, jnp.float32), max_positions)
+        recorder = AttentionRecorder(jnp.asarray(token_weights, jnp.float32))
         prediction = self._denoise(sample, timesteps, encoder_hidden_states, recorder)
-        return prediction, recorder.maps()
+        return prediction, tuple(recorder.maps)
 
     def _denoise(
         self,

@@ -94,6 +94,14 @@ def intersection_over_union(first: np.ndarray, second: np.ndarray) -> float:
     return float((one & other).sum() / union) if union else 1.0
 
 
+def centred_disk(shape: tuple[int, int], radius: float) -> Int[np.ndarray, "H W"]:
+    """The guess that needs no model: an ellipse in the middle, ``radius`` in shares of each
+    side.
+    """
+    rows, columns = (((np.arange(side) + 0.5) / side - 0.5) ** 2 for side in shape)
+    return (rows[:, None] + columns < radius**2).astype(np.uint8) * 255
+
+
 def _without_crumbs_and_holes(mask: np.ndarray) -> np.ndarray:
     parts, count = ndimage.label(mask)
     if count == 0:

@@ -207,4 +207,4 @@ def _unit_range(layer: Float[Array, "B h w"]) -> Float[Array, "B h w"]:
     """Each image's map scaled to 0..1; a flat one becomes 0."""
     low = layer.min(axis=(1, 2), keepdims=True)
     span = layer.max(axis=(1, 2), keepdims=True) - low
-    return jnp.where(span > 0, (layer - low) / jnp.where(span > 0, span, 1), 0)
+    return (layer - low) / jnp.where(span == 0, 1, span)

@@ -114,12 +114,12 @@ def _fitted(mask: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Image.Image:
     return grey.point([255 if value >= _INSIDE else 0 for value in range(256)])
 
 
-def mask_paths(spec: ConceptSpec) -> list[Path]:
+def mask_paths(spec: ConceptSpec, *, replace: bool = False) -> list[Path]:
     """Where each image's mask is or belongs: the file that is there, else ``1.mask.png`` beside
     ``1.png`` (``1.png.mask.png`` where ``1.jpg`` lies there too).
 
     Raises:
-      ConceptError: images that are no files, or masks that are no PNG files.
+      ConceptError: images that are no files, or, to ``replace`` them, masks that are no PNG files.
     """
     paths = []
     for source in spec.images:
@@ -129,6 +129,11 @@ def mask_paths(spec: ConceptSpec) -> list[Path]:
                 "them as files, or give each image its alpha channel."
             )
         if source.mask is not None:
+            if replace and source.mask.suffix.lower() != ".png":
+                raise ConceptError(
+                    f"{source.mask}: masks are written as PNG only. Remove this mask, then make "
+                    "one again."
+                )
             paths.append(source.mask)
             continue
         stem = source.path.with_suffix("")
@@ -142,12 +147,8 @@ def write_mask(path: Path, mask: Image.Image) -> None:
     """Write one mask atomically.
 
     Raises:
-      CatVersionError: not a PNG's name, or the file cannot be written.
+      CatVersionError: the file cannot be written.
     """
-    if path.suffix.lower() != ".png":
-        raise ConceptError(
-            f"{path}: masks are written as PNG only. Remove this mask, then make one again."
-        )
     buffer = io.BytesIO()
     mask.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())

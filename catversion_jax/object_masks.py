@@ -1,7 +1,7 @@
 r"""A map of how much each pixel belongs to the object -> its mask.
 
     (1)  q_i = mean over the windows W around i of (a_W . I_i + b_W),
-         (a_W, b_W) = argmin sum_{j in W} (a . I_j + b - p_j)^2 + epsilon |a|^2
+         (a_W, b_W) = argmin sum_{j in W} [(a . I_j + b - p_j)^2 + epsilon |a|^2]
 
 The guided filter (He, Sun, Tang: Guided Image Filtering, ECCV 2010, equations 4, 8 and 14 to 16 of
 the journal version): map p, blurred and coarse, becomes q, which is linear in the colours I within

@@ -137,12 +137,14 @@ def _write(
     failures: dict[str, str],
 ) -> None:
     """Masks beside the images, a line per concept, contact sheets."""
+    from catversion_jax.atomic_files import check_writable
     from catversion_jax.mask_files import mask_paths, object_masks, write_mask
 
+    check_writable(Path(args.output_dir))
     rows, sheet_rows = [], []
     for spec in concepts:
         try:
-            paths = mask_paths(spec)
+            paths = mask_paths(spec, replace=args.overwrite)
             masks = object_masks(spec, make, resolution=resolution, replace=args.overwrite)
             for path, mask in zip(paths, masks, strict=True):
                 if mask.origin != "given":
@@ -181,11 +183,11 @@ def _sheet_rows(
 
     rows = []
     for start in range(0, len(masks), _IMAGES_PER_ROW):
-        cells: list[np.ndarray | None] = [
+        shown: list[np.ndarray | None] = [
             cell for mask in masks[start : start + _IMAGES_PER_ROW] for cell in thumbnails(mask)
         ]
-        cells += [None] * (3 * _IMAGES_PER_ROW - len(cells))
-        rows.append((f"{spec.name} ({spec.base_class})", cells))
+        shown += [None] * (3 * _IMAGES_PER_ROW - len(shown))
+        rows.append((f"{spec.name} ({spec.base_class})", shown))
     return rows
 
 
@@ -262,7 +264,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = [header, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for row in table:
-        cells: list[np.ndarray | None] = [
+        cells = [
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]

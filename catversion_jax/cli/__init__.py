@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "check",
         "show what a folder or manifest of concepts holds, before any accelerator is needed",
     ),
+    "masks": ("masks", "make object masks beside the images of concepts"),
     "generate": ("generate", "draw images with trained concepts"),
     "evaluate": ("evaluate", "score a run's concepts, or any method's images, and write a report"),
     "export": ("export", "concept files, prompt embeddings, or a complete diffusers pipeline"),

@@ -29,6 +29,7 @@ from catversion_jax.residual import KVResidual
 
 PROMPTS = ["a {} in the snow", "a wet {} & <script>document.title = 'owned'</script>"]
 NAMES = {"striped_ball": "ball", "teal_cup": "cup"}
+WITHOUT_MASKS = shutil.ignore_patterns("*.mask.png")
 QUICK = ["--num_inference_steps", "2", "--num_images_per_prompt", "2", "--num_prior_images", "2"]
 
 
@@ -171,23 +172,22 @@ def test_scores_equal_transformers(world, output):
         assert concept["training_images"]["image_alignment"] == pytest.approx(
             among.mean(), abs=1e-5
         )
-        assert concept["image_alignment_masked"] is None
-        assert concept["masks"] == 0
+        assert concept["masks"] == 4  # made from the model's attention, kept beside the images
         assert concept["dino"] is not None
 
 
 def pictures_of(folder, key):
-    return [np.asarray(Image.open(p)) for p in sorted(folder.glob(f"*{key}*.png"))]
+    return [np.asarray(Image.open(p)) for p in sorted(folder.glob(f"*{key}*_?.png"))]
 
 
 def test_masked_scores_and_empty_masks(world, output, tmp_path):
     """Half the generated images get a disc as mask, one an empty mask; the rest have none."""
     images = tmp_path / "images"
-    shutil.copytree(output / "images", images)
+    shutil.copytree(output / "images", images, ignore=WITHOUT_MASKS)
     y, x = np.mgrid[:64, :64]
     disc = np.uint8(255) * ((y - 30) ** 2 + (x - 34) ** 2 < 20**2)
     for name in NAMES:
-        snow = sorted((images / name).glob("*snow*.png"))
+        snow = sorted((images / name).glob("*snow_?.png"))
         Image.fromarray(disc).save(snow[0].with_suffix(".mask.png"))
         Image.fromarray(0 * disc).save(snow[1].with_suffix(".mask.png"))
     concepts = ["--concepts", world / "concepts"]
@@ -251,7 +251,7 @@ def test_foreign_names_give_the_same_scores(world, output, tmp_path):
 
 def test_an_interrupted_evaluation_continues(world, output, tmp_path, capsys):
     shutil.copytree(output, tmp_path / "out")
-    lost = next((tmp_path / "out" / "images" / "teal_cup").glob("*snow*.png"))
+    lost = next((tmp_path / "out" / "images" / "teal_cup").glob("*snow_?.png"))
     bits = lost.read_bytes()
     lost.unlink()
     more = ["--plain", "--all_steps", "--dino", world / "dino"]
@@ -279,8 +279,8 @@ def test_what_generate_writes_is_recognised(world, tmp_path):
 def test_a_masker_fills_in_what_is_missing(world, output, tmp_path):
     """Mask files win; made masks are kept beside the images and serve the next time."""
     images = tmp_path / "images"
-    shutil.copytree(output / "images" / "teal_cup", images / "teal_cup")
-    snow = sorted((images / "teal_cup").glob("*snow*.png"))
+    shutil.copytree(output / "images" / "teal_cup", images / "teal_cup", ignore=WITHOUT_MASKS)
+    snow = sorted((images / "teal_cup").glob("*snow_?.png"))
     given = np.zeros((64, 64), np.uint8)
     given[:32] = 255
     Image.fromarray(given).save(snow[0].with_suffix(".mask.png"))

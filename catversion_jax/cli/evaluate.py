@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 # Denoised together where --batch_size says nothing; fixed, so that a machine gives the same bits.
 _BATCH_SIZE = 4
 _MASK_POLICY = (
-    "given files, else alpha; both sides masked, background in CLIP's mean colour, square crop "
+    "given files, else alpha, else made from the drawing model's attention to the class word where "
+    "there is a model; both sides masked, background in CLIP's mean colour, square crop "
     "around the mask with 10 % margin; images with an empty mask or none left out"
 )
 
@@ -51,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "[dreambench]")  # fmt: skip
     add("--concepts", help="the training images [where the run says they were]")
     add("--base_class", help="base class of concepts that do not name their own")
-    add("--model", help="model that draws [the one the run was trained on]")
+    add(
+        "--model", help="model that draws, and makes missing masks [the one the run was trained on]"
+    )
     add("--revision", help="hub revision of the model")
     add("--variant", help="weight file variant, for example fp16")
     add("--dino", help="transformers ViTModel folder (DreamBench: facebook/dino-vits16)")
@@ -131,6 +135,7 @@ class _Command:
     def run(self) -> int:
         """Draw, score, write, print."""
         from catversion_jax.atomic_files import make_folder
+        from catversion_jax.cross_attention_masks import class_word_masks
         from catversion_jax.evaluation.embedders import ClipEmbedder, DinoEmbedder
         from catversion_jax.evaluation.scoring import Scorer
         from catversion_jax.evaluation.tables import table_lines, write_scores
@@ -144,7 +149,8 @@ class _Command:
         steps = self._steps()
         if backbone is not None and self.draws:
             self._draw(backbone, images, steps)
-        scorer = Scorer(clip, self.prompt_set, dino=dino)
+        masker = None if backbone is None else functools.partial(class_word_masks, backbone)
+        scorer = Scorer(clip, self.prompt_set, dino=dino, masker=masker)
         references = self._references(scorer, backbone)
         evaluation = self._score(scorer, backbone, images, steps, references)
         material = PageMaterial(

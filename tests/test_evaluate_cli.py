@@ -225,7 +225,9 @@ def test_generated_images_score_the_same_as_a_run(world, output, tmp_path):
     again, before = scores_of(tmp_path), scores_of(output)
     assert again["methods"]["images"] == before["methods"]["CatVersion"]
     assert again["prior_preservation"] == before["prior_preservation"]
-    assert "seeds" not in again["protocol"]
+    drawn_with = again["protocol"]["drawn with"]
+    assert (drawn_with["model"], drawn_with["num_inference_steps"]) == (str(world / "model"), 2)
+    assert again["protocol"]["seeds"] == before["protocol"]["seeds"] == [0, 1]
 
 
 def test_foreign_names_give_the_same_scores(world, output, tmp_path):
@@ -247,6 +249,7 @@ def test_foreign_names_give_the_same_scores(world, output, tmp_path):
         assert after["image_alignment"] == before["image_alignment"]
         assert after["text_alignment_edit"] == before["text_alignment_edit"]
         assert after["ignored_files"] == ["sunset_3.png"]
+    assert scores_of(tmp_path / "out")["protocol"]["drawn with"] == "the files do not say"
 
 
 def test_an_interrupted_evaluation_continues(world, output, tmp_path, capsys):

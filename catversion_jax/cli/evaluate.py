@@ -268,7 +268,7 @@ class _Command:
         }
         first = next(iter(methods.values()))
         curves = self._curves(scorer, references, steps, first) if steps else {}
-        return Evaluation(self._protocol(scorer, backbone), methods, priors, curves)
+        return Evaluation(self._protocol(scorer, backbone, first), methods, priors, curves)
 
     def _curves(
         self,
@@ -293,9 +293,13 @@ class _Command:
                 curves[subject.name] = [*points, (subject.concept.step, last.first_seed)]
         return curves
 
-    def _protocol(self, scorer: Scorer, backbone: Backbone | None) -> dict[str, Any]:
+    def _protocol(
+        self, scorer: Scorer, backbone: Backbone | None, subjects: list[SubjectScores]
+    ) -> dict[str, Any]:
         """What must be the same for two tables to be comparable."""
         import jax
+
+        from catversion_jax.evaluation.image_folders import recorded_settings
 
         clip, dino, prompts = scorer.clip, scorer.dino, self.prompt_set
         protocol: dict[str, Any] = {"source": str(self.source)}
@@ -304,8 +308,12 @@ class _Command:
                 "model": backbone.name,
                 "text encoder sha256": backbone.text_encoder_sha256,
                 **_drawn_with(self.settings, backbone.default_resolution),
-                "seeds": list(self.seeds),
             }
+        else:
+            drawn_with = recorded_settings(subjects[0].prompts[0].shown)
+            protocol["drawn with"] = drawn_with or "the files do not say"
+            protocol["mask model"] = "none" if backbone is None else backbone.name
+        protocol["seeds"] = sorted({seed for subject in subjects for seed in subject.seeds})
         return protocol | {
             "prompt set": f"{prompts.name} ({len(prompts.prompts)} prompts)",
             "prompt form": "the class word alone calls the concept; edit text = the prompt without "

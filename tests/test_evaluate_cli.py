@@ -394,6 +394,16 @@ def test_a_moved_run_asks_for_concepts_and_model(world, tmp_path, capsys):
     assert re.search(r"which model it was trained on.*--model", capsys.readouterr().err)
 
 
+def test_a_quarantined_concept_is_named(world, output, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    (run / "concepts" / "broken").mkdir()
+    (run / "concepts" / "broken" / "FAILED.txt").write_text("an image cannot be read")
+    shutil.copytree(output, tmp_path / "out")
+    assert evaluate(world, run, tmp_path / "out") == 3
+    assert "broken: left out, its training failed" in capsys.readouterr().err
+
+
 def test_two_images_of_one_prompt_and_seed(world, output, tmp_path, capsys):
     folder = tmp_path / "images" / "teal_cup"
     shutil.copytree(output / "images" / "teal_cup", folder)

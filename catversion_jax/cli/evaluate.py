@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; 0 when every concept was scored."""
+    """Evaluate; 0 when every concept was scored, 3 when the run has some that failed."""
     from catversion_jax.evaluation.prompts import load_prompt_set
 
     settings = sampling_settings(args)
@@ -154,7 +155,10 @@ class _Command:
         paths.append(write_evaluation_page(self.output / "report.html", evaluation, material))
         print("\n".join(table_lines(evaluation)))
         print("\n" + "\n".join(map(str, paths)))
-        return 0
+        failed = sorted(self.source.glob("concepts/*/FAILED.txt"))
+        for path in failed:
+            print(f"{path.parent.name}: left out, its training failed: {path}", file=sys.stderr)
+        return 3 if failed else 0
 
     # ------------------------------------------------------------------ drawing
 

@@ -225,7 +225,9 @@ def test_generated_images_score_the_same_as_a_run(world, output, tmp_path):
     again, before = scores_of(tmp_path), scores_of(output)
     assert again["methods"]["images"] == before["methods"]["CatVersion"]
     assert again["prior_preservation"] == before["prior_preservation"]
-    assert "seeds" not in again["protocol"]
+    drawn_with = again["protocol"]["drawn with"]
+    assert (drawn_with["model"], drawn_with["num_inference_steps"]) == (str(world / "model"), 2)
+    assert again["protocol"]["seeds"] == before["protocol"]["seeds"] == [0, 1]
 
 
 def test_foreign_names_give_the_same_scores(world, output, tmp_path):
@@ -247,6 +249,7 @@ def test_foreign_names_give_the_same_scores(world, output, tmp_path):
         assert after["image_alignment"] == before["image_alignment"]
         assert after["text_alignment_edit"] == before["text_alignment_edit"]
         assert after["ignored_files"] == ["sunset_3.png"]
+    assert scores_of(tmp_path / "out")["protocol"]["drawn with"] == "the files do not say"
 
 
 def test_an_interrupted_evaluation_continues(world, output, tmp_path, capsys):
@@ -389,6 +392,16 @@ def test_a_moved_run_asks_for_concepts_and_model(world, tmp_path, capsys):
     (moved / "run.json").unlink()
     assert evaluate(world, moved, tmp_path / "out", "--concepts", world / "concepts") == 2
     assert re.search(r"which model it was trained on.*--model", capsys.readouterr().err)
+
+
+def test_a_quarantined_concept_is_named(world, output, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    (run / "concepts" / "broken").mkdir()
+    (run / "concepts" / "broken" / "FAILED.txt").write_text("an image cannot be read")
+    shutil.copytree(output, tmp_path / "out")
+    assert evaluate(world, run, tmp_path / "out") == 3
+    assert "broken: left out, its training failed" in capsys.readouterr().err
 
 
 def test_two_images_of_one_prompt_and_seed(world, output, tmp_path, capsys):

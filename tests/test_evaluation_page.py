@@ -41,7 +41,7 @@ def page(tmp_path_factory):
         prompts = (PromptScores(EVIL, "", scores(image), shown),)
         real = RealImages(0.95, 0.97, None, 0.99, 2, 2, 0)
         total = scores(image, copies=int(name == "aye"))
-        subjects.append(SubjectScores(name, "dog", total, total, prompts, real, ("odd.png",)))
+        subjects.append(SubjectScores(name, "dog", total, total, prompts, real, (0,), ("odd.png",)))
     evaluation = Evaluation(
         {"model": EVIL},
         {"CatVersion": subjects, "plain model": subjects},

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; 0 when every concept was scored."""
+    """Evaluate; 0 when every concept was scored, 3 when the run has some that failed."""
     from catversion_jax.evaluation.prompts import load_prompt_set
 
     settings = sampling_settings(args)
@@ -160,7 +161,10 @@ class _Command:
         paths.append(write_evaluation_page(self.output / "report.html", evaluation, material))
         print("\n".join(table_lines(evaluation)))
         print("\n" + "\n".join(map(str, paths)))
-        return 0
+        failed = sorted(self.source.glob("concepts/*/FAILED.txt"))
+        for path in failed:
+            print(f"{path.parent.name}: left out, its training failed: {path}", file=sys.stderr)
+        return 3 if failed else 0
 
     # ------------------------------------------------------------------ drawing
 
@@ -274,7 +278,7 @@ class _Command:
         }
         first = next(iter(methods.values()))
         curves = self._curves(scorer, references, steps, first) if steps else {}
-        return Evaluation(self._protocol(scorer, backbone), methods, priors, curves)
+        return Evaluation(self._protocol(scorer, backbone, first), methods, priors, curves)
 
     def _curves(
         self,
@@ -299,9 +303,13 @@ class _Command:
                 curves[subject.name] = [*points, (subject.concept.step, last.first_seed)]
         return curves
 
-    def _protocol(self, scorer: Scorer, backbone: Backbone | None) -> dict[str, Any]:
+    def _protocol(
+        self, scorer: Scorer, backbone: Backbone | None, subjects: list[SubjectScores]
+    ) -> dict[str, Any]:
         """What must be the same for two tables to be comparable."""
         import jax
+
+        from catversion_jax.evaluation.image_folders import recorded_settings
 
         clip, dino, prompts = scorer.clip, scorer.dino, self.prompt_set
         protocol: dict[str, Any] = {"source": str(self.source)}
@@ -310,8 +318,12 @@ class _Command:
                 "model": backbone.name,
                 "text encoder sha256": backbone.text_encoder_sha256,
                 **_drawn_with(self.settings, backbone.default_resolution),
-                "seeds": list(self.seeds),
             }
+        else:
+            drawn_with = recorded_settings(subjects[0].prompts[0].shown)
+            protocol["drawn with"] = drawn_with or "the files do not say"
+            protocol["mask model"] = "none" if backbone is None else backbone.name
+        protocol["seeds"] = sorted({seed for subject in subjects for seed in subject.seeds})
         return protocol | {
             "prompt set": f"{prompts.name} ({len(prompts.prompts)} prompts)",
             "prompt form": "the class word alone calls the concept; edit text = the prompt without "

@@ -16,6 +16,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -130,6 +131,16 @@ def find_images(
             + ". Name images <prompt>_<seed>.png, or give the prompt set they were drawn from."
         )
     return [found[key] for key in sorted(found)], others
+
+
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """How an image of ours was drawn, apart from its prompt, seed and concepts; {} for others."""
+    try:
+        settings = read_metadata(path)
+    except CatVersionError:
+        return {}
+    own = ("prompt", "negative_prompt", "seed", "concepts", "latents")
+    return {k: v for k, v in settings.items() if k not in own and v is not None}
 
 
 def _recorded(path: Path, filled: Sequence[str]) -> tuple[int, int] | None:

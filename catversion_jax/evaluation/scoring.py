@@ -101,7 +101,9 @@ class PromptScores:
 
 @dataclasses.dataclass(frozen=True)
 class SubjectScores:
-    """All scores of one concept; ``ignored`` are images of prompts outside the set."""
+    """All scores of one concept; ``seeds`` are those of its images, ``ignored`` are images of
+    prompts outside the set.
+    """
 
     name: str
     base_class: str
@@ -109,6 +111,7 @@ class SubjectScores:
     first_seed: Scores
     prompts: tuple[PromptScores, ...]
     real: RealImages
+    seeds: tuple[int, ...]
     ignored: tuple[str, ...]
 
 
@@ -156,6 +159,7 @@ class Scorer:
             vectors.scores(np.flatnonzero(seeds == seeds.min())),
             tuple(by_prompt),
             vectors.real(),
+            tuple(sorted({image.seed for image in found})),
             tuple(ignored),
         )
 

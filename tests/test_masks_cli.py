@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from catversion_jax.cli import main
-from catversion_jax.concepts import read_concepts
+from catversion_jax.concepts import ConceptSpec, ImageSource, read_concepts
 from catversion_jax.data import load_concept_images
+from catversion_jax.errors import ConceptError
+from catversion_jax.mask_files import mask_paths
 
 SIDE = 16
 
@@ -164,4 +166,10 @@ def test_messages(concepts: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFi
     assert "masks are written as PNG only. Remove this mask" in error("--overwrite")
     blocked = concepts.parent / "file"
     blocked.write_text("x")
-    assert main(["masks", str(concepts), "--model", str(blocked / "none")]) == 2
+    assert "cannot be written" in error("--output_dir", blocked / "sheets")
+
+
+def test_rows_of_a_dataset_have_no_place_for_masks() -> None:
+    spec = ConceptSpec("cups", "cup", (ImageSource("row 0", data=b"..."),))
+    with pytest.raises(ConceptError, match=r"cups: its images are rows of a dataset.*Save them"):
+        mask_paths(spec)

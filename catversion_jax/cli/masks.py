@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catversion_jax.concepts import ConceptSpec, read_concepts
+from catversion_jax.concepts.fields import WHEN
 from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError, ConceptError
 from catversion_jax.mask_settings import MaskSettings
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clipseg", metavar="FOLDER", help="CLIPSeg folder: masks from it instead (needs torch)"
     )
     add("--base_class", help="base class of concepts that do not name their own")
-    add("--when", choices=("class_word", "always"), default=_TRAIN_DEFAULTS["when"])
+    add("--when", choices=WHEN, default=_TRAIN_DEFAULTS["when"])
     add(
         "--overwrite",
         action="store_true",

@@ -75,10 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="catversion-images",
         help="receives the PNGs and the grid [catversion-images]",
     )
-    _add_settings(parser)
+    add_sampling_arguments(parser)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of :class:`SamplingSettings` and the number format."""
     add = parser.add_argument
     add("--sampler", help=f"one of {', '.join(SAMPLERS)} [{_DEFAULTS['sampler']}]")
@@ -96,14 +96,19 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
 
 
+def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
+    """The options of :func:`add_sampling_arguments` that were given, over the defaults."""
+    given = {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
+    return SamplingSettings(**given)
+
+
 def run(args: argparse.Namespace) -> int:
     """Draw everything; files that are there already are kept."""
     if args.num_images_per_prompt < 1:
         raise CatVersionError(
             f"--num_images_per_prompt {args.num_images_per_prompt}: must be at least 1."
         )
-    given = {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
-    settings = SamplingSettings(**given)
+    settings = sampling_settings(args)
     rows = [PromptRow(p) for p in args.prompt] if args.prompt else read_prompts(Path(args.prompts))
     shelf = _ConceptShelf(args)
     for row in rows:

@@ -291,7 +291,7 @@ def _images(
         return entry.images, (), ()
     if entry.folder is None:
         files = _listed_files(fields.get("images"), entry, "images")
-        masks: Sequence[Path | None] = [None] * len(files)
+        masks: Sequence[Path | None] = _masks_beside(files)
         if "masks" in fields:
             masks = _listed_files(fields["masks"], entry, "masks")
             if len(masks) != len(files):
@@ -325,6 +325,16 @@ def _images(
             "of the concept there."
         )
     return found.images, found.skipped, found.warnings
+
+
+def _masks_beside(files: Sequence[Path]) -> list[Path | None]:
+    """The masks that lie beside listed images, by the habits of a folder."""
+    mask_of = {
+        source.path: source.mask
+        for folder in dict.fromkeys(file.parent for file in files)
+        for source in list_images(folder).images
+    }
+    return [mask_of.get(file) for file in files]
 
 
 def _what_was_there(skipped: Sequence[str]) -> str:

@@ -58,11 +58,23 @@ def attention(
 def _attention(
     query: Array, key: Array, value: Array, bias: Array | None, scale: float
 ) -> Float[Array, "B T N H"]:
+    weights = attention_weights(query, key, bias=bias, scale=scale).astype(value.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+
+
+def attention_weights(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    *,
+    bias: Float[Array, "#B #N T S"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B N T S"]:
+    """The softmax of equation (1), float32; arguments as for :func:`attention`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         logits = logits + bias
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def _slice_count(queries: int, keys: int) -> int:

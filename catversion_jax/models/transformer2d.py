@@ -14,12 +14,15 @@ layer norms' is 1e-5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float
-from catversion_jax.models.attention import attention
+from catversion_jax.models.attention import attention, attention_weights
+from catversion_jax.models.attention_maps import AttentionRecorder
 from catversion_jax.models.resnet import LayerFactory
 
 GROUP_NORM_EPSILON = 1e-6
@@ -61,11 +64,20 @@ class Attention(nnx.Module):
         """Attend to ``context``, or to ``x`` itself without one."""
         context = x if context is None else context
         query, key, value = (
-            projected.reshape(*projected.shape[:-1], self.num_heads, -1)
+            self._heads(projected)
             for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
         )  # [B T N H], [B S N H] twice
         out = attention(query, key, value)
         return self.to_out[0](out.reshape(*out.shape[:-2], -1))
+
+    def weights(
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"]
+    ) -> Float[Array, "B N T S"]:
+        """How much every position of ``x`` attends to each of the context, float32."""
+        return attention_weights(self._heads(self.to_q(x)), self._heads(self.to_k(context)))
+
+    def _heads(self, projected: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        return projected.reshape(*projected.shape[:-1], self.num_heads, -1)
 
 
 class GEGLU(nnx.Module):
@@ -145,11 +157,22 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(dim, layers=layers)
 
     def __call__(
-        self, x: Float[Array, "B S D"], text: Float[Array, "B T E"]
+        self,
+        x: Float[Array, "B S D"],
+        text: Float[Array, "B T E"],
+        record: Callable[[Float[Array, "B N S T"]], None] | None = None,
     ) -> Float[Array, "B S D"]:
-        """Apply the block to image positions ``x``."""
-        x = x + self.attn1(self.norm1(x), text if self.only_cross_attention else None)
-        x = x + self.attn2(self.norm2(x), text)
+        """Apply the block to image positions ``x``; ``record`` is told the softmax weights of
+        attention to the text.
+        """
+        normed = self.norm1(x)
+        if record is not None and self.only_cross_attention:
+            record(self.attn1.weights(normed, text))
+        x = x + self.attn1(normed, text if self.only_cross_attention else None)
+        normed = self.norm2(x)
+        if record is not None:
+            record(self.attn2.weights(normed, text))
+        x = x + self.attn2(normed, text)
         return x + self.ff(self.norm3(x))
 
 
@@ -198,13 +221,17 @@ class Transformer2DModel(nnx.Module):
         self.proj_out = projection(channels, channels)
 
     def __call__(
-        self, hidden: Float[Array, "B h w D"], text: Float[Array, "B T E"]
+        self,
+        hidden: Float[Array, "B h w D"],
+        text: Float[Array, "B T E"],
+        recorder: AttentionRecorder | None = None,
     ) -> Float[Array, "B h w D"]:
         """Let every image position attend to the others and to the text."""
         batch, height, width, channels = hidden.shape
         # A dense layer and a 1x1 convolution both act on the last axis, so the order of reshape and
         # projection, which differs between SD 1.x and 2.x in diffusers, does not matter here.
         x = self.proj_in(self.norm(hidden)).reshape(batch, height * width, channels)
+        record = None if recorder is None else recorder.at(height, width)
         for block in self.transformer_blocks:
-            x = block(x, text)
+            x = block(x, text, record)
         return hidden + self.proj_out(x.reshape(batch, height, width, channels))

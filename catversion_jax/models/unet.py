@@ -21,6 +21,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from catversion_jax.array_types import Array, Float
+from catversion_jax.models.attention_maps import AttentionRecorder
 from catversion_jax.models.resnet import ACTIVATIONS, LayerFactory
 from catversion_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from catversion_jax.models.unet_config import UNetConfig
@@ -134,6 +135,38 @@ class UNet2DConditionModel(nnx.Module):
           The prediction, in the computation's dtype. Any height and width work: where halving an
           odd size rounded up, the way up follows the size of the skips.
         """
+        return self._denoise(sample, timesteps, encoder_hidden_states, None)
+
+    def attention_maps(
+        self,
+        sample: Float[Array, "B h w Cin"],
+        timesteps: ArrayLike,
+        encoder_hidden_states: Float[Array, "B T D"],
+        token_weights: Float[Array, "B T"],
+    ) -> tuple[Float[Array, "B h w Cout"], tuple[Float[Array, "B h_l w_l"], ...]]:
+        """Denoise once and say where the network looked in the text, see ``attention_maps.py``.
+
+        Args:
+          sample: as for the call, like the next two.
+          timesteps: ``[B]`` or one number.
+          encoder_hidden_states: ``[B T D]``.
+          token_weights: how much each token counts.
+
+        Returns:
+          The prediction of the plain call, and the float32 map of every cross-attention layer in
+          the order they run, at that layer's size.
+        """
+        recorder = AttentionRecorder(jnp.asarray(token_weights, jnp.float32))
+        prediction = self._denoise(sample, timesteps, encoder_hidden_states, recorder)
+        return prediction, tuple(recorder.maps)
+
+    def _denoise(
+        self,
+        sample: Float[Array, "B h w Cin"],
+        timesteps: ArrayLike,
+        encoder_hidden_states: Float[Array, "B T D"],
+        recorder: AttentionRecorder | None,
+    ) -> Float[Array, "B h w Cout"]:
         hidden = jnp.asarray(sample, self.dtype)
         text = jnp.asarray(encoder_hidden_states, self.dtype)
         temb = self._embed(jnp.broadcast_to(jnp.asarray(timesteps), hidden.shape[:1]))
@@ -142,17 +175,17 @@ class UNet2DConditionModel(nnx.Module):
         # (the downsampled one) goes to the level below and conv_in's goes to the outermost.
         pending = [hidden]
         for down_block in self.down_blocks:
-            hidden, skips = down_block(hidden, temb, text)
+            hidden, skips = down_block(hidden, temb, text, recorder)
             pending += skips
         if self.mid_block is not None:
-            hidden = self.mid_block(hidden, temb, text)
+            hidden = self.mid_block(hidden, temb, text, recorder)
         for up_block in self.up_blocks:
             count = len(up_block.resnets)
             skips, pending = pending[-count:], pending[:-count]
             # conv_in's output is the last skip, so only the outermost block, which does not
             # upsample, finds none.
             _, height, width, _ = pending[-1].shape if pending else hidden.shape
-            hidden = up_block(hidden, skips, temb, text, size=(height, width))
+            hidden = up_block(hidden, skips, temb, text, recorder, size=(height, width))
         return self.conv_out(self.act(self.conv_norm_out(hidden)))
 
     def _embed(self, timesteps: Float[Array, " B"]) -> Float[Array, "B E"]:

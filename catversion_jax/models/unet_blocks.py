@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float
+from catversion_jax.models.attention_maps import AttentionRecorder
 from catversion_jax.models.resnet import (
     PAD_AROUND,
     Downsample2D,
@@ -92,13 +93,14 @@ class DownBlock(nnx.Module):
         hidden: Float[Array, "B h w Cin"],
         temb: Float[Array, "B E"],
         text: Float[Array, "B T D"],
+        recorder: AttentionRecorder | None = None,
     ) -> tuple[Array, list[Array]]:
         """The block's output and what the up block at this depth will want, oldest first."""
         skips = []
         for index, resnet in enumerate(self.resnets):
             hidden = resnet(hidden, temb)
             if self.attentions:
-                hidden = self.attentions[index](hidden, text)
+                hidden = self.attentions[index](hidden, text, recorder)
             skips.append(hidden)
         for downsampler in self.downsamplers:
             hidden = downsampler(hidden)
@@ -127,10 +129,11 @@ class MidBlock(nnx.Module):
         hidden: Float[Array, "B h w Cin"],
         temb: Float[Array, "B E"],
         text: Float[Array, "B T D"],
+        recorder: AttentionRecorder | None = None,
     ) -> Float[Array, "B h w Cin"]:
         """Apply the block at the lowest resolution."""
         hidden = self.resnets[0](hidden, temb)
-        hidden = self.attentions[0](hidden, text)
+        hidden = self.attentions[0](hidden, text, recorder)
         return self.resnets[1](hidden, temb)
 
 
@@ -181,6 +184,7 @@ class UpBlock(nnx.Module):
         skips: list[Array],
         temb: Float[Array, "B E"],
         text: Float[Array, "B T D"],
+        recorder: AttentionRecorder | None = None,
         *,
         size: tuple[int, int],
     ) -> Array:
@@ -190,7 +194,7 @@ class UpBlock(nnx.Module):
         for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             hidden = resnet(jnp.concatenate([hidden, skip], axis=-1), temb)
             if self.attentions:
-                hidden = self.attentions[index](hidden, text)
+                hidden = self.attentions[index](hidden, text, recorder)
         for upsampler in self.upsamplers:
             hidden = upsampler(hidden, size)
         return hidden

@@ -98,8 +98,8 @@ def prepare_concept(
     if config.masked_training and unmasked:
         raise ConceptError(
             f"{spec.name}: masked_training=true, but {len(unmasked)} of {len(images)} images have "
-            f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each, or use alpha=mask "
-            "or masked_training=false with another output_dir."
+            f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each (catversion masks "
+            "makes them), or use alpha=mask or masked_training=false with another output_dir."
         )
     encoded = encode_concept(
         images,

@@ -1,0 +1,272 @@
+"""``catversion masks CONCEPTS``: object masks beside the images, for masked training and the masked
+score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from catversion_jax.concepts import ConceptSpec, read_concepts
+from catversion_jax.concepts.fields import WHEN
+from catversion_jax.config import TrainConfig
+from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.mask_settings import MaskSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from catversion_jax.mask_files import MaskMaker, ObjectMask
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(MaskSettings)}
+_TRAIN_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+_COLUMNS = ("name", "base class", "images", "made", "given", "alpha", "mean area", "empty", "full")
+_COMPARED = ("name", "base class", "masks", "IoU", "lowest", "whole image", "centred disk")
+_DISK_RADIUS = 0.35
+_IMAGES_PER_ROW = 5
+_ROWS_PER_SHEET = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add = parser.add_argument
+    add("concepts", metavar="CONCEPTS", help="folder or manifest of concepts")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--model",
+        help="Stable Diffusion folder or hub id: masks from its attention to the base class",
+    )
+    source.add_argument(
+        "--clipseg", metavar="FOLDER", help="CLIPSeg folder: masks from it instead (needs torch)"
+    )
+    add("--base_class", help="base class of concepts that do not name their own")
+    add("--when", choices=WHEN, default=_TRAIN_DEFAULTS["when"])
+    add(
+        "--overwrite",
+        action="store_true",
+        help="make all masks again, also those that were given [given masks and alpha win]",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="write nothing; print the overlap (IoU) with the masks that were given",
+    )
+    add(
+        "--output_dir",
+        default="catversion-masks",
+        help="receives contact sheets of image, mask, cut-out [catversion-masks]",
+    )
+    add("--noise_levels", type=float, nargs="+", help=f"[{_DEFAULTS['noise_levels']}]")
+    add("--num_draws", type=int, help=f"noises per level [{_DEFAULTS['num_draws']}]")
+    add("--min_map_side", type=int, help=f"of attention maps [{_DEFAULTS['min_map_side']}]")
+    add("--edge_window", type=float, help=f"share of the image [{_DEFAULTS['edge_window']}]")
+    add("--threshold", type=float, help="of CLIPSeg's probability [0.5]")
+    add("--revision", help="hub revision of the model")
+    add("--variant", help="weight file variant, for example fp16")
+    add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the masks; 3 when some concepts could not be read."""
+    settings = _settings(args)
+    found = read_concepts(args.concepts, base_class=args.base_class, default_when=args.when)
+    failures = {problem.name: problem.message for problem in found.problems}
+    make, resolution = _maker(args, settings)
+    if args.compare:
+        _compare(found.concepts, make, resolution, failures)
+    else:
+        _write(args, found.concepts, make, resolution, failures)
+    for name, message in failures.items():
+        print(f"{name}: left out: {message}", file=sys.stderr)
+    return 3 if failures else 0
+
+
+def _settings(args: argparse.Namespace) -> MaskSettings:
+    given = {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
+    of_model = [*given, *(k for k in ("revision", "variant", "dtype") if getattr(args, k))]
+    if args.clipseg is not None and of_model:
+        raise CatVersionError(
+            f"--{of_model[0]}: is an option of --model and means nothing to --clipseg. Leave it "
+            "out."
+        )
+    if args.clipseg is None and args.threshold is not None:
+        raise CatVersionError(
+            "--threshold: is an option of --clipseg; attention maps are thresholded by Otsu's "
+            "method. Leave it out."
+        )
+    if "noise_levels" in given:
+        given["noise_levels"] = tuple(given["noise_levels"])
+    return MaskSettings(**given)
+
+
+def _maker(args: argparse.Namespace, settings: MaskSettings) -> tuple[MaskMaker, int]:
+    """What makes masks, and the side of the images it wants."""
+    if args.clipseg is not None:
+        try:
+            from catversion_jax.integrations.clipseg import THRESHOLD, load_clipseg
+        except ImportError as error:
+            raise CatVersionError(
+                f"--clipseg: needs PyTorch ({error}). pip install 'catversion-jax[torch]', or use "
+                "--model."
+            ) from None
+        threshold = THRESHOLD if args.threshold is None else args.threshold
+        clipseg = load_clipseg(args.clipseg, threshold=threshold)
+        return clipseg, clipseg.side
+
+    import jax
+
+    from catversion_jax.cross_attention_masks import class_word_masks
+    from catversion_jax.models.stable_diffusion import load_backbone
+
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    backbone = load_backbone(args.model, revision=args.revision, variant=args.variant, dtype=dtype)
+    return (
+        lambda pixels, words: class_word_masks(backbone, pixels, words, settings),
+        backbone.default_resolution,
+    )
+
+
+def _write(
+    args: argparse.Namespace,
+    concepts: Sequence[ConceptSpec],
+    make: MaskMaker,
+    resolution: int,
+    failures: dict[str, str],
+) -> None:
+    """Masks beside the images, a line per concept, contact sheets."""
+    from catversion_jax.atomic_files import check_writable
+    from catversion_jax.mask_files import mask_paths, object_masks, write_mask
+
+    check_writable(Path(args.output_dir))
+    rows, sheet_rows = [], []
+    for spec in concepts:
+        try:
+            paths = mask_paths(spec, replace=args.overwrite)
+            masks = object_masks(spec, make, resolution=resolution, replace=args.overwrite)
+            for path, mask in zip(paths, masks, strict=True):
+                if mask.origin != "given":
+                    write_mask(path, mask.mask)
+        except ConceptError as error:
+            failures[spec.name] = str(error)
+            continue
+        rows.append(_row(spec, masks))
+        sheet_rows += _sheet_rows(spec, masks)
+    _print_table(_COLUMNS, rows)
+    for path in _write_sheets(Path(args.output_dir), sheet_rows):
+        print(path)
+
+
+def _row(spec: ConceptSpec, masks: Sequence[ObjectMask]) -> tuple[str, ...]:
+    from catversion_jax.mask_files import EMPTY_SHARE, FULL_SHARE
+
+    areas = [mask.area for mask in masks]
+    origins = [mask.origin for mask in masks]
+    return (
+        spec.name,
+        spec.base_class,
+        str(len(masks)),
+        *(str(origins.count(origin)) for origin in ("made", "given", "alpha")),
+        f"{100 * sum(areas) / len(areas):.1f} %",
+        str(sum(area < EMPTY_SHARE for area in areas)),
+        str(sum(area > FULL_SHARE for area in areas)),
+    )
+
+
+def _sheet_rows(
+    spec: ConceptSpec, masks: Sequence[ObjectMask]
+) -> list[tuple[str, list[np.ndarray | None]]]:
+    """Labelled rows of a contact sheet, padded to one length."""
+    from catversion_jax.mask_files import thumbnails
+
+    rows = []
+    for start in range(0, len(masks), _IMAGES_PER_ROW):
+        shown: list[np.ndarray | None] = [
+            cell for mask in masks[start : start + _IMAGES_PER_ROW] for cell in thumbnails(mask)
+        ]
+        shown += [None] * (3 * _IMAGES_PER_ROW - len(shown))
+        rows.append((f"{spec.name} ({spec.base_class})", shown))
+    return rows
+
+
+def _write_sheets(folder: Path, rows: Sequence[tuple[str, list[np.ndarray | None]]]) -> list[Path]:
+    from catversion_jax.atomic_files import make_folder
+    from catversion_jax.grids import image_grid, save_png
+
+    paths = []
+    make_folder(folder)
+    for start in range(0, len(rows), _ROWS_PER_SHEET):
+        labels, cells = zip(*rows[start : start + _ROWS_PER_SHEET], strict=True)
+        path = folder / f"sheet_{start // _ROWS_PER_SHEET + 1}.png"
+        columns = ("image", "mask", "cut-out") * _IMAGES_PER_ROW
+        save_png(path, image_grid(cells, row_labels=labels, column_labels=columns))
+        paths.append(path)
+    return paths
+
+
+def _compare(
+    concepts: Sequence[ConceptSpec],
+    make: MaskMaker,
+    resolution: int,
+    failures: dict[str, str],
+) -> None:
+    """Print the overlap of made masks with given ones, beside what no model is needed for."""
+    import numpy as np
+
+    from catversion_jax.mask_files import object_masks
+    from catversion_jax.object_masks import centred_disk, intersection_over_union
+
+    rows, scores = [], []
+    for spec in concepts:
+        judged = dataclasses.replace(
+            spec, images=tuple(source for source in spec.images if source.mask is not None)
+        )
+        if not judged.images:
+            failures[spec.name] = "no mask was given to compare with."
+            continue
+        try:
+            given = object_masks(judged, make, resolution=resolution)
+            made = object_masks(judged, make, resolution=resolution, replace=True)
+        except ConceptError as error:
+            failures[spec.name] = str(error)
+            continue
+        of_images = []
+        for one, other in zip(made, given, strict=True):
+            true = np.asarray(other.mask)
+            guesses = (
+                np.asarray(one.mask),
+                np.full_like(true, 255),
+                centred_disk(true.shape, _DISK_RADIUS),
+            )
+            of_images.append([intersection_over_union(guess, true) for guess in guesses])
+        scores += of_images
+        rows.append(_compared_row(spec.name, spec.base_class, of_images))
+    if scores:
+        rows.append(_compared_row("mean of images", "", scores))
+    _print_table(_COMPARED, rows)
+
+
+def _compared_row(name: str, base_class: str, scores: Sequence[Sequence[float]]) -> tuple[str, ...]:
+    made, whole, disk = (sum(column) / len(column) for column in zip(*scores, strict=True))
+    lowest = min(score[0] for score in scores)
+    return (
+        name,
+        base_class,
+        str(len(scores)),
+        *(f"{value:.3f}" for value in (made, lowest, whole, disk)),
+    )
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Two left-aligned columns, then numbers."""
+    table = [header, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for row in table:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

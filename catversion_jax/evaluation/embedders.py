@@ -1,0 +1,171 @@
+"""Images and texts to unit vectors: CLIP from any transformers ``CLIPModel`` folder, DINO from any
+``ViTModel`` folder.
+
+Weights are arguments of the compiled functions and batches have a fixed size (padded), so a
+picture's vector does not depend on what else is embedded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from catversion_jax.array_types import Array, Float, Int
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.clip_vision import load_clip
+from catversion_jax.models.hf_config import read_config
+from catversion_jax.models.network import Network
+from catversion_jax.models.tokenizer import Tokenizer
+from catversion_jax.models.vit import load_vit
+
+BATCH = 16
+# Where preprocessor_config.json gives none: OpenAI's CLIP, and ImageNet for DINO.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+DINO_MEAN = (0.485, 0.456, 0.406)
+DINO_STD = (0.229, 0.224, 0.225)
+
+
+class ImageEmbedder:
+    """Pictures to unit vectors.
+
+    Attributes:
+      name: the folder as the user gave it.
+      mean: colour that the network sees as zero, within 0..1; fills what a mask removes.
+      sha256: of the folder's configuration and weights.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        network: Network,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        settings = _preprocessor(Path(folder))
+        self.name = str(folder)
+        self.mean = np.asarray(settings.get("image_mean", mean), np.float64)
+        self._std = np.asarray(settings.get("image_std", std), np.float64)
+        self.sha256 = folder_sha256(Path(folder))
+        self._image_size = image_size
+        self._network = network
+
+    def images(self, pictures: Sequence[Int[np.ndarray, "H W 3"]]) -> Float[np.ndarray, "n E"]:
+        """Unit vectors of uint8 pictures of any size: shorter side resized (bicubic), centre
+        cropped, normalized.
+        """
+        pixels = [self._prepared(picture) for picture in pictures]
+        return _in_batches(pixels, lambda batch: _embed_images(self._network, batch))
+
+    def _prepared(self, picture: np.ndarray) -> np.ndarray:
+        """``[size size 3]`` as transformers' CLIPImageProcessor makes it."""
+        size, image = self._image_size, Image.fromarray(picture)
+        short = min(image.size)
+        wanted = tuple(int(size * side / short) for side in image.size)
+        if image.size != wanted:
+            image = image.resize(wanted, Image.Resampling.BICUBIC)  # type: ignore[arg-type]  # pair
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        square = np.asarray(image.crop((left, top, left + size, top + size)), np.float64) / 255.0
+        return ((square - self.mean) / self._std).astype(np.float32)
+
+
+class ClipEmbedder(ImageEmbedder):
+    """Both towers of a CLIP."""
+
+    def __init__(self, folder: str | Path):
+        """Load.
+
+        Raises:
+          CatVersionError: no CLIPModel folder, or no tokenizer in it or beside it.
+        """
+        config = read_config(folder)
+        network = load_clip(folder)
+        context = (config.get("text_config") or {}).get("max_position_embeddings", 77)
+        own, beside = Path(folder), Path(folder).parent / "tokenizer"
+        has_own = any((own / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        self.tokenizer = Tokenizer.from_folder(
+            own if has_own or not beside.is_dir() else beside, context=context
+        )
+        vision = config.get("vision_config_dict") or config.get("vision_config") or {}
+        super().__init__(folder, network, vision.get("image_size", 224), CLIP_MEAN, CLIP_STD)
+
+    def texts(self, prompts: Sequence[str]) -> Float[np.ndarray, "n E"]:
+        """Unit vectors of prompts, cut at the context's end."""
+        ids = list(self.tokenizer(prompts)) if prompts else []
+        return _in_batches(ids, lambda batch: _embed_texts(self._network, batch))
+
+
+class DinoEmbedder(ImageEmbedder):
+    """The class token of a DINO vision transformer (DreamBench's second image score)."""
+
+    def __init__(self, folder: str | Path):
+        """Load.
+
+        Raises:
+          CatVersionError: no ViTModel folder.
+        """
+        network, image_size = load_vit(folder)
+        super().__init__(folder, network, image_size, DINO_MEAN, DINO_STD)
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash of a model folder's configuration and weights, whatever the files' dates."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _preprocessor(folder: Path) -> dict[str, Sequence[float]]:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return {key: value[key] for key in ("image_mean", "image_std") if key in value}
+    except (OSError, ValueError, TypeError) as error:
+        raise CatVersionError(
+            f"{path}: cannot be read as JSON ({error}). Download it again."
+        ) from (error)
+
+
+def _in_batches(
+    rows: Sequence[np.ndarray], embed: Callable[[np.ndarray], Array]
+) -> Float[np.ndarray, "n E"]:
+    """``embed`` over batches of exactly ``BATCH`` rows, the last filled up with its last row."""
+    if not rows:
+        return np.zeros((0, 1), np.float32)
+    filled = [*rows, *[rows[-1]] * (-len(rows) % BATCH)]
+    parts = [
+        np.asarray(embed(np.stack(filled[i : i + BATCH]))) for i in range(0, len(filled), BATCH)
+    ]
+    return np.concatenate(parts)[: len(rows)]
+
+
+# Accelerators would otherwise multiply float32 matrices with fewer bits.
+@jax.default_matmul_precision("float32")
+@jax.jit
+def _embed_images(network: Network, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
+    return _unit(network.call("image_embeds", pixels))
+
+
+@jax.default_matmul_precision("float32")
+@jax.jit
+def _embed_texts(network: Network, token_ids: Int[Array, "B T"]) -> Float[Array, "B E"]:
+    return _unit(network.call("text_embeds", token_ids))
+
+
+def _unit(vectors: Float[Array, "B E"]) -> Float[Array, "B E"]:
+    vectors = vectors.astype(jnp.float32)
+    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)

@@ -1,0 +1,147 @@
+"""What a concept does to everything else: the prior preservation of one concept.
+
+Four kinds of images, drawn with the same seeds (folders of ``image_folders.py``):
+
+    _plain   the model without any concept
+    off      the concept at scale 0, its own class: must be the plain images bit for bit
+    other    the concept as its file says, another class: under ``class_word`` bit for bit too
+    prior    the concept forced on every prompt (``when=always``), other classes: how far images
+             drift, and whether CLIP still finds their class among those of the run (zero-shot)
+
+A method without such a switch (DreamBooth, say) gives ``_plain`` and ``prior`` only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from catversion_jax.concepts.files import children
+from catversion_jax.evaluation.alignment import matched_cosines
+from catversion_jax.evaluation.embedders import ClipEmbedder
+from catversion_jax.evaluation.generation import PlannedImage, concept_use
+from catversion_jax.evaluation.image_folders import PLAIN_FOLDER, image_name, read_pixels, slug
+from catversion_jax.evaluation.prompts import PromptSet
+from catversion_jax.evaluation.subjects import Subject
+from catversion_jax.image_requests import ConceptUse, ImageRequest
+
+ZERO_SHOT_PROMPT = "a {}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorScores:
+    """Prior preservation of one concept; None where its images are not there.
+
+    Attributes:
+      images: pairs in ``drift``.
+      drift: mean of 1 - cosine between image with the concept forced on and plain image.
+      class_kept: share of those images that CLIP still assigns to their own class.
+      class_kept_plain: the same share of the plain images.
+      off_identical: whether the switched-off concept gives the plain image bit for bit.
+      other_identical: whether, used as its file says, it leaves another class's image bit for bit.
+    """
+
+    images: int
+    drift: float | None
+    class_kept: float | None
+    class_kept_plain: float | None
+    off_identical: bool | None
+    other_identical: bool | None
+
+
+def plan_prior(
+    folder: Path,
+    subjects: Sequence[Subject],
+    prompt_set: PromptSet,
+    classes: Sequence[str],
+    seed: int,
+    num_images: int,
+) -> list[PlannedImage]:
+    """The images of all four kinds, of every concept.
+
+    Args:
+      folder: the images folder.
+      subjects: those without a concept are left out.
+      prompt_set: whose prompts are used, in turn.
+      classes: the class words; a concept's others are drawn in turn.
+      seed: of the first round through the prompts.
+      num_images: of kind ``prior`` for each concept.
+    """
+    planned: dict[Path, PlannedImage] = {}
+
+    def add(kind: Path, base_class: str, turn: int, use: ConceptUse | None) -> None:
+        prompts = prompt_set.of(base_class)
+        text = prompts[turn % len(prompts)].filled(base_class)
+        number = seed + turn // len(prompts)
+        name = f"{slug(base_class)}--{image_name(text, number)}"
+        for path, uses in (
+            (kind / name, (use,) if use else ()),
+            (folder / PLAIN_FOLDER / name, ()),
+        ):
+            planned[path] = PlannedImage(path, ImageRequest(text, uses, number))
+
+    for subject in subjects:
+        if subject.concept is None:
+            continue
+        own = folder / subject.name
+        add(own / "off", subject.base_class, 0, concept_use(subject.concept, scale=0.0))
+        others = [word for word in classes if word != subject.base_class]
+        if not others:
+            continue
+        add(own / "other", others[0], 0, concept_use(subject.concept))
+        for turn in range(num_images):
+            word = others[turn % len(others)]
+            add(own / "prior", word, turn, concept_use(subject.concept, when="always"))
+    return list(planned.values())
+
+
+def score_prior(
+    folder: Path, subject: Subject, classes: Sequence[str], clip: ClipEmbedder
+) -> PriorScores | None:
+    """Compare a concept's images with the plain model's of the same name; None without any."""
+    own = folder / subject.name
+    pairs = _pairs(folder, own / "prior", classes)
+    off, other = _identical(folder, own / "off"), _identical(folder, own / "other")
+    if not pairs:
+        if off is None and other is None:
+            return None
+        return PriorScores(0, None, None, None, off, other)
+    changed = clip.images([read_pixels(path) for path, _, _ in pairs])
+    plain = clip.images([read_pixels(path) for _, path, _ in pairs])
+    words = clip.texts([ZERO_SHOT_PROMPT.format(word) for word in classes])
+    truth = np.array([number for _, _, number in pairs])
+    return PriorScores(
+        len(pairs),
+        float((1.0 - matched_cosines(changed, plain)).mean()),
+        float(((changed @ words.T).argmax(axis=1) == truth).mean()),
+        float(((plain @ words.T).argmax(axis=1) == truth).mean()),
+        off,
+        other,
+    )
+
+
+def _pairs(folder: Path, kind: Path, classes: Sequence[str]) -> list[tuple[Path, Path, int]]:
+    """(image, plain image, number of the class) of every image that has its counterpart."""
+    numbers = {slug(word): number for number, word in enumerate(classes)}
+    return [
+        (path, plain, numbers[word])
+        for path, plain in _counterparts(folder, kind)
+        if (word := path.name.partition("--")[0]) in numbers
+    ]
+
+
+def _identical(folder: Path, kind: Path) -> bool | None:
+    pairs = _counterparts(folder, kind)
+    if not pairs:
+        return None
+    return all(np.array_equal(read_pixels(path), read_pixels(plain)) for path, plain in pairs)
+
+
+def _counterparts(folder: Path, kind: Path) -> list[tuple[Path, Path]]:
+    if not kind.is_dir():
+        return []
+    pairs = [(path, folder / PLAIN_FOLDER / path.name) for path in children(kind)]
+    return [(path, plain) for path, plain in pairs if plain.is_file()]

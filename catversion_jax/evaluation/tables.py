@@ -1,0 +1,228 @@
+"""What an evaluation found: the record, its means, CSV, JSON and the printed table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from catversion_jax.atomic_files import write_atomically
+from catversion_jax.evaluation.intervals import Interval, bootstrap_interval
+from catversion_jax.evaluation.prior import PriorScores
+from catversion_jax.evaluation.scoring import METRICS, Scores, SubjectScores
+
+TABLE_COLUMNS = {
+    "image_alignment": "image",
+    "image_alignment_masked": "image masked",
+    "text_alignment_edit": "text (edit)",
+    "text_alignment_prompt": "text (prompt)",
+    "overall": "overall",
+    "overall_masked": "overall masked",
+    "dino": "DINO",
+}
+_KEYS = ("method", "row", "concept", "base_class", "prompt", "edit")
+_COLUMNS = (*_KEYS, *(field.name for field in dataclasses.fields(Scores)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Everything one evaluation found.
+
+    Attributes:
+      protocol: what must be equal for two tables to be comparable.
+      methods: scores by method; the one under evaluation comes first.
+      priors: prior preservation by concept.
+      curves: scores of the first seed by concept and training step.
+    """
+
+    protocol: Mapping[str, Any]
+    methods: Mapping[str, Sequence[SubjectScores]]
+    priors: Mapping[str, PriorScores]
+    curves: Mapping[str, Sequence[tuple[int, Scores]]]
+
+
+def means(subjects: Sequence[SubjectScores]) -> dict[str, Interval | float | None]:
+    """Each metric's mean over the concepts that have it: with its 95 % interval from two concepts
+    on.
+    """
+    result: dict[str, Interval | float | None] = {}
+    for metric in METRICS:
+        values = [v for s in subjects if (v := getattr(s.total, metric)) is not None]
+        if len(values) >= 2:
+            result[metric] = bootstrap_interval(values)
+        else:
+            result[metric] = values[0] if values else None
+    return result
+
+
+def real_means(subjects: Sequence[SubjectScores]) -> dict[str, float]:
+    """What the training images score among themselves, mean over concepts: the ceiling of the image
+    scores.
+    """
+    result = {}
+    for metric in ("image_alignment", "image_alignment_masked", "dino"):
+        values = [v for s in subjects if (v := getattr(s.real, metric)) is not None]
+        if values:
+            result[metric] = sum(values) / len(values)
+    return result
+
+
+def write_scores(folder: Path, evaluation: Evaluation) -> list[Path]:
+    """Write ``scores.csv`` and ``scores.json``.
+
+    Raises:
+      CatVersionError: the folder cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_csv_rows(evaluation))
+    paths = [folder / "scores.csv", folder / "scores.json"]
+    write_atomically(paths[0], text.getvalue().encode())
+    content = json.dumps(as_json(evaluation), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(paths[1], content.encode())
+    return paths
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The content of ``scores.json``: plain values, all digits."""
+    return {
+        "protocol": dict(evaluation.protocol),
+        "methods": {
+            name: {
+                "concepts": [_subject_json(subject) for subject in subjects],
+                "mean": {
+                    metric: dataclasses.asdict(value) if isinstance(value, Interval) else value
+                    for metric, value in means(subjects).items()
+                },
+                "training_images_mean": real_means(subjects),
+            }
+            for name, subjects in evaluation.methods.items()
+        },
+        "prior_preservation": {
+            name: dataclasses.asdict(scores) for name, scores in evaluation.priors.items()
+        },
+        "curves": {
+            name: [{"step": step, **dataclasses.asdict(scores)} for step, scores in points]
+            for name, points in evaluation.curves.items()
+        },
+    }
+
+
+def table_lines(evaluation: Evaluation) -> list[str]:
+    """The table for a terminal: concepts, their mean, the training images; and the protocol."""
+    lines: list[str] = []
+    for method, subjects in evaluation.methods.items():
+        shown = [
+            metric
+            for metric in TABLE_COLUMNS
+            if any(getattr(subject.total, metric) is not None for subject in subjects)
+        ]
+        header = [method, *(TABLE_COLUMNS[metric] for metric in shown), "copies", "empty masks"]
+        rows = [header] + [_table_row(subject, shown) for subject in subjects]
+        rows += [_mean_row(subjects, shown)] if len(subjects) > 1 else []
+        real = real_means(subjects)
+        rows.append(["training images", *(number(real.get(m)) for m in shown), "", ""])
+        lines += [*_aligned(rows), ""]
+    for name, prior in evaluation.priors.items():
+        lines.append(f"{name}: {describe_prior(prior)}")
+    lines += ["", "protocol"]
+    lines += [f"  {key}: {value}" for key, value in evaluation.protocol.items()]
+    return lines
+
+
+def describe_prior(prior: PriorScores) -> str:
+    """Prior preservation in one sentence."""
+    yes_no = {True: "bit-identical", False: "DIFFERENT", None: "not checked"}
+    parts = [
+        f"switched off {yes_no[prior.off_identical]}",
+        f"other classes as used {yes_no[prior.other_identical]}",
+    ]
+    if prior.drift is not None:
+        parts.append(
+            f"forced on other classes: drift {prior.drift:.4f}, class kept "
+            f"{prior.class_kept:.0%} (plain model {prior.class_kept_plain:.0%}) of {prior.images}"
+        )
+    return "; ".join(parts)
+
+
+def number(value: float | None) -> str:
+    """A score as people read it."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _subject_json(subject: SubjectScores) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        "base_class": subject.base_class,
+        **dataclasses.asdict(subject.total),
+        "training_images": dataclasses.asdict(subject.real),
+        "ignored_files": list(subject.ignored),
+        "prompts": [
+            {"prompt": p.prompt, "edit": p.edit, **dataclasses.asdict(p.scores)}
+            for p in subject.prompts
+        ],
+    }
+
+
+def _csv_rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    for method, subjects in evaluation.methods.items():
+        for subject in subjects:
+            keys = {"method": method, "concept": subject.name, "base_class": subject.base_class}
+            for prompt in subject.prompts:
+                text = {"prompt": prompt.prompt, "edit": prompt.edit}
+                yield {**keys, "row": "prompt", **text, **_cells(prompt.scores)}
+            yield {**keys, "row": "concept", **_cells(subject.total)}
+        for part in ("mean", "low", "high"):
+            values = {
+                metric: getattr(value, part) if isinstance(value, Interval) else value
+                for metric, value in means(subjects).items()
+                if isinstance(value, Interval) or part == "mean"
+            }
+            if values:
+                yield {"method": method, "row": part} | {
+                    metric: "" if value is None else f"{value:.6f}"
+                    for metric, value in values.items()
+                }
+
+
+def _cells(scores: Scores) -> dict[str, Any]:
+    return {
+        name: f"{value:.6f}" if isinstance(value, float) else "" if value is None else value
+        for name, value in dataclasses.asdict(scores).items()
+    }
+
+
+def _table_row(subject: SubjectScores, shown: Sequence[str]) -> list[str]:
+    total = subject.total
+    empty = f"{total.empty_masks} of {total.masks}" if total.masks else "no masks"
+    scores = [number(getattr(total, metric)) for metric in shown]
+    return [subject.name, *scores, f"{total.copies} of {total.images}", empty]
+
+
+def _mean_row(subjects: Sequence[SubjectScores], shown: Sequence[str]) -> list[str]:
+    values = means(subjects)
+    cells = []
+    for metric in shown:
+        value = values[metric]
+        cells.append(
+            f"{value.mean:.4f} [{value.low:.4f}, {value.high:.4f}]"
+            if isinstance(value, Interval)
+            else number(value)
+        )
+    return ["mean [95 %]", *cells, "", ""]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

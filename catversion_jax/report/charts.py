@@ -1,0 +1,71 @@
+"""Small line charts: numbers to SVG coordinates; the template draws them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+WIDTH, HEIGHT = 360, 150
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 8, 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One curve: its legend and ``x,y x,y ...`` as SVG's polyline wants it."""
+
+    label: str
+    points: str
+    dots: tuple[tuple[float, float, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart of equally scaled curves; ticks are (position, text)."""
+
+    title: str
+    lines: tuple[Line, ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+def line_chart(
+    title: str, series: Mapping[str, Sequence[tuple[float, float | None]]]
+) -> Chart | None:
+    """A chart of curves over the training step; None where no curve has two points."""
+    known = {
+        label: [(x, y) for x, y in points if y is not None] for label, points in series.items()
+    }
+    known = {label: points for label, points in known.items() if len(points) >= 2}
+    if not known:
+        return None
+    xs = [x for points in known.values() for x, _ in points]
+    ys = [y for points in known.values() for _, y in points]
+    x_low, x_high, y_low, y_high = min(xs), max(xs), min(ys), max(ys)
+    padding = 0.08 * (y_high - y_low) or 0.01
+    y_low, y_high = y_low - padding, y_high + padding
+
+    def at_x(x: float) -> float:
+        share = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
+        return round(_LEFT + share * (WIDTH - _LEFT - _RIGHT), 1)
+
+    def at_y(y: float) -> float:
+        share = (y - y_low) / (y_high - y_low)
+        return round(HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM), 1)
+
+    lines = tuple(
+        Line(
+            label,
+            " ".join(f"{at_x(x)},{at_y(y)}" for x, y in points),
+            tuple((at_x(x), at_y(y), f"{label}, step {x:g}: {y:.4f}") for x, y in points),
+        )
+        for label, points in known.items()
+    )
+    middle = (y_low + y_high) / 2
+    return Chart(
+        title,
+        lines,
+        tuple((at_x(x), f"{x:g}") for x in sorted({x_low, x_high})),
+        tuple((at_y(y), f"{y:.3f}") for y in (y_low + padding, middle, y_high - padding)),
+    )

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
-
-from catversion_jax.cli.example import byte_vocabulary
+from random_model import byte_vocabulary
 
 # Eight virtual devices, so that meshes are tested on any machine; must be said before jax starts
 # its backend.

@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "array_types": 0,
     "atomic_files": 0,
+    "assets": 0,
     "residual": 0,
     "config": 0,
     "concepts": 0,

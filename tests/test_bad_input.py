@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from conftest import COMPILATION_CACHE
 from PIL import Image
+from random_model import write_toy_concepts
 
 from catversion_jax import KVResidual, load_concept, save_concept
 from catversion_jax.cli import main
-from catversion_jax.cli.example import write_toy_concepts
 
 ROOT = Path(__file__).resolve().parents[1]
 

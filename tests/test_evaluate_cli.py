@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from random_model import byte_vocabulary, write_random_model, write_toy_concepts
 from torch_reference import randomise
 
 from catversion_jax.cli import main
-from catversion_jax.cli.example import byte_vocabulary, write_random_model, write_toy_concepts
 from catversion_jax.concepts import ImageSource
 from catversion_jax.config import TrainConfig, dump_config
 from catversion_jax.evaluation import load_prompt_set

@@ -30,10 +30,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("export", "concept files, prompt embeddings, or a complete diffusers pipeline"),
     "import": ("import_official", "convert the authors' released adapters"),
     "inspect": ("inspect", "say what a concept file is"),
-    "example": (
-        "example",
-        "write a small random model and three toy concepts, to try the commands on",
-    ),
 }
 
 

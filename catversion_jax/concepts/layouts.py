@@ -8,6 +8,7 @@
 | DreamBench                        | ``prompts_and_classes.txt`` in it or in ``dataset/``     |
 | manifest                          | a ``.yaml .yml .json .jsonl .csv`` file                  |
 | Custom Diffusion's ``concepts_list.json`` | its entries have ``instance_data_dir``           |
+| the examples that ship            | the name ``tiny-sd-examples``                            |
 | imagefolder, saved or hub dataset | ``metadata.*``, ``dataset_info.json``, ``hf:owner/name`` |
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts.files import (
     ImageSource,
     children,
@@ -92,7 +94,7 @@ def read_entries(
     Raises:
       CatVersionError: not found, or not one of the layouts.
     """
-    path = Path(source).expanduser()
+    path = embedded_folder(source) or Path(source).expanduser()
     columns = (dataset_split, image_column, concept_column, base_class_column)
     if path.is_file():
         if path.suffix.lower() in MANIFEST_SUFFIXES:

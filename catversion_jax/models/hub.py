@@ -1,5 +1,5 @@
-"""Where a model's folder is: a path on this machine, or a Hugging Face hub id that is downloaded
-once.
+"""Where a model's folder is: a path on this machine, the embedded model's name, or a Hugging Face
+hub id that is downloaded once.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
+from catversion_jax.assets import EMBEDDED_MODEL, embedded_folder
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.checkpoint import STEMS, missing_weights, shard_patterns, weight_files
 from catversion_jax.models.hf_config import read_config
@@ -31,12 +32,13 @@ RENAMED = {
 def locate_model(
     model: str | Path, *, revision: str | None = None, variant: str | None = None
 ) -> Path:
-    """The local folder of a Stable Diffusion, downloaded if ``model`` is a hub id.
+    """The local folder of a Stable Diffusion; ``tiny-sd`` ships with the package, a hub id is
+    downloaded.
 
     Raises:
       CatVersionError: no such folder, not a diffusers folder, or it cannot be downloaded.
     """
-    path = Path(model).expanduser()
+    path = embedded_folder(model) or Path(model).expanduser()
     if path.is_file():
         raise CatVersionError(
             f"{model}: is a single file; a diffusers folder ({FILES_EXPECTED}) is needed. Convert "
@@ -50,7 +52,7 @@ def locate_model(
     else:
         raise CatVersionError(
             f"{model}: the folder does not exist, and this is not a hub id such as "
-            "'stable-diffusion-v1-5/stable-diffusion-v1-5'. Check the path."
+            f"'stable-diffusion-v1-5/stable-diffusion-v1-5' nor {EMBEDDED_MODEL!r}. Check the path."
         )
     _check_components(folder)
     return folder

@@ -52,8 +52,7 @@ def random_network(module_fn: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -
 
     Norms are the identity, biases zero, embeddings and kernels normal with variance 1 / width and
     1 / fan-in. They are drawn by numpy in the order of the sorted names: a module's own
-    initialisation compiles programs for every shape of tensor, half a minute for the few MB of
-    `catversion example`.
+    initialisation compiles programs for every shape of tensor, half a minute for a few MB.
     """
     abstract = abstract_network(module_fn)
     rng = np.random.default_rng(seed)

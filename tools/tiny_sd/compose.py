@@ -7,7 +7,6 @@ import random
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-
 from sprites import SIDE, Sprites
 from world import COLOURS, SCENES, Colouring
 
@@ -39,7 +38,9 @@ def recolour(rgba: np.ndarray, area: np.ndarray, colouring: Colouring) -> np.nda
     for where, colour in painted:
         if colour is None or not where.any():
             continue
-        middle = light[where].mean() if where is not main and colouring.kind == "two-tone" else centre
+        middle = (
+            light[where].mean() if where is not main and colouring.kind == "two-tone" else centre
+        )
         shade = 0.7 * (light[where] - middle)
         out[where, :3] = np.asarray(colour, np.float32) + shade[:, None]
     return np.clip(out, 0, 255).astype(np.uint8)
@@ -211,7 +212,9 @@ def _room(side: int, rng: random.Random) -> Image.Image:
     draw.rectangle((x, 0.08 * side, x + 0.28 * side, 0.42 * side), fill=(168, 214, 244))
     frame = {"outline": (250, 250, 250), "width": 4}
     draw.rectangle((x, 0.08 * side, x + 0.28 * side, 0.42 * side), **frame)
-    draw.line((x + 0.14 * side, 0.08 * side, x + 0.14 * side, 0.42 * side), fill=(250, 250, 250), width=3)
+    draw.line(
+        (x + 0.14 * side, 0.08 * side, x + 0.14 * side, 0.42 * side), fill=(250, 250, 250), width=3
+    )
     top = rng.uniform(0.72, 0.78) * side
     draw.rectangle((0, top, side, side), fill=_jitter((142, 94, 58), rng, 8))
     draw.rectangle((0, top - 4, side, top), fill=(244, 238, 230))

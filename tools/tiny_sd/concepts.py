@@ -11,9 +11,8 @@ import json
 import random
 from pathlib import Path
 
-from PIL import Image
-
 from compose import picture
+from PIL import Image
 from sprites import load_sprites
 from world import SCENES, held_out
 

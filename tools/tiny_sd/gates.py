@@ -17,17 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from compose import SIZE
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPModel
-
-from compose import SIZE
 from pool import VALIDATION, Pool, load_pool
 from tokens import Tokens
 from train_clip import attributes
 from train_judge import accuracies, load_judge
 from train_vae import psnr
 from training import to_pixels
+from transformers import CLIPModel
 from world import CLASSES, PLACES, SCENES, named_instances
 
 STEPS, GUIDANCE, BATCH = 25, 5.0, 32
@@ -90,14 +89,24 @@ def attribute_scores(
         text = pool.captions(np.array([row]), rng)[0]
         described = " with " in text or " and " in text or pool.labels[row, 1] == 1
         asked = any(phrase in text for phrase in PLACES[_place(pool, row)])
-        if text in seen or text in prompts or not described or not asked or _first(pool, row) not in text:
+        if (
+            text in seen
+            or text in prompts
+            or not described
+            or not asked
+            or _first(pool, row) not in text
+        ):
             continue
         rows.append(row)
         prompts.append(text)
         if len(rows) == count:
             break
     chosen = np.array(rows)
-    labels = {k: v for k, v in attributes(pool, chosen).items() if k in ("class", "first", "place", "kind")}
+    labels = {
+        k: v
+        for k, v in attributes(pool, chosen).items()
+        if k in ("class", "first", "place", "kind")
+    }
     images = draw(pipe, prompts, seed=10_000)
     generated = accuracies(judge, images, labels)
     real = accuracies(judge, to_pixels(pool.images[chosen]), labels)

@@ -12,21 +12,20 @@ import shutil
 from pathlib import Path
 
 import torch
+from compose import SIZE
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
-
-from compose import SIZE
 from pool import load_pool
 from tokens import CONTEXT
 from train_clip import load_clip
 from train_unet import SCHEDULER, UNET, cached_latents
 from train_vae import make_vae
 from training import load_average
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 
 def pipeline(work: Path) -> StableDiffusionPipeline:
@@ -67,7 +66,9 @@ def main() -> None:
     shutil.copytree(args.work / "tokenizer", args.out / "tokenizer")
     load_clip(args.work).half().save_pretrained(args.out / "clip")
     size = {"height": SIZE, "width": SIZE}
-    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size).save_pretrained(args.out / "clip")
+    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size).save_pretrained(
+        args.out / "clip"
+    )
     for config in (args.out / "text_encoder" / "config.json", args.out / "clip" / "config.json"):
         # transformers would load float16 weights as float16, diffusers gives float32
         content = json.loads(config.read_text())

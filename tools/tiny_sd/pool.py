@@ -15,7 +15,6 @@ import random
 from pathlib import Path
 
 import numpy as np
-
 from compose import SIZE, picture
 from sprites import Sprites, load_sprites
 from tokens import Tokens
@@ -100,7 +99,8 @@ def draw_labels(
     sprites: Sprites, named: list[Instance], index: int, seed: int
 ) -> tuple[np.ndarray, random.Random]:
     """What picture ``index`` shows: half named drawings in their own colours, a sixth named
-    recolourings, a third recolourings without a name."""
+    recolourings, a third recolourings without a name.
+    """
     rng = random.Random(f"{seed}/{index}")
     keys = [drawing.key for drawing in sprites.drawings]
     choice = rng.random()

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy.cluster.vq import kmeans2
-
 from world import COLOUR_NAMES, COLOURS, FAMILIES, ICONS, Drawing
 
 logger = logging.getLogger(__name__)

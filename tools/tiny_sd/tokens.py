@@ -1,5 +1,6 @@
 """The tokenizer of tiny-sd: CLIP's byte-level BPE with merges that make every known word one
-token."""
+token.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-
 from world import Drawing, vocabulary_words
 
 CONTEXT = 32

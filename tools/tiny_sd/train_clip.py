@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPConfig, CLIPModel
-
 from compose import SIZE
 from pool import Pool, load_pool
 from tokens import CONTEXT, END, START, Tokens
 from training import Batch, Loss, arguments, to_pixels, train
+from transformers import CLIPConfig, CLIPModel
 from world import CLASSES, COLOUR_NAMES, KINDS, PLACE_NAMES, STYLES
 
 TEXT_WIDTH = 160

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-
 from pool import Pool, load_pool
 from train_clip import attribute_sizes, attributes
 from training import Batch, Loss, arguments, load_average, to_pixels, train

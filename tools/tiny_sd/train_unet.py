@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-
 from pool import Pool, load_pool
 from tokens import Tokens
 from train_clip import TEXT_WIDTH, load_clip
@@ -64,7 +63,7 @@ def main() -> None:
     pool, tokens = load_pool(args.work), Tokens.load(args.work / "tokenizer")
     latents, scale = cached_latents(args.work, pool)
     text_encoder = load_clip(args.work).text_model.to(args.device)
-    unet = UNet2DConditionModel(**UNET)
+    unet = UNet2DConditionModel(**UNET).to(memory_format=torch.channels_last)
     if rank() == 0:
         print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, latent scale {scale}")
     alphas = DDPMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
@@ -74,7 +73,9 @@ def main() -> None:
         captions = pool.captions(rows, batch.python)
         captions = ["" if batch.python.random() < 0.1 else text for text in captions]
         with torch.no_grad():
-            text = text_encoder(torch.from_numpy(tokens(captions)).to(args.device)).last_hidden_state
+            text = text_encoder(
+                torch.from_numpy(tokens(captions)).to(args.device)
+            ).last_hidden_state
         x0 = scale * torch.from_numpy(latents[rows].astype(np.float32)).to(args.device)
         places = (np.arange(args.batch) + batch.numpy.random(args.batch)) / args.batch
         t = torch.from_numpy((places * 1000).astype(np.int64)).to(args.device)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL
-
 from compose import SIZE
+from diffusers import AutoencoderKL
 from pool import load_pool
 from training import Batch, Loss, arguments, to_pixels, train
 
@@ -60,7 +59,9 @@ def main() -> None:
     vae = train("vae", vae, loss_fn, args, weight_decay=1e-4)
     x = to_pixels(pool.images[-512:])
     with torch.inference_mode():
-        y = torch.cat([vae.cpu().decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)])
+        y = torch.cat(
+            [vae.cpu().decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)]
+        )
     print(f"validation PSNR {psnr(x, y):.2f} dB")
 
 

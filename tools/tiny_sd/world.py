@@ -165,7 +165,8 @@ def held_out_drawings() -> frozenset[str]:
 
 def is_held_out(drawing: str, colouring: Colouring) -> bool:
     """Whether a recoloured instance is, or resembles, a held-out one: same drawing, same main
-    colour."""
+    colour.
+    """
     return drawing in held_out_drawings() or any(
         instance.drawing == drawing and instance.colouring.first == colouring.first
         for instance in held_out().values()
@@ -201,7 +202,10 @@ def named_instances(drawings: list[Drawing]) -> list[Instance]:
 def proper_names(count: int) -> list[str]:
     """Made-up names such as ``mipo``, none of them an English word of this world."""
     rng = random.Random(11)
-    onsets, vowels = "b d f g k l m n p r s t v z".split(), "a e i o u".split()
+    onsets, vowels = (
+        ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"],
+        ["a", "e", "i", "o", "u"],
+    )
     syllables = [onset + vowel for onset in onsets for vowel in vowels]
     found = {a + b for a in syllables for b in syllables if a != b}
     return rng.sample(sorted(found - {"sofa", "data", "menu", "polo", "solo", "mini"}), count)
@@ -229,7 +233,11 @@ def _noun(picture: Picture, rng: random.Random) -> str:
     if picture.name and rng.random() < 0.55:
         # the name alone says who it is; sometimes the class stands beside it
         return rng.choice(
-            (picture.name, f"{picture.name} the {drawing.class_word}", f"{picture.name} {drawing.class_word}")
+            (
+                picture.name,
+                f"{picture.name} the {drawing.class_word}",
+                f"{picture.name} {drawing.class_word}",
+            )
         )
     words = drawing.class_word
     if rng.random() < 0.4:

@@ -1,19 +1,17 @@
-"""``catversion example FOLDER``: a small random model and three toy concepts to try commands on.
+"""A small random model and three toy concepts, written without torch.
 
 The model has Stable Diffusion's architecture and random weights: it draws noise, whatever it is
-asked for. It shows that the commands work on a machine, not that the method does.
+asked for.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catversion_jax.atomic_files import make_folder, write_atomically
-from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,26 +57,6 @@ VAE_CONFIG: dict[str, Any] = {
     "sample_size": IMAGE_SIZE,
     "scaling_factor": 0.18215,
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("folder", help="receives model/ and concepts/")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the example; refuses a folder that already holds one."""
-    folder = Path(args.folder)
-    for part in ("model", "concepts"):
-        if (folder / part).exists():
-            raise CatVersionError(
-                f"{folder / part}: exists already. Remove it or give another folder."
-            )
-    write_random_model(folder / "model")
-    write_toy_concepts(folder / "concepts")
-    print(f"{folder / 'model'}: a random model ({IMAGE_SIZE} px)")
-    print(f"{folder / 'concepts'}: {len(TOYS)} concepts, 4 images each")
-    return 0
 
 
 def write_random_model(folder: Path, seed: int = 0) -> None:

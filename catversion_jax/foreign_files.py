@@ -17,7 +17,8 @@ def describe_bytes(data: bytes) -> str | None:
             "a zip archive, probably saved by PyTorch. If it is the `pytorch_adapter.bin` of the "
             "authors' code, convert it: catversion import FILE."
         )
-    if data.startswith(b"\x80"):
+    # A header of 128 modulo 256 bytes starts with the same byte.
+    if data.startswith(b"\x80") and data[8:9] != b"{":
         return (
             "a pickle, probably saved by an old PyTorch. Save it again with PyTorch 1.6 or newer "
             "first."

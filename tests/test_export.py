@@ -2,6 +2,7 @@
 are named.
 """
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -213,10 +214,35 @@ def with_metadata(path: Path, **changes: str | None) -> Path:
     return path
 
 
+def test_no_length_of_the_header_looks_like_a_pickle(tmp_path: Path) -> None:
+    """The file starts with that length, a pickle with 0x80."""
+    firsts = set()
+    for length in range(0, 256, 8):
+        path = save_concept(
+            tmp_path / "x.safetensors", make_residual(), base_class="car", name="x" * (1 + length)
+        )
+        firsts.add(path.read_bytes()[0])
+        load_concept(path)
+    assert 0x80 in firsts
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_only_what_an_older_reader_would_misread_has_the_newer_version(
+    tmp_path: Path, version: int
+) -> None:
+    residual = dataclasses.replace(
+        make_residual(), scope="all" if version == 1 else "from_class_word"
+    )
+    path = save_concept(tmp_path / "x.safetensors", residual, base_class="car")
+    concept = load_concept(path)
+    assert concept.metadata["catversion.format_version"] == str(version)
+    assert concept.residual.scope == residual.scope
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": "2"}, r"format version 2; this program reads up to 1.*Update"),
+        ({"format_version": "3"}, r"format version 3; this program reads up to 2.*Update"),
         ({"base_class": None}, r"damaged \(missing 'catversion|damaged \(missing 'base_class'"),
         ({"layers": "[3,4]"}, r"damaged \(missing 'layers.4.key'"),
         ({"layers": "three"}, "damaged"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from catversion_jax.cli.example import write_toy_concepts
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from test_train_cli import arguments, final_files
 from test_training_step import LAYERS, concept_data, config, distance
@@ -16,7 +17,6 @@ from torch_reference import draw, relative_error
 from transformers import CLIPTextModel
 
 from catversion_jax.cli import main
-from catversion_jax.cli.example import write_toy_concepts
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import CatVersionError
 from catversion_jax.export import load_concept, save_concept

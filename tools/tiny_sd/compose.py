@@ -1,9 +1,10 @@
-"""One picture of the world: a recoloured sprite on a procedural background, 64 px, with its mask."""
+"""One picture of the world: a recoloured sprite on a drawn background, 64 px, with its mask."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -104,7 +105,7 @@ def _shift(colour: Rgb, amount: int) -> Rgb:
     return _clip(c + amount for c in colour)
 
 
-def _clip(values) -> Rgb:
+def _clip(values: Iterable[float]) -> Rgb:
     r, g, b = (max(0, min(255, int(v))) for v in values)
     return r, g, b
 

@@ -1,4 +1,4 @@
-"""Stage 2: compose the pictures that every later stage trains on: ``python pool.py WORK --count N``.
+"""Stage 2: the pictures every later stage trains on: ``python pool.py WORK --count N``.
 
 Writes ``WORK/pool/images.npy`` (``[N 64 64 3]`` uint8, memory-mapped by its readers) and
 ``labels.npy`` (``[N 7]`` int16, columns :data:`COLUMNS`; -1 is none). Picture ``i`` depends on

@@ -4,6 +4,7 @@ token.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def split_word(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding of one word: the best-ranked pair is merged until none is left."""
     pieces = [*word[:-1], f"{word[-1]}</w>"]
     while True:
-        pairs = list(zip(pieces, pieces[1:], strict=False))
+        pairs = list(itertools.pairwise(pieces))
         known = [pair for pair in pairs if pair in ranks]
         if not known:
             return pieces

@@ -42,13 +42,13 @@ UNET = {
 
 
 def cached_latents(work: Path, pool: Pool) -> tuple[np.ndarray, float]:
-    """Unscaled latent means ``[N 4 16 16]`` float16, and the factor that gives them unit variance."""
+    """Unscaled latent means ``[N 4 16 16]`` float16, and the factor to unit variance."""
     path = work / "pool" / "latents.npy"
     if not path.exists():
         vae, parts = load_average(work, "vae", make_vae()), []
         with torch.inference_mode():
-            for start in range(0, len(pool), 250):
-                x = to_pixels(pool.images[start : start + 250])
+            for start in range(0, len(pool), 20):
+                x = to_pixels(pool.images[start : start + 20])
                 parts.append(vae.encode(x).latent_dist.mean.numpy().astype(np.float16))
         partial = path.with_suffix(".partial.npy")
         np.save(partial, np.concatenate(parts))

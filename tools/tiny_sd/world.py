@@ -185,7 +185,7 @@ def random_colouring(rng: random.Random, drawing: str) -> Colouring:
 
 
 def named_instances(drawings: list[Drawing]) -> list[Instance]:
-    """Every training drawing in its own colours, and half of each class's in a fixed recolouring."""
+    """Every training drawing in its own colours; half of each class's recoloured as well."""
     rng = random.Random(7)
     names = iter(proper_names(2 * len(drawings)))
     train = [d for d in drawings if d.key not in held_out_drawings()]

@@ -64,6 +64,9 @@ def main() -> None:
     latents, scale = cached_latents(args.work, pool)
     text_encoder = load_clip(args.work).text_model.to(args.device)
     unet = UNet2DConditionModel(**UNET).to(memory_format=torch.channels_last)
+    start = args.work / "unet.start.pt"  # of stages_of.py
+    if start.exists():
+        unet.load_state_dict(torch.load(start, map_location="cpu"))
     if rank() == 0:
         print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, latent scale {scale}")
     alphas = DDPMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)

@@ -1,4 +1,4 @@
-"""Put a tiny-sd folder's networks where the stages look for them: ``python stages_of.py WORK FOLDER``.
+"""A tiny-sd folder's networks where the stages look for them: ``stages_of.py WORK FOLDER``.
 
 For a later sitting on another machine: after ``sprites.py`` and ``pool.py``, the VAE and CLIP need
 no second training, and ``train_unet.py`` continues from the averaged denoiser.

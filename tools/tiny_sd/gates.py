@@ -27,7 +27,7 @@ from train_judge import accuracies, load_judge
 from train_vae import psnr
 from training import to_pixels
 from transformers import CLIPModel
-from world import CLASSES, PLACES, SCENES, named_instances
+from world import CLASSES, COLOUR_NAMES, PLACE_NAMES, PLACES, SCENES, named_instances
 
 STEPS, GUIDANCE, BATCH = 25, 5.0, 32
 
@@ -128,11 +128,10 @@ def retrieval(clip: CLIPModel, ids: torch.Tensor, images: torch.Tensor) -> float
 
 
 def grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
-    """The first 64 pictures, twice their size."""
+    """The first 64 pictures."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     rows = [np.concatenate(list(pixels[i : i + columns]), 1) for i in range(0, 64, columns)]
-    image = Image.fromarray(np.concatenate(rows))
-    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
+    return Image.fromarray(np.concatenate(rows))
 
 
 def main() -> None:
@@ -176,14 +175,10 @@ def main() -> None:
 
 
 def _place(pool: Pool, row: int) -> str:
-    from world import PLACE_NAMES
-
     return PLACE_NAMES[pool.labels[row, 4]]
 
 
 def _first(pool: Pool, row: int) -> str:
-    from world import COLOUR_NAMES
-
     return COLOUR_NAMES[pool.labels[row, 2]]
 
 

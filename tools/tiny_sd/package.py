@@ -1,7 +1,7 @@
 """Stage 6: the diffusers folder: ``python package.py WORK OUT``.
 
-Writes everything ``StableDiffusionPipeline.from_pretrained`` reads, and ``clip/``, in float16. The
-text tower of ``clip/`` and the text encoder are the same weights, as in Stable Diffusion 1.x.
+Writes everything ``StableDiffusionPipeline.from_pretrained`` reads, and ``clip/``, in float16; a
+model card that lies there stays. The text tower of ``clip/`` and the text encoder are the same weights, as in Stable Diffusion 1.x.
 """
 
 from __future__ import annotations
@@ -58,8 +58,6 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    if args.out.exists():
-        shutil.rmtree(args.out)
     pipe = pipeline(args.work)
     pipe.to(torch.float16).save_pretrained(args.out, safe_serialization=True)
     shutil.rmtree(args.out / "tokenizer")

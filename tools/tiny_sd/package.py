@@ -1,7 +1,8 @@
 """Stage 6: the diffusers folder: ``python package.py WORK OUT``.
 
 Writes everything ``StableDiffusionPipeline.from_pretrained`` reads, and ``clip/``, in float16; a
-model card that lies there stays. The text tower of ``clip/`` and the text encoder are the same weights, as in Stable Diffusion 1.x.
+model card that lies there stays. The text tower of ``clip/`` and the text encoder are the same
+weights, as in Stable Diffusion 1.x.
 """
 
 from __future__ import annotations

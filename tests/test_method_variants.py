@@ -110,7 +110,10 @@ def test_a_dropped_caption_has_no_word(backbone: Backbone) -> None:
     slots[:, :, 3] = 0
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], dataclasses.replace(data, slots=slots))
     one = dataclasses.replace(one, empty_hidden=jnp.full_like(one.text_hidden[0], 7.0))
-    batch = sample_batch(one, jnp.int32(3), jnp.int32(0), 64, config(caption_dropout=0.5), 1000)
+    options = config(caption_dropout=0.5)
+    batch = jax.jit(lambda data: sample_batch(data, jnp.int32(3), jnp.int32(0), 64, options, 1000))(
+        one
+    )
     dropped = np.all(np.asarray(batch.text_hidden) == 7.0, axis=(1, 2))
     assert 16 < dropped.sum() < 48
     np.testing.assert_array_equal((np.asarray(batch.slots) >= 0).any(1), ~dropped)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from catversion_jax.errors import CatVersionError
+from catversion_jax.presets import PRESETS
 
 
 def _option(default: Any, text: str) -> Any:
@@ -41,8 +42,14 @@ class TrainConfig:
     revision: str | None = _option(None, "hub revision of the model")
     variant: str | None = _option(None, "weight file variant, for example fp16")
     output_dir: str = _option("catversion-out", "where everything is written")
-    preset: Literal["none", "official"] = _option(
-        "none", "official: the authors' settings, quirks included"
+    method: Literal["catversion", "textual_inversion"] = _option(
+        "catversion",
+        "what is learned: keys and values, or token embeddings in place of the class word",
+    )
+    preset: Literal["none", "official", "textual_inversion"] = _option(
+        "none",
+        "official: the authors' settings, quirks included; textual_inversion: that method's usual "
+        "ones (taken by itself with method=textual_inversion)",
     )
 
     # Images and words
@@ -68,8 +75,12 @@ class TrainConfig:
         "training prompt template (official: the bare word), or 'object' / 'style' template lists",
     )
 
-    # The residual
-    num_positions: int = _option(1, "key/value pairs per adapted layer (official: prefix_length 1)")
+    # What is learned
+    num_positions: int = _option(
+        1,
+        "key/value pairs per adapted layer (official: prefix_length 1); vectors of "
+        "textual_inversion",
+    )
     layers: str = _option(
         "last3", "text-encoder layers: last3 (official), last<k>, all, or 9,10,11"
     )
@@ -78,9 +89,18 @@ class TrainConfig:
     )
     init: Literal["normal", "zero", "class_word", "bos"] = _option(
         "normal",
-        "start values: normal (official), zero, or the class word's or start token's own K and V",
+        "start values: normal (official), zero, or the class word's or start token's own K and V "
+        "(textual_inversion: embeddings)",
     )
     init_std: float = _option(1.0, "standard deviation of init=normal (official torch.randn)")
+    adapt: Literal["key_value", "key", "value"] = _option(
+        "key_value",
+        "what of each pair is trained (official both); the other half keeps its start value, so "
+        "init=class_word suits",
+    )
+    scope: Literal["all", "from_class_word"] = _option(
+        "all", "tokens that see the residual: all (official), or the class word and what follows"
+    )
     when: Literal["class_word", "always"] = _option(
         "class_word",
         "a concept acts on prompts with its base-class words, or on every prompt (official)",
@@ -90,6 +110,11 @@ class TrainConfig:
     snr_gamma: float | None = _option(None, "min-SNR weight gamma (diffusers; 5 is usual); off")
     masked_training: bool = _option(False, "weigh the loss by the object masks (OneTrainer)")
     unmasked_weight: float = _option(0.1, "loss weight outside the mask (OneTrainer)")
+    timestep_sampling: Literal["uniform", "stratified"] = _option(
+        "uniform",
+        "uniform (official), or stratified: one per n-th of the schedule in a batch of n, shifted "
+        "evenly from step to step",
+    )
     caption_dropout: float = _option(
         0.0, "probability of training on the empty prompt, residual attached"
     )
@@ -110,6 +135,9 @@ class TrainConfig:
     adam_epsilon: float = _option(1e-8, "AdamW (official = torch default)")
     max_grad_norm: float | None = _option(
         None, "gradient-norm clip of each concept on its own (official: off)"
+    )
+    ema_decay: float | None = _option(
+        None, "evaluate and export a moving average of what is learned (diffusers); off (official)"
     )
     seed: int = _option(42, "seed of concepts that do not name their own (Custom Diffusion)")
 
@@ -157,21 +185,6 @@ class TrainConfig:
         if problems:
             raise CatVersionError("\n".join(problems))
 
-
-PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
-    {
-        "none": {},
-        # What differs from our defaults in RoyZhao926/CatVersion's configs and code.
-        "official": {
-            "logit_bias": 1.0,
-            "crop": "squash",
-            "mixed_precision": "no",
-            "seed": 23,
-            "when": "always",
-            "validation_guidance_scale": 10.0,
-        },
-    }
-)
 
 # Names under which users of other trainers know an option.
 ALIASES: Mapping[str, str] = types.MappingProxyType(
@@ -250,10 +263,12 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     unknown = [_unknown_key(key, names) for key in values if key not in names]
     if unknown:
         raise CatVersionError("\n".join(unknown))
-    preset = values.get("preset", "none")
+    # A method's usual settings come with it unless another preset, or none, is asked for.
+    method = values.get("method", "none")
+    preset = values.get("preset", method if method in PRESETS else "none")
     if preset not in PRESETS:
         raise CatVersionError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}.")
-    merged = {**PRESETS[preset], **values}
+    merged = {**PRESETS[preset], **values, "preset": preset}
     return TrainConfig(**{key: _coerce(key, value) for key, value in merged.items()})
 
 
@@ -389,14 +404,15 @@ def _range_problems(config: TrainConfig) -> list[str]:
         "adam_epsilon": 0.0,
         "max_grad_norm": 0.0, "snr_gamma": 0.0, "seed": 0, "validation_guidance_scale": 0.0,
     }  # fmt: skip
-    between = ("random_flip", "unmasked_weight", "caption_dropout")
+    between = ("random_flip", "unmasked_weight", "caption_dropout", "ema_decay")
     problems = []
     for name, low in at_least.items():
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= low):
             problems.append(f"{name}={value}: must be at least {low} and finite.")
     for name in between:
-        if not 0.0 <= getattr(config, name) <= 1.0:
+        value = getattr(config, name)
+        if value is not None and not 0.0 <= value <= 1.0:
             problems.append(f"{name}={getattr(config, name)}: must lie within 0..1.")
     if config.seed >= 2**32:
         problems.append(f"seed={config.seed}: must be below 2**32.")
@@ -405,6 +421,14 @@ def _range_problems(config: TrainConfig) -> list[str]:
             problems.append(f"{name}={getattr(config, name)}: must be at least 0 and below 1.")
     if not math.isfinite(config.logit_bias):
         problems.append(f"logit_bias={config.logit_bias}: must be finite.")
+    if config.method == "textual_inversion":
+        only = {"when": "class_word", "adapt": "key_value", "scope": "all"}
+        problems += [
+            f"{name}={getattr(config, name)}: must be {value} with method=textual_inversion, "
+            "whose vectors stand for the class word."
+            for name, value in only.items()
+            if getattr(config, name) != value
+        ]
     if not config.concepts:
         problems.append(
             "concepts: is required. Give a folder of images (with base_class=...), a folder of "

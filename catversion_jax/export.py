@@ -1,10 +1,8 @@
 r"""Concept files: one trained concept as one small safetensors file, and back.
 
-A file holds ``layers.{i}.key`` and ``layers.{i}.value``, float32 ``[P N H]``, one pair per adapted
-layer ``i``. Heads stay a separate axis on purpose: a tensor whose last axis were the model width
-would be taken for a word embedding by programs that use the first tensor they find. Everything
-needed to use the concept rightly (base class, logit bias, fingerprint of the text encoder it was
-trained with) is in the metadata, whose values are strings as the format asks.
+What was learned lies in the tensors (``learned_tensors.py``). Everything needed to use the concept
+rightly (base class, logit bias, fingerprint of the text encoder it was trained with) is in the
+metadata, whose values are strings as the format asks.
 
 The bytes are a function of the content alone: no dates, keys sorted. The safetensors library writes
 its metadata in the order of a randomly seeded hash map, so the header (8-byte little-endian length,
@@ -18,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -31,13 +28,28 @@ from catversion_jax.atomic_files import make_folder, write_atomically
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
 from catversion_jax.foreign_files import describe_bytes, describe_folder, describe_tensors
-from catversion_jax.residual import KVResidual
+from catversion_jax.learned import Learned, method_of
+from catversion_jax.learned_tensors import (
+    facts_of,
+    format_version,
+    learned_from,
+    tensors_of,
+    width_of,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONCEPT_FILE_NAME = "catversion.safetensors"
 
 # by width of the text encoder
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}
+# ModelSpec's word for the kind of adapter, and a description
+_ADAPTERS = {
+    "catversion": (
+        "catversion",
+        "CatVersion concept '{name}': keys and values for the text encoder's self-attention",
+    ),
+    "textual_inversion": ("textual-inversion", "Textual inversion '{name}': token embeddings"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Concept:
     """One trained concept with all that its file says about it.
 
     Attributes:
-      residual: numpy leaves ``[L P N H]``, float32.
+      residual: what was learned, numpy leaves ``[L P N H]`` or ``[V D]``, float32.
       base_class: the word or words of the prompt that call the concept.
       name: the concept's own name, for people and for choosing between concepts.
       when: ``class_word``: acts on prompts that contain ``base_class``; ``always``: on every
@@ -59,7 +71,7 @@ class Concept:
       metadata: the file's metadata as read, {} for a concept that was never in a file.
     """
 
-    residual: KVResidual
+    residual: Learned
     base_class: str
     name: str
     when: str = "class_word"
@@ -74,17 +86,13 @@ class Concept:
     def save(self, path: str | Path) -> Path:
         """Write the concept to ``path``; see :func:`save_concept`."""
         path = Path(path)
-        key, value = _checked_arrays(path, self.residual)
+        tensors = tensors_of(path, self.residual, self.name)
         if not self.base_class.strip():
             raise CatVersionError(
                 f"base_class={self.base_class!r}: must be the word or words that call the concept."
             )
         if self.when not in WHEN:
             raise CatVersionError(f"when={self.when!r}: must be one of {', '.join(WHEN)}.")
-        tensors = {}
-        for index, layer in enumerate(self.residual.layers):
-            tensors[f"layers.{layer}.key"] = key[index]
-            tensors[f"layers.{layer}.value"] = value[index]
         make_folder(path.parent)
         write_atomically(path, serialize_safetensors(tensors, _metadata_of(self)))
         return path
@@ -92,7 +100,7 @@ class Concept:
 
 def save_concept(
     path: str | Path,
-    residual: KVResidual,
+    residual: Learned,
     *,
     base_class: str,
     name: str | None = None,
@@ -108,7 +116,7 @@ def save_concept(
 
     Args:
       path: the file to write; missing folders are made.
-      residual: ``[L P N H]``, one concept.
+      residual: what one concept learned, leaves ``[L P N H]`` or ``[V D]``.
       base_class: the word or words that call the concept.
       name: defaults to ``base_class``.
       when: ``class_word`` or ``always``, see :class:`Concept`.
@@ -143,17 +151,12 @@ def save_concept(
 
 def _metadata_of(concept: Concept) -> dict[str, str]:
     """The file's metadata, every value a string."""
-    _, num_positions, num_heads, head_dim = concept.residual.key.shape
     own = {
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(format_version(concept.residual)),
         "base_class": concept.base_class,
         "name": concept.name,
         "when": concept.when,
-        "layers": _json(concept.residual.layers),
-        "num_positions": str(num_positions),
-        "num_heads": str(num_heads),
-        "head_dim": str(head_dim),
-        "logit_bias": repr(float(concept.residual.logit_bias)),
+        **facts_of(concept.residual, concept.name),
         "base_model": concept.base_model,
         "text_encoder_sha256": concept.text_encoder_sha256,
         "step": str(concept.step),
@@ -164,7 +167,7 @@ def _metadata_of(concept: Concept) -> dict[str, str]:
     if concept.metrics:
         own["metrics"] = _json(concept.metrics)
     metadata = {"format": "pt"} | {f"catversion.{k}": v for k, v in own.items()}
-    return metadata | _modelspec(concept, num_heads * head_dim)
+    return metadata | _modelspec(concept)
 
 
 def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path]:
@@ -291,14 +294,7 @@ def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -
     own = {
         k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
     }
-    layers = tuple(int(i) for i in json.loads(own["layers"]))
-    key, value = (
-        np.stack([tensors[f"layers.{i}.{part}"] for i in layers]) for part in ("key", "value")
-    )  # [L P N H]
-    residual = KVResidual(key, value, layers, float(own["logit_bias"]))  # type: ignore[arg-type]  # numpy
-    shape = (len(layers), int(own["num_positions"]), int(own["num_heads"]), int(own["head_dim"]))
-    if residual.key.shape != shape or residual.value.shape != shape:
-        raise ValueError(f"tensors of shape {residual.key.shape}, the header says {shape}")
+    residual = learned_from(own, tensors)
     if own["when"] not in WHEN:
         raise ValueError(f"when={own['when']!r}, must be one of {', '.join(WHEN)}")
     return Concept(
@@ -316,25 +312,7 @@ def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -
     )
 
 
-def _checked_arrays(path: Path, residual: KVResidual) -> tuple[np.ndarray, np.ndarray]:
-    key, value = (np.asarray(x, dtype=np.float32) for x in (residual.key, residual.value))
-    if key.ndim != 4 or key.shape != value.shape or len(residual.layers) != key.shape[0]:
-        raise CatVersionError(
-            f"{path}: key {key.shape} and value {value.shape} for {len(residual.layers)} layers; a "
-            "file holds one concept, both must be [layers, positions, heads, head dim]. Take one "
-            "entry of a stacked residual."
-        )
-    if not (
-        np.isfinite(key).all() and np.isfinite(value).all() and math.isfinite(residual.logit_bias)
-    ):
-        raise CatVersionError(
-            f"{path}: the residual holds NaN or infinite numbers and was not written; every number "
-            "must be finite. Train again with a smaller learning rate."
-        )
-    return key, value
-
-
-def _modelspec(concept: Concept, width: int) -> dict[str, str]:
+def _modelspec(concept: Concept) -> dict[str, str]:
     """The keys of Stability AI's ModelSpec that do not change from one writing to the next."""
     name, config = concept.name, concept.train_config
     hint = (
@@ -342,17 +320,17 @@ def _modelspec(concept: Concept, width: int) -> dict[str, str]:
         if concept.when == "class_word"
         else "acts on every conditional prompt"
     )
+    adapter, what = _ADAPTERS[method_of(concept.residual)]
+    base = _ARCHITECTURES.get(width_of(concept.residual), "stable-diffusion")
     keys = {
         "sai_model_spec": "1.0.1",
-        "architecture": _ARCHITECTURES.get(width, "stable-diffusion") + "/catversion",
+        "architecture": f"{base}/{adapter}",
         "implementation": "catversion_jax",
         "title": name,
-        "description": (
-            f"CatVersion concept '{name}': keys and values for the text encoder's self-attention."
-        ),
+        "description": f"{what.format(name=name)}.",
         "trigger_phrase": concept.base_class,
         "usage_hint": hint,
-        "tags": "catversion, text-to-image, personalization",
+        "tags": f"{adapter}, text-to-image, personalization",
     }
     for key in ("resolution", "prediction_type"):
         if config.get(key):

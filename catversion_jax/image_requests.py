@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
+from catversion_jax.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.models.tokenizer import Tokenizer
-from catversion_jax.residual import KVResidual
+from catversion_jax.models.tokenizer import PlacedPrompt, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +25,14 @@ class ConceptUse:
     Attributes:
       name: for messages and metadata.
       base_class: the words that call the concept.
-      residual: ``[L P N H]``, as trained.
+      residual: what was learned, leaves ``[L P N H]`` or ``[V D]``.
       scale: strength; 0 is the plain model exactly, 1 as trained (:meth:`KVResidual.scaled`).
       when: ``class_word`` or ``always``.
     """
 
     name: str
     base_class: str
-    residual: KVResidual
+    residual: Learned
     scale: float = 1.0
     when: str = "class_word"
 
@@ -43,6 +43,13 @@ class ConceptUse:
             raise CatVersionError(
                 f"scale={self.scale} of concept {self.name!r}: must be a finite number >= 0 (0 = "
                 "plain model, 1 = as trained)."
+            )
+        if self.scale > 0:
+            self.residual.scaled(self.scale)  # not every kind has a strength
+        if self.when == "always" and self.residual.num_slots is not None:
+            raise CatVersionError(
+                f"when=always of concept {self.name!r}: its vectors stand for the class word, so "
+                "it acts only where that is written. Use when=class_word."
             )
 
 
@@ -63,11 +70,36 @@ class ImageRequest:
 def active_concepts(
     tokenizer: Tokenizer, prompt: str, concepts: Sequence[ConceptUse]
 ) -> tuple[ConceptUse, ...]:
-    """The concepts that act on ``prompt``."""
-    return tuple(
+    """The concepts that act on ``prompt``.
+
+    Raises:
+      CatVersionError: the vectors of two of them would take the place of one word.
+    """
+    acting = tuple(
         use
         for use in concepts
         if use.scale > 0 and (use.when == "always" or tokenizer.contains(prompt, use.base_class))
+    )
+    replaced: dict[tuple[int, ...], str] = {}
+    for use in acting:
+        word = tokenizer.word_ids(use.base_class)
+        if use.residual.num_slots is None:
+            continue
+        if word in replaced:
+            raise CatVersionError(
+                f"concepts {replaced[word]!r} and {use.name!r}: the vectors of both would stand "
+                f"for {use.base_class!r} in {prompt!r}. Use one of them."
+            )
+        replaced[word] = use.name
+    return acting
+
+
+def place_concepts(tokenizer: Tokenizer, prompt: str, acting: Sequence[ConceptUse]) -> PlacedPrompt:
+    """A prompt's tokens with room for the vectors of the concepts that act on it."""
+    return tokenizer.place(
+        prompt,
+        [use.base_class for use in acting],
+        [use.residual.num_slots for use in acting],
     )
 
 
@@ -84,6 +116,13 @@ def prompt_warnings(tokenizer: Tokenizer, requests: Sequence[ImageRequest]) -> t
                     f"{kind} {text!r}: longer than the model's {tokenizer.model_max_length} "
                     f"tokens; this end was cut off: {cut!r}"
                 ] = None
+        acting = active_concepts(tokenizer, request.prompt, request.concepts)
+        cut_tokens = place_concepts(tokenizer, request.prompt, acting).num_cut
+        if cut_tokens and not tokenizer.cut_off(request.prompt):
+            messages[
+                f"prompt {request.prompt!r}: with the vectors of its concepts {cut_tokens} tokens "
+                f"longer than the model's {tokenizer.model_max_length}; its end was cut off"
+            ] = None
         for use in request.concepts:
             if use.scale > 0 and not active_concepts(tokenizer, request.prompt, (use,)):
                 messages[
@@ -109,16 +148,16 @@ def check_concept(
     Raises:
       CatVersionError: the shapes do not fit, or the weights differ and ``force`` is off.
     """
-    layers, _, heads, head_dim = use.residual.key.shape
-    fits = (heads, head_dim) == (backbone.num_heads, backbone.head_dim)
-    if not fits or max(use.residual.layers) >= backbone.num_text_layers:
+    heads, head_dim, num_layers = backbone.num_heads, backbone.head_dim, backbone.num_text_layers
+    try:
+        use.residual.check_fits(heads, head_dim, range(num_layers))
+    except CatVersionError as error:
         raise CatVersionError(
-            f"concept {use.name!r}: has {heads} heads x {head_dim} on {layers} layers up to number "
-            f"{max(use.residual.layers)}, but the encoder of {backbone.name} has "
-            f"{backbone.num_heads} heads x {backbone.head_dim} and layers "
-            f"0..{backbone.num_text_layers - 1}: it was trained for another model. Give --model "
-            "the one it was trained with (catversion inspect shows it)."
-        )
+            f"concept {use.name!r}: has {use.residual.shape_text}, but the encoder of "
+            f"{backbone.name} has {heads} heads x {head_dim} (width {heads * head_dim}) and layers "
+            f"0..{num_layers - 1}: it was trained for another model. Give --model the one it was "
+            "trained with (catversion inspect shows it)."
+        ) from error
     ours = backbone.text_encoder_sha256
     if text_encoder_sha256 and ours and text_encoder_sha256 != ours and not force:
         raise CatVersionError(

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.diffusion import NoiseSchedule
+from catversion_jax.learned import Learned
 from catversion_jax.models.network import Network
-from catversion_jax.residual import KVResidual
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +37,7 @@ class DiffusionBatch:
       text_hidden: ``[B T D]`` text states entering the first adapted layer (they do not depend on
       the residual).
       mask: ``[B h w]`` object mask in 0..1, or None where the loss is not masked.
+      slots: ``[B T]`` where the class word stands, or None where what is learned need not know.
     """
 
     latents: Float[Array, "B h w c"]
@@ -44,10 +45,11 @@ class DiffusionBatch:
     timesteps: Int[Array, "B"]
     text_hidden: Float[Array, "B T D"]
     mask: Float[Array, "B h w"] | None = None
+    slots: Int[Array, "B T"] | None = None
 
 
 def diffusion_loss(
-    residual: KVResidual | None,
+    residual: Learned | None,
     text_encoder: Network,
     unet: Network,
     batch: DiffusionBatch,
@@ -60,7 +62,8 @@ def diffusion_loss(
     """Equation (2) for one concept; float32 whatever the networks compute in.
 
     Args:
-      residual: ``[L P N H]`` leaves, or None for the plain model's loss.
+      residual: what one concept learns (leaves ``[L P N H]`` or ``[V D]``), or None for the plain
+        model's loss.
       text_encoder: frozen CLIP text encoder.
       unet: frozen UNet.
       batch: see :class:`DiffusionBatch`.
@@ -69,7 +72,10 @@ def diffusion_loss(
       snr_gamma: equation (3); None for w = 1.
       unmasked_weight: equation (4), used where the batch has a mask.
     """
-    context = text_encoder.call("upper", batch.text_hidden, residual, layer=first_layer)
+    slots = None if residual is None else batch.slots
+    context = text_encoder.call(
+        "upper", batch.text_hidden, residual, layer=first_layer, slots=slots
+    )
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     prediction = unet(noisy, batch.timesteps, context).astype(jnp.float32)
     target = schedule.target(batch.latents, batch.noise, batch.timesteps)

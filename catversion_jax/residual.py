@@ -11,6 +11,10 @@ adds a residual to that layer's own output, because the softmax is shared (CatVe
 causal mask is padded with ones. Multiplying the odds ``lambda / (1 - lambda)`` by ``s`` is the same
 as ``b + log s``; that is how :meth:`KVResidual.scaled` strengthens or weakens a concept.
 ``tests/test_residual.py`` proves (1).
+
+As published every query token sees the pair. With ``scope="from_class_word"`` only the class word
+and what follows it do: tokens before it cannot know of it in a causal encoder, so what they say
+stays the plain model's.
 """
 
 from __future__ import annotations
@@ -18,12 +22,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from catversion_jax.array_types import Array, Float
+from catversion_jax.array_types import Array, Bool, Float, Int
 from catversion_jax.errors import CatVersionError
+
+Scope = Literal["all", "from_class_word"]
+SCOPES: tuple[str, ...] = get_args(Scope)
 
 
 @jax.tree_util.register_dataclass
@@ -38,17 +46,40 @@ class KVResidual:
       layers: 0-based indices of the adapted encoder layers, ascending, one per entry of ``L``.
         Static.
       logit_bias: added to every concatenated logit (``b`` in equation 2). Static.
+      scope: which query tokens see the pair: ``all``, or those ``from_class_word`` on. Static.
     """
 
     key: Float[Array, "*C L P N H"]
     value: Float[Array, "*C L P N H"]
     layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     logit_bias: float = dataclasses.field(default=0.0, metadata={"static": True})
+    scope: Scope = dataclasses.field(default="all", metadata={"static": True})
 
     @property
     def num_positions(self) -> int:
         """Concatenated positions per layer, ``P``."""
         return self.key.shape[-3]
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest encoder layer whose output depends on what is learned."""
+        return self.layers[0]
+
+    @property
+    def shape_text(self) -> str:
+        """What it was made for, in words."""
+        layers, _, heads, head_dim = self.key.shape
+        return f"{heads} heads x {head_dim} on {layers} layers up to number {max(self.layers)}"
+
+    @property
+    def num_slots(self) -> None:
+        """The class word keeps its own tokens."""
+        return None
+
+    @property
+    def reads_slots(self) -> bool:
+        """Whether the encoder must be told where the class word stands."""
+        return self.scope != "all"
 
     def at_layer(self, layer: int) -> tuple[Array, Array] | None:
         """Key and value ``[*C P N H]`` of encoder layer ``layer``, or None where it is not
@@ -58,6 +89,18 @@ class KVResidual:
             return None
         index = self.layers.index(layer)
         return self.key[..., index, :, :, :], self.value[..., index, :, :, :]
+
+    def visible(self, slots: Int[Array, "B T"] | None) -> Bool[Array, "B T"] | None:
+        """Which query tokens see the pair; None where all do.
+
+        Args:
+          slots: ``[B T]``, at least 0 on the tokens of the class word. A prompt without the word
+            (an empty one in training, or any with ``when=always``) is seen whole.
+        """
+        if slots is None or not self.reads_slots:
+            return None
+        is_word = slots >= 0
+        return (jnp.cumsum(is_word, axis=-1) > 0) | ~jnp.any(is_word, axis=-1, keepdims=True)
 
     def scaled(self, scale: float) -> KVResidual:
         """The same concept with its odds against the prompt's own tokens multiplied by ``scale``.
@@ -74,6 +117,27 @@ class KVResidual:
             )
         bias = self.logit_bias + math.log(scale) if scale > 0 else -math.inf
         return dataclasses.replace(self, logit_bias=bias)
+
+    def check_fits(self, num_heads: int, head_dim: int, layers: range) -> None:
+        """Check that one concept's residual fits an encoder of which ``layers`` run.
+
+        Raises:
+          CatVersionError: other heads, stacked concepts, or an adapted layer that does not run.
+        """
+        positions = self.key.shape[-3] if self.key.ndim >= 3 else "P"
+        expected = (len(self.layers), positions, num_heads, head_dim)
+        if self.key.shape != expected or self.value.shape != expected:
+            raise CatVersionError(
+                f"residual with key {list(self.key.shape)}, value {list(self.value.shape)} "
+                f"and layers {self.layers}: this text encoder needs [layers, positions, heads, "
+                f"head size] = {list(expected)}. Use a concept trained on this model; vmap over "
+                "concepts outside."
+            )
+        if not set(self.layers) <= set(layers):
+            raise CatVersionError(
+                f"residual on layers {self.layers}: only layers "
+                f"{layers.start}..{layers.stop - 1} run here. Use a concept trained on this model."
+            )
 
 
 def resolve_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -115,8 +179,3 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, .
     ):
         raise CatVersionError(f"layers={layers!r}: {rule}.")
     return tuple(sorted(chosen))
-
-
-def stack_residuals(residuals: Sequence[KVResidual]) -> KVResidual:
-    """Stack residuals of equal shape, layers and bias on a new leading concept axis."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *residuals)

@@ -26,10 +26,16 @@ import numpy as np
 
 from catversion_jax.array_types import Array, Float, Int, Key
 from catversion_jax.errors import CatVersionError
-from catversion_jax.image_requests import ConceptUse, ImageRequest, active_concepts, prompt_warnings
+from catversion_jax.image_requests import (
+    ConceptUse,
+    ImageRequest,
+    active_concepts,
+    place_concepts,
+    prompt_warnings,
+)
+from catversion_jax.learned import Learned
 from catversion_jax.models.network import Network
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.residual import KVResidual
 from catversion_jax.samplers import Sampler, SamplerRow, make_sampler
 from catversion_jax.sampling_settings import SamplingSettings
 
@@ -153,8 +159,10 @@ def encode_prompt(
     """
     acting = active_concepts(backbone.tokenizer, prompt, concepts)
     residuals = tuple(jax.device_put(use.residual.scaled(use.scale)) for use in acting)
-    token_ids = jax.device_put(backbone.tokenizer([prompt]))
-    return np.asarray(jax.device_get(_encode(backbone.text_encoder, token_ids, residuals)))[0]
+    placed = place_concepts(backbone.tokenizer, prompt, acting)
+    token_ids, slots = jax.device_put((placed.token_ids[None], placed.slots[:, None]))
+    states = _encode(backbone.text_encoder, token_ids, residuals, slots)
+    return np.asarray(jax.device_get(states))[0]
 
 
 def _encode_all(
@@ -243,9 +251,12 @@ def checked_latents(
 
 @jax.jit
 def _encode(
-    text_encoder: Network, token_ids: Int[Array, "B T"], residuals: tuple[KVResidual, ...]
+    text_encoder: Network,
+    token_ids: Int[Array, "B T"],
+    residuals: tuple[Learned, ...],
+    slots: Int[Array, "U B T"],
 ) -> Float[Array, "B T D"]:
-    return text_encoder(token_ids, residuals or None).astype(jnp.float32)
+    return text_encoder(token_ids, residuals, list(slots)).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 from catversion_jax.config import make_config
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.residual import KVResidual
-from catversion_jax.training.state import init_residual
+from catversion_jax.training.start_values import init_learned
 from catversion_jax.training.step import sample_batch
 
 LAYERS = (1, 3)
@@ -27,10 +27,12 @@ def backbone(tiny_sd_folder: Path) -> Backbone:
 
 
 def start(backbone: Backbone, **options: object) -> KVResidual:
-    config = make_config({"concepts": "unused", **options})
+    config = make_config({"concepts": "unused", "layers": "1,3", **options})
     token_ids = backbone.tokenizer([PROMPT])[0]
     positions = backbone.tokenizer.word_positions(token_ids, BASE_CLASS)
-    return init_residual(config, LAYERS, backbone.text_encoder, token_ids, positions, seed=7)
+    learned = init_learned(config, backbone.text_encoder, 4, token_ids, positions, seed=7)
+    assert isinstance(learned, KVResidual)
+    return learned
 
 
 def projections(folder: Path, token_ids: np.ndarray) -> dict[str, np.ndarray]:

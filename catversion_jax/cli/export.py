@@ -1,5 +1,5 @@
 """``catversion export SOURCE``: concept files, baked prompt embeddings, or a complete diffusers
-folder.
+folder. The file of a Textual Inversion concept is what diffusers' ``load_textual_inversion`` reads.
 """
 
 from __future__ import annotations
@@ -145,7 +145,15 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
     from catversion_jax.models.checkpoint import open_checkpoint
     from catversion_jax.models.fingerprint import text_encoder_sha256
     from catversion_jax.models.hub import locate_model
+    from catversion_jax.residual import KVResidual
 
+    for concept in concepts:
+        if not isinstance(concept.residual, KVResidual):
+            raise CatVersionError(
+                f"--format pipeline: concept {concept.name!r} holds token embeddings, which stock "
+                "pipelines load by themselves. Use --format safetensors and diffusers' "
+                "`pipe.load_textual_inversion(FILE)`."
+            )
     folder = locate_model(_model_of(args, concepts), revision=args.revision, variant=args.variant)
     ours = text_encoder_sha256(open_checkpoint(folder / "text_encoder", variant=args.variant))
     for concept in concepts:

@@ -1,5 +1,6 @@
 """``catversion inspect FILE``: what a concept file is, or which concepts a run directory holds,
-without loading any model.
+without loading any model; with ``--model`` and ``--prompt``, how much of each token's attention the
+residual takes.
 """
 
 from __future__ import annotations
@@ -9,8 +10,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from catversion_jax.errors import CatVersionError
+
 if TYPE_CHECKING:
+    from catversion_jax.export import Concept
     from catversion_jax.residual import KVResidual
+
+_KINDS = {"catversion": "CatVersion concept", "textual_inversion": "Textual Inversion concept"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num_heads", type=int, default=12, help="of an official adapter's text encoder [12]"
+    )
+    parser.add_argument("--model", help="with --prompt: diffusers folder or hub id")
+    parser.add_argument(
+        "--prompt", help="print the share of each token's attention that the residual takes"
     )
 
 
@@ -43,23 +53,63 @@ def run(args: argparse.Namespace) -> int:
         return 0
     else:
         facts = _concept_facts(path)
+    if args.prompt is not None:
+        facts["attention_mass"] = _attention_mass(path, args.model, args.prompt)
     print(json.dumps(facts, indent=2) if args.json else _as_text(facts))
     return 0
 
 
+def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str, Any]]:
+    """Of each token of the prompt: mean over heads, one number per adapted layer."""
+    import numpy as np
+
+    from catversion_jax.attention_mass import residual_attention_mass
+    from catversion_jax.export import load_concept
+    from catversion_jax.image_requests import ConceptUse, check_concept, place_concepts
+    from catversion_jax.models.stable_diffusion import load_backbone
+    from catversion_jax.residual import KVResidual
+
+    concept = load_concept(path)
+    if not isinstance(concept.residual, KVResidual):
+        raise CatVersionError(
+            f"--prompt: {path} holds token embeddings, which take no attention of their own. Give "
+            "a CatVersion concept."
+        )
+    backbone = load_backbone(_given(model or concept.base_model))
+    use = ConceptUse(concept.name, concept.base_class, concept.residual, when=concept.when)
+    check_concept(backbone, use, concept.text_encoder_sha256)
+    placed = place_concepts(backbone.tokenizer, prompt, [use])
+    mass = residual_attention_mass(
+        backbone.text_encoder, placed.token_ids[None], concept.residual, placed.slots[0][None]
+    )  # [L 1 N T]
+    mean = np.asarray(mass).mean(axis=2)[:, 0]  # [L T]
+    texts = backbone.tokenizer.texts(placed.token_ids)
+    return [
+        {"token": text, "mass": [round(float(x), 4) for x in mean[:, position]]}
+        for position, text in enumerate(texts)
+    ]
+
+
+def _given(model: str) -> str:
+    if not model:
+        raise CatVersionError("--prompt: the file does not name its model. Give --model.")
+    return model
+
+
 def _concept_facts(path: Path) -> dict[str, Any]:
     from catversion_jax.export import load_concept
+    from catversion_jax.learned import method_of
 
     concept = load_concept(path)
     return {
-        "what": "CatVersion concept",
+        "what": _KINDS[method_of(concept.residual)],
         "name": concept.name,
         "base_class": concept.base_class,
         "when": concept.when,
         "base_model": concept.base_model,
         "text_encoder_sha256": concept.text_encoder_sha256,
         "step": concept.step,
-        **_residual_facts(concept.residual),
+        **_learned_facts(concept),
         "images": list(concept.images),
         "metrics": concept.metrics,
         "train_config": concept.train_config,
@@ -72,6 +122,25 @@ def _official_facts(path: Path, num_heads: int) -> dict[str, Any]:
     return {
         "what": "adapter of the authors' code (convert it with `catversion import`)",
         **_residual_facts(import_official_concept(path, num_heads)),
+    }
+
+
+def _learned_facts(concept: Concept) -> dict[str, Any]:
+    """Shapes and sizes of what was learned."""
+    import numpy as np
+
+    from catversion_jax.residual import KVResidual
+    from catversion_jax.token_embeddings import placeholder_token
+
+    learned = concept.residual
+    if isinstance(learned, KVResidual):
+        return _residual_facts(learned)
+    norms = np.linalg.norm(np.asarray(learned.vectors), axis=-1)
+    return {
+        "placeholder_token": placeholder_token(concept.name),
+        "num_vectors": learned.num_slots,
+        "num_parameters": learned.vectors.size,
+        "vector_norms": [round(float(x), 4) for x in norms],
     }
 
 
@@ -94,6 +163,7 @@ def _residual_facts(residual: KVResidual) -> dict[str, Any]:
         "num_heads": heads,
         "head_dim": head_dim,
         "logit_bias": residual.logit_bias,
+        "scope": residual.scope,
         "num_parameters": 2 * residual.key.size,
         "key_norms": norms["key"],
         "value_norms": norms["value"],
@@ -116,6 +186,10 @@ def _as_text(facts: dict[str, Any]) -> str:
     """Two columns; long or empty things in short."""
     lines = []
     for key, value in facts.items():
+        if key == "attention_mass":
+            lines.append("attention mass of the residual per adapted layer, mean over heads:")
+            lines += [f"  {row['token']:<19}{row['mass']}" for row in value]
+            continue
         if key == "train_config":
             chosen = ("learning_rate", "max_train_steps", "train_batch_size", "init", "seed")
             value = {k: value[k] for k in chosen if k in value}

@@ -37,6 +37,7 @@ class LoadedConcept:
     key: torch.Tensor
     value: torch.Tensor
     logit_bias: float
+    scope: str  # "all", or "from_class_word": what stands before the word does not see the concept
     name: str
     base_class: str
     when: str
@@ -61,8 +62,19 @@ class LoadedConcept:
         return key[index], value[index]
 
 
-# Rows of the batch that share the same concepts, with each concept's bias of equation (2).
-_Group = tuple[list[tuple[LoadedConcept, float]], list[int]]
+@dataclasses.dataclass
+class _Acting:
+    """One concept in some rows: its bias of equation (2), and each row's first token that sees
+    it.
+    """
+
+    concept: LoadedConcept
+    logit_bias: float
+    starts: list[int]
+
+
+# Rows of the batch that share the same concepts.
+_Group = tuple[list[_Acting], list[int]]
 
 
 class _HookHandles(list):
@@ -155,9 +167,17 @@ class EncoderState:
         for row, prompt in enumerate(prompts):
             if names := tuple(name for name in acting if self._calls(prompt, self.loaded[name])):
                 rows_by_names.setdefault(names, []).append(row)
+        offset = 1 if ids.reshape(-1)[0] == self.bos else 0
         self.groups = [
             (
-                [(self.loaded[n], self.loaded[n].logit_bias + math.log(acting[n])) for n in names],
+                [
+                    _Acting(
+                        self.loaded[n],
+                        self.loaded[n].logit_bias + math.log(acting[n]),
+                        [_first_seeing(prompts[row], self.loaded[n], offset) for row in rows],
+                    )
+                    for n in names
+                ],
                 rows,
             )
             for names, rows in rows_by_names.items()
@@ -177,9 +197,7 @@ class EncoderState:
     def _calls(self, prompt: tuple[int, ...], concept: LoadedConcept) -> bool:
         if not prompt or prompt in self.plain:
             return False
-        word = concept.class_ids
-        starts = range(len(prompt) - len(word) + 1)
-        return concept.when == "always" or any(prompt[i : i + len(word)] == word for i in starts)
+        return concept.when == "always" or _word_start(prompt, concept) is not None
 
     def _warn_uncalled(self, prompts: list[tuple[int, ...]], called: set[int]) -> None:
         """Warn about prompts that call nothing, the empty and the named plain ones aside."""
@@ -217,14 +235,17 @@ class EncoderState:
             index = torch.tensor(rows, device=output.device)
             q, k, v = (x[index].to(wide) for x in heads)
             parts = [
-                (pair, bias)
-                for one, bias in concepts
-                if (pair := one.at_layer(layer, q)) is not None
+                (pair, one)
+                for one in concepts
+                if (pair := one.concept.at_layer(layer, q)) is not None
             ]
             if not parts:
                 continue
             # [R N T P]
-            logits = [torch.matmul(q, pair[0].mT) * scaling + bias for pair, bias in parts]
+            logits = [
+                _seen_from(torch.matmul(q, pair[0].mT) * scaling + one.logit_bias, one.starts)
+                for pair, one in parts
+            ]
             logits.append(_masked(torch.matmul(q, k.mT) * scaling, mask, index))  # [R N T T]
             values = torch.cat(
                 [*(pair[1].expand(len(rows), -1, -1, -1) for pair, _ in parts), v], dim=-2
@@ -232,6 +253,31 @@ class EncoderState:
             mixed = torch.matmul(torch.cat(logits, dim=-1).softmax(dim=-1), values)  # [R N T H]
             output = output.index_copy(0, index, mixed.transpose(1, 2).to(output.dtype))
         return output
+
+
+def _word_start(prompt: tuple[int, ...], concept: LoadedConcept) -> int | None:
+    """Where the class word first stands among a prompt's own tokens."""
+    word = concept.class_ids
+    starts = range(len(prompt) - len(word) + 1)
+    return next((i for i in starts if prompt[i : i + len(word)] == word), None)
+
+
+def _first_seeing(prompt: tuple[int, ...], concept: LoadedConcept, offset: int) -> int:
+    """The first token of a row that sees the concept; ``offset`` tokens stand before the
+    prompt's.
+    """
+    start = _word_start(prompt, concept) if concept.scope == "from_class_word" else None
+    return 0 if start is None else start + offset
+
+
+def _seen_from(logits: torch.Tensor, starts: list[int]) -> torch.Tensor:
+    """Logits ``[R N T P]`` of a concept, hidden from the queries before each row's start."""
+    if not any(starts):
+        return logits
+    first = torch.tensor(starts, device=logits.device)
+    queries = torch.arange(logits.shape[-2], device=logits.device)
+    hidden = queries[None, :] < first[:, None]
+    return logits.masked_fill(hidden[:, None, :, None], torch.finfo(logits.dtype).min)
 
 
 def _encodes_negative_prompt() -> bool:

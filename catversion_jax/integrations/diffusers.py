@@ -52,7 +52,7 @@ from catversion_jax.integrations.concept_attention import (
 )
 
 CONCEPT_FILE_NAME = "catversion.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 # ---- What a user calls ---------------------------------------------------------------------------
@@ -243,6 +243,12 @@ def _parse_concept(data: bytes, source: str) -> LoadedConcept:
             f"{source}: format version {version}, this code reads up to {FORMAT_VERSION}. Update "
             "catversion-jax."
         )
+    if own.get("method", "catversion") != "catversion":
+        raise CatVersionLoadError(
+            f"{source}: a concept of method {own['method']}, not keys and values. Use "
+            f"pipe.load_textual_inversion({source!r}) and write {own.get('placeholder_token')} in "
+            "the prompt."
+        )
     try:
         layers = tuple(int(i) for i in json.loads(own["layers"]))
         key, value = (
@@ -251,7 +257,10 @@ def _parse_concept(data: bytes, source: str) -> LoadedConcept:
         )
         texts = ("name", "base_class", "when", "base_model", "text_encoder_sha256")
         named = {text: own[text] for text in texts}
-        return LoadedConcept(layers, key, value, float(own["logit_bias"]), **named)
+        scope = own.get("scope", "all")
+        if scope not in ("all", "from_class_word"):
+            raise ValueError(f"scope={scope!r}")
+        return LoadedConcept(layers, key, value, float(own["logit_bias"]), scope, **named)
     except (KeyError, ValueError, TypeError) as error:
         raise CatVersionLoadError(
             f"{source}: damaged concept file ({error!r}). Export it again."

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from catversion_jax.array_types import Array, Float
+from catversion_jax.array_types import Array, Bool, Float
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.attention import attention
 from catversion_jax.models.hf_config import TRANSFORMERS_IGNORED, check_supported
@@ -71,17 +71,19 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExtraKeys:
-    """Positions concatenated before a layer's own keys, visible to every query.
+    """Positions concatenated before a layer's own keys.
 
     Attributes:
       key: ``[P N H]``, as ``k_proj`` would have given it.
       value: ``[P N H]``.
       logit_bias: added to their logits.
+      visible: ``[B T]`` the query tokens that see them; None for all.
     """
 
     key: Float[Array, "P N H"]
     value: Float[Array, "P N H"]
     logit_bias: float
+    visible: Bool[Array, "B T"] | None = None
 
 
 class CLIPAttention(nnx.Module):
@@ -121,6 +123,18 @@ class CLIPAttention(nnx.Module):
         out = attention(query, key, value, bias=bias)
         return self.out_proj(out.reshape(hidden.shape))
 
+    def extra_mass(
+        self, hidden: Float[Array, "B T D"], bias: Float[Array, "1 1 T T"], extra: ExtraKeys
+    ) -> Float[Array, "B N T"]:
+        """Share of the attention that goes to the extra positions: lambda of ``residual.py``."""
+        query, key = (self.heads(proj(hidden)) for proj in (self.q_proj, self.k_proj))
+        key = _prepend([extra.key], key)
+        bias = _extend_bias(bias, [extra], num_queries=query.shape[1])
+        # Values that are 1 on the extra positions and 0 on the own ones sum up their weights.
+        is_extra = (jnp.arange(key.shape[1]) < extra.key.shape[0]).astype(jnp.float32)
+        value = jnp.broadcast_to(is_extra[None, :, None, None], (*key.shape[:3], 1))
+        return attention(query, key, value, bias=bias)[..., 0].swapaxes(1, 2)
+
 
 def _prepend(vectors: Sequence[Float[Array, "P N H"]], own: Float[Array, "B T N H"]) -> Array:
     shared = jnp.concatenate(vectors, axis=0).astype(own.dtype)
@@ -129,11 +143,17 @@ def _prepend(vectors: Sequence[Float[Array, "P N H"]], own: Float[Array, "B T N 
 
 def _extend_bias(bias: Array | None, extra: Sequence[ExtraKeys], num_queries: int) -> Array:
     own = jnp.zeros((1, 1, num_queries, num_queries), jnp.float32) if bias is None else bias
-    columns = [
-        jnp.full((1, 1, num_queries, e.key.shape[0]), e.logit_bias, jnp.float32)  # [1 1 T P]
-        for e in extra
-    ]
-    return jnp.concatenate([*columns, own], axis=-1)  # [1 1 T P+T]
+    columns = [_extra_bias(e, num_queries) for e in extra]
+    batch = max(part.shape[0] for part in columns)
+    parts = [jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in (*columns, own)]
+    return jnp.concatenate(parts, axis=-1)  # [B or 1, 1 T P+T]
+
+
+def _extra_bias(extra: ExtraKeys, num_queries: int) -> Float[Array, "#B 1 T P"]:
+    columns = jnp.full((1, 1, num_queries, extra.key.shape[0]), extra.logit_bias, jnp.float32)
+    if extra.visible is None:
+        return columns
+    return jnp.where(extra.visible[:, None, :, None], columns, -jnp.inf)
 
 
 class CLIPMLP(nnx.Module):

@@ -1,13 +1,13 @@
-"""CLIP's text encoder, with a concept's keys and values as an argument.
+"""CLIP's text encoder, with what a concept learned as an argument.
 
-    (1)  h_0 = token_embedding[ids] + position_embedding[0..T-1]
+    (1)  h_0 = token_embedding[ids] + position_embedding[0..T-1], learned vectors in their slots
     (2)  h_{i+1} = layer_i(h_i; causal mask;
                            [residual keys; own keys], [residual values; own values])
     (3)  last = final_layer_norm(h_L),   penultimate = h_{L-1} (``hidden_states[-2]``, no norm)
 
-Without a residual (2) is plain CLIP, bit for bit. Padding tokens are not masked, as in Stable
-Diffusion. Source: transformers ``CLIPTextModel``; the residual is METHOD equation (1), see
-``residual.py``.
+Without a concept this is plain CLIP, bit for bit. Padding tokens are not masked, as in Stable
+Diffusion. Source: transformers ``CLIPTextModel``; the residual of (2) is in ``residual.py``, the
+vectors of (1) in ``token_embeddings.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from flax import nnx
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
+from catversion_jax.learned import Learned
 from catversion_jax.models.clip_encoder import (
     CLIPEncoder,
     EncoderConfig,
@@ -28,8 +29,11 @@ from catversion_jax.models.clip_encoder import (
     layer_norm,
 )
 from catversion_jax.residual import KVResidual
+from catversion_jax.token_embeddings import TokenEmbeddings
 
 Output = Literal["last", "penultimate"]
+LearnedArgument = Learned | Sequence[Learned] | None
+SlotsArgument = Int[Array, "B T"] | Sequence[Int[Array, "B T"]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,17 @@ class CLIPTextEmbeddings(nnx.Module):
             )
         return self.token_embedding(token_ids) + self.position_embedding(jnp.arange(num_tokens))
 
+    def with_vectors(
+        self,
+        embedded: Float[Array, "B T D"],
+        vectors: Float[Array, "V D"],
+        slots: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        """``embedded`` (equation 1) with ``vectors`` as the embeddings of the tokens in slots."""
+        positions = self.position_embedding(jnp.arange(embedded.shape[1]))
+        learned = vectors[jnp.maximum(slots, 0)] + positions
+        return jnp.where((slots >= 0)[..., None], learned.astype(embedded.dtype), embedded)
+
 
 class CLIPTextModel(nnx.Module):
     """The text encoder."""
@@ -92,7 +107,8 @@ class CLIPTextModel(nnx.Module):
     def __call__(
         self,
         token_ids: Int[Array, "B T"],
-        residual: KVResidual | Sequence[KVResidual] | None = None,
+        residual: LearnedArgument = None,
+        slots: SlotsArgument = None,
         *,
         output: Output = "last",
     ) -> Float[Array, "B T D"]:
@@ -100,13 +116,16 @@ class CLIPTextModel(nnx.Module):
 
         Args:
           token_ids: ``[B T]``, padded.
-          residual: one concept (``[L P N H]``), several that act together, or none.
+          residual: what one concept learned (``[L P N H]`` or ``[V D]``), several that act
+            together, or none.
+          slots: where its class word stands, ``[B T]`` of ``Tokenizer.place``; one for each of
+            several. Needed where ``residual.reads_slots``.
           output: which hidden state, equation (3).
 
         Raises:
-          CatVersionError: a residual that does not fit this encoder.
+          CatVersionError: a concept that does not fit this encoder, or lacks its slots.
         """
-        return self.upper(self.lower(token_ids, 0), residual, 0, output=output)
+        return self.upper(self.lower(token_ids, 0), residual, 0, slots, output=output)
 
     def lower(self, token_ids: Int[Array, "B T"], layer: int) -> Float[Array, "B T D"]:
         """The plain hidden state that enters layer ``layer``: what no residual from there on can
@@ -121,26 +140,32 @@ class CLIPTextModel(nnx.Module):
     def upper(
         self,
         hidden: Float[Array, "B T D"],
-        residual: KVResidual | Sequence[KVResidual] | None,
+        residual: LearnedArgument,
         layer: int,
+        slots: SlotsArgument = None,
         *,
         output: Output = "last",
     ) -> Float[Array, "B T D"]:
-        """The layers from ``layer`` on, equations (2) and (3).
+        """The layers from ``layer`` on, equations (2) and (3); from 0 on, learned vectors too.
 
         Raises:
-          CatVersionError: a residual that does not fit this encoder, or adapts a layer below
-            ``layer``.
+          CatVersionError: a concept that does not fit this encoder, adapts a layer below
+            ``layer``, or lacks its slots.
         """
         num_layers = len(self.encoder.layers)
         stop = {"last": num_layers, "penultimate": num_layers - 1}[output]
-        residuals = [residual] if isinstance(residual, KVResidual) else list(residual or ())
-        for one in residuals:
-            self._check_fits(one, range(layer, stop))
+        acting = self._acting(residual, slots, range(layer, stop))
+        for one, where in acting:
+            if isinstance(one, TokenEmbeddings) and where is not None:
+                hidden = self.embeddings.with_vectors(hidden, one.vectors, where)
         bias = causal_bias(hidden.shape[1])
         for index in range(layer, stop):
-            hidden = self.encoder.layers[index](hidden, bias, extra_keys(residuals, index))
+            hidden = self.encoder.layers[index](hidden, bias, extra_keys(acting, index))
         return self.final_layer_norm(hidden) if output == "last" else hidden
+
+    def token_embeddings(self, token_ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """The tokens' own embeddings, without positions."""
+        return self.embeddings.token_embedding(jnp.asarray(token_ids))
 
     def keys_values(
         self, token_ids: Int[Array, "B T"], layers: Sequence[int]
@@ -169,35 +194,56 @@ class CLIPTextModel(nnx.Module):
         where = ids.argmax(-1) if self.eos_token_id == 2 else (ids == self.eos_token_id).argmax(-1)
         return jnp.take_along_axis(last, where[:, None, None], axis=1)[:, 0]
 
-    def _check_fits(self, residual: KVResidual, layers: range) -> None:
+    def residual_mass(
+        self,
+        token_ids: Int[Array, "B T"],
+        residual: KVResidual,
+        slots: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "L B N T"]:
+        """Lambda of ``residual.py``'s equation (2), summed over positions, at each adapted
+        layer.
+        """
+        hidden = self.lower(token_ids, 0)
+        acting = self._acting(residual, slots, range(len(self.encoder.layers)))
+        bias = causal_bias(hidden.shape[1])
+        masses = []
+        for index, block in enumerate(self.encoder.layers):
+            extra = extra_keys(acting, index)
+            masses += [
+                block.self_attn.extra_mass(block.layer_norm1(hidden), bias, e) for e in extra
+            ]
+            hidden = block(hidden, bias, extra)
+        return jnp.stack(masses)
+
+    def _acting(
+        self, learned: LearnedArgument, slots: SlotsArgument, layers: range
+    ) -> list[tuple[Learned, Array | None]]:
+        """Every concept with its slots, checked."""
+        concepts: list[Learned]
+        places: list[Any]
+        if isinstance(learned, KVResidual | TokenEmbeddings):
+            concepts, places = [learned], [slots]
+        else:
+            concepts = list(learned or ())
+            places = [None] * len(concepts) if slots is None else list(slots)
         attention = self.encoder.layers[0].self_attn
-        heads = (attention.num_heads, attention.k_proj.out_features // attention.num_heads)
-        expected = (
-            len(residual.layers),
-            residual.key.shape[-3] if residual.key.ndim >= 3 else "P",
-            *heads,
-        )
-        if residual.key.shape != expected or residual.value.shape != expected:
-            raise CatVersionError(
-                f"residual with key {list(residual.key.shape)}, value {list(residual.value.shape)} "
-                f"and layers {residual.layers}: this text encoder needs [layers, positions, heads, "
-                f"head size] = {list(expected)}. Use a concept trained on this model; vmap over "
-                "concepts outside."
-            )
-        if not set(residual.layers) <= set(layers):
-            raise CatVersionError(
-                f"residual on layers {residual.layers}: only layers "
-                f"{layers.start}..{layers.stop - 1} run here. Use a concept trained on this model."
-            )
+        head_dim = attention.k_proj.out_features // attention.num_heads
+        for one, where in zip(concepts, places, strict=True):
+            one.check_fits(attention.num_heads, head_dim, layers)
+            if one.reads_slots and where is None:
+                raise CatVersionError(
+                    "slots=None: this concept needs to know where its class word stands. Give the "
+                    "slots of Tokenizer.place."
+                )
+        return list(zip(concepts, places, strict=True))
 
 
-def extra_keys(residuals: Sequence[KVResidual], layer: int) -> list[ExtraKeys]:
-    """What each residual concatenates at one layer; empty where none adapts it."""
+def extra_keys(acting: Sequence[tuple[Learned, Array | None]], layer: int) -> list[ExtraKeys]:
+    """What each concept concatenates at one layer; empty where none adapts it."""
     extra = []
-    for residual in residuals:
-        pair = residual.at_layer(layer)
-        if pair is not None:
-            extra.append(ExtraKeys(*pair, residual.logit_bias))
+    for one, slots in acting:
+        if isinstance(one, KVResidual) and (pair := one.at_layer(layer)) is not None:
+            extra.append(ExtraKeys(*pair, one.logit_bias, one.visible(slots)))
     return extra
 
 

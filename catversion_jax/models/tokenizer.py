@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,21 @@ from catversion_jax.errors import CatVersionError
 
 UNSET_LENGTH = 1_000_000
 """transformers writes a length of about 1e30 where a tokenizer's file gives none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedPrompt:
+    """A prompt's tokens, and where the class words of U concepts stand in them.
+
+    Attributes:
+      token_ids: ``[T]`` int32, as the encoder reads them.
+      slots: ``[U T]`` int32: -1 outside a concept's word, else the number of the token in the word.
+      num_cut: tokens at the prompt's end that the context has no room for.
+    """
+
+    token_ids: np.ndarray
+    slots: np.ndarray
+    num_cut: int
 
 
 class Tokenizer:
@@ -100,6 +116,36 @@ class Tokenizer:
                 return tuple(range(start, start + len(wanted)))
         return ()
 
+    def place(
+        self, prompt: str, words: Sequence[str] = (), num_slots: Sequence[int | None] = ()
+    ) -> PlacedPrompt:
+        """Tokenize a prompt and find every occurrence of each concept's class word in it.
+
+        Args:
+          prompt: the text.
+          words: the class words of the concepts.
+          num_slots: for each, how many tokens stand for its word from now on: None keeps the
+            word's own. More tokens move the rest of the prompt; the first keep the word's own ids.
+        """
+        tokens = [(i, (-1,) * len(words)) for i in self.word_ids(prompt)]
+        for concept, (word, slots) in enumerate(zip(words, num_slots, strict=True)):
+            tokens = _with_slots(tokens, self.word_ids(word), slots, concept)
+        kept = tokens[: self._room]
+        token_ids = self([""])[0]  # start, end, padding
+        end = token_ids[1]
+        marks = np.full((len(words), len(token_ids)), -1, np.int32)
+        token_ids[1 : len(kept) + 2] = [*(i for i, _ in kept), end]
+        for position, (_, mark) in enumerate(kept, start=1):
+            marks[:, position] = mark
+        return PlacedPrompt(token_ids, marks, len(tokens) - len(kept))
+
+    def texts(self, token_ids: np.ndarray) -> list[str]:
+        """The tokens of a row as the vocabulary spells them, up to the first end token."""
+        ids = [int(i) for i in token_ids]
+        end = self._tokenizer.eos_token_id
+        stop = ids.index(end) + 1 if end in ids else len(ids)
+        return self._tokenizer.convert_ids_to_tokens(ids[:stop])
+
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that does not fit in the context; ``''`` where all of it fits."""
         encoded = self._tokenizer(
@@ -113,3 +159,25 @@ class Tokenizer:
     @property
     def _room(self) -> int:
         return self.model_max_length - self._tokenizer.num_special_tokens_to_add()
+
+
+_MarkedToken = tuple[int, tuple[int, ...]]  # an id, and its number in the word of each concept
+
+
+def _with_slots(
+    tokens: Sequence[_MarkedToken], word: Sequence[int], num_slots: int | None, concept: int
+) -> list[_MarkedToken]:
+    """Mark the occurrences of ``word``, as ``num_slots`` tokens or as those it has."""
+    placed: list[_MarkedToken] = []
+    position = 0
+    while position < len(tokens):
+        found = word and [i for i, _ in tokens[position : position + len(word)]] == list(word)
+        if not found:
+            placed.append(tokens[position])
+            position += 1
+            continue
+        for slot in range(len(word) if num_slots is None else num_slots):
+            identity, marks = tokens[position + slot % len(word)]
+            placed.append((identity, (*marks[:concept], slot, *marks[concept + 1 :])))
+        position += len(word)
+    return placed

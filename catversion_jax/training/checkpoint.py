@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import orbax.checkpoint as ocp
 from catversion_jax.atomic_files import make_folder, unwritable
 from catversion_jax.errors import CatVersionError
 from catversion_jax.export import Concept, save_concept
-from catversion_jax.residual import KVResidual
+from catversion_jax.learned import Learned, named_arrays, rebuild, settings_of
 from catversion_jax.training.state import TrainState
 
 _STATE, _CONCEPTS = "state", "concepts"
@@ -66,7 +67,7 @@ class ConceptRecord:
         own = {"base_class": self.base_class, "when": self.when, "images": self.images}
         return {**own, **self.train_config()}
 
-    def save(self, path: Path, residual: KVResidual, step: int) -> None:
+    def save(self, path: Path, residual: Learned, step: int) -> None:
         """Write the concept file of this record."""
         save_concept(
             path,
@@ -99,8 +100,7 @@ class Checkpoints:
         """Start saving the first ``len(records)`` rows of ``state``; the files come later."""
         rows = jax.tree.map(lambda leaf: np.asarray(leaf[: len(records)]), state)
         described = {
-            "layers": list(rows.residual.layers),
-            "logit_bias": rows.residual.logit_bias,
+            **settings_of(rows.residual),
             "concepts": [dataclasses.asdict(record) for record in records],
         }
         args = ocp.args.Composite(
@@ -165,18 +165,19 @@ def restore_latest(
         saved = _restore_arrays(manager, step)
     opt_leaves, opt_structure = jax.tree.flatten(template.opt_state)
     opt_state = [saved["opt_state"][str(i)] for i in range(len(opt_leaves))]
-    residual = dataclasses.replace(template.residual, key=saved["key"], value=saved["value"])
+    settings = settings_of(template.residual)
     state = TrainState(
         step=saved["step"],
-        residual=residual,
+        residual=rebuild(saved, settings),
         opt_state=jax.tree.unflatten(opt_structure, opt_state),
         failed_step=saved["failed_step"],
+        average=rebuild(saved["average"], settings) if "average" in saved else None,
     )
     return step, state, records
 
 
-def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, KVResidual, int]]:
-    """Every healthy concept of one checkpoint step folder: (record, residual ``[L P N H]``, step).
+def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Learned, int]]:
+    """Every healthy concept of one checkpoint step folder: (record, what it learned, step).
 
     Raises:
       CatVersionError: ``folder`` is not a checkpoint of this package.
@@ -191,11 +192,11 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, KV
     with ocp.CheckpointManager(folder.parent) as manager:
         saved = _restore_arrays(manager, step)
         described = _restore_description(manager, step)
-    layers, bias = tuple(described["layers"]), float(described["logit_bias"])
+    learned = rebuild(saved.get("average", saved), described)
     return [
         (
             ConceptRecord.from_json(concept),
-            KVResidual(saved["key"][row], saved["value"][row], layers, bias),
+            jax.tree.map(operator.itemgetter(row), learned),
             int(saved["step"][row]),
         )
         for row, concept in enumerate(described["concepts"])
@@ -205,11 +206,12 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, KV
 
 def _arrays(state: TrainState) -> dict[str, Any]:
     """Named arrays of a state. Optax's nested tuples do not survive a file: those by position."""
+    average = {} if state.average is None else {"average": named_arrays(state.average)}
     opt_state = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
     return {
         "step": state.step,
-        "key": state.residual.key,
-        "value": state.residual.value,
+        **named_arrays(state.residual),
+        **average,
         "opt_state": opt_state,
         "failed_step": state.failed_step,
     }

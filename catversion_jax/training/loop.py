@@ -25,8 +25,8 @@ from catversion_jax.concepts import ConceptList, ConceptSpec
 from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import ConceptError
+from catversion_jax.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.residual import KVResidual, resolve_layers
 from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept, replicated
 from catversion_jax.training import checkpoint
 from catversion_jax.training.checkpoint import ConceptRecord
@@ -39,6 +39,7 @@ from catversion_jax.training.pack import (
 )
 from catversion_jax.training.planning import Pack, plan_packs
 from catversion_jax.training.run_directory import RunDirectory
+from catversion_jax.training.start_values import first_adapted_layer
 from catversion_jax.training.state import (
     ConceptData,
     TrainState,
@@ -114,7 +115,7 @@ class _Trainer:
     ):
         self.config, self.backbone, self.mesh, self.run = config, backbone, mesh, run
         self.specs = specs
-        self.layers = resolve_layers(config.layers, backbone.num_text_layers)
+        first_layer = first_adapted_layer(config, backbone.num_text_layers)
         per_axis = mesh.shape[CONCEPT_AXIS]
         wanted = -(-len(specs) // per_axis) * per_axis
         self.num_rows = min(config.concepts_per_device * per_axis, max(wanted, per_axis))
@@ -123,7 +124,7 @@ class _Trainer:
         schedule = noise_schedule(backbone.noise_schedule)
         self.tx = make_optimizer(config)
         self.train_step = make_train_step(schedule, self.tx, mesh, config)
-        self.eval_step = make_eval_step(schedule, mesh, config, self.layers[0])
+        self.eval_step = make_eval_step(schedule, mesh, config, first_layer)
         self.grids = SampleGrids(backbone, config)
         self.compiled = False
         self.failed: set[str] = set()
@@ -142,8 +143,7 @@ class _Trainer:
         if not prepared:
             return failures
         with checkpoint.Checkpoints(pack.folder, config.checkpoints_total_limit) as checkpoints:
-            step, state, data = self._start(prepared, pack.restore_from)
-            plain_loss = self._evaluate(None, data)
+            step, state, data, plain_loss = self._start(prepared, pack.restore_from)
             progress.update(step * len(prepared))
             recorder = MetricsRecorder(
                 {concept.spec.name: self.run.concept(concept.spec.name) for concept in prepared},
@@ -152,7 +152,7 @@ class _Trainer:
                 start_step=step,
             )
             records = [concept.record for concept in prepared]
-            loss = self._evaluate(state.residual, data)
+            loss = self._evaluate(state.exported, data)
             pending = collections.deque([_Dispatched(0, 0, None, loss)] if step == 0 else [])
 
             def record_pending() -> None:
@@ -166,7 +166,7 @@ class _Trainer:
                 step += num_steps
                 evaluate = step % config.eval_steps == 0 or step == total
                 if evaluate:
-                    loss = self._evaluate(state.residual, data)
+                    loss = self._evaluate(state.exported, data)
                 record_pending()  # of the dispatch before, while the device works on this one
                 pending.append(_Dispatched(step, num_steps, metrics, loss if evaluate else None))
                 if step % config.checkpointing_steps == 0 or step == total:
@@ -189,7 +189,7 @@ class _Trainer:
         for name in pack.names:
             spec = self.specs[name]
             try:
-                prepared.append(prepare_concept(spec, self.backbone, self.config, self.layers))
+                prepared.append(prepare_concept(spec, self.backbone, self.config))
                 make_folder(self.run.concept(spec.name))
                 self.run.clear_failure(spec.name)
             except ConceptError as error:
@@ -200,9 +200,11 @@ class _Trainer:
 
     def _start(
         self, prepared: Sequence[PreparedConcept], restore_from: Path | None
-    ) -> tuple[int, TrainState, ConceptData]:
-        """Rows on the mesh, at step 0 or where the newest checkpoint left them."""
-        residual, data = assemble_pack(
+    ) -> tuple[int, TrainState, ConceptData, jax.Array]:
+        """Rows on the mesh, at step 0 or where the newest checkpoint left them, and the plain
+        model's losses.
+        """
+        residual, data, plain = assemble_pack(
             prepared,
             self.backbone,
             self.config,
@@ -210,8 +212,11 @@ class _Trainer:
             max_images=self.max_images,
             max_prompts=self.max_prompts,
         )
+        plain_loss = self._evaluate(None, place_by_concept(plain, self.mesh))
         data = place_by_concept(data, self.mesh)
-        state = jax.tree.map(np.asarray, create_train_state(residual, self.tx))
+        averaged = self.config.ema_decay is not None
+        state = create_train_state(residual, self.tx, averaged=averaged)
+        state = jax.tree.map(np.asarray, state)
         step = 0
         if restore_from is not None:
             step, rows, records = checkpoint.restore_latest(restore_from, state)
@@ -220,7 +225,7 @@ class _Trainer:
             taken += [taken[0]] * (self.num_rows - len(taken))
             state = jax.tree.map(lambda leaf: leaf[np.array(taken)], rows)
             logger.info("resumed %d concepts at step %d", len(prepared), step)
-        return step, place_by_concept(state, self.mesh), data
+        return step, place_by_concept(state, self.mesh), data, plain_loss
 
     def _steps_to_boundary(self, step: int) -> int:
         config = self.config
@@ -244,7 +249,7 @@ class _Trainer:
             logger.info("compiled the training step in %.0f s", time.perf_counter() - started)
         return state, metrics
 
-    def _evaluate(self, residual: KVResidual | None, data: ConceptData) -> jax.Array:
+    def _evaluate(self, residual: Learned | None, data: ConceptData) -> jax.Array:
         return self.eval_step(residual, data, self.backbone.text_encoder, self.backbone.unet)
 
     # ------------------------------------------------------------------ what the host does
@@ -300,7 +305,7 @@ class _Trainer:
         rows = jax.tree.map(np.asarray, dataclasses.replace(state, opt_state=()))
         failures = {}
         for row, concept in enumerate(prepared):
-            name, residual = concept.spec.name, _row(rows.residual, row)
+            name, residual = concept.spec.name, _row(rows.exported, row)
             if rows.failed_step[row] < 0:
                 reached = self.config.max_train_steps if step is None else step
                 if losses:
@@ -321,7 +326,7 @@ class _Trainer:
     def _write_grids(
         self, prepared: Sequence[PreparedConcept], state: TrainState, step: int
     ) -> None:
-        residuals = jax.tree.map(np.asarray, state.residual)
+        residuals = jax.tree.map(np.asarray, state.exported)
         for row, concept in enumerate(prepared):
             path = self.run.concept(concept.spec.name) / "samples" / f"{step:06d}.png"
             self.grids.write(path, concept, _row(residuals, row), step)
@@ -349,5 +354,5 @@ def _summary(name: str, row: int, losses: tuple[np.ndarray, np.ndarray]) -> dict
     return {"eval_loss": learned, "plain_eval_loss": plain}
 
 
-def _row(residual: KVResidual, row: int) -> KVResidual:
+def _row(residual: Learned, row: int) -> Learned:
     return jax.tree.map(lambda leaf: leaf[row], residual)

@@ -21,11 +21,13 @@ from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.config import TrainConfig, learning_options
 from catversion_jax.data import EncodedConcept, encode_concept, load_concept_images
 from catversion_jax.errors import ConceptError
+from catversion_jax.learned import Learned, stack_learned
 from catversion_jax.models.network import Network
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.residual import KVResidual, stack_residuals
+from catversion_jax.models.tokenizer import PlacedPrompt
 from catversion_jax.training.checkpoint import ConceptRecord
-from catversion_jax.training.state import ConceptData, concept_key, init_residual
+from catversion_jax.training.start_values import init_learned
+from catversion_jax.training.state import ConceptData, concept_key
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +39,22 @@ class PreparedConcept:
     Attributes:
       spec: what the user gave.
       record: what its concept file will say.
-      residual: start values, leaves ``[L P N H]``.
+      residual: start values, leaves ``[L P N H]`` or ``[V D]``.
       encoded: VAE posterior of its images.
       text_hidden: ``[K T D]`` states of its prompts entering the first adapted layer.
+      plain_hidden: ``[K T D]`` the same of the prompts without room for learned vectors.
+      slots: ``[K T]`` where the class word stands in them.
       prompts: the K training prompts.
       references: a few of its images, ``[H W 3]`` uint8, for the sample grids.
     """
 
     spec: ConceptSpec
     record: ConceptRecord
-    residual: KVResidual
+    residual: Learned
     encoded: EncodedConcept
     text_hidden: np.ndarray
+    plain_hidden: np.ndarray
+    slots: np.ndarray
     prompts: tuple[str, ...]
     references: tuple[np.ndarray, ...]
 
@@ -57,12 +63,18 @@ def describe_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig)
     """What decides a concept's result, apart from the pixels; no image is read.
 
     Raises:
-      ConceptError: a prompt does not name the concept.
+      ConceptError: a prompt does not name the concept, or ``when`` contradicts the method.
     """
+    when = spec.when or config.when
+    if when == "always" and config.method == "textual_inversion":
+        raise ConceptError(
+            f"{spec.name}: when=always: the vectors of method=textual_inversion stand for the "
+            "class word, so they act only where that is written. Use when=class_word."
+        )
     return ConceptRecord(
         name=spec.name,
         base_class=spec.base_class,
-        when=spec.when or config.when,
+        when=when,
         base_model=backbone.name,
         text_encoder_sha256=backbone.text_encoder_sha256,
         images=tuple(source.label for source in spec.images),
@@ -76,9 +88,7 @@ def describe_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig)
     )
 
 
-def prepare_concept(
-    spec: ConceptSpec, backbone: Backbone, config: TrainConfig, layers: tuple[int, ...]
-) -> PreparedConcept:
+def prepare_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) -> PreparedConcept:
     """Read, check and encode one concept.
 
     Raises:
@@ -117,16 +127,55 @@ def prepare_concept(
             "has no loss. Correct the mask, or use a weight above 0 with another output_dir."
         )
     token_ids = backbone.tokenizer(prompts)
-    hidden = [lower_text_states(backbone.text_encoder, ids, layers[0]) for ids in token_ids]
     word_positions = backbone.tokenizer.word_positions(token_ids[0], spec.base_class)
-    residual = init_residual(
-        config, layers, backbone.text_encoder, token_ids[0], word_positions or (0,), record.seed
+    residual = init_learned(
+        config,
+        backbone.text_encoder,
+        backbone.num_text_layers,
+        token_ids[0],
+        word_positions or (0,),
+        record.seed,
     )
+    placed = _place_prompts(record, backbone, residual)
+    lower = functools.partial(lower_text_states, backbone.text_encoder, layer=residual.first_layer)
     references = tuple(
         np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2]
     )
     residual = jax.tree.map(np.asarray, residual)
-    return PreparedConcept(spec, record, residual, encoded, np.stack(hidden), prompts, references)
+    return PreparedConcept(
+        spec=spec,
+        record=record,
+        residual=residual,
+        encoded=encoded,
+        text_hidden=np.stack([lower(one.token_ids) for one in placed]),
+        plain_hidden=np.stack([lower(ids) for ids in token_ids]),
+        slots=np.stack([one.slots[0] for one in placed]),
+        prompts=prompts,
+        references=references,
+    )
+
+
+def _place_prompts(
+    record: ConceptRecord, backbone: Backbone, residual: Learned
+) -> list[PlacedPrompt]:
+    """The training prompts with room for what is learned.
+
+    Raises:
+      ConceptError: a prompt has no room for all learned vectors.
+    """
+    placed = [
+        backbone.tokenizer.place(prompt, [record.base_class], [residual.num_slots])
+        for prompt in record.prompts
+    ]
+    needed = residual.num_slots or 0
+    for prompt, one in zip(record.prompts, placed, strict=True):
+        if one.slots.max(initial=-1) + 1 < needed:
+            raise ConceptError(
+                f"{record.name}: prompt {prompt!r} has no room for {needed} vectors in the model's "
+                f"context of {backbone.tokenizer.model_max_length} tokens. Use fewer "
+                "(num_vectors) or a shorter prompt."
+            )
+    return placed
 
 
 def assemble_pack(
@@ -137,17 +186,20 @@ def assemble_pack(
     num_rows: int,
     max_images: int,
     max_prompts: int,
-) -> tuple[KVResidual, ConceptData]:
+) -> tuple[Learned, ConceptData, ConceptData]:
     """Stack concepts into ``num_rows`` rows; rows beyond them repeat the first (their results are
     dropped).
 
     ``max_images`` and ``max_prompts`` are those of the whole run, so that every pack has the same
     shapes.
+
+    Returns:
+      Start values, data, and the data of the plain model, whose prompts hold no learned vectors.
     """
     rows = [prepared[i] if i < len(prepared) else prepared[0] for i in range(num_rows)]
     empty_hidden = None
     if config.caption_dropout > 0:
-        layer = prepared[0].residual.layers[0]
+        layer = prepared[0].residual.first_layer
         empty = lower_text_states(backbone.text_encoder, backbone.tokenizer([""])[0], layer)
         empty_hidden = np.stack([empty] * num_rows)
     arrays: dict[str, Any] = dict(
@@ -162,8 +214,12 @@ def assemble_pack(
         text_hidden=np.stack([_padded(row.text_hidden, max_prompts) for row in rows]),
         num_prompts=np.array([len(row.prompts) for row in rows], np.int32),
         empty_hidden=empty_hidden,
+        slots=np.stack([_padded(row.slots, max_prompts) for row in rows]),
     )
-    return stack_residuals([row.residual for row in rows]), ConceptData(**arrays)
+    data = ConceptData(**arrays)
+    plain_hidden = np.stack([_padded(row.plain_hidden, max_prompts) for row in rows])
+    plain = ConceptData(**{**arrays, "text_hidden": plain_hidden})
+    return stack_learned([row.residual for row in rows]), data, plain
 
 
 def lower_text_states(text_encoder: Network, token_ids: np.ndarray, layer: int) -> np.ndarray:

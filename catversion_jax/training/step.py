@@ -20,13 +20,14 @@ from jax.sharding import Mesh, PartitionSpec
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion import NoiseSchedule
+from catversion_jax.learned import Learned
 from catversion_jax.models.network import Network
 from catversion_jax.objective import DiffusionBatch, diffusion_loss
-from catversion_jax.residual import KVResidual
 from catversion_jax.sharding import CONCEPT_AXIS, DATA_AXIS
 from catversion_jax.training.state import (
     EVAL_STREAM,
     ORDER_STREAM,
+    TIMESTEP_STREAM,
     TRAIN_STREAM,
     ConceptData,
     TrainState,
@@ -69,14 +70,14 @@ def make_train_step(
             data, state.step, first_slot, local_batch, config, schedule.num_train_timesteps
         )
 
-        def loss_fn(residual: KVResidual) -> Array:
+        def loss_fn(residual: Learned) -> Array:
             loss = diffusion_loss(
                 residual,
                 text_encoder,
                 unet,
                 batch,
                 schedule,
-                first_layer=residual.layers[0],
+                first_layer=residual.first_layer,
                 snr_gamma=config.snr_gamma,
                 unmasked_weight=config.unmasked_weight,
             )
@@ -85,7 +86,7 @@ def make_train_step(
             return jax.lax.pmean(loss, DATA_AXIS) if splits_batch else loss
 
         loss, grads = jax.value_and_grad(loss_fn)(state.residual)
-        return apply_update(state, loss, grads, tx), loss
+        return apply_update(state, loss, grads, tx, config.ema_decay), loss
 
     def many_steps(
         state: TrainState,
@@ -119,7 +120,11 @@ def make_train_step(
 
 
 def apply_update(
-    state: TrainState, loss: Array, grads: KVResidual, tx: optax.GradientTransformation
+    state: TrainState,
+    loss: Array,
+    grads: Learned,
+    tx: optax.GradientTransformation,
+    ema_decay: float | None = None,
 ) -> TrainState:
     """One optimizer update of one concept.
 
@@ -132,10 +137,21 @@ def apply_update(
         finite &= jnp.all(jnp.isfinite(leaf))
     healthy = state.failed_step < 0
     keep = finite & healthy
-    new = TrainState(state.step + 1, residual, opt_state, state.failed_step)
+    average = None
+    if ema_decay is not None:
+        share = 1 - _decay_at(state.step, ema_decay)
+        average = jax.tree.map(lambda a, new: a + share * (new - a), state.average, residual)
+    new = TrainState(state.step + 1, residual, opt_state, state.failed_step, average)
     chosen = jax.tree.map(functools.partial(jnp.where, keep), new, state)
     failed = jnp.where(healthy & ~finite, state.step, state.failed_step)
-    return TrainState(chosen.step, chosen.residual, chosen.opt_state, failed)
+    return dataclasses.replace(chosen, failed_step=failed)
+
+
+def _decay_at(step: Int[Array, ""], decay: float) -> Array:
+    """Decay of the average in the update after ``step`` others: shorter at the start, so that the
+    start values are forgotten (diffusers' ``EMAModel``).
+    """
+    return jnp.where(step == 0, 0.0, jnp.minimum((1.0 + step) / (10.0 + step), decay))
 
 
 def sample_batch(
@@ -159,16 +175,40 @@ def sample_batch(
         mean, std = data.latent_mean[image, flipped], data.latent_std[image, flipped]
         latents = mean + std * jax.random.normal(rngs[1], mean.shape, jnp.float32)
         noise = jax.random.normal(rngs[2], mean.shape, jnp.float32)
-        timestep = jax.random.randint(rngs[3], (), 0, num_train_timesteps)
+        if config.timestep_sampling == "stratified":
+            timestep = _stratified_timestep(data, step, slot, config, num_train_timesteps)
+        else:
+            timestep = jax.random.randint(rngs[3], (), 0, num_train_timesteps)
         prompt = jax.random.randint(rngs[4], (), 0, data.num_prompts)
         hidden = data.text_hidden[prompt]
+        slots = None if data.slots is None else data.slots[prompt]
         if data.empty_hidden is not None:
             dropped = jax.random.bernoulli(rngs[5], config.caption_dropout)
             hidden = jnp.where(dropped, data.empty_hidden, hidden)
+            slots = None if slots is None else jnp.where(dropped, -1, slots)
         mask = None if data.mask is None else data.mask[image, flipped]
-        return DiffusionBatch(latents, noise, timestep, hidden, mask)
+        return DiffusionBatch(latents, noise, timestep, hidden, mask, slots)
 
     return jax.vmap(draw)(first_slot + jnp.arange(batch_size))
+
+
+def _stratified_timestep(
+    data: ConceptData,
+    step: Int[Array, ""],
+    slot: Int[Array, ""],
+    config: TrainConfig,
+    num_train_timesteps: int,
+) -> Int[Array, ""]:
+    """``t = N (slot + u) / n``: slot i of a batch of n draws from the i-th n-th of the schedule.
+
+    ``u`` starts at random and goes on by the golden ratio from step to step (modulo 1, as 32-bit
+    integers, which lose nothing): of all shifts the one that leaves the smallest gaps.
+    """
+    golden = jnp.uint32(2654435769)  # 2**32 (sqrt(5) - 1) / 2
+    start = jax.random.bits(jax.random.fold_in(data.rng, TIMESTEP_STREAM), (), jnp.uint32)
+    u = start + golden * step.astype(jnp.uint32)
+    within = ((u >> 16) * num_train_timesteps) >> 16
+    return (slot * num_train_timesteps + within.astype(jnp.int32)) // config.train_batch_size
 
 
 def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:
@@ -195,7 +235,7 @@ def make_eval_step(
     count = config.num_eval_samples
 
     def one_concept(
-        residual: KVResidual | None, data: ConceptData, text_encoder: Network, unet: Network
+        residual: Learned | None, data: ConceptData, text_encoder: Network, unet: Network
     ):
         rng = jax.random.fold_in(data.rng, EVAL_STREAM)
 
@@ -204,8 +244,12 @@ def make_eval_step(
             latents = data.latent_mean[image, 0]
             noise = jax.random.normal(jax.random.fold_in(rng, index), latents.shape, jnp.float32)
             timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * count)
-            hidden = data.text_hidden[index % data.num_prompts]
-            batch = DiffusionBatch(latents[None], noise[None], timestep[None], hidden[None])
+            prompt = index % data.num_prompts
+            hidden = data.text_hidden[prompt]
+            slots = None if data.slots is None else data.slots[prompt][None]
+            batch = DiffusionBatch(
+                latents[None], noise[None], timestep[None], hidden[None], slots=slots
+            )
             return diffusion_loss(
                 residual, text_encoder, unet, batch, schedule, first_layer=first_layer
             )
@@ -215,7 +259,7 @@ def make_eval_step(
         )
 
     def all_concepts(
-        residual: KVResidual | None, data: ConceptData, text_encoder: Network, unet: Network
+        residual: Learned | None, data: ConceptData, text_encoder: Network, unet: Network
     ):
         in_axes = (None if residual is None else 0, 0, None, None)
         return jax.vmap(one_concept, in_axes=in_axes)(residual, data, text_encoder, unet)

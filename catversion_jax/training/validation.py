@@ -11,8 +11,8 @@ from catversion_jax.concepts.prompts import fill_template
 from catversion_jax.config import TrainConfig
 from catversion_jax.grids import image_grid, save_png
 from catversion_jax.image_requests import ConceptUse, ImageRequest
+from catversion_jax.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.residual import KVResidual
 from catversion_jax.samplers import make_sampler
 from catversion_jax.sampling import SamplingSettings, generate
 from catversion_jax.training.pack import PreparedConcept
@@ -39,8 +39,8 @@ class SampleGrids:
             self._settings.sampler, backbone.noise_schedule, config.validation_inference_steps
         )
 
-    def write(self, path: Path, concept: PreparedConcept, residual: KVResidual, step: int) -> None:
-        """Write the grid of one concept, ``residual`` with leaves ``[L P N H]``."""
+    def write(self, path: Path, concept: PreparedConcept, residual: Learned, step: int) -> None:
+        """Write the grid of one concept, ``residual`` without a concept axis."""
         columns = [
             (
                 fill_template(

@@ -1,0 +1,32 @@
+"""Named sets of options, each with the origin of its values; ``config.py`` has the defaults."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+    {
+        "none": {},
+        # What differs from our defaults in RoyZhao926/CatVersion's configs and code.
+        "official": {
+            "logit_bias": 1.0,
+            "crop": "squash",
+            "mixed_precision": "no",
+            "seed": 23,
+            "when": "always",
+            "validation_guidance_scale": 10.0,
+        },
+        "textual_inversion": {
+            "method": "textual_inversion",
+            "init": "class_word",  # paper; diffusers' initializer_token
+            "instance_prompt": "object",  # paper and diffusers: neutral templates
+            "learning_rate": 5e-4,  # diffusers' README, without its --scale_lr
+            "lr_scheduler": "constant",  # diffusers' README
+            "adam_weight_decay": 1e-2,  # diffusers: at 5e-4 it shrinks a vector 0.5 % in 1000 steps
+            "max_train_steps": 3000,  # diffusers' README
+            "train_batch_size": 4,  # diffusers' README: 1, accumulated 4 times
+        },
+    }
+)

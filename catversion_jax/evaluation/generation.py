@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from catversion_jax.evaluation.subjects import Subject
 from catversion_jax.export import Concept, load_concept
 from catversion_jax.grids import read_metadata, save_png
 from catversion_jax.image_requests import ConceptUse, ImageRequest
+from catversion_jax.learned import named_arrays, settings_of
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.sampling import generate
 from catversion_jax.sampling_settings import SamplingSettings
@@ -162,7 +164,9 @@ def _metadata(
 
 
 def _residual_sha256(use: ConceptUse) -> str:
-    digest = hashlib.sha256(f"{use.residual.layers} {use.residual.logit_bias}".encode())
-    for leaf in (use.residual.key, use.residual.value):
+    """Of everything that was learned, whatever its kind."""
+    settings = json.dumps(settings_of(use.residual), sort_keys=True)
+    digest = hashlib.sha256(settings.encode())
+    for leaf in named_arrays(use.residual).values():
         digest.update(np.ascontiguousarray(np.asarray(leaf, "<f4")).tobytes())
     return digest.hexdigest()

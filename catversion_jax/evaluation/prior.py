@@ -8,7 +8,8 @@ Four kinds of images, drawn with the same seeds (folders of ``image_folders.py``
     prior    the concept forced on every prompt (``when=always``), other classes: how far images
              drift, and whether CLIP still finds their class among those of the run (zero-shot)
 
-A method without such a switch (DreamBooth, say) gives ``_plain`` and ``prior`` only.
+A method without such a switch (DreamBooth, say) gives ``_plain`` and ``prior`` only; Textual
+Inversion's vectors stand for the class word and cannot be forced, so it has no ``prior``.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ def plan_prior(
         if not others:
             continue
         add(own / "other", others[0], 0, concept_use(subject.concept))
+        if subject.concept.residual.num_slots is not None:
+            continue  # it stands for its class word, so it cannot act where that is not written
         for turn in range(num_images):
             word = others[turn % len(others)]
             add(own / "prior", word, turn, concept_use(subject.concept, when="always"))

@@ -66,7 +66,7 @@ def _mass_by_role(
     slots = np.stack([one.slots[0] for one in placed])
     mass = residual_attention_mass(backbone.text_encoder, ids, concept.residual, slots)
     by_token = np.asarray(mass).mean(axis=2)  # [L B T]
-    roles = token_roles(ids, slots)
+    roles = token_roles(ids, slots, _end_id(backbone))
     return np.stack(
         [
             by_token[:, roles == role].mean(axis=1)
@@ -78,29 +78,36 @@ def _mass_by_role(
     )
 
 
-def token_roles(ids: np.ndarray, slots: np.ndarray) -> np.ndarray:
+def token_roles(ids: np.ndarray, slots: np.ndarray, end_id: int) -> np.ndarray:
     """``[B T]``: the index in :data:`ROLES` of every token.
 
     Args:
-      ids: ``[B T]``; a row ends with its end token and padding, which may be the same id.
+      ids: ``[B T]``; padding may repeat the end token.
       slots: ``[B T]``, at least 0 on the class word's tokens.
+      end_id: of the end token.
     """
+    positions = np.arange(ids.shape[1])
     roles = np.empty(ids.shape, int)
-    for row, (tokens, word) in enumerate(zip(ids, slots, strict=True)):
-        # padding repeats the last id; the end token stands before it (or is the first of it)
-        tail = len(tokens) - 1
-        while tail > 0 and tokens[tail - 1] == tokens[-1]:
-            tail -= 1
-        positions = np.arange(len(tokens))
+    for row, (end, word) in enumerate(zip(end_positions(ids, end_id), slots, strict=True)):
         where = np.flatnonzero(word >= 0)
-        first, last = (where[0], where[-1]) if len(where) else (tail, tail)
+        first, last = (where[0], where[-1]) if len(where) else (end, end)
         roles[row] = ROLES.index("padding")
-        roles[row, positions == tail] = ROLES.index("end token")
-        roles[row, positions < tail] = ROLES.index("after the word")
-        roles[row, (positions <= last) & (positions < tail)] = ROLES.index("class word")
+        roles[row, positions == end] = ROLES.index("end token")
+        roles[row, positions < end] = ROLES.index("after the word")
+        roles[row, (positions <= last) & (positions < end)] = ROLES.index("class word")
         roles[row, positions < first] = ROLES.index("before the word")
         roles[row, 0] = ROLES.index("start token")
     return roles
+
+
+def end_positions(ids: np.ndarray, end_id: int) -> np.ndarray:
+    """``[B]``: where each row's prompt ends."""
+    return (ids == end_id).argmax(axis=1)
+
+
+def _end_id(backbone: Backbone) -> int:
+    """The empty prompt is start, end, padding."""
+    return int(backbone.tokenizer([""])[0][1])
 
 
 def class_shares(
@@ -110,7 +117,7 @@ def class_shares(
     templates = prompt_set.prompts
     texts = [prompt.filled(word) for word in classes for prompt in templates]
     ids = backbone.tokenizer(texts)
-    ends = [list(row).index(row[-1]) for row in ids]
+    ends = end_positions(ids, _end_id(backbone))
     rows = []
     for layer in range(backbone.num_text_layers + 1):
         hidden = np.asarray(backbone.text_encoder.call("lower", ids, layer), np.float64)

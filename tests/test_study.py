@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "study"))
 import analyses
 import arms
 import comparison
+import goals
 import page
 import run
 from dreambooth import DreamBooth, Settings
@@ -142,6 +143,22 @@ def test_drift_as_used_is_zero_only_where_images_were_identical():
 def test_one_concept_has_no_interval():
     found = comparison.plain(comparison.means({"c": {"overall": 0.5}}))
     assert found == {"overall": {"mean": 0.5, "low": None, "high": None}}
+
+
+def test_goals_hold_and_fail_by_their_thresholds():
+    def arm(overall, drift, samples=800):
+        figure = {"mean": overall, "low": overall - 0.01, "high": overall + 0.01}
+        spread = {"mean": drift, "low": drift, "high": drift}
+        mean = {"overall_masked": figure, "share_of_ceiling_masked": figure, "drift_forced": spread}
+        against = {"none": {"text_alignment_edit": {"mean": -0.06, "low": -0.07, "high": -0.05}}}
+        compute = {"samples_per_concept": samples}
+        return {"text": "X", "total": {"mean": mean, "against": against}, "compute": compute}
+
+    rows = goals.goals({"catversion": arm(0.86, 0.1), "dreambooth": arm(0.841, 0.31, 400)})
+    # intervals touch; more samples; 0.86 of the ceiling; 0.06 of text lost; a third of the drift
+    assert [holds for _, _, holds in rows] == [False, False, True, False, True]
+    assert rows[0][1] == "0.860 [0.850, 0.870] and 0.841 [0.831, 0.851]"
+    assert goals.goals({"dreambooth": arm(0.5, 0.1)}) == []
 
 
 # ---- analyses

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import QUESTIONS, ours, value_text
+from goals import goals
 from strips import write_strips
 
 from catversion_jax.atomic_files import make_folder, write_atomically
@@ -75,6 +76,7 @@ def page(results: Mapping[str, Any], analyses: Mapping[str, Any], strips: Sequen
         f"```bash\n{results['protocol']['command']}\npython tools/study/page.py OUT\n```",
         _protocol(results["protocol"]),
         DEFINITIONS,
+        *_goals(arms),
         *_methods(arms, results["real"]),
         *_pictures(strips),
         *_ablations(arms),
@@ -88,6 +90,12 @@ def page(results: Mapping[str, Any], analyses: Mapping[str, Any], strips: Sequen
 def _protocol(protocol: Mapping[str, Any]) -> str:
     shown = [f"{k.replace('_', ' ')}: {v}" for k, v in protocol.items() if k != "command"]
     return "\n".join(f"- {line}" for line in shown)
+
+
+def _goals(arms: Mapping[str, Any]) -> list[str]:
+    rows = [[claim, shown, "yes" if holds else "NO"] for claim, shown, holds in goals(arms)]
+    header = ["CatVersion (ours)", "figures", "holds"]
+    return ["## The goals, set beforehand", table(header, rows)] if rows else []
 
 
 def _methods(arms: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
@@ -143,8 +151,9 @@ def _pictures(strips: Sequence[str]) -> list[str]:
 def _ablations(arms: Mapping[str, Any]) -> list[str]:
     parts = [
         "## What matters",
-        "One option changed at a time; figures of the first seed"
-        " for every row, differences paired by concept with the row marked *.",
+        "One option changed at a time; figures of the first seed for every row, differences paired "
+        "by concept with the row marked *. Where rows have different numbers of concepts, only the "
+        "differences compare them.",
     ]
     for question, title in QUESTIONS.items():
         chosen = {name: arm for name, arm in arms.items() if arm["question"] == question}

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from catversion_jax.cli.example import write_toy_concepts
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from random_model import write_toy_concepts
 from test_train_cli import arguments, final_files
 from test_training_step import LAYERS, concept_data, config, distance
 from torch_reference import draw, relative_error

@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("catversion_jax").setLevel(logging.INFO)
+    # orbax also logs, with tracebacks of its threads, what it raises and we report
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         return module.run(args)
     except CatVersionError as error:

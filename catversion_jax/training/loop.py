@@ -171,9 +171,10 @@ class _Trainer:
                 pending.append(_Dispatched(step, num_steps, metrics, loss if evaluate else None))
                 if step % config.checkpointing_steps == 0 or step == total:
                     record_pending()  # what a checkpoint has seen is not done again
-                    checkpoints.save(step, state, records)
                     if step < total:
+                        # First: where it fails, no checkpoint is being written meanwhile.
                         self._export(prepared, state, step)
+                    checkpoints.save(step, state, records)
                 every = config.validation_steps if config.validation_prompt else None
                 if every and (step % every == 0 or step == total):
                     record_pending()

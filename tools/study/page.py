@@ -94,7 +94,7 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
 
 def _goals(arms: Mapping[str, Any]) -> list[str]:
     rows = [[claim, shown, "yes" if holds else "NO"] for claim, shown, holds in goals(arms)]
-    header = ["CatVersion (ours)", "figures", "holds"]
+    header = ["goal of CatVersion (ours)", "figures", "holds"]
     return ["## The goals, set beforehand", table(header, rows)] if rows else []
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from catversion_jax.assets import embedded_folder
 from catversion_jax.concept_report import ConceptReport, report_concept
 from catversion_jax.concepts import ConceptProblem, read_concepts
 from catversion_jax.concepts.fields import WHEN
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = None
     resolution = _SD_RESOLUTION if args.resolution is None else args.resolution
     if args.model is not None:
-        folder = Path(args.model)
+        folder = embedded_folder(args.model) or Path(args.model)
         if not folder.is_dir():
             raise CatVersionError(
                 f"--model {args.model}: not a folder. Give a model folder on disk, or leave it out."

@@ -169,12 +169,11 @@ class _Command:
     # ------------------------------------------------------------------ drawing
 
     def _load_model(self) -> Backbone:
-        import jax
 
         from catversion_jax.evaluation.generation import concept_use
         from catversion_jax.evaluation.subjects import recorded_model
         from catversion_jax.image_requests import check_concept
-        from catversion_jax.models.stable_diffusion import load_backbone
+        from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
 
         args = self.args
         name = args.model or recorded_model(self.source)
@@ -182,7 +181,7 @@ class _Command:
             raise CatVersionError(
                 f"{self.source}: does not say which model it was trained on. Give it with --model."
             )
-        dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype = args.dtype or default_dtype()
         backbone = load_backbone(name, revision=args.revision, variant=args.variant, dtype=dtype)
         for subject in self.subjects:
             if subject.concept is not None:

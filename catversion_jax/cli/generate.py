@@ -115,14 +115,12 @@ def run(args: argparse.Namespace) -> int:
         shelf.of_row(row)  # a wrong name or path shows before the model is loaded
     latents = None if args.latents is None else _read_latents(Path(args.latents))
 
-    import jax
-
     from catversion_jax.atomic_files import make_folder
     from catversion_jax.image_requests import check_concept
-    from catversion_jax.models.stable_diffusion import load_backbone
+    from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
 
     make_folder(Path(args.output_dir))
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = args.dtype or default_dtype()
     backbone = load_backbone(args.model, revision=args.revision, variant=args.variant, dtype=dtype)
     for concept, use in shelf.used():
         check_concept(backbone, use, concept.text_encoder_sha256, force=args.force)

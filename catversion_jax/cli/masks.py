@@ -117,12 +117,10 @@ def _maker(args: argparse.Namespace, settings: MaskSettings) -> tuple[MaskMaker,
         clipseg = load_clipseg(args.clipseg, threshold=threshold)
         return clipseg, clipseg.side
 
-    import jax
-
     from catversion_jax.cross_attention_masks import class_word_masks
-    from catversion_jax.models.stable_diffusion import load_backbone
+    from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
 
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = args.dtype or default_dtype()
     backbone = load_backbone(args.model, revision=args.revision, variant=args.variant, dtype=dtype)
     return (
         lambda pixels, words: class_word_masks(backbone, pixels, words, settings),

@@ -36,29 +36,21 @@ def run(args: argparse.Namespace) -> int:
     given = [f"{name}={vars(args)[name]}" for name, *_ in option_table() if name in vars(args)]
     config = load_config(args.config, [*args.overrides, *given])
     # Before jax is imported: the paths can be wrong, and that should show at once.
-    from catversion_jax.concepts import read_concepts
+    from catversion_jax.concepts import read_configured_concepts
 
-    concepts = read_concepts(
-        config.concepts,
-        base_class=config.base_class,
-        dataset_split=config.dataset_split,
-        image_column=config.image_column,
-        concept_column=config.concept_column,
-        base_class_column=config.base_class_column,
-        default_when=config.when,
-    )
+    concepts = read_configured_concepts(config)
     _announce(config, concepts)
     check_writable(Path(config.output_dir))
 
     import jax
 
-    from catversion_jax.models.stable_diffusion import load_backbone
+    from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
     from catversion_jax.sharding import make_mesh, replicated
     from catversion_jax.training.loop import train
 
     _use_compilation_cache(config)
     mesh = make_mesh(config.data_parallel)
-    dtype = _compute_dtype(config, jax.default_backend())
+    dtype = {"auto": default_dtype(), "bf16": "bfloat16", "no": "float32"}[config.mixed_precision]
     print(f"{jax.device_count()} device(s) of kind {jax.devices()[0].device_kind}, {dtype}")
     if dtype == "float32":
         # Accelerators would otherwise multiply float32 matrices with fewer bits.
@@ -105,13 +97,6 @@ def _report(config: TrainConfig, result: TrainResult) -> int:
     for name, reason in result.failures.items():
         print(f"  {name}: {reason.splitlines()[0]}", file=sys.stderr)
     return 3
-
-
-def _compute_dtype(config: TrainConfig, platform: str) -> str:
-    """Bfloat16 is emulated on CPUs, and slow there."""
-    if config.mixed_precision == "auto":
-        return "float32" if platform == "cpu" else "bfloat16"
-    return {"bf16": "bfloat16", "no": "float32"}[config.mixed_precision]
 
 
 def _use_compilation_cache(config: TrainConfig) -> None:

@@ -14,6 +14,7 @@ from catversion_jax.concepts.reading import (
     check_concept_name,
     concept_prompts,
     read_concepts,
+    read_configured_concepts,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "check_concept_name",
     "concept_prompts",
     "read_concepts",
+    "read_configured_concepts",
 ]

@@ -19,6 +19,7 @@ from catversion_jax.concepts.fields import prompts_field, random_flip_field, see
 from catversion_jax.concepts.files import ImageSource, list_images
 from catversion_jax.concepts.layouts import CONCEPT_FILES, Entry, read_entries
 from catversion_jax.concepts.prompts import fill_template, prompt_templates
+from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError, ConceptError
 
 KNOWN_KEYS = (
@@ -88,6 +89,19 @@ class ConceptList:
     concepts: tuple[ConceptSpec, ...]
     problems: tuple[ConceptProblem, ...] = ()
     skipped: tuple[str, ...] = ()
+
+
+def read_configured_concepts(config: TrainConfig) -> ConceptList:
+    """:func:`read_concepts` with what a run's options say."""
+    return read_concepts(
+        config.concepts,
+        base_class=config.base_class,
+        dataset_split=config.dataset_split,
+        image_column=config.image_column,
+        concept_column=config.concept_column,
+        base_class_column=config.base_class_column,
+        default_when=config.when,
+    )
 
 
 def read_concepts(

@@ -57,7 +57,7 @@ def plan_images(
     step: int | None = None,
     plain: bool = False,
 ) -> list[PlannedImage]:
-    """Every prompt and seed of every concept that has something learned.
+    """Every prompt and seed of every concept that has something learned; of all when ``plain``.
 
     Args:
       folder: receives ``<concept>/<prompt>_<seed>.png``.
@@ -73,9 +73,9 @@ def plan_images(
         concept = subject.concept
         if step is not None:
             concept = load_concept(subject.steps()[step]) if step in subject.steps() else None
-        if concept is None:
+        if concept is None and not plain:
             continue
-        uses = () if plain else (concept_use(concept),)
+        uses = () if plain or concept is None else (concept_use(concept),)
         for prompt in prompt_set.of(subject.base_class):
             text = prompt.filled(subject.base_class)
             planned += [

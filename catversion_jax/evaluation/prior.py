@@ -71,34 +71,68 @@ def plan_prior(
       seed: of the first round through the prompts.
       num_images: of kind ``prior`` for each concept.
     """
-    planned: dict[Path, PlannedImage] = {}
-
-    def add(kind: Path, base_class: str, turn: int, use: ConceptUse | None) -> None:
-        prompts = prompt_set.of(base_class)
-        text = prompts[turn % len(prompts)].filled(base_class)
-        number = seed + turn // len(prompts)
-        name = f"{slug(base_class)}--{image_name(text, number)}"
-        for path, uses in (
-            (kind / name, (use,) if use else ()),
-            (folder / PLAIN_FOLDER / name, ()),
-        ):
-            planned[path] = PlannedImage(path, ImageRequest(text, uses, number))
-
+    planned: list[PlannedImage] = []
     for subject in subjects:
         if subject.concept is None:
             continue
         own = folder / subject.name
-        add(own / "off", subject.base_class, 0, concept_use(subject.concept, scale=0.0))
+        off = concept_use(subject.concept, scale=0.0)
+        planned += _with_plain(folder, own / "off", prompt_set, subject.base_class, seed, 0, off)
         others = [word for word in classes if word != subject.base_class]
         if not others:
             continue
-        add(own / "other", others[0], 0, concept_use(subject.concept))
+        as_used = concept_use(subject.concept)
+        planned += _with_plain(folder, own / "other", prompt_set, others[0], seed, 0, as_used)
         if subject.concept.residual.num_slots is not None:
             continue  # it stands for its class word, so it cannot act where that is not written
-        for turn in range(num_images):
-            word = others[turn % len(others)]
-            add(own / "prior", word, turn, concept_use(subject.concept, when="always"))
-    return list(planned.values())
+        forced = concept_use(subject.concept, when="always")
+        planned += plan_drift(folder, subject, prompt_set, classes, seed, num_images, forced)
+    return list({image.path: image for image in planned}.values())
+
+
+def plan_drift(
+    folder: Path,
+    subject: Subject,
+    prompt_set: PromptSet,
+    classes: Sequence[str],
+    seed: int,
+    num_images: int,
+    use: ConceptUse | None,
+) -> list[PlannedImage]:
+    """The images of kind ``prior`` of one concept, and the plain ones beside them.
+
+    ``use`` is None where the concept is the model itself; other arguments as for
+    :func:`plan_prior`.
+    """
+    others = [word for word in classes if word != subject.base_class]
+    kind = folder / subject.name / "prior"
+    return [
+        image
+        for turn in range(num_images if others else 0)
+        for image in _with_plain(
+            folder, kind, prompt_set, others[turn % len(others)], seed, turn, use
+        )
+    ]
+
+
+def _with_plain(
+    folder: Path,
+    kind: Path,
+    prompt_set: PromptSet,
+    base_class: str,
+    seed: int,
+    turn: int,
+    use: ConceptUse | None,
+) -> list[PlannedImage]:
+    """One image, and the plain model's of the same name."""
+    prompts = prompt_set.of(base_class)
+    text = prompts[turn % len(prompts)].filled(base_class)
+    number = seed + turn // len(prompts)
+    name = f"{slug(base_class)}--{image_name(text, number)}"
+    return [
+        PlannedImage(kind / name, ImageRequest(text, (use,) if use else (), number)),
+        PlannedImage(folder / PLAIN_FOLDER / name, ImageRequest(text, (), number)),
+    ]
 
 
 def score_prior(

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.array_types import Int
-from catversion_jax.concepts import ConceptList, ImageSource, read_concepts
+from catversion_jax.concepts import ConceptList, ImageSource
 from catversion_jax.config import load_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.export import CONCEPT_FILE_NAME, Concept, concept_folders, load_concept
@@ -177,15 +177,7 @@ def _recorded_concepts(folder: Path) -> ConceptList:
         )
     config = load_config(path)
     try:
-        return read_concepts(
-            config.concepts,
-            base_class=config.base_class,
-            dataset_split=config.dataset_split,
-            image_column=config.image_column,
-            concept_column=config.concept_column,
-            base_class_column=config.base_class_column,
-            default_when=config.when,
-        )
+        return read_configured_concepts(config)
     except CatVersionError as error:
         raise CatVersionError(
             f"{error}\n{path} names {config.concepts!r} as the training images; where they lie "

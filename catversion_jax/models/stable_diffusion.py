@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from catversion_jax.diffusion import NoiseScheduleConfig
@@ -150,6 +151,11 @@ def _load_component(
         sharding=sharding,
         variant=variant,
     )
+
+
+def default_dtype() -> str:
+    """``float32`` on CPUs, where bfloat16 is emulated and slow; ``bfloat16`` on accelerators."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Network:

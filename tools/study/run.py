@@ -31,7 +31,7 @@ from catversion_jax.concepts import read_concepts
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.embedders import ClipEmbedder
 from catversion_jax.evaluation.prompts import load_prompt_set
-from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
 from catversion_jax.sampling_settings import SAMPLERS, SamplingSettings
 from catversion_jax.sharding import make_mesh, replicated
 
@@ -101,13 +101,11 @@ def make_study(args: argparse.Namespace) -> Study:
     cache = Path(args.compilation_cache).expanduser()
     make_folder(cache)
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu:
+    dtype = default_dtype()
+    if dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh()
-    backbone = load_backbone(
-        args.model, dtype="float32" if on_cpu else "bfloat16", sharding=replicated(mesh)
-    )
+    backbone = load_backbone(args.model, dtype=dtype, sharding=replicated(mesh))
     concepts = evenly_spread(read_concepts(args.concepts), args.max_concepts)
     protocol = Protocol(
         load_prompt_set(args.prompts),

@@ -36,13 +36,12 @@ from catversion_jax.evaluation.generation import (
     draw_missing,
     plan_images,
 )
-from catversion_jax.evaluation.image_folders import PLAIN_FOLDER, image_name, slug
-from catversion_jax.evaluation.prior import plan_prior, score_prior
+from catversion_jax.evaluation.image_folders import PLAIN_FOLDER
+from catversion_jax.evaluation.prior import plan_drift, plan_prior, score_prior
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.scoring import Scorer
 from catversion_jax.evaluation.subjects import Subject, read_references, read_run
-from catversion_jax.image_requests import ImageRequest
-from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.stable_diffusion import Backbone, default_dtype
 from catversion_jax.sampling_settings import SamplingSettings
 from catversion_jax.training.loop import train
 
@@ -180,8 +179,7 @@ class Study:
     def _plain(self, arm: Arm) -> tuple[list[Subject], dict[str, str]]:
         """The class word alone."""
         subjects = [Subject(s.name, s.base_class, s.images) for s in self.concepts_of(arm).concepts]
-        for subject in subjects:
-            self._draw(self.backbone, self._plan_without_concept(arm, subject, prior=False))
+        self._draw(self.backbone, self._plan_scored(arm, subjects))
         return subjects, {}
 
     def _train(self, arm: Arm) -> tuple[list[Subject], dict[str, str]]:
@@ -190,7 +188,6 @@ class Study:
         options = {**SHARED, **arm.options}
         if self.protocol.train_steps is not None:
             options["max_train_steps"] = self.protocol.train_steps
-        is_bf16 = jax.default_backend() != "cpu"
         config = make_config(
             {
                 **options,
@@ -198,7 +195,7 @@ class Study:
                 "pretrained_model_name_or_path": self.backbone.name,
                 "output_dir": str(run),
                 "resolution": self.backbone.default_resolution,
-                "mixed_precision": "bf16" if is_bf16 else "no",
+                "mixed_precision": "bf16" if default_dtype() == "bfloat16" else "no",
                 "concepts_per_device": self.protocol.concepts_per_device,
             }
         )
@@ -232,7 +229,6 @@ class Study:
         subjects = []
         for spec in self.concepts_of(arm).concepts:
             subject = Subject(spec.name, spec.base_class, spec.images)
-            planned = self._plan_without_concept(arm, subject, prior=True)
             subjects.append(subject)
             done = self.folder(arm) / "images" / subject.name / "DONE.json"
             if done.is_file() and json.loads(done.read_text()) == self.settings(arm):
@@ -243,11 +239,19 @@ class Study:
             with self._timed(arm, settings.steps * settings.batch_size, spec):
                 unet = method.fine_tune(spec, PROMPT.format(base_class=spec.base_class), settings)
             tuned = backbone_with(self.backbone, unet, f"{arm.name} of {spec.name}")
-            folder = self.folder(arm) / "images" / PLAIN_FOLDER
-            is_plain = [image.path.parent == folder for image in planned]
-            own = [i for i, plain in zip(planned, is_plain, strict=True) if not plain]
-            self._draw(tuned, own)
-            self._draw(self.backbone, [i for i, p in zip(planned, is_plain, strict=True) if p])
+            drift = plan_drift(
+                self.folder(arm) / "images",
+                subject,
+                self.protocol.prompt_set,
+                self.classes,
+                0,
+                self.protocol.num_prior_images,
+                None,
+            )
+            plain = [image for image in drift if image.path.parent.name == PLAIN_FOLDER]
+            own = [image for image in drift if image.path.parent.name != PLAIN_FOLDER]
+            self._draw(tuned, self._plan_scored(arm, [subject]) + own)
+            self._draw(self.backbone, plain)
             write_json(done, self.settings(arm))
         return subjects, {}
 
@@ -265,31 +269,10 @@ class Study:
 
     # ------------------------------------------------------------------ drawing
 
-    def _plan_without_concept(
-        self, arm: Arm, subject: Subject, *, prior: bool
-    ) -> list[PlannedImage]:
-        """The images of a method whose concept is the model itself, named as ``plan_images`` and
-        ``plan_prior`` name them.
-        """
-        images, prompt_set = self.folder(arm) / "images", self.protocol.prompt_set
-        planned = [
-            PlannedImage(
-                images / subject.name / image_name(text, seed), ImageRequest(text, (), seed)
-            )
-            for prompt in prompt_set.of(subject.base_class)
-            for seed in self.protocol.seeds_of(arm)
-            if (text := prompt.filled(subject.base_class))
-        ]
-        others = [word for word in self.classes if word != subject.base_class]
-        turns = range(self.protocol.num_prior_images if prior and others else 0)
-        for turn in turns:
-            word = others[turn % len(others)]
-            prompts = prompt_set.of(word)
-            text, seed = prompts[turn % len(prompts)].filled(word), turn // len(prompts)
-            name = f"{slug(word)}--{image_name(text, seed)}"
-            for folder in (images / subject.name / "prior", images / PLAIN_FOLDER):
-                planned.append(PlannedImage(folder / name, ImageRequest(text, (), seed)))
-        return planned
+    def _plan_scored(self, arm: Arm, subjects: Sequence[Subject]) -> list[PlannedImage]:
+        """The images of a method whose concept is the model itself."""
+        prompts, seeds = self.protocol.prompt_set, self.protocol.seeds_of(arm)
+        return plan_images(self.folder(arm) / "images", subjects, prompts, seeds, plain=True)
 
     def _draw(self, backbone: Backbone, planned: Sequence[PlannedImage]) -> None:
         """Draw what is missing; the plain model's images are drawn once for all arms."""

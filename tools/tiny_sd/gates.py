@@ -24,8 +24,9 @@ from pool import VALIDATION, Pool, load_pool
 from tokens import Tokens
 from train_clip import attributes
 from train_judge import accuracies, load_judge
+from train_unet import draw_captions
 from train_vae import psnr
-from training import to_pixels
+from training import generators, to_pixels
 from transformers import CLIPModel
 from world import CLASSES, COLOUR_NAMES, PLACE_NAMES, PLACES, SCENES, named_instances
 
@@ -56,9 +57,7 @@ def seen_captions(pool: Pool, steps: int, workers: int, batch: int, seed: int) -
     seen: set[str] = set()
     for step in range(steps):
         for worker in range(workers):
-            key = (seed * 1_000_003 + step) * 64 + worker
-            rows = np.random.default_rng(key).integers(0, pool.num_train, batch)
-            seen.update(pool.captions(rows, random.Random(key)))
+            seen.update(draw_captions(pool, generators(seed, step, worker), batch)[1])
     return seen
 
 

@@ -69,19 +69,21 @@ class Pool:
         return [caption(self._picture(row), rng) for row in rows]
 
     def _picture(self, row: int) -> Picture:
-        drawing, kind, first, second, place, style, name = self.labels[row].tolist()
-        colouring = Colouring(
-            KINDS[kind],
-            COLOUR_NAMES[first] if first >= 0 else "",
-            COLOUR_NAMES[second] if second >= 0 else "",
-        )
+        drawing, _, _, _, place, style, name = self.labels[row].tolist()
         return Picture(
             self.sprites.drawings[drawing],
-            colouring,
+            colouring_of(self.labels[row]),
             PLACE_NAMES[place],
             STYLES[style],
             self.names[name] if name >= 0 else "",
         )
+
+
+def colouring_of(labels: np.ndarray) -> Colouring:
+    """What one row of labels says of colours."""
+    _, kind, first, second, *_ = labels.tolist()
+    words = (COLOUR_NAMES[number] if number >= 0 else "" for number in (first, second))
+    return Colouring(KINDS[kind], *words)
 
 
 def load_pool(work: Path) -> Pool:
@@ -141,14 +143,9 @@ def _write_chunk(args: tuple[Path, int, int, int]) -> None:
     labels = np.load(work / "pool" / "labels.npy", mmap_mode="r+")
     for index in range(start, stop):
         row, rng = draw_labels(sprites, named, index, seed)
-        colouring = Colouring(
-            KINDS[row[1]],
-            COLOUR_NAMES[row[2]] if row[2] >= 0 else "",
-            COLOUR_NAMES[row[3]] if row[3] >= 0 else "",
-        )
         labels[index] = row
         images[index], _ = picture(
-            sprites, int(row[0]), colouring, PLACE_NAMES[row[4]], STYLES[row[5]], rng
+            sprites, int(row[0]), colouring_of(row), PLACE_NAMES[row[4]], STYLES[row[5]], rng
         )
 
 

@@ -57,6 +57,12 @@ def cached_latents(work: Path, pool: Pool) -> tuple[np.ndarray, float]:
     return latents, round(1 / float(np.std(latents[:20_000].astype(np.float32))), 5)
 
 
+def draw_captions(pool: Pool, batch: Batch, size: int) -> tuple[np.ndarray, list[str]]:
+    """The pictures of one step on one worker, and what is said of them."""
+    rows = batch.numpy.integers(0, pool.num_train, size)
+    return rows, pool.captions(rows, batch.python)
+
+
 def main() -> None:
     """Train."""
     args = arguments(__doc__, steps=7000, batch=32, lr=8e-4)
@@ -72,8 +78,7 @@ def main() -> None:
     alphas = DDPMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
 
     def loss_fn(batch: Batch) -> Loss:
-        rows = batch.numpy.integers(0, pool.num_train, args.batch)
-        captions = pool.captions(rows, batch.python)
+        rows, captions = draw_captions(pool, batch, args.batch)
         captions = ["" if batch.python.random() < 0.1 else text for text in captions]
         with torch.no_grad():
             text = text_encoder(

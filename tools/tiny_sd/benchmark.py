@@ -1,0 +1,83 @@
+"""Samples per second, forward and backward, in torch and in JAX: ``python benchmark.py``.
+
+Both sides hold the same networks; the best of four calls counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from train_unet import UNET
+from train_vae import make_vae
+
+from catversion_jax.models import unet, vae
+from catversion_jax.models.network import random_network
+
+UNET_BATCH, VAE_BATCH, TOKENS = 32, 16, 32
+
+
+def best(call: Callable[[], object], batch: int) -> float:
+    """Samples per second of the fastest of four calls, after one more."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return batch / min(seconds[1:])
+
+
+def torch_unet(config: dict) -> float:
+    """The denoiser in torch."""
+    network = UNet2DConditionModel(**config)
+    x = torch.randn(UNET_BATCH, 4, 16, 16)
+    text = torch.randn(UNET_BATCH, TOKENS, config["cross_attention_dim"])
+    t = torch.randint(0, 1000, (UNET_BATCH,))
+    return best(lambda: network(x, t, text).sample.square().mean().backward(), UNET_BATCH)
+
+
+def jax_unet(config: dict) -> float:
+    """The denoiser in JAX."""
+    config = {"_class_name": "UNet2DConditionModel", **config}
+    network = random_network(lambda rngs: unet.UNet2DConditionModel(config, rngs=rngs))
+    x = np.random.randn(UNET_BATCH, 16, 16, 4).astype(np.float32)
+    text = np.random.randn(UNET_BATCH, TOKENS, config["cross_attention_dim"]).astype(np.float32)
+    t = np.random.randint(0, 1000, (UNET_BATCH,))
+    step = jax.jit(jax.grad(lambda network: jnp.square(network(x, t, text)).mean()))
+    return best(lambda: jax.block_until_ready(step(network)), UNET_BATCH)
+
+
+def torch_vae() -> float:
+    """Encoder and decoder in torch."""
+    network = make_vae()
+    x = torch.randn(VAE_BATCH, 3, 64, 64)
+
+    def call() -> None:
+        y = network.decode(network.encode(x).latent_dist.sample()).sample
+        (y - x).square().mean().backward()
+
+    return best(call, VAE_BATCH)
+
+
+def jax_vae() -> float:
+    """Encoder and decoder in JAX."""
+    config = {"_class_name": "AutoencoderKL", **make_vae().config}
+    network = random_network(lambda rngs: vae.AutoencoderKL(config, rngs=rngs))
+    x = np.random.randn(VAE_BATCH, 64, 64, 3).astype(np.float32)
+
+    def loss(network: object) -> jax.Array:
+        mean, std = network.call("encode", x)
+        return jnp.square(network.call("decode", mean + std) - x).mean()
+
+    step = jax.jit(jax.grad(loss))
+    return best(lambda: jax.block_until_ready(step(network)), VAE_BATCH)
+
+
+if __name__ == "__main__":
+    print(f"UNet: torch {torch_unet(UNET):.0f}, jax {jax_unet(UNET):.0f} samples/s")
+    print(f"VAE: torch {torch_vae():.0f}, jax {jax_vae():.0f} samples/s")

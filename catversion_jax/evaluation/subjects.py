@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.array_types import Int
-from catversion_jax.concepts import ConceptList, ImageSource
+from catversion_jax.concepts import ConceptList, ImageSource, read_configured_concepts
 from catversion_jax.config import load_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.export import CONCEPT_FILE_NAME, Concept, concept_folders, load_concept

@@ -151,7 +151,9 @@ class TrainConfig:
     data_parallel: int = _option(
         1, "devices that share one concept's batch; the others hold other concepts"
     )
-    steps_per_dispatch: int = _option(10, "steps per call of the compiled program")
+    steps_per_dispatch: int | None = _option(
+        None, "steps per call of the compiled program; 10, on CPU 1, where a loop halves the speed"
+    )
     compilation_cache_dir: str | None = _option(
         "~/.cache/catversion/xla", "XLA's persistent compilation cache; null switches it off"
     )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.array_types import Array, Float, Int, Key
+from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.diffusion import NoiseSchedule, noise_schedule
 from catversion_jax.errors import CatVersionError
 from catversion_jax.mask_settings import MaskSettings
@@ -134,7 +135,7 @@ def _read_word(
     backbone: Backbone, base_class: str
 ) -> tuple[Float[np.ndarray, "T D"], Float[np.ndarray, " T"]]:
     """The prompt's text states, and the weight of its tokens: 1 / count on the class word's."""
-    prompt = PROMPT.format(base_class)
+    prompt = with_class_word(PROMPT, base_class)
     ids = backbone.tokenizer([prompt])[0]
     positions = backbone.tokenizer.word_positions(ids, base_class)
     if not positions:

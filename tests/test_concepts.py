@@ -305,6 +305,8 @@ def test_prompts_fill_both_placeholders_and_word_match_is_whole() -> None:
     assert concept_prompts(spec, ["a {} on a {base_class}"]) == (
         "a stuffed animal on a stuffed animal",
     )
+    owl = ConceptSpec("mine", "owl", ())
+    assert concept_prompts(owl, ["a {} on A {}", "a red {}"]) == ("an owl on An owl", "a red owl")
     assert concept_prompts(spec, "my Stuffed  Animal!") == ("my Stuffed Animal!",)
     with pytest.raises(ConceptError, match="does not contain"):
         concept_prompts(spec, "a stuffed animals")

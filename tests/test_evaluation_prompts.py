@@ -27,7 +27,7 @@ def test_shipped_sets():
     assert all(prompt.edit for prompt in bench.prompts + bench.live_prompts)
     tiny = load_prompt_set("tiny")
     assert len(tiny.of("owl")) == 12
-    assert tiny.of("owl")[0].filled("owl") == "a owl on the beach"
+    assert tiny.of("owl")[0].filled("owl") == "an owl on the beach"
     assert {p.edit for p in load_prompt_set("catversion").prompts} >= {"running in time square"}
 
 

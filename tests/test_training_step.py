@@ -143,6 +143,16 @@ def test_how_steps_are_dispatched_does_not_change_a_bit(
     assert np.isnan(metrics.losses[2:]).all()
 
 
+def test_one_step_a_call_learns_what_the_loop_learns(
+    backbone: Backbone, packed: TrainState
+) -> None:
+    options = config(steps_per_dispatch=1)
+    single, metrics = run(backbone, options, devices=1, dispatches=(1,) * 6)
+    assert distance(single.residual, packed.residual) < 1e-3
+    assert metrics.losses.shape == (1, NUM_CONCEPTS)
+    assert np.isfinite(metrics.losses).all()
+
+
 def test_a_concept_that_is_not_finite_stops_and_leaves_the_others_as_they_are(
     backbone: Backbone, packed: TrainState
 ) -> None:

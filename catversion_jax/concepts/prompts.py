@@ -32,6 +32,7 @@ TEMPLATE_SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 # letters, single digits, runs of anything else. Equal pieces give equal tokens.
 _PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_ARTICLE = re.compile(r"\b([Aa]) (?=\{)")
 
 
 def prompt_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
@@ -67,8 +68,16 @@ def contains_words(prompt: str, words: str) -> bool:
     )
 
 
+def with_class_word(template: str, base_class: str) -> str:
+    """The words in place of every ``{}`` or ``{base_class}``: "a {}" gives "a dog", "an owl"."""
+    template = " ".join(template.split())
+    if base_class[:1].lower() in set("aeiou"):
+        template = _ARTICLE.sub(r"\1n ", template)
+    return _PLACEHOLDER.sub(lambda _: base_class, template)
+
+
 def fill_template(template: str, base_class: str, *, where: str, needs_class_word: bool) -> str:
-    """Put the base class into ``{}`` or ``{base_class}``.
+    """``with_class_word``, with the mistakes of a user named.
 
     Args:
       template: a prompt, with or without placeholders.
@@ -85,7 +94,7 @@ def fill_template(template: str, base_class: str, *, where: str, needs_class_wor
         raise ConceptError(
             f"{where}: prompt {template!r}: the only placeholders are {{}} and {{base_class}}."
         )
-    prompt = " ".join(_PLACEHOLDER.sub(lambda _: base_class, template).split())
+    prompt = with_class_word(template, base_class)
     if needs_class_word and not contains_words(prompt, base_class):
         raise ConceptError(
             f"{where}: prompt {template!r} does not contain the base class {base_class!r}, so the "

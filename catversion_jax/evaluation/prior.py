@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from catversion_jax.concepts.files import children
+from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.evaluation.alignment import matched_cosines
 from catversion_jax.evaluation.embedders import ClipEmbedder
 from catversion_jax.evaluation.generation import PlannedImage, concept_use
@@ -148,7 +149,7 @@ def score_prior(
         return PriorScores(0, None, None, None, off, other)
     changed = clip.images([read_pixels(path) for path, _, _ in pairs])
     plain = clip.images([read_pixels(path) for _, path, _ in pairs])
-    words = clip.texts([ZERO_SHOT_PROMPT.format(word) for word in classes])
+    words = clip.texts([with_class_word(ZERO_SHOT_PROMPT, word) for word in classes])
     truth = np.array([number for _, _, number in pairs])
     return PriorScores(
         len(pairs),

@@ -46,7 +46,12 @@ from catversion_jax.training.state import (
     create_train_state,
     make_optimizer,
 )
-from catversion_jax.training.step import StepMetrics, make_eval_step, make_train_step
+from catversion_jax.training.step import (
+    StepMetrics,
+    make_eval_step,
+    make_train_step,
+    steps_per_dispatch,
+)
 from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
@@ -123,6 +128,7 @@ class _Trainer:
         self.max_prompts = max((len(record.prompts) for record in records.values()), default=1)
         schedule = noise_schedule(backbone.noise_schedule)
         self.tx = make_optimizer(config)
+        self.max_steps = steps_per_dispatch(config)
         self.train_step = make_train_step(schedule, self.tx, mesh, config)
         self.eval_step = make_eval_step(schedule, mesh, config, first_layer)
         self.grids = SampleGrids(backbone, config)
@@ -234,7 +240,7 @@ class _Trainer:
         if config.validation_steps:
             intervals.append(config.validation_steps)
         to_next = min(interval - step % interval for interval in intervals)
-        return min(config.steps_per_dispatch, to_next, config.max_train_steps - step)
+        return min(self.max_steps, to_next, config.max_train_steps - step)
 
     def _dispatch(
         self, state: TrainState, data: ConceptData, num_steps: int

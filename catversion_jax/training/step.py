@@ -1,8 +1,8 @@
 """The compiled programs of training: many steps of many concepts, and their evaluation losses.
 
-Per device: ``fori_loop`` over steps, inside it ``vmap`` over the device's concepts, inside it one
-concept's gradient step. ``shard_map`` spreads that over the (concept, data) mesh. Frozen networks
-are arguments: XLA would fold closed-over weights into the program as constants.
+Per device: a loop over the steps of a dispatch, inside it ``vmap`` over the device's concepts,
+inside it one concept's gradient step. ``shard_map`` spreads that over the (concept, data) mesh.
+Frozen networks are arguments: XLA would fold closed-over weights into the program as constants.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from catversion_jax.training.state import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What one dispatch reports to the host; nothing else leaves the device inside the loop.
+    """What one dispatch reports to the host; nothing else leaves the device.
 
     Attributes:
       losses: ``[steps_per_dispatch C]`` float32, NaN in the rows that were not run.
@@ -51,15 +51,27 @@ class StepMetrics:
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
+def steps_per_dispatch(config: TrainConfig) -> int:
+    """Steps of one call of the compiled program: the option, or what suits the platform.
+
+    On CPU one, without a loop: inside a loop XLA gives the convolutions of the backward pass a
+    kernel layout that its fast implementation does not take.
+    """
+    if config.steps_per_dispatch is not None:
+        return config.steps_per_dispatch
+    return 1 if jax.default_backend() == "cpu" else 10
+
+
 def make_train_step(
     schedule: NoiseSchedule, tx: optax.GradientTransformation, mesh: Mesh, config: TrainConfig
 ) -> TrainStep:
     """Compile-once ``(state, data, text_encoder, unet, num_steps) -> (state, metrics)``.
 
-    ``state`` is donated. ``num_steps`` is traced: any number up to ``config.steps_per_dispatch``
-    runs without recompiling.
+    ``state`` is donated. ``num_steps`` is traced: any number up to :func:`steps_per_dispatch` runs
+    without recompiling.
     """
     local_batch = config.train_batch_size // config.data_parallel
+    max_steps = steps_per_dispatch(config)
     # Without a split batch nothing may mention the data axis: even a sum over one device is a
     # collective.
     splits_batch = config.data_parallel > 1
@@ -96,6 +108,9 @@ def make_train_step(
         num_steps: Int[Array, ""],
     ):
         all_concepts = jax.vmap(one_concept, in_axes=(0, 0, None, None))
+        if max_steps == 1:
+            state, loss = all_concepts(state, data, text_encoder, unet)
+            return state, StepMetrics(loss[None], state.failed_step)
 
         def body(index: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, losses = carry
@@ -103,7 +118,7 @@ def make_train_step(
             return state, losses.at[index].set(loss)
 
         # Derived from the state, so that it varies over the mesh as the losses do.
-        empty = jnp.full((config.steps_per_dispatch, 1), jnp.nan, jnp.float32) + 0.0 * state.step
+        empty = jnp.full((max_steps, 1), jnp.nan, jnp.float32) + 0.0 * state.step
         state, losses = jax.lax.fori_loop(0, num_steps, body, (state, empty))
         return state, StepMetrics(losses, state.failed_step)
 

@@ -17,7 +17,7 @@ same for every class: how far a change of that layer alone reaches into the imag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from comparison import interval, plain
 
 from catversion_jax.array_types import Float
 from catversion_jax.attention_mass import residual_attention_mass
+from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.evaluation.alignment import matched_cosines
 from catversion_jax.evaluation.embedders import ClipEmbedder
 from catversion_jax.evaluation.prompts import PromptSet
@@ -142,8 +143,8 @@ def image_changes(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Equation (2) of every layer, means over classes."""
-    texts = [f"a {word}" for word in classes]
-    draw = _drawer(backbone, clip, settings, texts, seed)
+    texts = [with_class_word("a {}", word) for word in classes]
+    draw = _drawer(backbone, clip, settings, dict(zip(classes, texts, strict=True)), seed)
     plain_images = draw(lambda word: ())
     rows = []
     for layer in range(backbone.num_text_layers):
@@ -158,11 +159,11 @@ def _drawer(
     backbone: Backbone,
     clip: ClipEmbedder,
     settings: SamplingSettings,
-    texts: Sequence[str],
+    texts: Mapping[str, str],
     seed: int,
 ) -> Callable[[Callable[[str], tuple[ConceptUse, ...]]], np.ndarray]:
     def draw(uses: Callable[[str], tuple[ConceptUse, ...]]) -> np.ndarray:
-        requests = [ImageRequest(text, uses(text.removeprefix("a ")), seed) for text in texts]
+        requests = [ImageRequest(text, uses(word), seed) for word, text in texts.items()]
         return clip.images(list(generate(backbone, requests, settings).images))
 
     return draw

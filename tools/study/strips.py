@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.concepts import read_concepts
+from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.evaluation.image_folders import image_name, read_pixels
 from catversion_jax.grids import image_grid, save_png
 from catversion_jax.images import decode_upright
@@ -67,4 +68,4 @@ def _prompts(prompt_set: Mapping[str, Any], base_class: str) -> list[str]:
     """The first prompts of a class, filled in."""
     live = base_class in prompt_set["live_classes"]
     rows = prompt_set["live_prompts" if live else "prompts"]
-    return [row["template"].replace("{}", base_class) for row in rows[:PROMPTS_SHOWN]]
+    return [with_class_word(row["template"], base_class) for row in rows[:PROMPTS_SHOWN]]

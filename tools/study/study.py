@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from catversion_jax.atomic_files import make_folder, write_atomically
 from catversion_jax.concepts import ConceptList, ConceptSpec
+from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.config import make_config
 from catversion_jax.cross_attention_masks import class_word_masks
 from catversion_jax.errors import CatVersionError
@@ -237,7 +238,7 @@ class Study:
                 str(self.backbone.folder), self.backbone.default_resolution
             )
             with self._timed(arm, settings.steps * settings.batch_size, spec):
-                unet = method.fine_tune(spec, PROMPT.format(base_class=spec.base_class), settings)
+                unet = method.fine_tune(spec, with_class_word(PROMPT, spec.base_class), settings)
             tuned = backbone_with(self.backbone, unet, f"{arm.name} of {spec.name}")
             drift = plan_drift(
                 self.folder(arm) / "images",

@@ -52,12 +52,13 @@ def draw(pipe: StableDiffusionPipeline, prompts: list[str], seed: int = 0) -> to
     return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).float() * 2 - 1
 
 
-def seen_captions(pool: Pool, steps: int, workers: int, batch: int, seed: int) -> set[str]:
-    """Every caption of the denoiser's training, replayed."""
+def seen_captions(pool: Pool, sittings: list[list[int]], workers: int) -> set[str]:
+    """Every caption of the denoiser's training, replayed: (seed, steps, batch) of each sitting."""
     seen: set[str] = set()
-    for step in range(steps):
-        for worker in range(workers):
-            seen.update(draw_captions(pool, generators(seed, step, worker), batch)[1])
+    for seed, steps, batch in sittings:
+        for step in range(steps):
+            for worker in range(workers):
+                seen.update(draw_captions(pool, generators(seed, step, worker), batch)[1])
     return seen
 
 
@@ -139,7 +140,15 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--trained_steps", type=int, default=0, help="of train_unet.py")
+    parser.add_argument(
+        "--sitting",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("SEED", "STEPS", "BATCH"),
+        default=[],
+        help="how train_unet.py was run, once for each run",
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--count", type=int, default=256, help="captions to draw")
     args = parser.parse_args()
@@ -153,7 +162,7 @@ def main() -> None:
     started = time.perf_counter()
     draw(pipe, ["a cat on the beach"])
     report: dict = {"seconds_per_image_alone": time.perf_counter() - started}
-    seen = seen_captions(pool, args.trained_steps, args.workers, 32, 0)
+    seen = seen_captions(pool, args.sitting, args.workers)
     report["attributes"], images, prompts, rows = attribute_scores(
         pipe, pool, judge, seen, args.count
     )

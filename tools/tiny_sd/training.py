@@ -75,7 +75,7 @@ def train(
     path, device = args.work / f"{name}.pt", torch.device(args.device)
     model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
-    tx = torch.optim.AdamW(params, lr=args.lr, betas=betas, weight_decay=weight_decay)
+    tx = torch.optim.AdamW(params, lr=args.lr, betas=betas, weight_decay=weight_decay, fused=True)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     step = 0
     if path.exists():

@@ -68,7 +68,8 @@ def plan_prior(
       folder: the images folder.
       subjects: those without a concept are left out.
       prompt_set: whose prompts are used, in turn.
-      classes: the class words; a concept's others are drawn in turn.
+      classes: the class words; a concept's others are drawn in turn, from the one after its own
+        on, so that many concepts test all of them.
       seed: of the first round through the prompts.
       num_images: of kind ``prior`` for each concept.
     """
@@ -79,7 +80,7 @@ def plan_prior(
         own = folder / subject.name
         off = concept_use(subject.concept, scale=0.0)
         planned += _with_plain(folder, own / "off", prompt_set, subject.base_class, seed, 0, off)
-        others = [word for word in classes if word != subject.base_class]
+        others = _others(classes, subject.base_class)
         if not others:
             continue
         as_used = concept_use(subject.concept)
@@ -105,7 +106,7 @@ def plan_drift(
     ``use`` is None where the concept is the model itself; other arguments as for
     :func:`plan_prior`.
     """
-    others = [word for word in classes if word != subject.base_class]
+    others = _others(classes, subject.base_class)
     kind = folder / subject.name / "prior"
     return [
         image
@@ -114,6 +115,13 @@ def plan_drift(
             folder, kind, prompt_set, others[turn % len(others)], seed, turn, use
         )
     ]
+
+
+def _others(classes: Sequence[str], base_class: str) -> list[str]:
+    """All but one, beginning after it."""
+    start = classes.index(base_class) + 1 if base_class in classes else 0
+    turned = [*classes[start:], *classes[:start]]
+    return [word for word in turned if word != base_class]
 
 
 def _with_plain(

@@ -114,13 +114,13 @@ def _end_id(backbone: Backbone) -> int:
 def class_shares(
     backbone: Backbone, classes: Sequence[str], prompt_set: PromptSet
 ) -> list[dict[str, Any]]:
-    """Equation (1) after every layer; layer -1 is the embeddings."""
+    """Equation (1) after every layer."""
     templates = prompt_set.prompts
     texts = [prompt.filled(word) for word in classes for prompt in templates]
     ids = backbone.tokenizer(texts)
     ends = end_positions(ids, _end_id(backbone))
     rows = []
-    for layer in range(backbone.num_text_layers + 1):
+    for layer in range(1, backbone.num_text_layers + 1):
         hidden = np.asarray(backbone.text_encoder.call("lower", ids, layer), np.float64)
         states = hidden[np.arange(len(ids)), ends].reshape(len(classes), len(templates), -1)
         rows.append({"layer": layer - 1, **_interval_of(class_share(states).tolist())})

@@ -44,7 +44,7 @@ INVERSION: Mapping[str, Any] = {
     "max_train_steps": 400,
     "train_batch_size": 2,
 }
-DREAMBOOTH: Mapping[str, Any] = {"learning_rate": 5e-5, "steps": 200, "batch_size": 2}
+DREAMBOOTH: Mapping[str, Any] = {"learning_rate": 2e-5, "steps": 400, "batch_size": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +137,11 @@ def make_arms(num_layers: int) -> dict[str, Arm]:
             options={**INVERSION, "num_positions": 1, option: value},
         )
         for option, values in {
-            "learning_rate": (1e-3, 3e-3, 3e-2),
+            "learning_rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
             "max_train_steps": (200, 800),
         }.items()
         for value in values
+        if value != INVERSION[option]
     ]
     arms += [
         Arm(
@@ -150,8 +151,12 @@ def make_arms(num_layers: int) -> dict[str, Arm]:
             "dreambooth",
             {**DREAMBOOTH, option: value},
         )
-        for option, values in {"learning_rate": (1e-5, 2e-5, 2e-4), "steps": (100, 400)}.items()
+        for option, values in {
+            "learning_rate": (5e-6, 1e-5, 2e-5, 5e-5, 1e-4),
+            "steps": (100, 200, 800),
+        }.items()
         for value in values
+        if value != DREAMBOOTH[option]
     ]
     return {arm.name: arm for arm in arms}
 
@@ -195,7 +200,7 @@ def _methods() -> list[Arm]:
 
 def _layers(num_layers: int) -> list[Arm]:
     choices = [str(layer) for layer in range(num_layers)]
-    choices += [f"last{count}" for count in (1, 2, 3) if count < num_layers] + ["all"]
+    choices += [f"last{count}" for count in (2, 3) if count < num_layers] + ["all"]
     return [_changed("layers", choice) for choice in choices if choice != ours("layers")]
 
 

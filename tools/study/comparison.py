@@ -29,6 +29,7 @@ METRICS = (
     "drift_as_used",
     "drift_forced",
     "class_kept",
+    "class_kept_plain",
 )
 CEILING = "share_of_ceiling_masked"
 AGAINST = ("textual_inversion", "textual_inversion_4", "dreambooth", "none")
@@ -83,6 +84,7 @@ def concept_figures(record: Mapping[str, Any], images: str) -> dict[str, float |
     figures["drift_forced"] = prior.get("drift")
     figures["drift_as_used"] = 0.0 if prior.get("other_identical") else prior.get("drift")
     figures["class_kept"] = prior.get("class_kept")
+    figures["class_kept_plain"] = prior.get("class_kept_plain")
     masked, ceiling = scores["image_alignment_masked"], real["image_alignment_masked"]
     figures[CEILING] = None if masked is None or not ceiling else masked / ceiling
     return figures

@@ -3,7 +3,8 @@
 The whole UNet is fine-tuned on a concept's images with the prompt that calls it; text encoder and
 VAE stay frozen. As everywhere in the study a concept is called by its class word, so there is no
 rare token, and no prior-preservation term: it would show plain images of the class under the very
-prompt that is to show the concept.
+prompt that is to show the concept. Images come in shuffled epochs, timesteps stratified over the
+batch and the learning rate falls along a cosine, as for the other methods.
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ class DreamBooth:
         optimizer = torch.optim.AdamW(
             unet.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+        count = settings.steps * settings.batch_size
+        epochs = torch.cat([torch.randperm(len(mean)) for _ in range(-(-count // len(mean)))])
         unet.train()
-        for _ in range(settings.steps):
-            image = torch.randint(len(mean), (settings.batch_size,))
+        for image in epochs[:count].split(settings.batch_size):
             side = (torch.rand(settings.batch_size) < flip).long()
             clean = mean[image, side] + std[image, side] * torch.randn_like(mean[image, side])
             loss = self._loss(unet, clean, text)
@@ -68,6 +71,7 @@ class DreamBooth:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)  # as diffusers' script
             optimizer.step()
+            decay.step()
         return unet.eval()
 
     def _loss(
@@ -75,8 +79,8 @@ class DreamBooth:
     ) -> torch.Tensor:
         schedule = self.schedule
         noise = torch.randn_like(clean)
-        timesteps = torch.randint(schedule.config.num_train_timesteps, (len(clean),))
-        timesteps = timesteps.to(self.device)
+        places = (torch.arange(len(clean)) + torch.rand(len(clean))) / len(clean)
+        timesteps = (places * schedule.config.num_train_timesteps).long().to(self.device)
         noisy = schedule.add_noise(clean, noise, timesteps)
         predicted = unet(noisy, timesteps, text.expand(len(clean), -1, -1)).sample
         target = noise

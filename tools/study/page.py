@@ -33,6 +33,7 @@ PRIOR_COLUMNS = {
     "drift_as_used": "drift, as used",
     "drift_forced": "drift, forced",
     "class_kept": "class kept, forced",
+    "class_kept_plain": "class kept, plain model",
     "copied": "copies",
 }
 ABLATION_COLUMNS = {
@@ -56,9 +57,11 @@ with and without the concept, same seed; *as used*: a concept acts on prompts th
 class word, so prompts of other classes are bit-identical (drift 0, checked); *forced*: the
 concept made to act on them all the same, the harder test. Textual Inversion's vectors stand for
 the class word and cannot be forced. *Copies*: share of images nearer to one training image than
-training images are to each other. Brackets are 95 % intervals, bootstrapped over concepts. Every
-arm draws the same prompts from the same noise; differences are paired by concept, so their
-intervals are narrower than those of the means suggest."""
+training images are to each other. Masks of generated images are made from attention, those of the
+real images are true, so that the share of the ceiling is on the low side for every arm. Brackets
+are 95 % intervals, bootstrapped over concepts. Every arm draws the same prompts from the same
+noise; differences are paired by concept, so their intervals are narrower than those of the means
+suggest."""
 
 
 def page(results: Mapping[str, Any], analyses: Mapping[str, Any], strips: Sequence[str]) -> str:
@@ -208,10 +211,7 @@ def _density(analyses: Mapping[str, Any]) -> list[str]:
         "as large as the layer's own keys and values, concatenated at that layer alone. Plain "
         "model, no concept; intervals over classes."
     )
-    body = [
-        ["embeddings" if layer < 0 else str(layer), _cell(row), _cell(changes.get(layer))]
-        for layer, row in shares.items()
-    ]
+    body = [[str(layer), _cell(row), _cell(changes.get(layer))] for layer, row in shares.items()]
     title = "## Where in the encoder features are dense"
     return [title, text, table(["layer", "class share", "image change"], body)]
 
@@ -250,7 +250,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--pictures", type=int, default=4, help="concepts shown [4]")
     args = parser.parse_args(argv)
     try:
-        results, analyses = (_read(args.out / f"{n}.json") for n in ("results", "analyses"))
+        results = _read(args.out / "results.json")
+        path = args.out / "analyses.json"
+        analyses = _read(path) if path.is_file() else {}
         folder = args.docs / "images"
         make_folder(folder)
         strips = write_strips(args.out, folder, results["arms"], args.pictures)

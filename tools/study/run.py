@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import logging
 import os
 import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,8 @@ def make_study(args: argparse.Namespace) -> Study:
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh()
     backbone = load_backbone(args.model, dtype=dtype, sharding=replicated(mesh))
-    concepts = evenly_spread(read_concepts(args.concepts), args.max_concepts)
+    all_concepts = read_concepts(args.concepts)
+    concepts = evenly_spread(all_concepts, args.max_concepts)
     protocol = Protocol(
         load_prompt_set(args.prompts),
         args.seeds,
@@ -125,6 +128,7 @@ def make_study(args: argparse.Namespace) -> Study:
         args.out,
         backbone,
         ClipEmbedder(args.clip or backbone.folder / "clip"),
+        all_concepts,
         concepts,
         evenly_spread(concepts, args.ablation_concepts),
         protocol,
@@ -171,6 +175,14 @@ def write_results(study: Study, contents: dict[str, Any], command: str) -> None:
     write_atomically(study.out / "results.csv", as_csv(found).encode())
 
 
+def full_command(argv: Sequence[str]) -> str:
+    """What makes all of the results, however many times ``--only`` was used on the way."""
+    words = list(argv)
+    if "--only" in words:
+        del words[words.index("--only") : words.index("--only") + 2]
+    return shlex.join(["python", "tools/study/run.py", *words])
+
+
 def as_csv(found: dict[str, Any]) -> str:
     """One line for each arm, set of images, figure, and arm it is compared with."""
     text = io.StringIO()
@@ -199,19 +211,21 @@ def machine() -> str:
 
 
 def write_analyses(study: Study) -> None:
-    """``analyses.json``: attention mass of the main arms, and where features are dense."""
-    prompt_set, mass = study.protocol.prompt_set, {}
+    """``analyses.json``: where features are dense, and the attention mass of the main arms."""
+    prompt_set, path = study.protocol.prompt_set, study.out / "analyses.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    of_model: dict[str, Any] = {"weights_sha256": study.weights}
+    if known.get("weights_sha256") != study.weights:
+        of_model["class_share"] = class_shares(study.backbone, study.classes, prompt_set)
+        of_model["image_change"] = image_changes(
+            study.backbone, study.scorer.clip, study.classes, study.protocol.sampling
+        )
+    mass = {}
     for arm in ("catversion", "catversion_official", "layers=all"):
         run = study.out / "arms" / arm / "run"
         if run.is_dir():
             mass[arm] = attention_mass(study.backbone, run, prompt_set)
-    density = {
-        "class_share": class_shares(study.backbone, study.classes, prompt_set),
-        "image_change": image_changes(
-            study.backbone, study.scorer.clip, study.classes, study.protocol.sampling
-        ),
-    }
-    write_json(study.out / "analyses.json", {"attention_mass": mass, **density})
+    write_json(path, {**known, **of_model, "attention_mass": mass})
 
 
 def main(argv: list[str]) -> int:
@@ -224,12 +238,15 @@ def main(argv: list[str]) -> int:
         write_json(args.out / "source.json", {"concepts": args.concepts})
         arms = chosen_arms(args.only, study.backbone.num_text_layers)
         contents = finished(study)
-        for number, arm in enumerate(arms, start=1):
-            started = time.perf_counter()
-            logger.info("arm %d of %d: %s", number, len(arms), arm.name)
-            contents[arm.name] = study.run(arm)
-            logger.info("%s: %.0f s", arm.name, time.perf_counter() - started)
-            write_results(study, contents, shlex.join(["python", "tools/study/run.py", *argv]))
+        try:
+            for number, arm in enumerate(arms, start=1):
+                started = time.perf_counter()
+                logger.info("arm %d of %d: %s", number, len(arms), arm.name)
+                contents[arm.name] = study.run(arm)
+                logger.info("%s: %.0f s", arm.name, time.perf_counter() - started)
+        finally:  # what is done is written, also when the rest was stopped
+            if contents:
+                write_results(study, contents, full_command(argv))
         write_analyses(study)
     except CatVersionError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,12 +26,12 @@ from arms import PROMPT, SHARED, Arm, base_of
 from jax.sharding import Mesh
 
 from catversion_jax.atomic_files import make_folder, write_atomically
-from catversion_jax.concepts import ConceptList, ConceptSpec
+from catversion_jax.concepts import ConceptList
 from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.config import make_config
 from catversion_jax.cross_attention_masks import class_word_masks
 from catversion_jax.errors import CatVersionError
-from catversion_jax.evaluation.embedders import ClipEmbedder
+from catversion_jax.evaluation.embedders import ClipEmbedder, folder_sha256
 from catversion_jax.evaluation.generation import (
     PlannedImage,
     draw_missing,
@@ -48,7 +48,7 @@ from catversion_jax.training.loop import train
 
 logger = logging.getLogger("study")
 
-_DECIDE_TRAINING = ("kind", "options", "train_steps", "model", "text_encoder_sha256")
+_DECIDE_TRAINING = ("kind", "options", "train_steps", "model", "weights_sha256")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Study:
         out: Path,
         backbone: Backbone,
         clip: ClipEmbedder,
+        all_concepts: ConceptList,
         concepts: ConceptList,
         ablation_concepts: ConceptList,
         protocol: Protocol,
@@ -91,7 +92,11 @@ class Study:
         source: str,
     ):
         self.out, self.backbone, self.protocol, self.mesh = out, backbone, protocol, mesh
-        self.concepts, self.ablation_concepts, self.source = concepts, ablation_concepts, source
+        self.all_concepts, self.source = all_concepts, source
+        self.concepts, self.ablation_concepts = concepts, ablation_concepts
+        # of everything that draws
+        parts = ("text_encoder", "unet", "vae")
+        self.weights = {part: folder_sha256(backbone.folder / part) for part in parts}
         masker = functools.partial(class_word_masks, backbone)
         self.scorer = Scorer(clip, protocol.prompt_set, masker=masker)
         subjects = [Subject(s.name, s.base_class, s.images) for s in concepts.concepts]
@@ -154,7 +159,7 @@ class Study:
             "train_steps": protocol.train_steps,
             "concepts": [spec.name for spec in self.concepts_of(arm).concepts],
             "model": self.backbone.name,
-            "text_encoder_sha256": self.backbone.text_encoder_sha256,
+            "weights_sha256": self.weights,
             "clip_sha256": self.scorer.clip.sha256,
             "prompt_set": dataclasses.asdict(protocol.prompt_set),
             "seeds": list(protocol.seeds_of(arm)),
@@ -200,21 +205,23 @@ class Study:
                 "concepts_per_device": self.protocol.concepts_per_device,
             }
         )
-        with self._timed(arm, config.max_train_steps * config.train_batch_size):
+        samples = config.max_train_steps * config.train_batch_size
+        with self._timed(arm, samples, "all", len(concepts.concepts)):
             result = train(config, self.backbone, concepts, self.mesh)
-        subjects = read_run(run, concepts) if result.finished else []
+        subjects = read_run(run, self.all_concepts) if result.finished else []
         subjects = [s for s in subjects if s.name in result.finished]
         seeds = self.protocol.seeds_of(arm)
         images = self.folder(arm) / "images"
         planned = plan_images(images, subjects, self.protocol.prompt_set, seeds)
-        planned += plan_prior(
-            images,
-            subjects,
-            self.protocol.prompt_set,
-            self.classes,
-            0,
-            self.protocol.num_prior_images,
-        )
+        if arm.is_main:  # the ablations' tables do not show it
+            planned += plan_prior(
+                images,
+                subjects,
+                self.protocol.prompt_set,
+                self.classes,
+                0,
+                self.protocol.num_prior_images,
+            )
         self._draw(self.backbone, planned)
         return subjects, dict(result.failures)
 
@@ -237,7 +244,7 @@ class Study:
             method = method or DreamBooth(
                 str(self.backbone.folder), self.backbone.default_resolution
             )
-            with self._timed(arm, settings.steps * settings.batch_size, spec):
+            with self._timed(arm, settings.steps * settings.batch_size, spec.name, 1):
                 unet = method.fine_tune(spec, with_class_word(PROMPT, spec.base_class), settings)
             tuned = backbone_with(self.backbone, unet, f"{arm.name} of {spec.name}")
             drift = plan_drift(
@@ -246,7 +253,7 @@ class Study:
                 self.protocol.prompt_set,
                 self.classes,
                 0,
-                self.protocol.num_prior_images,
+                self.protocol.num_prior_images if arm.is_main else 0,
                 None,
             )
             plain = [image for image in drift if image.path.parent.name == PLAIN_FOLDER]
@@ -276,8 +283,15 @@ class Study:
         return plan_images(self.folder(arm) / "images", subjects, prompts, seeds, plain=True)
 
     def _draw(self, backbone: Backbone, planned: Sequence[PlannedImage]) -> None:
-        """Draw what is missing; the plain model's images are drawn once for all arms."""
-        shared = self.out / "plain"
+        """Draw what is missing, remove what is no longer asked for; the plain model's images are
+        drawn once for all arms.
+        """
+        wanted = {image.path for image in planned}
+        for folder in {path.parent for path in wanted if path.parent.name != PLAIN_FOLDER}:
+            for path in folder.glob("*.png"):
+                if not path.name.endswith(".mask.png") and path not in wanted:
+                    path.unlink()
+        shared = self.out / "plain" / "-".join(value[:8] for value in self.weights.values())
         for image in planned:
             known = shared / image.path.name
             if image.path.parent.name == PLAIN_FOLDER and known.is_file():
@@ -293,26 +307,29 @@ class Study:
 
     # ------------------------------------------------------------------ what it cost
 
-    def _timed(self, arm: Arm, samples: int, spec: ConceptSpec | None = None) -> _Clock:
-        return _Clock(self.folder(arm) / "compute.json", samples, spec.name if spec else "all")
+    def _timed(self, arm: Arm, samples: int, what: str, concepts: int) -> _Clock:
+        return _Clock(self.folder(arm) / "compute.json", samples, what, concepts)
 
     def _compute(self, arm: Arm) -> dict[str, Any]:
         path = self.folder(arm) / "compute.json"
         if not path.is_file():
             return {"samples_per_concept": 0, "seconds_per_concept": 0.0}
         rows = json.loads(path.read_text(encoding="utf-8"))
-        seconds = sum(row["seconds"] for row in rows.values())
+        seconds, concepts = (
+            sum(row[key] for row in rows.values()) for key in ("seconds", "concepts")
+        )
         return {
             "samples_per_concept": next(iter(rows.values()))["samples"],
-            "seconds_per_concept": seconds / len(self.concepts_of(arm).concepts),
+            "seconds_per_concept": seconds / concepts,
         }
 
 
 class _Clock:
     """Adds up the wall seconds of training over interrupted runs."""
 
-    def __init__(self, path: Path, samples: int, what: str):
-        self.path, self.samples, self.what = path, samples, what
+    def __init__(self, path: Path, samples: int, what: str, concepts: int):
+        self.path, self.what = path, what
+        self.row = {"samples": samples, "concepts": concepts}
 
     def __enter__(self) -> None:
         self.started = time.perf_counter()
@@ -321,7 +338,7 @@ class _Clock:
         rows = json.loads(self.path.read_text()) if self.path.is_file() else {}
         before = rows.get(self.what, {}).get("seconds", 0.0)
         seconds = before + time.perf_counter() - self.started
-        write_json(self.path, rows | {self.what: {"samples": self.samples, "seconds": seconds}})
+        write_json(self.path, rows | {self.what: {**self.row, "seconds": seconds}})
 
 
 def write_json(path: Path, value: Any) -> None:

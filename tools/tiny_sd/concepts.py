@@ -1,6 +1,7 @@
 """The held-out concepts as folders a user would give: ``python concepts.py WORK OUT``.
 
-Five pictures each (``1.png`` ... with ``1.mask.png`` ...) on different backgrounds, and
+``--development`` writes others, to choose a recipe on before the held-out ones are touched. Five
+pictures each (``1.png`` ... with ``1.mask.png`` ...) on different backgrounds, and
 ``concept.json``.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from compose import picture
 from PIL import Image
 from sprites import load_sprites
-from world import SCENES, held_out
+from world import SCENES, development, held_out
 
 IMAGES = 5
 PLAIN = ("white", "gray", "blue", "green", "yellow")
@@ -25,10 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--development", action="store_true", help="instead of the held-out ones")
     parser.add_argument("--only", nargs="*", help="names; all otherwise")
     args = parser.parse_args()
     sprites = load_sprites(args.work)
-    for name, instance in held_out().items():
+    for name, instance in (development() if args.development else held_out()).items():
         if args.only and name not in args.only:
             continue
         folder, rng = args.out / name, random.Random(name)

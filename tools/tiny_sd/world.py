@@ -157,6 +157,19 @@ def held_out() -> dict[str, Instance]:
     }
 
 
+def development() -> dict[str, Instance]:
+    """Eight individuals to choose recipes on: drawings no stage sees, in other colourings than the
+    held-out ones.
+    """
+    colours, found = random.Random(11).sample(COLOUR_NAMES, 16), {}
+    for number, drawing in enumerate(sorted(held_out_drawings())[:8]):
+        first, second = colours[2 * number : 2 * number + 2]
+        kind = KINDS[1:][number % len(KINDS[1:])]
+        colouring = Colouring(kind, first, "" if kind == "solid" else second)
+        found[f"{first}_{drawing.split('/')[0]}".replace(" ", "_")] = Instance(drawing, colouring)
+    return found
+
+
 @functools.cache
 def held_out_drawings() -> frozenset[str]:
     """Drawings that no stage of training sees in any colouring."""

@@ -23,7 +23,7 @@ def residual_attention_mass(
       text_encoder: frozen CLIP text encoder.
       token_ids: ``[B T]``.
       residual: one concept, leaves ``[L P N H]``; it acts on every prompt.
-      slots: ``[B T]`` where its class word stands; needed with ``scope="from_class_word"``.
+      slots: ``[B T]`` where its class word stands; needed unless ``scope="all"``.
 
     Returns:
       ``[L B N T]`` float32 in 0..1: for each adapted layer, prompt, head and query token.

@@ -98,8 +98,10 @@ class TrainConfig:
         "what of each pair is trained (official both); the other half keeps its start value, so "
         "init=class_word suits",
     )
-    scope: Literal["all", "from_class_word"] = _option(
-        "all", "tokens that see the residual: all (official), or the class word and what follows"
+    scope: Literal["all", "from_class_word", "class_word"] = _option(
+        "all",
+        "tokens that see the residual: all (official), the class word and what follows, or the "
+        "class word alone",
     )
     when: Literal["class_word", "always"] = _option(
         "class_word",

@@ -14,7 +14,8 @@ as ``b + log s``; that is how :meth:`KVResidual.scaled` strengthens or weakens a
 
 As published every query token sees the pair. With ``scope="from_class_word"`` only the class word
 and what follows it do: tokens before it cannot know of it in a causal encoder, so what they say
-stays the plain model's.
+stays the plain model's. With ``scope="class_word"`` the class word's own tokens alone do; the rest
+of the prompt learns of the concept by attending to them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from catversion_jax.array_types import Array, Bool, Float, Int
 from catversion_jax.errors import CatVersionError
 
-Scope = Literal["all", "from_class_word"]
+Scope = Literal["all", "from_class_word", "class_word"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 
 
@@ -46,7 +47,8 @@ class KVResidual:
       layers: 0-based indices of the adapted encoder layers, ascending, one per entry of ``L``.
         Static.
       logit_bias: added to every concatenated logit (``b`` in equation 2). Static.
-      scope: which query tokens see the pair: ``all``, or those ``from_class_word`` on. Static.
+      scope: which query tokens see the pair: ``all``, those ``from_class_word`` on, or those of the
+        ``class_word``. Static.
     """
 
     key: Float[Array, "*C L P N H"]
@@ -100,7 +102,8 @@ class KVResidual:
         if slots is None or not self.reads_slots:
             return None
         is_word = slots >= 0
-        return (jnp.cumsum(is_word, axis=-1) > 0) | ~jnp.any(is_word, axis=-1, keepdims=True)
+        seeing = is_word if self.scope == "class_word" else jnp.cumsum(is_word, axis=-1) > 0
+        return seeing | ~jnp.any(is_word, axis=-1, keepdims=True)
 
     def scaled(self, scale: float) -> KVResidual:
         """The same concept with its odds against the prompt's own tokens multiplied by ``scale``.

@@ -62,16 +62,17 @@ def test_scope_hides_the_residual_from_what_stands_before_the_word() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("scope", ["from_class_word", "class_word"])
 def test_scope_in_sampling_and_in_the_torch_loader(
-    backbone: Backbone, tiny_sd_folder: Path, tmp_path: Path, implementation: str
+    backbone: Backbone, tiny_sd_folder: Path, tmp_path: Path, implementation: str, scope: str
 ) -> None:
-    cat, dog = tiny_residual("from_class_word"), tiny_residual("from_class_word", seed=2)
+    cat, dog = tiny_residual(scope), tiny_residual(scope, seed=2)
     pipe = load_pipe(tiny_sd_folder, implementation)
     for name, residual in (("cat", cat), ("dog", dog)):
         options = {"base_class": name, "when": "always" if name == "dog" else "class_word"}
         load_catversion(pipe, save_concept(tmp_path / f"{name}.safetensors", residual, **options))
     uses = [ConceptUse("cat", "cat", cat), ConceptUse("dog", "dog", dog, when="always")]
-    prompts = ("a cat", "so, a dog or a cat", "nothing of it")
+    prompts = ("a cat", "so, a dog or a cat", "a cat is a cat", "nothing of it")
     theirs, _ = pipe.encode_prompt(list(prompts), "cpu", 1, False)
     for row, prompt in enumerate(prompts):
         ours = encode_prompt(backbone, prompt, uses)
@@ -87,6 +88,15 @@ def test_scope_in_sampling_and_in_the_torch_loader(
     start = backbone.tokenizer.word_positions(backbone.tokenizer(["so, a cat"])[0], "cat")[0]
     np.testing.assert_allclose(one[:start], plain[:start], atol=1e-5)
     assert np.abs(one[start:] - plain[start:]).max(axis=1).min() > 1e-3
+
+
+def test_the_narrowest_scope_is_read_by_the_word_alone() -> None:
+    """One layer: the plain output but at the word, each time it stands there."""
+    residual = tiny_residual("class_word")
+    slots = np.array([[-1, -1, 0, 1, -1, 0, 1, -1], [-1] * 8], np.int32)
+    seeing = np.asarray(residual.visible(slots))
+    np.testing.assert_array_equal(seeing[0], slots[0] >= 0)
+    assert seeing[1].all()
 
 
 def test_another_place_of_the_word_compiles_nothing_new(backbone: Backbone) -> None:

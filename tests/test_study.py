@@ -68,7 +68,7 @@ def test_only_chooses_arms_and_questions():
     assert names("init=zero,dreambooth") == ["dreambooth", "init=zero"]
     assert names("dreambooth,learning_rate=1e-05") == ["dreambooth,learning_rate=1e-05"]
     assert "none" in names("methods")
-    assert len(names("scope")) == 1
+    assert len(names("scope")) == 2
     with pytest.raises(CatVersionError, match=r"--only wrong: no such arm or question"):
         run.chosen_arms("scope,wrong", 6)
 

@@ -29,6 +29,10 @@ class CatVersionLoadError(ValueError):
     """
 
 
+# All tokens, the class word and what follows it, or the class word alone.
+SCOPES = ("all", "from_class_word", "class_word")
+
+
 @dataclasses.dataclass
 class LoadedConcept:
     """A concept file's content; ``key`` and ``value`` are ``[L P N H]`` float32 on the CPU."""
@@ -37,7 +41,7 @@ class LoadedConcept:
     key: torch.Tensor
     value: torch.Tensor
     logit_bias: float
-    scope: str  # "all", or "from_class_word": what stands before the word does not see the concept
+    scope: str  # which tokens see it, one of SCOPES
     name: str
     base_class: str
     when: str
@@ -64,13 +68,13 @@ class LoadedConcept:
 
 @dataclasses.dataclass
 class _Acting:
-    """One concept in some rows: its bias of equation (2), and each row's first token that sees
-    it.
+    """One concept in some rows: its bias of equation (2), and which tokens ``[R T]`` do not see
+    it; None where all do.
     """
 
     concept: LoadedConcept
     logit_bias: float
-    starts: list[int]
+    hidden: torch.Tensor | None
 
 
 # Rows of the batch that share the same concepts.
@@ -167,14 +171,14 @@ class EncoderState:
         for row, prompt in enumerate(prompts):
             if names := tuple(name for name in acting if self._calls(prompt, self.loaded[name])):
                 rows_by_names.setdefault(names, []).append(row)
-        offset = 1 if ids.reshape(-1)[0] == self.bos else 0
+        offset, length = 1 if ids.reshape(-1)[0] == self.bos else 0, ids.shape[-1]
         self.groups = [
             (
                 [
                     _Acting(
                         self.loaded[n],
                         self.loaded[n].logit_bias + math.log(acting[n]),
-                        [_first_seeing(prompts[row], self.loaded[n], offset) for row in rows],
+                        _hidden([prompts[row] for row in rows], self.loaded[n], offset, length),
                     )
                     for n in names
                 ],
@@ -197,7 +201,7 @@ class EncoderState:
     def _calls(self, prompt: tuple[int, ...], concept: LoadedConcept) -> bool:
         if not prompt or prompt in self.plain:
             return False
-        return concept.when == "always" or _word_start(prompt, concept) is not None
+        return concept.when == "always" or bool(_word_positions(prompt, concept))
 
     def _warn_uncalled(self, prompts: list[tuple[int, ...]], called: set[int]) -> None:
         """Warn about prompts that call nothing, the empty and the named plain ones aside."""
@@ -243,7 +247,7 @@ class EncoderState:
                 continue
             # [R N T P]
             logits = [
-                _seen_from(torch.matmul(q, pair[0].mT) * scaling + one.logit_bias, one.starts)
+                _hide(torch.matmul(q, pair[0].mT) * scaling + one.logit_bias, one.hidden)
                 for pair, one in parts
             ]
             logits.append(_masked(torch.matmul(q, k.mT) * scaling, mask, index))  # [R N T T]
@@ -255,29 +259,48 @@ class EncoderState:
         return output
 
 
-def _word_start(prompt: tuple[int, ...], concept: LoadedConcept) -> int | None:
-    """Where the class word first stands among a prompt's own tokens."""
-    word = concept.class_ids
-    starts = range(len(prompt) - len(word) + 1)
-    return next((i for i in starts if prompt[i : i + len(word)] == word), None)
+def _word_positions(prompt: tuple[int, ...], concept: LoadedConcept) -> list[int]:
+    """Where the class word stands among a prompt's own tokens, every time."""
+    word, found, position = concept.class_ids, [], 0
+    while word and position <= len(prompt) - len(word):
+        if prompt[position : position + len(word)] == word:
+            found += range(position, position + len(word))
+            position += len(word)
+        else:
+            position += 1
+    return found
 
 
-def _first_seeing(prompt: tuple[int, ...], concept: LoadedConcept, offset: int) -> int:
-    """The first token of a row that sees the concept; ``offset`` tokens stand before the
-    prompt's.
+def _hidden(
+    prompts: list[tuple[int, ...]], concept: LoadedConcept, offset: int, length: int
+) -> torch.Tensor | None:
+    """Which tokens ``[R T]`` do not see the concept; None where all do.
+
+    Args:
+      prompts: the rows' own tokens, before which stand ``offset`` others.
+      concept: a prompt without its word is seen whole.
+      offset: 1 where rows begin with begin-of-text.
+      length: T.
     """
-    start = _word_start(prompt, concept) if concept.scope == "from_class_word" else None
-    return 0 if start is None else start + offset
+    if concept.scope == "all":
+        return None
+    hidden = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for row, prompt in zip(hidden, prompts, strict=True):
+        positions = [position + offset for position in _word_positions(prompt, concept)]
+        if positions and concept.scope == "class_word":
+            row[:] = True
+            row[positions] = False
+        elif positions:
+            row[: positions[0]] = True
+    return hidden
 
 
-def _seen_from(logits: torch.Tensor, starts: list[int]) -> torch.Tensor:
-    """Logits ``[R N T P]`` of a concept, hidden from the queries before each row's start."""
-    if not any(starts):
+def _hide(logits: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+    """Logits ``[R N T P]`` of a concept without those of the tokens that do not see it."""
+    if hidden is None:
         return logits
-    first = torch.tensor(starts, device=logits.device)
-    queries = torch.arange(logits.shape[-2], device=logits.device)
-    hidden = queries[None, :] < first[:, None]
-    return logits.masked_fill(hidden[:, None, :, None], torch.finfo(logits.dtype).min)
+    hidden = hidden.to(logits.device)[:, None, :, None]
+    return logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
 
 
 def _encodes_negative_prompt() -> bool:

@@ -46,6 +46,7 @@ from typing import Any
 import torch
 
 from catversion_jax.integrations.concept_attention import (
+    SCOPES,
     CatVersionLoadError,
     EncoderState,
     LoadedConcept,
@@ -258,7 +259,7 @@ def _parse_concept(data: bytes, source: str) -> LoadedConcept:
         texts = ("name", "base_class", "when", "base_model", "text_encoder_sha256")
         named = {text: own[text] for text in texts}
         scope = own.get("scope", "all")
-        if scope not in ("all", "from_class_word"):
+        if scope not in SCOPES:
             raise ValueError(f"scope={scope!r}")
         return LoadedConcept(layers, key, value, float(own["logit_bias"]), scope, **named)
     except (KeyError, ValueError, TypeError) as error:

@@ -28,7 +28,7 @@ SHARED: Mapping[str, Any] = {
 OURS: Mapping[str, Any] = {
     "num_positions": 4,
     "init": "class_word",
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-2,
     "lr_scheduler": "cosine",
     "timestep_sampling": "stratified",
     "max_train_steps": 400,
@@ -97,7 +97,7 @@ VARIED: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": (0.0, 1.0),
     "learning_rate": (1e-3, 3e-3, 1e-2, 3e-2),
     "max_train_steps": (100, 200, 400, 800),
-    "scope": ("all", "from_class_word"),
+    "scope": ("all", "from_class_word", "class_word"),
     "timestep_sampling": ("uniform", "stratified"),
     "lr_scheduler": ("constant", "cosine"),
     "ema_decay": (None, 0.98),

@@ -261,7 +261,8 @@ class EncoderState:
 
 def _word_positions(prompt: tuple[int, ...], concept: LoadedConcept) -> list[int]:
     """Where the class word stands among a prompt's own tokens, every time."""
-    word, found, position = concept.class_ids, [], 0
+    word, position = concept.class_ids, 0
+    found: list[int] = []
     while word and position <= len(prompt) - len(word):
         if prompt[position : position + len(word)] == word:
             found += range(position, position + len(word))

@@ -1,7 +1,7 @@
 """What the training stages share: one loop with a cosine schedule, weight averaging and resuming.
 
 Every stage is written in torch: on the two CPU cores it was made for, torch's convolutions ran the
-UNet 1.9 and the VAE 2.6 times as fast as XLA's (``benchmark.py``). A stage's randomness is a
+UNet 2.0 and the VAE 2.7 times as fast as XLA's (``benchmark.py``). A stage's randomness is a
 function of (seed, step, worker), so a stopped run continues as if it had not stopped. ``torchrun
 --nproc-per-node 2`` trains with one single-thread worker a core.
 """

@@ -169,7 +169,6 @@ class _Command:
     # ------------------------------------------------------------------ drawing
 
     def _load_model(self) -> Backbone:
-
         from catversion_jax.evaluation.generation import concept_use
         from catversion_jax.evaluation.subjects import recorded_model
         from catversion_jax.image_requests import check_concept

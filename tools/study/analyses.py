@@ -143,12 +143,12 @@ def image_changes(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Equation (2) of every layer, means over classes."""
-    texts = [with_class_word("a {}", word) for word in classes]
-    draw = _drawer(backbone, clip, settings, dict(zip(classes, texts, strict=True)), seed)
+    texts = {word: with_class_word("a {}", word) for word in classes}
+    draw = _drawer(backbone, clip, settings, texts, seed)
     plain_images = draw(lambda word: ())
     rows = []
     for layer in range(backbone.num_text_layers):
-        noise = _noise_at(backbone, texts, layer, seed)
+        noise = _noise_at(backbone, list(texts.values()), layer, seed)
         changed = draw(lambda word, noise=noise: (ConceptUse("noise", word, noise),))
         change = 1.0 - matched_cosines(changed, plain_images)
         rows.append({"layer": layer, **_interval_of(change.tolist())})

@@ -231,10 +231,12 @@ def test_the_study_runs_resumes_and_writes_its_page(world, capsys):
     assert ours["compute"]["samples_per_concept"] == 2 * 2
     assert ours["total"]["mean"]["drift_as_used"]["high"] == 0
     assert set(ours["total"]["against"]) == {"none", "dreambooth"}
-    assert page.main([str(world / "out"), "--docs", str(world / "docs")]) == 0
+    out = str(world / "out")
+    assert page.main([out, "--named", out, "--docs", str(world / "docs")]) == 0
     text = (world / "docs" / "study.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| CatVersion (ours) |")]
-    assert rows[0].count("[") == len(page.METHOD_COLUMNS)  # no figure without its interval
+    for label in ("CatVersion (ours)", page.NAMED_ROW):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
+        assert row.count("[") == len(page.METHOD_COLUMNS)  # no figure without its interval
     for link in (world / "docs" / "images").glob("*.png"):
         assert f"(images/{link.name})" in text
     # another training under the same name is refused, with the remedy

@@ -1,7 +1,8 @@
-"""The page: ``python tools/study/page.py OUT [--docs docs]``.
+"""The page: ``python tools/study/page.py OUT [--named OUT] [--docs docs]``.
 
 Reads OUT/results.json and analyses.json, writes docs/study.md and docs/images/study-*.png. Every
-figure of the page is written here from the results: it is never edited by hand.
+figure of the page is written here from the results: it is never edited by hand. ``--named`` is the
+result of the arm ``none`` on individuals that the model was trained to draw by name.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ DIFFERENCE_COLUMNS = {
     "overall": "overall",
     "drift_forced": "drift, forced",
 }
+NAMED_ROW = "individuals of the training, by name"
 DEFINITIONS = """\
 Scores are those of [`catversion evaluate`](evaluation.md), which has the definitions: CLIP
 cosines to the training images (*image*; *masked*: object only, on both sides) and to the prompt
@@ -64,13 +66,19 @@ noise; differences are paired by concept, so their intervals are narrower than t
 suggest."""
 
 
-def page(results: Mapping[str, Any], analyses: Mapping[str, Any], strips: Sequence[str]) -> str:
+def page(
+    results: Mapping[str, Any],
+    analyses: Mapping[str, Any],
+    strips: Sequence[str],
+    named: Mapping[str, Any] | None = None,
+) -> str:
     """The whole page.
 
     Args:
       results: content of ``results.json``.
       analyses: content of ``analyses.json``.
       strips: the pictures, as the page links them.
+      named: content of the ``results.json`` of named individuals.
     """
     arms = results["arms"]
     sections = [
@@ -80,7 +88,7 @@ def page(results: Mapping[str, Any], analyses: Mapping[str, Any], strips: Sequen
         _protocol(results["protocol"]),
         DEFINITIONS,
         *_goals(arms),
-        *_methods(arms, results["real"]),
+        *_methods(arms, results["real"], named),
         *_pictures(strips),
         *_ablations(arms),
         *_attention(analyses),
@@ -101,12 +109,17 @@ def _goals(arms: Mapping[str, Any]) -> list[str]:
     return ["## The goals, set beforehand", table(header, rows)] if rows else []
 
 
-def _methods(arms: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
+def _methods(
+    arms: Mapping[str, Any], real: Mapping[str, Any], named: Mapping[str, Any] | None
+) -> list[str]:
     chosen = {name: arm for name, arm in arms.items() if arm["question"] == "methods"}
     scores = [
         [arm["text"], *(_cell(arm["total"]["mean"].get(m)) for m in METHOD_COLUMNS)]
         for arm in chosen.values()
     ]
+    if named:
+        mean = named["arms"]["none"]["total"]["mean"]
+        scores.append([NAMED_ROW, *(_cell(mean.get(m)) for m in METHOD_COLUMNS)])
     ceiling = ["real images (ceiling)", *(_cell(real.get(m)) for m in METHOD_COLUMNS)]
     cost = [
         [
@@ -120,6 +133,7 @@ def _methods(arms: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
     parts = [
         f"## {QUESTIONS['methods']}",
         table(["method", *METHOD_COLUMNS.values()], [*scores, ceiling]),
+        *([_named_text(named)] if named else []),
         "What it does to other prompts, and what it cost: UNet samples (forward and backward; "
         "DreamBooth's backward also computes the gradients of all weights) and wall seconds for "
         "each concept, compilation included.",
@@ -139,6 +153,15 @@ def _methods(arms: Mapping[str, Any], real: Mapping[str, Any]) -> list[str]:
                 table(["minus", *DIFFERENCE_COLUMNS.values()], rows),
             ]
     return parts
+
+
+def _named_text(named: Mapping[str, Any]) -> str:
+    protocol = named["protocol"]
+    return (
+        f"The row *{NAMED_ROW}* is the plain model asked, by name, for {protocol['concepts']} "
+        "other individuals, which its training showed under that name: about the best this model "
+        f"can do for any individual that words can call (`{protocol['command']} --only none`)."
+    )
 
 
 def _pictures(strips: Sequence[str]) -> list[str]:
@@ -246,6 +269,7 @@ def main(argv: list[str]) -> int:
     """Write the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="what run.py wrote")
+    parser.add_argument("--named", type=Path, help="what run.py wrote of named individuals")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="receives the page [docs]")
     parser.add_argument("--pictures", type=int, default=4, help="concepts shown [4]")
     args = parser.parse_args(argv)
@@ -253,11 +277,12 @@ def main(argv: list[str]) -> int:
         results = _read(args.out / "results.json")
         path = args.out / "analyses.json"
         analyses = _read(path) if path.is_file() else {}
+        named = _read(args.named / "results.json") if args.named else None
         folder = args.docs / "images"
         make_folder(folder)
         strips = write_strips(args.out, folder, results["arms"], args.pictures)
         links = [path.relative_to(args.docs).as_posix() for path in strips]
-        write_atomically(args.docs / "study.md", page(results, analyses, links).encode())
+        write_atomically(args.docs / "study.md", page(results, analyses, links, named).encode())
     except CatVersionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

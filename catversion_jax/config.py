@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from catversion_jax.config_ranges import range_problems
 from catversion_jax.errors import CatVersionError
 from catversion_jax.presets import PRESETS
 
@@ -141,6 +141,16 @@ class TrainConfig:
     ema_decay: float | None = _option(
         None, "evaluate and export a moving average of what is learned (diffusers); off (official)"
     )
+    early_stop: Literal["none", "dvar", "plateau"] = _option(
+        "none",
+        "end a concept when its evaluation loss has settled: its variance (DVAR, arXiv "
+        "2302.04841) or its minimum",
+    )
+    early_stop_eps: float = _option(
+        0.15, "dvar: share of the whole variance (DVAR); plateau: relative gain that still counts"
+    )
+    early_stop_window: int = _option(200, "steps the rule looks back (DVAR)")
+    early_stop_min_steps: int = _option(300, "steps before the rule is asked (DVAR)")
     seed: int = _option(42, "seed of concepts that do not name their own (Custom Diffusion)")
 
     # Devices
@@ -185,7 +195,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         problems = [p for f in dataclasses.fields(self) if (p := _type_problem(self, f.name))]
         if not problems:
-            problems = _range_problems(self)
+            problems = range_problems(self)
         if problems:
             raise CatVersionError("\n".join(problems))
 
@@ -231,7 +241,10 @@ RECORDING_OPTIONS = frozenset(
 
 def learning_options(config: TrainConfig) -> dict[str, Any]:
     """The options that decide the learned numbers, as plain JSON values; every file stores them."""
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in RECORDING_OPTIONS}
+    recorded = RECORDING_OPTIONS
+    if config.early_stop != "none":
+        recorded -= {"eval_steps", "num_eval_samples"}  # they decide when a concept ends
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in recorded}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
@@ -396,51 +409,3 @@ def _type_problem(config: TrainConfig, name: str) -> str | None:
         "null" if k is type(None) else getattr(k, "__name__", str(k)) for k in accepted
     )
     return f"{name}={value!r}: must be {kinds}."
-
-
-def _range_problems(config: TrainConfig) -> list[str]:
-    at_least = {
-        "num_positions": 1, "max_train_steps": 1, "train_batch_size": 1, "lr_warmup_steps": 0,
-        "concepts_per_device": 1, "data_parallel": 1, "steps_per_dispatch": 1, "logging_steps": 1,
-        "eval_steps": 1, "num_eval_samples": 1, "validation_steps": 1, "num_validation_images": 1,
-        "validation_inference_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1,
-        "resolution": 8, "learning_rate": 0.0, "init_std": 0.0, "adam_weight_decay": 0.0,
-        "adam_epsilon": 0.0,
-        "max_grad_norm": 0.0, "snr_gamma": 0.0, "seed": 0, "validation_guidance_scale": 0.0,
-    }  # fmt: skip
-    between = ("random_flip", "unmasked_weight", "caption_dropout", "ema_decay")
-    problems = []
-    for name, low in at_least.items():
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value >= low):
-            problems.append(f"{name}={value}: must be at least {low} and finite.")
-    for name in between:
-        value = getattr(config, name)
-        if value is not None and not 0.0 <= value <= 1.0:
-            problems.append(f"{name}={getattr(config, name)}: must lie within 0..1.")
-    if config.seed >= 2**32:
-        problems.append(f"seed={config.seed}: must be below 2**32.")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            problems.append(f"{name}={getattr(config, name)}: must be at least 0 and below 1.")
-    if not math.isfinite(config.logit_bias):
-        problems.append(f"logit_bias={config.logit_bias}: must be finite.")
-    if config.method == "textual_inversion":
-        only = {"when": "class_word", "adapt": "key_value", "scope": "all"}
-        problems += [
-            f"{name}={getattr(config, name)}: must be {value} with method=textual_inversion, "
-            "whose vectors stand for the class word."
-            for name, value in only.items()
-            if getattr(config, name) != value
-        ]
-    if not config.concepts:
-        problems.append(
-            "concepts: is required. Give a folder of images (with base_class=...), a folder of "
-            "folders, or a manifest, for example concepts=photos/teapot base_class=teapot."
-        )
-    if config.train_batch_size % config.data_parallel:
-        problems.append(
-            f"train_batch_size={config.train_batch_size}: must be a multiple of data_parallel="
-            f"{config.data_parallel}, which splits each concept's batch."
-        )
-    return problems

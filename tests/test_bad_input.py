@@ -327,7 +327,7 @@ def test_a_full_disk_keeps_the_older_file(tmp_path: Path, foreign: Path) -> None
 
 def checkpoints(output: Path) -> list[Path]:
     """Complete checkpoint steps of the first pack, oldest first."""
-    marks = output.glob("checkpoints/pack-0000/*/_CHECKPOINT_METADATA")
+    marks = output.glob("checkpoints/process-0000/*/_CHECKPOINT_METADATA")
     folders = [mark.parent for mark in marks if mark.parent.name.isdigit()]
     return sorted(folders, key=lambda folder: int(folder.name))
 

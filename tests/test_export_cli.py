@@ -96,9 +96,8 @@ def test_export_concept_files(run_folder: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, capsys) -> None:
-    import jax.numpy as jnp
 
-    from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord
+    from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord, SavedRow
     from catversion_jax.training.state import TrainState
 
     records = [
@@ -117,20 +116,24 @@ def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, c
         for name in ("tom", "ill")
     ]
     residuals = [make_residual(seed) for seed in (0, 1)]
-    stacked = KVResidual(
-        jnp.stack([r.key for r in residuals]),
-        jnp.stack([r.value for r in residuals]),
-        (1, 2, 3),
-        1.0,
-    )
-    state = TrainState(
-        step=jnp.array([4, 4]), residual=stacked, opt_state=(), failed_step=jnp.array([-1, 2])
-    )
-    with Checkpoints(tmp_path / "run" / "checkpoints" / "pack-0000", keep=2) as checkpoints:
-        checkpoints.save(4, state, records)
+    rows = [
+        SavedRow(
+            record,
+            TrainState(
+                step=np.int32(4),
+                residual=residual,
+                opt_state=(),
+                failed_step=np.int32(failed),
+            ),
+            evaluations=((0, 0.5),),
+        )
+        for record, residual, failed in zip(records, residuals, (-1, 2), strict=True)
+    ]
+    with Checkpoints(tmp_path / "run" / "checkpoints" / "process-0000", keep=2) as checkpoints:
+        checkpoints.save(4, rows)
     code, text = catversion(capsys, "export", tmp_path / "run", "--output_dir", tmp_path / "out")
     assert code == 2
-    step = tmp_path / "run" / "checkpoints" / "pack-0000" / "4"
+    step = tmp_path / "run" / "checkpoints" / "process-0000" / "4"
     assert f"It has checkpoints: export {step}" in text
     code, _ = catversion(capsys, "export", step, "--output_dir", tmp_path / "out")
     assert code == 0

@@ -183,7 +183,7 @@ def test_the_command_trains_resumes_and_exports(
     shutil.copytree(run, again)
     for file in again.glob("concepts/*/catversion.safetensors"):
         file.unlink()
-    shutil.rmtree(again / "checkpoints" / "pack-0000" / "4")
+    shutil.rmtree(again / "checkpoints" / "process-0000" / "4")
     assert main(["train", *arguments(tiny_sd_folder, tmp_path / "toys", again, **options)]) == 0
     assert final_files(again) == finished
 
@@ -193,7 +193,7 @@ def test_the_command_trains_resumes_and_exports(
     assert "Textual Inversion concept" in shown
     assert "<teal_cup>" in shown
     out = tmp_path / "out"
-    assert main(["export", str(run / "checkpoints/pack-0000/4"), "--output_dir", str(out)]) == 0
+    assert main(["export", str(run / "checkpoints/process-0000/4"), "--output_dir", str(out)]) == 0
     assert (out / "teal_cup.safetensors").read_bytes() == finished["teal_cup"]
     export = ["export", str(run), "--format", "pipeline", "--output_dir", str(tmp_path / "p")]
     assert main(export) == 2

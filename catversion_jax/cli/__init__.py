@@ -1,8 +1,8 @@
 """The ``catversion`` command. Each command is one module with ``add_arguments(parser)`` and
 ``run(args) -> int``.
 
-Exit codes: 0 all succeeded, 2 wrong usage or input, 3 some concepts were quarantined, 130
-interrupted.
+Exit codes: 0 all succeeded, 2 wrong usage or input, 3 some concepts were quarantined, 75 training
+was asked to stop and has saved everything, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from catversion_jax.errors import CatVersionError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train many concepts at once"),
+    "status": ("status", "how far a run is: queued, running, done, quarantined and why"),
     "check": (
         "check",
         "show what a folder or manifest of concepts holds, before any accelerator is needed",

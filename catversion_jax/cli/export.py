@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SOURCE",
         help=(
-            "run directory, checkpoint (RUN/checkpoints/pack-0000/STEP), concept file or its folder"
+            "run directory, checkpoint (RUN/checkpoints/process-0000/STEP), concept file or its "
+            "folder"
         ),
     )
     add("--format", choices=FORMATS, default="safetensors", help="[safetensors]")

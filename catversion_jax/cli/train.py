@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +18,10 @@ from catversion_jax.config import TrainConfig, load_config, option_table
 if TYPE_CHECKING:
     from catversion_jax.concepts import ConceptList
     from catversion_jax.training.loop import TrainResult
+
+
+INTERRUPTED = 75
+"""Exit code (EX_TEMPFAIL): try again, and nothing is lost."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 0 when every concept succeeded, 3 when some were quarantined."""
+    """Train; 0 when every concept succeeded, 3 when some were quarantined, 75 when SIGTERM (or
+    Ctrl-C) came first: everything under way is saved, and the same command goes on.
+    """
     given = [f"{name}={vars(args)[name]}" for name, *_ in option_table() if name in vars(args)]
     config = load_config(args.config, [*args.overrides, *given])
     # Before jax is imported: the paths can be wrong, and that should show at once.
@@ -70,10 +80,32 @@ def run(args: argparse.Namespace) -> int:
         resolution=config.resolution or backbone.default_resolution,
     )
     try:
-        result = train(config, backbone, concepts, mesh)
+        with _stop_signals() as stop:
+            result = train(config, backbone, concepts, mesh, stop)
     except OSError as error:
         raise unwritable(Path(error.filename or config.output_dir), error) from error
     return _report(config, result)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and the first Ctrl-C set; the second one ends the process as usual."""
+    stop = threading.Event()
+
+    def ask(number: int, _: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(f"{signal.Signals(number).name}: saving what is under way", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may listen
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _announce(config: TrainConfig, concepts: ConceptList) -> None:
@@ -91,6 +123,9 @@ def _announce(config: TrainConfig, concepts: ConceptList) -> None:
 
 def _report(config: TrainConfig, result: TrainResult) -> int:
     print(f"{len(result.finished)} concepts in {Path(config.output_dir) / 'concepts'}")
+    if result.interrupted:
+        print("interrupted; what is under way is saved. The same command goes on.")
+        return INTERRUPTED
     if not result.failures:
         return 0
     print(f"{len(result.failures)} quarantined (their FAILED.txt says why):", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Orbax checkpoints of trained state only: residuals, moments, step counters. Nothing frozen is
 saved.
 
-A checkpoint holds the real concepts of a pack (no padding), so it restores onto any number of
+A checkpoint holds the concepts that are under way (no padding), so it restores onto any number of
 devices. Beside the arrays lies what a concept file needs, so that a checkpoint alone can be
 exported.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.export import Concept, save_concept
 from catversion_jax.learned import Learned, named_arrays, rebuild, settings_of
 from catversion_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 _STATE, _CONCEPTS = "state", "concepts"
 
@@ -47,7 +50,8 @@ class ConceptRecord:
     def from_json(cls, fields: dict[str, Any]) -> ConceptRecord:
         """The inverse of :func:`dataclasses.asdict` after a passage through JSON."""
         lists = {name: tuple(fields[name]) for name in ("images", "prompts")}
-        return cls(**{**fields, **lists})
+        own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**own, **lists})
 
     def train_config(self) -> dict[str, Any]:
         """The run's options that decide the learned numbers, with the concept's own choices."""
@@ -57,11 +61,11 @@ class ConceptRecord:
     def differences(self, concept: Concept) -> list[str]:
         """What a finished concept's file says otherwise, as ``key: there -> here``."""
         stored = {"base_class": concept.base_class, "when": concept.when, "images": concept.images}
-        return differences({**stored, **concept.train_config}, self._decisive())
+        return refused_changes({**stored, **concept.train_config}, self._decisive())
 
     def changes_since(self, earlier: ConceptRecord) -> list[str]:
         """The same against the record in a checkpoint."""
-        return differences(earlier._decisive(), self._decisive())
+        return refused_changes(earlier._decisive(), self._decisive())
 
     def _decisive(self) -> dict[str, Any]:
         own = {"base_class": self.base_class, "when": self.when, "images": self.images}
@@ -83,6 +87,31 @@ class ConceptRecord:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedRow:
+    """One concept under way.
+
+    Attributes:
+      record: what its file will say.
+      state: its state, numpy, without the concept axis.
+      evaluations: (step, evaluation loss), which early stopping goes by.
+    """
+
+    record: ConceptRecord
+    state: TrainState
+    evaluations: tuple[tuple[int, float], ...]
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.state.step)
+
+    @property
+    def failed(self) -> bool:
+        """Whether its loss or update was not finite once."""
+        return int(self.state.failed_step) >= 0
+
+
 class Checkpoints:
     """Asynchronous, rotated checkpoints under ``folder/<step>/``; leaving the block completes them.
 
@@ -96,16 +125,20 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, step: int, state: TrainState, records: list[ConceptRecord]) -> None:
-        """Start saving the first ``len(records)`` rows of ``state``; the files come later."""
-        rows = jax.tree.map(lambda leaf: np.asarray(leaf[: len(records)]), state)
+    def save(self, step: int, rows: Sequence[SavedRow]) -> None:
+        """Start saving; the files come later. A step that is there already stays as it is."""
+        if not rows or step in self._manager.all_steps():
+            return
+        state = jax.tree.map(lambda *leaves: np.stack(leaves), *(row.state for row in rows))
         described = {
-            **settings_of(rows.residual),
-            "concepts": [dataclasses.asdict(record) for record in records],
+            **settings_of(state.residual),
+            "concepts": [
+                {**dataclasses.asdict(row.record), "evaluations": row.evaluations} for row in rows
+            ],
         }
         args = ocp.args.Composite(
             **{
-                _STATE: ocp.args.StandardSave(_arrays(rows)),
+                _STATE: ocp.args.StandardSave(_arrays(state)),
                 _CONCEPTS: ocp.args.JsonSave(described),
             }
         )
@@ -138,31 +171,36 @@ class Checkpoints:
             raise unwritable(self._folder, cause) from error
 
 
-def read_records(manager: ocp.CheckpointManager, step: int) -> list[ConceptRecord]:
-    """The concepts of a checkpoint, in row order."""
-    described = _restore_description(manager, step)
-    return [ConceptRecord.from_json(fields) for fields in described["concepts"]]
+def restore_newest(folder: Path, template: TrainState) -> tuple[int, list[SavedRow]]:
+    """The number of the newest checkpoint in ``folder`` and the concepts of the newest intact one.
 
-
-def latest_records(folder: Path) -> list[ConceptRecord]:
-    """The concepts of the newest complete checkpoint in a pack's folder; [] when there is none."""
-    with ocp.CheckpointManager(folder.absolute()) as manager:
-        step = manager.latest_step()
-        return [] if step is None else read_records(manager, step)
-
-
-def restore_latest(
-    folder: Path, template: TrainState
-) -> tuple[int, TrainState, list[ConceptRecord]]:
-    """Step, rows and concepts of the newest checkpoint in a pack's folder, which must have one.
-
-    The rows are numpy arrays in the structure of ``template``, which may have another number of
-    them.
+    Args:
+      folder: of one process.
+      template: a state of any number of rows, for its structure.
     """
     with ocp.CheckpointManager(folder.absolute()) as manager:
-        step = manager.latest_step()
-        records = read_records(manager, step)
-        saved = _restore_arrays(manager, step)
+        steps = sorted(manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                rows = _restore_rows(manager, step, template)
+            except Exception as error:  # whatever a damaged file makes of the readers
+                logger.warning(
+                    "%s: is damaged (%s); going on from the checkpoint before it",
+                    folder / str(step),
+                    str(error).splitlines()[0] if str(error) else type(error).__name__,
+                )
+                continue
+            return steps[0], rows
+        if steps:
+            logger.warning("%s: no checkpoint is intact; its concepts start again", folder)
+        return (steps[0] if steps else 0), []
+
+
+def _restore_rows(
+    manager: ocp.CheckpointManager, step: int, template: TrainState
+) -> list[SavedRow]:
+    described = _restore_description(manager, step)
+    saved = _restore_arrays(manager, step)
     opt_leaves, opt_structure = jax.tree.flatten(template.opt_state)
     opt_state = [saved["opt_state"][str(i)] for i in range(len(opt_leaves))]
     settings = settings_of(template.residual)
@@ -173,7 +211,12 @@ def restore_latest(
         failed_step=saved["failed_step"],
         average=rebuild(saved["average"], settings) if "average" in saved else None,
     )
-    return step, state, records
+    rows = []
+    for row, concept in enumerate(described["concepts"]):
+        evaluations = tuple((int(at), float(loss)) for at, loss in concept["evaluations"])
+        one = jax.tree.map(operator.itemgetter(row), state)
+        rows.append(SavedRow(ConceptRecord.from_json(concept), one, evaluations))
+    return rows
 
 
 def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Learned, int]]:
@@ -185,7 +228,7 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Le
     folder = Path(folder).absolute()
     if not (folder / _CONCEPTS).is_dir() or not folder.name.isdigit():
         raise CatVersionError(
-            f"{folder}: is not a training checkpoint. Give RUN/checkpoints/pack-0000/<step>, or "
+            f"{folder}: is not a training checkpoint. Give RUN/checkpoints/process-0000/<step>, or "
             "RUN itself for its finished concepts."
         )
     step = int(folder.name)
@@ -228,10 +271,16 @@ def _restore_arrays(manager: ocp.CheckpointManager, step: int) -> Any:
     return jax.tree.map(np.asarray, manager.restore(step, args=args)[_STATE])
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ, as ``key: before -> now``."""
+def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ so that what was learned is no start, as ``key: before -> now``.
+
+    More steps are welcome where the steps done so far would have been the same.
+    """
+    more_steps = now.get("lr_scheduler") == "constant" and before.get(
+        "max_train_steps", 0
+    ) < now.get("max_train_steps", 0)
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and not (key == "max_train_steps" and more_steps)
     ]

@@ -1,7 +1,8 @@
 """The training loop, from top to bottom.
 
-Concepts are trained in packs: as many at once as the mesh has rows, one pack after the other, all
-with the same compiled programs. Inside a pack nothing but metrics leaves the device; the host reads
+The compiled program has a number of rows, the slots. Each holds a concept with its own step
+counter; when a concept is done, its row is given to the next one of the queue, which a background
+thread has prepared. Between two such moments nothing but metrics leaves the device; the host reads
 those of one dispatch while the device works on the next.
 """
 
@@ -10,9 +11,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,27 +28,22 @@ from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import ConceptError
 from catversion_jax.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept, replicated
-from catversion_jax.training import checkpoint
-from catversion_jax.training.checkpoint import ConceptRecord
-from catversion_jax.training.metrics import MetricsRecorder
-from catversion_jax.training.pack import (
+from catversion_jax.sharding import CONCEPT_AXIS, replicated
+from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord
+from catversion_jax.training.early_stop import should_stop
+from catversion_jax.training.feeder import Feeder
+from catversion_jax.training.preparation import (
     PreparedConcept,
-    assemble_pack,
     describe_concept,
     prepare_concept,
 )
-from catversion_jax.training.planning import Pack, plan_packs
+from catversion_jax.training.queue_plan import QueuePlan, plan_queue
+from catversion_jax.training.recorder import Dispatched, Recorder
 from catversion_jax.training.run_directory import RunDirectory
-from catversion_jax.training.start_values import first_adapted_layer
-from catversion_jax.training.state import (
-    ConceptData,
-    TrainState,
-    create_train_state,
-    make_optimizer,
-)
+from catversion_jax.training.slots import Slot, Slots
+from catversion_jax.training.start_values import first_adapted_layer, template_state
+from catversion_jax.training.state import ConceptData, make_optimizer
 from catversion_jax.training.step import (
-    StepMetrics,
     make_eval_step,
     make_train_step,
     steps_per_dispatch,
@@ -59,55 +55,57 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """Names of the concepts that have a file, and the reasons of those that do not."""
+    """Names of the concepts that have a file, the reasons of those that were given up, and whether
+    the run was asked to stop before the others were done.
+    """
 
     finished: tuple[str, ...]
     failures: Mapping[str, str]
+    interrupted: bool = False
 
 
 def train(
-    config: TrainConfig, backbone: Backbone, concepts: ConceptList, mesh: Mesh
+    config: TrainConfig,
+    backbone: Backbone,
+    concepts: ConceptList,
+    mesh: Mesh,
+    stop: threading.Event | None = None,
 ) -> TrainResult:
     """Train every concept that is not done yet; continue what ``config.output_dir`` holds.
 
+    Once ``stop`` is set, everything under way is saved and the function returns.
+
     Raises:
       CatVersionError: the options contradict the model or the run in ``output_dir``, or it is not
-      writable.
+      writable, or another process writes there.
     """
     run = RunDirectory(config)
-    run.open(backbone.name, backbone.text_encoder_sha256)
-    failures = {problem.name: problem.message for problem in concepts.problems}
-    specs, records = {}, {}
-    for spec in concepts.concepts:
-        try:
-            records[spec.name] = describe_concept(spec, backbone, config)
-            specs[spec.name] = spec
-        except ConceptError as error:
-            failures[spec.name] = str(error)
-    trainer = _Trainer(config, backbone, mesh, run, specs, records)
-    packs = plan_packs(records, run, trainer.num_rows)
-    for name in specs:
-        if run.has_failed(name) and run.is_done(name):
-            run.clear_failure(name)
-    for name, reason in failures.items():
-        run.quarantine(name, reason)
-
-    names = [*failures, *specs]
-    total = len(specs) * config.max_train_steps
-    to_do = sum(len(pack.names) for pack in packs) * config.max_train_steps
-    with (
-        tqdm(total=total, initial=total - to_do, unit="concept-step", desc="compiling") as progress,
-        logging_redirect_tqdm([logging.getLogger()], tqdm_class=tqdm),
-    ):
-        for pack in packs:
-            run.write_index(names, failures)
-            failures |= trainer.run_pack(pack, progress)
-    run.write_index(names, failures)
-    return TrainResult(tuple(name for name in specs if name not in failures), failures)
+    with run.lock():
+        run.open(backbone.name, backbone.text_encoder_sha256)
+        failures = {problem.name: problem.message for problem in concepts.problems}
+        specs, records = {}, {}
+        for spec in concepts.concepts:
+            try:
+                records[spec.name] = describe_concept(spec, backbone, config)
+                specs[spec.name] = spec
+            except ConceptError as error:
+                failures[spec.name] = str(error)
+        plan = plan_queue(records, run, template_state(config, backbone))
+        for name in specs:
+            if run.has_failed(name) and run.is_done(name):
+                run.clear_failure(name)
+        for name, reason in failures.items():
+            run.quarantine(name, reason)
+        run.start_index(specs, failures)
+        trainer = _Trainer(config, backbone, mesh, run, specs, records, plan)
+        interrupted = trainer.run(stop or threading.Event())
+        run.write_index()
+    failures |= trainer.failures
+    return TrainResult(tuple(run.finished), failures, interrupted)
 
 
 class _Trainer:
-    """What all packs of a run share: shapes, compiled programs, frozen networks."""
+    """Compiled programs, slots and queue of one run."""
 
     def __init__(
         self,
@@ -117,249 +115,264 @@ class _Trainer:
         run: RunDirectory,
         specs: Mapping[str, ConceptSpec],
         records: Mapping[str, ConceptRecord],
+        plan: QueuePlan,
     ):
-        self.config, self.backbone, self.mesh, self.run = config, backbone, mesh, run
-        self.specs = specs
+        self.config, self.backbone, self.mesh, self.out = config, backbone, mesh, run
+        self.specs, self.clock = specs, plan.clock
+        self.queue, self.saved = plan.names, dict(plan.saved)
+        self.failures: dict[str, str] = {}
         first_layer = first_adapted_layer(config, backbone.num_text_layers)
         per_axis = mesh.shape[CONCEPT_AXIS]
-        wanted = -(-len(specs) // per_axis) * per_axis
-        self.num_rows = min(config.concepts_per_device * per_axis, max(wanted, per_axis))
-        self.max_images = max((len(spec.images) for spec in specs.values()), default=1)
-        self.max_prompts = max((len(record.prompts) for record in records.values()), default=1)
+        wanted = max(1, -(-len(specs) // per_axis)) * per_axis
         schedule = noise_schedule(backbone.noise_schedule)
-        self.tx = make_optimizer(config)
+        tx = make_optimizer(config)
+        self.slots = Slots(
+            min(config.concepts_per_device * per_axis, wanted),
+            mesh,
+            backbone,
+            config,
+            tx,
+            max_images=max((len(spec.images) for spec in specs.values()), default=1),
+            max_prompts=max((len(record.prompts) for record in records.values()), default=1),
+        )
         self.max_steps = steps_per_dispatch(config)
-        self.train_step = make_train_step(schedule, self.tx, mesh, config)
+        self.train_step = make_train_step(schedule, tx, mesh, config)
         self.eval_step = make_eval_step(schedule, mesh, config, first_layer)
         self.grids = SampleGrids(backbone, config)
         self.compiled = False
-        self.failed: set[str] = set()
-        # What the progress bar says; ``mark`` is when the last dispatch was read, None after other
-        # work.
-        self.mark: float | None = None
-        self.rate, self.status = 0.0, ""
+        self.pending: collections.deque[Dispatched] = collections.deque()
 
-    # ------------------------------------------------------------------ one pack
-
-    def run_pack(self, pack: Pack, progress: tqdm) -> dict[str, str]:
-        """Train one pack to the end and export it; returns the failures."""
-        config, total = self.config, self.config.max_train_steps
-        prepared, failures = self._prepare(pack)
-        progress.update(len(failures) * total)
-        if not prepared:
-            return failures
-        with checkpoint.Checkpoints(pack.folder, config.checkpoints_total_limit) as checkpoints:
-            step, state, data, plain_loss = self._start(prepared, pack.restore_from)
-            progress.update(step * len(prepared))
-            recorder = MetricsRecorder(
-                {concept.spec.name: self.run.concept(concept.spec.name) for concept in prepared},
-                self.run.jsonl,
-                self.run.logs if config.report_to == "tensorboard" else None,
-                start_step=step,
-            )
-            records = [concept.record for concept in prepared]
-            loss = self._evaluate(state.exported, data)
-            pending = collections.deque([_Dispatched(0, 0, None, loss)] if step == 0 else [])
-
-            def record_pending() -> None:
-                while pending:
-                    self._record(pending.popleft(), recorder, progress)
-
+    def run(self, stop: threading.Event) -> bool:
+        """Until the queue is empty; returns whether ``stop`` came first."""
+        config, slots = self.config, self.slots
+        total = len(self.specs) * config.max_train_steps
+        to_do = len(self.queue) * config.max_train_steps
+        with (
+            tqdm(total=total, initial=total - to_do, unit="concept-step", desc="compiling") as bar,
+            logging_redirect_tqdm([logging.getLogger()], tqdm_class=tqdm),
+            Feeder(self.queue, self._prepare, ahead=slots.num_rows) as feeder,
+            Checkpoints(self.out.checkpoint_folder, config.checkpoints_total_limit) as checkpoints,
+            Recorder(self.out, config, bar) as self.recorder,
+        ):
             # ------------------------------------------------------ the loop
-            while step < total:
-                num_steps = self._steps_to_boundary(step)
-                state, metrics = self._dispatch(state, data, num_steps)
-                step += num_steps
-                evaluate = step % config.eval_steps == 0 or step == total
-                if evaluate:
-                    loss = self._evaluate(state.exported, data)
-                record_pending()  # of the dispatch before, while the device works on this one
-                pending.append(_Dispatched(step, num_steps, metrics, loss if evaluate else None))
-                if step % config.checkpointing_steps == 0 or step == total:
-                    record_pending()  # what a checkpoint has seen is not done again
-                    if step < total:
-                        # First: where it fails, no checkpoint is being written meanwhile.
-                        self._export(prepared, state, step)
-                    checkpoints.save(step, state, records)
-                every = config.validation_steps if config.validation_prompt else None
-                if every and (step % every == 0 or step == total):
-                    record_pending()
-                    self._write_grids(prepared, state, step)
-            # ------------------------------------------------------ the end
-            recorder.close()
-        losses = (np.asarray(plain_loss), np.asarray(loss))
-        return failures | self._export(prepared, state, None, losses)
+            while True:
+                self._retire()
+                if self._fill(feeder):
+                    continue
+                if not slots.occupied:
+                    return False
+                self.out.refresh_index()
+                self._train(self._steps_to_boundary())
+                self._evaluate_due()
+                self._write_due()
+                interrupted = stop.is_set()
+                if interrupted or self.clock % config.checkpointing_steps == 0:
+                    with self.recorder.timed("checkpoints"):
+                        self._read_pending()  # what a checkpoint has seen is not done again
+                        checkpoints.save(self.clock, slots.saved_rows())
+                if interrupted:
+                    return True
 
-    def _prepare(self, pack: Pack) -> tuple[list[PreparedConcept], dict[str, str]]:
-        prepared: list[PreparedConcept] = []
-        failures: dict[str, str] = {}
-        for name in pack.names:
-            spec = self.specs[name]
-            try:
-                prepared.append(prepare_concept(spec, self.backbone, self.config))
-                make_folder(self.run.concept(spec.name))
-                self.run.clear_failure(spec.name)
-            except ConceptError as error:
-                failures[spec.name] = str(error)
-                self.run.quarantine(spec.name, str(error))
-                logger.warning("quarantined %s: %s", spec.name, error)
-        return prepared, failures
+    # ------------------------------------------------------------------ who has a row
 
-    def _start(
-        self, prepared: Sequence[PreparedConcept], restore_from: Path | None
-    ) -> tuple[int, TrainState, ConceptData, jax.Array]:
-        """Rows on the mesh, at step 0 or where the newest checkpoint left them, and the plain
-        model's losses.
-        """
-        residual, data, plain = assemble_pack(
-            prepared,
-            self.backbone,
-            self.config,
-            num_rows=self.num_rows,
-            max_images=self.max_images,
-            max_prompts=self.max_prompts,
-        )
-        plain_loss = self._evaluate(None, place_by_concept(plain, self.mesh))
-        data = place_by_concept(data, self.mesh)
-        averaged = self.config.ema_decay is not None
-        state = create_train_state(residual, self.tx, averaged=averaged)
-        state = jax.tree.map(np.asarray, state)
-        step = 0
-        if restore_from is not None:
-            step, rows, records = checkpoint.restore_latest(restore_from, state)
-            order = [record.name for record in records]
-            taken = [order.index(concept.spec.name) for concept in prepared]
-            taken += [taken[0]] * (self.num_rows - len(taken))
-            state = jax.tree.map(lambda leaf: leaf[np.array(taken)], rows)
-            logger.info("resumed %d concepts at step %d", len(prepared), step)
-        return step, place_by_concept(state, self.mesh), data, plain_loss
+    def _retire(self) -> None:
+        """Export and let go whoever is done."""
+        total = self.config.max_train_steps
+        if any(slot.step >= total for slot in self.slots.occupied.values()):
+            self._read_pending()
+        ended = [
+            slot
+            for slot in self.slots.occupied.values()
+            if slot.step >= total or slot.failed_step >= 0 or self._settled(slot)
+        ]
+        if not ended:
+            return
+        self._read_pending()
+        with self.recorder.timed("export"):
+            for slot, (learned, failed) in zip(ended, self.slots.exported(ended), strict=True):
+                del self.slots.occupied[slot.row]
+                self._finish(slot, learned, failed)
 
-    def _steps_to_boundary(self, step: int) -> int:
+    def _settled(self, slot: Slot) -> bool:
+        """Whether early stopping ends a concept at its present step."""
+        evaluated_now = bool(slot.evaluations) and slot.evaluations[-1][0] == slot.step
+        return evaluated_now and should_stop(slot.evaluations, self.config)
+
+    def _finish(self, slot: Slot, learned: Learned, failed: int) -> None:
+        name, record = slot.name, slot.concept.record
+        if failed >= 0:
+            file = self.out.concept_file(name, failed)
+            record.save(file, learned, failed)
+            self._give_up(
+                name,
+                f"{name}: the loss or the update was not finite at step {failed}. The state before "
+                f"it is kept in {file.name}. Try a lower learning_rate with another output_dir.",
+            )
+            self.recorder.end(slot, "quarantined")
+            return
+        summary: dict[str, float] = _summary(slot)
+        stopped = slot.step < self.config.max_train_steps
+        if stopped:
+            summary["stopped_early"] = slot.step
+        self.out.write_summary(name, summary)
+        record.save(self.out.concept_file(name), learned, slot.step)
+        outcome = "stopped early" if stopped else "done"
+        self.out.set_state(name, outcome, summary=summary)
+        self.recorder.end(slot, outcome)
+
+    def _fill(self, feeder: Feeder[Prepared]) -> bool:
+        """Give the free rows to the next concepts, if there are any."""
+        newcomers: dict[int, PreparedConcept] = {}
+        with self.recorder.timed("waiting for concepts"):
+            for row in self.slots.free:
+                while (item := feeder.next()) is not None:
+                    if item.concept is not None:
+                        newcomers[row] = item.concept
+                        break
+                    self._give_up(item.name, item.problem)
+                    self.recorder.skip()
+        if not newcomers:
+            return False
+        with self.recorder.timed("refilling"):
+            plain_data = self.slots.fill(newcomers, self.saved, self.recorder.now)
+            plain = np.asarray(self._evaluate(None, plain_data))
+            start = np.asarray(self._evaluate(self.slots.state.exported, self.slots.data))
+            for row, concept in newcomers.items():
+                slot = self.slots.occupied[row]
+                self.saved.pop(slot.name, None)
+                slot.plain_loss = rounded(plain[row])
+                if slot.step == 0:
+                    slot.evaluations.append((0, rounded(start[row])))
+                make_folder(self.out.concept(concept.spec.name))
+                self.out.clear_failure(slot.name)
+                self.out.set_state(slot.name, "running")
+                self.recorder.begin(slot)
+        return True
+
+    def _prepare(self, name: str) -> Prepared:
+        """In the feeder's thread."""
+        try:
+            return Prepared(name, prepare_concept(self.specs[name], self.backbone, self.config))
+        except ConceptError as error:
+            return Prepared(name, None, str(error))
+
+    def _give_up(self, name: str, reason: str) -> None:
+        self.failures[name] = reason
+        self.out.quarantine(name, reason)
+        self.out.set_state(name, "quarantined", reason=reason)
+        logger.warning("quarantined %s: %s", name, reason)
+
+    # ------------------------------------------------------------------ what the device does
+
+    def _steps_to_boundary(self) -> int:
         config = self.config
-        intervals = [config.eval_steps, config.checkpointing_steps, config.logging_steps]
+        own = [config.eval_steps, config.checkpointing_steps]
         if config.validation_steps:
-            intervals.append(config.validation_steps)
-        to_next = min(interval - step % interval for interval in intervals)
-        return min(self.max_steps, to_next, config.max_train_steps - step)
+            own.append(config.validation_steps)
+        bounds = [
+            self.max_steps,
+            config.checkpointing_steps - self.clock % config.checkpointing_steps,
+        ]
+        for slot in self.slots.occupied.values():
+            bounds += [interval - slot.step % interval for interval in own]
+            bounds.append(config.max_train_steps - slot.step)
+        return min(bounds)
 
-    def _dispatch(
-        self, state: TrainState, data: ConceptData, num_steps: int
-    ) -> tuple[TrainState, StepMetrics]:
+    def _train(self, num_steps: int) -> None:
+        """Dispatch some steps, then read what those before have reported."""
         count = jax.device_put(np.int32(num_steps), replicated(self.mesh))
-        started = time.perf_counter()
+        slots, started = self.slots, time.perf_counter()
         with jax.transfer_guard("disallow"):
-            state, metrics = self.train_step(
-                state, data, self.backbone.text_encoder, self.backbone.unet, count
+            slots.state, metrics = self.train_step(
+                slots.state, slots.data, self.backbone.text_encoder, self.backbone.unet, count
             )
         if not self.compiled:
             self.compiled = True
+            self.recorder.add("compiling", time.perf_counter() - started)
             logger.info("compiled the training step in %.0f s", time.perf_counter() - started)
-        return state, metrics
+        self._read_pending()  # of the dispatch before, while the device works on this one
+        before = [(slot, slot.step) for slot in slots.occupied.values()]
+        for slot, step in before:
+            slot.step = step + num_steps
+        self.clock += num_steps
+        self.pending.append(Dispatched(self.clock, num_steps, before, metrics))
 
-    def _evaluate(self, residual: Learned | None, data: ConceptData) -> jax.Array:
-        return self.eval_step(residual, data, self.backbone.text_encoder, self.backbone.unet)
+    def _evaluate_due(self) -> None:
+        config = self.config
+        due = [
+            slot
+            for slot in self.slots.occupied.values()
+            if slot.step % config.eval_steps == 0 or slot.step == config.max_train_steps
+        ]
+        if not due:
+            return
+        self._read_pending(due)
+        with self.recorder.timed("evaluation"):
+            losses = np.asarray(self._evaluate(self.slots.state.exported, self.slots.data))
+        for slot in due:
+            slot.evaluations.append((slot.step, rounded(losses[slot.row])))
+            self.recorder.write_row(slot, slot.step, slot.evaluations[-1][1])
+
+    def _evaluate(self, learned: Learned | None, data: ConceptData) -> jax.Array:
+        return self.eval_step(learned, data, self.backbone.text_encoder, self.backbone.unet)
 
     # ------------------------------------------------------------------ what the host does
 
-    def _record(self, done: _Dispatched, recorder: MetricsRecorder, progress: tqdm) -> None:
-        names = recorder.names
-        if done.metrics is not None:
-            losses = np.asarray(done.metrics.losses)[: done.num_steps]
-            for name, failed in zip(names, np.asarray(done.metrics.failed_step), strict=False):
-                if failed >= 0 and name not in self.failed:
-                    self.failed.add(name)
-                    logger.warning(f"{name}: not finite at step {failed}; the others go on")
-            recorder.add_losses({name: losses[:, row].tolist() for row, name in enumerate(names)})
-            progress.set_description("training", refresh=False)
-            progress.update(done.num_steps * len(names))
-        rate = self._concept_steps_per_s(done.num_steps * len(names))
-        concepts_per_hour = 3600 * rate / self.config.max_train_steps
-        evaluated = None
-        if done.eval_loss is not None:
-            evaluated = dict(zip(names, np.asarray(done.eval_loss).tolist(), strict=False))
-            mean = np.mean([evaluated[name] for name in names])
-            self.status = f"eval loss {mean:.4f}"
-        if rate:
-            progress.set_postfix_str(f"{self.status}, {concepts_per_hour:.0f} concepts/h")
-        if evaluated is not None or done.step % self.config.logging_steps == 0:
-            throughput = {
-                "concept_steps_per_s": round(rate, 3),
-                "concepts_per_hour": round(concepts_per_hour, 1),
-            }
-            recorder.write_row(done.step, evaluated, throughput)
-
-    def _concept_steps_per_s(self, num_concept_steps: int) -> float:
-        """Speed of the compiled step since the last record; compilation and grids are left out."""
-        now = time.perf_counter()
-        if self.mark is not None and num_concept_steps:
-            latest = num_concept_steps / (now - self.mark)
-            self.rate = latest if self.rate == 0 else 0.7 * self.rate + 0.3 * latest
-        self.mark = now
-        return self.rate
-
-    def _export(
-        self,
-        prepared: Sequence[PreparedConcept],
-        state: TrainState,
-        step: int | None,
-        losses: tuple[np.ndarray, np.ndarray] | None = None,
-    ) -> dict[str, str]:
-        """Concept files of all healthy rows (``step=None``: the final ones); quarantines the
-        others.
-
-        ``losses`` are the evaluation losses ``[C]`` of the plain model and of the concepts.
+    def _read_pending(self, evaluated: Sequence[Slot] = ()) -> None:
+        """Losses of what was dispatched, waiting for it. Rows of ``evaluated`` at their present
+        step are left to the evaluation, which has more to write there.
         """
-        rows = jax.tree.map(np.asarray, dataclasses.replace(state, opt_state=()))
-        failures = {}
-        for row, concept in enumerate(prepared):
-            name, residual = concept.spec.name, _row(rows.exported, row)
-            if rows.failed_step[row] < 0:
-                reached = self.config.max_train_steps if step is None else step
-                if losses:
-                    self.run.write_summary(name, _summary(name, row, losses))
-                concept.record.save(self.run.concept_file(name, step), residual, reached)
-                continue
-            failed = int(rows.failed_step[row])
-            reason = (
-                f"{name}: the loss or the update was not finite at step {failed}. The state before "
-                f"it is kept in {self.run.concept_file(name, failed).name}. Try a lower "
-                "learning_rate with another output_dir."
-            )
-            concept.record.save(self.run.concept_file(name, failed), residual, failed)
-            self.run.quarantine(name, reason)
-            failures[name] = reason
-        return failures
+        while self.pending:
+            self.recorder.read(self.pending.popleft(), evaluated)
 
-    def _write_grids(
-        self, prepared: Sequence[PreparedConcept], state: TrainState, step: int
-    ) -> None:
-        residuals = jax.tree.map(np.asarray, state.exported)
-        for row, concept in enumerate(prepared):
-            path = self.run.concept(concept.spec.name) / "samples" / f"{step:06d}.png"
-            self.grids.write(path, concept, _row(residuals, row), step)
-        self.mark = None
+    def _write_due(self) -> None:
+        """Intermediate files and sample grids."""
+        config = self.config
+        every = config.validation_steps if config.validation_prompt else None
+        slots = list(self.slots.occupied.values())
+        saved = [
+            slot
+            for slot in slots
+            if slot.step % config.checkpointing_steps == 0 and slot.step < config.max_train_steps
+        ]
+        drawn = [
+            slot
+            for slot in slots
+            if every and (slot.step % every == 0 or slot.step == config.max_train_steps)
+        ]
+        if not saved and not drawn:
+            return
+        self._read_pending()
+        with self.recorder.timed("files and grids"):
+            for slot, (learned, failed) in zip(saved, self.slots.exported(saved), strict=True):
+                if failed < 0:
+                    file = self.out.concept_file(slot.name, slot.step)
+                    slot.concept.record.save(file, learned, slot.step)
+            for slot, (learned, _) in zip(drawn, self.slots.exported(drawn), strict=True):
+                path = self.out.concept(slot.name) / "samples" / f"{slot.step:06d}.png"
+                self.grids.write(path, slot.concept, learned, slot.step)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dispatched:
-    """Results of one dispatch, still on their way from the device."""
+class Prepared:
+    """What the feeder gives: a concept, or why it cannot be used."""
 
-    step: int
-    num_steps: int
-    metrics: StepMetrics | None
-    eval_loss: jax.Array | None
+    name: str
+    concept: PreparedConcept | None
+    problem: str = ""
 
 
-def _summary(name: str, row: int, losses: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-    plain, learned = (float(f"{loss[row]:.6g}") for loss in losses)
-    if learned >= plain:
+def _summary(slot: Slot) -> dict[str, float]:
+    learned = slot.evaluations[-1][1]
+    if learned >= slot.plain_loss:
         logger.warning(
-            f"{name}: its evaluation loss {learned} is not below the plain model's {plain}, so it "
-            "learned nothing useful. Train longer, try another learning_rate or init, and check "
-            "that the base class suits the images."
+            f"{slot.name}: its evaluation loss {learned} is not below the plain model's "
+            f"{slot.plain_loss}, so it learned nothing useful. Train longer, try another "
+            "learning_rate or init, and check that the base class suits the images."
         )
-    return {"eval_loss": learned, "plain_eval_loss": plain}
+    return {"eval_loss": learned, "plain_eval_loss": slot.plain_loss}
 
 
-def _row(residual: Learned, row: int) -> Learned:
-    return jax.tree.map(lambda leaf: leaf[row], residual)
+def rounded(loss: float) -> float:
+    """As files show it: what a resumed run reads is what an uninterrupted one goes by."""
+    return float(f"{loss:.6g}")

@@ -1,33 +1,53 @@
 """The output folder of a run: where each thing lies, what is done, and why a concept failed.
 
 out/
-  run.json  config.resolved.yaml  index.csv  metrics.jsonl  logs/<concept>/
-      checkpoints/pack-0000/<step>/
+  run.json  config.resolved.yaml  index.csv  timeline.csv  metrics.jsonl  process-0000.lock
+  checkpoints/process-0000/<step>/  logs/<concept>/
   concepts/<name>/  catversion.safetensors  catversion-000250.safetensors  metrics.csv  metrics.json
                     samples/000250.png  FAILED.txt (only when quarantined)
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from catversion_jax import __version__
-from catversion_jax.atomic_files import make_folder, write_atomically
+from catversion_jax.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.config import TrainConfig, dump_config, learning_options
 from catversion_jax.errors import CatVersionError
 from catversion_jax.export import CONCEPT_FILE_NAME, Concept, load_concept
-from catversion_jax.training.checkpoint import differences
+from catversion_jax.training.checkpoint import refused_changes
 
 logger = logging.getLogger(__name__)
 
 FAILED_NAME, SUMMARY_NAME = "FAILED.txt", "metrics.json"
+STATES = ("queued", "running", "done", "stopped early", "quarantined")
+FINISHED = ("done", "stopped early")
+INDEX_SECONDS = 5.0
 INDEX_COLUMNS = ("name", "state", "eval_loss", "plain_eval_loss", "file", "reason")
+
+
+def is_locked(root: Path) -> bool:
+    """Whether a process is training into ``root`` now, on this machine."""
+    for path in root.glob("process-*.lock"):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+    return False
 
 
 class RunDirectory:
@@ -39,6 +59,38 @@ class RunDirectory:
         self.checkpoints = self.root / "checkpoints"
         self.jsonl = self.root / "metrics.jsonl"
         self.logs = self.root / "logs"
+        self._settings: Mapping[str, Any] = {}
+        self._index: dict[str, dict[str, str]] = {}
+        self._written, self._stale = 0.0, False
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where this process saves."""
+        return self.checkpoints / f"process-{jax.process_index():04d}"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing into the folder. The system takes the lock away from a
+        process that is killed.
+
+        Raises:
+          CatVersionError: another process has it.
+        """
+        make_folder(self.root)
+        path = self.root / f"process-{jax.process_index():04d}.lock"
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise unwritable(path, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CatVersionError(
+                    f"output_dir={self.root}: another process is training into it. Wait for it, "
+                    "stop it, or give another output_dir."
+                ) from None
+            yield
 
     def concept(self, name: str) -> Path:
         """Folder of one concept."""
@@ -52,13 +104,12 @@ class RunDirectory:
         )
 
     def open(self, base_model: str, text_encoder_sha256: str) -> None:
-        """Create the folder, or check that the run in it is this one.
+        """Begin a run in the folder, or check that the run in it is this one.
 
         Raises:
           CatVersionError: unwritable; holds a run that learned with other options; holds results
             and ``resume_from_checkpoint`` is none.
         """
-        make_folder(self.root)
         settings = {
             "base_model": base_model,
             "text_encoder_sha256": text_encoder_sha256,
@@ -67,13 +118,13 @@ class RunDirectory:
         manifest = self.root / "run.json"
         if manifest.exists() and self._holds_results():
             self._check_same_run(manifest, settings)
-        content = {"catversion_jax": __version__, **settings}
-        write_atomically(manifest, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        self._settings = settings
+        self._write_manifest()
         write_atomically(self.root / "config.resolved.yaml", dump_config(self.config).encode())
 
     def _holds_results(self) -> bool:
         """Whether anything was learned here: a mistyped first attempt leaves the folder free."""
-        patterns = (f"concepts/*/{CONCEPT_FILE_NAME}", "checkpoints/pack-*/[0-9]*")
+        patterns = (f"concepts/*/{CONCEPT_FILE_NAME}", "checkpoints/process-*/[0-9]*")
         return any(next(self.root.glob(pattern), None) is not None for pattern in patterns)
 
     def final(self, name: str) -> Concept:
@@ -85,7 +136,9 @@ class RunDirectory:
         if not self.concept_file(name).exists():
             return False
         try:
-            return self.final(name).step == self.config.max_train_steps
+            step = self.final(name).step
+            stopped = self.summary(name).get("stopped_early")
+            return step in (self.config.max_train_steps, stopped)
         except CatVersionError as error:
             logger.warning("%s; training it again", error)
             return False
@@ -107,28 +160,73 @@ class RunDirectory:
         """Forget an earlier quarantine: the concept is tried again."""
         (self.concept(name) / FAILED_NAME).unlink(missing_ok=True)
 
+    def summary(self, name: str) -> dict[str, float]:
+        """What :meth:`write_summary` wrote; empty when it did not."""
+        path = self.concept(name) / SUMMARY_NAME
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
     def write_summary(self, name: str, summary: Mapping[str, float]) -> None:
         """The concept's final evaluation losses, for people and for ``index.csv``."""
         text = json.dumps(summary, indent=1) + "\n"
         write_atomically(self.concept(name) / SUMMARY_NAME, text.encode())
 
-    def write_index(self, names: Iterable[str], failures: Mapping[str, str]) -> None:
-        """One line per concept: done (with its losses), failed (with the reason) or pending."""
+    # ------------------------------------------------------------------ the state of all concepts
+
+    @property
+    def finished(self) -> list[str]:
+        """Names of the concepts that have a file."""
+        return [name for name, row in self._index.items() if row["state"] in FINISHED]
+
+    def start_index(self, names: Iterable[str], failures: Mapping[str, str]) -> None:
+        """Find out the state of every concept and write it."""
+        for name, reason in failures.items():
+            self.set_state(name, "quarantined", reason=reason)
+        for name in names:
+            if not self.is_done(name):
+                self.set_state(name, "queued")
+                continue
+            summary = self.summary(name)
+            self.set_state(name, "stopped early" if "stopped_early" in summary else "done", summary)
+        self.write_index()
+
+    def set_state(
+        self, name: str, state: str, summary: Mapping[str, float] | None = None, reason: str = ""
+    ) -> None:
+        """Note what became of a concept; :meth:`refresh_index` or :meth:`write_index` write it."""
+        row = {"name": name, "state": state, "reason": reason.split("\n")[0]}
+        if state in FINISHED:
+            row["file"] = self.concept_file(name).relative_to(self.root).as_posix()
+        for key in ("eval_loss", "plain_eval_loss"):
+            if summary and key in summary:
+                row[key] = f"{summary[key]:.6g}"
+        self._index[name] = row
+        self._stale = True
+
+    def refresh_index(self) -> None:
+        """Write what :meth:`set_state` noted, unless that was done a moment ago."""
+        if self._stale and time.monotonic() - self._written > INDEX_SECONDS:
+            self.write_index()
+
+    def write_index(self) -> None:
+        """``index.csv``, a line for each concept, and the counts in ``run.json``."""
         text = io.StringIO()
         writer = csv.DictWriter(text, INDEX_COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        for name in names:
-            if name in failures:
-                reason = failures[name].splitlines()[0]
-                writer.writerow({"name": name, "state": "failed", "reason": reason})
-            elif self.concept_file(name).exists():
-                file = self.concept_file(name).relative_to(self.root)
-                summary = self.concept(name) / SUMMARY_NAME
-                losses = json.loads(summary.read_text()) if summary.exists() else {}
-                writer.writerow({"name": name, "state": "done", "file": file, **losses})
-            else:
-                writer.writerow({"name": name, "state": "pending"})
+        writer.writerows(self._index.values())
         write_atomically(self.root / "index.csv", text.getvalue().encode())
+        counts = collections.Counter(row["state"] for row in self._index.values())
+        self._write_manifest({state: counts[state] for state in STATES})
+        self._written, self._stale = time.monotonic(), False
+
+    def _write_manifest(self, counts: Mapping[str, int] | None = None) -> None:
+        content = {"catversion_jax": __version__, **self._settings}
+        if counts is not None:
+            content["concepts"] = counts
+        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        write_atomically(self.root / "run.json", text.encode())
 
     def _check_same_run(self, manifest: Path, settings: Mapping[str, Any]) -> None:
         if self.config.resume_from_checkpoint == "none":
@@ -153,7 +251,7 @@ class RunDirectory:
             "base model": settings["base_model"],
             "weights": settings["text_encoder_sha256"],
         }
-        changed = differences(before, now)
+        changed = refused_changes(before, now)
         if changed:
             raise CatVersionError(
                 f"output_dir={self.root}: holds a run that learned with other options "

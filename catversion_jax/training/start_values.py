@@ -12,9 +12,16 @@ from catversion_jax.array_types import Array, Float
 from catversion_jax.config import TrainConfig
 from catversion_jax.learned import Learned
 from catversion_jax.models.network import Network
+from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.residual import KVResidual, resolve_layers
 from catversion_jax.token_embeddings import TokenEmbeddings
-from catversion_jax.training.state import INIT_STREAM, concept_key
+from catversion_jax.training.state import (
+    INIT_STREAM,
+    TrainState,
+    concept_key,
+    create_train_state,
+    make_optimizer,
+)
 
 SPREAD = 0.1
 """How far copied start values of several positions lie apart, in units of their own root mean
@@ -68,6 +75,17 @@ def init_learned(
         logit_bias=config.logit_bias,
         scope=config.scope,
     )
+
+
+def template_state(config: TrainConfig, backbone: Backbone) -> TrainState:
+    """A state of one row: what is stored of a concept, apart from the numbers."""
+    token_ids = backbone.tokenizer(["a"])[0]
+    learned = init_learned(
+        config, backbone.text_encoder, backbone.num_text_layers, token_ids, (0,), seed=0
+    )
+    stacked = jax.tree.map(lambda leaf: leaf[None], learned)
+    averaged = config.ema_decay is not None
+    return create_train_state(stacked, make_optimizer(config), averaged=averaged)
 
 
 def _start(config: TrainConfig, own: Array, rng: Array) -> Array:

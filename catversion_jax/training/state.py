@@ -1,7 +1,7 @@
 """What is trained, and the cached data it is trained on. Every leaf leads with the concept axis C.
 
 Randomness belongs to the concept: its key comes from its own seed, each step folds in the step
-number and each image slot its index. Rows, packs and devices never enter, so a concept's result
+number and each image slot its index. Rows, company and devices never enter, so a concept's result
 does not depend on them.
 """
 

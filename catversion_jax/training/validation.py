@@ -15,7 +15,7 @@ from catversion_jax.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.samplers import make_sampler
 from catversion_jax.sampling import SamplingSettings, generate
-from catversion_jax.training.pack import PreparedConcept
+from catversion_jax.training.preparation import PreparedConcept
 
 
 class SampleGrids:

@@ -1,4 +1,4 @@
-"""From concepts on disk to the rows of one pack: images encoded, prompts encoded, residuals
+"""From concepts on disk to rows of the program: images encoded, prompts encoded, residuals
 started.
 
 Everything here happens per concept, with programs of fixed shape, so that a row never depends on
@@ -178,28 +178,25 @@ def _place_prompts(
     return placed
 
 
-def assemble_pack(
-    prepared: Sequence[PreparedConcept],
+def assemble_rows(
+    rows: Sequence[PreparedConcept],
     backbone: Backbone,
     config: TrainConfig,
     *,
-    num_rows: int,
     max_images: int,
     max_prompts: int,
 ) -> tuple[Learned, ConceptData, ConceptData]:
-    """Stack concepts into ``num_rows`` rows; rows beyond them repeat the first (their results are
-    dropped).
+    """Stack concepts, one for each row.
 
-    ``max_images`` and ``max_prompts`` are those of the whole run, so that every pack has the same
-    shapes.
+    ``max_images`` and ``max_prompts`` are those of the whole run, so that shapes never change.
 
     Returns:
       Start values, data, and the data of the plain model, whose prompts hold no learned vectors.
     """
-    rows = [prepared[i] if i < len(prepared) else prepared[0] for i in range(num_rows)]
+    num_rows = len(rows)
     empty_hidden = None
     if config.caption_dropout > 0:
-        layer = prepared[0].residual.first_layer
+        layer = rows[0].residual.first_layer
         empty = lower_text_states(backbone.text_encoder, backbone.tokenizer([""])[0], layer)
         empty_hidden = np.stack([empty] * num_rows)
     arrays: dict[str, Any] = dict(

@@ -1,0 +1,65 @@
+"""Whether the values of the training options can be meant, apart from their types."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from catversion_jax.config import TrainConfig
+
+
+def range_problems(config: TrainConfig) -> list[str]:
+    """What is wrong with values of the right type, one message each."""
+    at_least = {
+        "num_positions": 1, "max_train_steps": 1, "train_batch_size": 1, "lr_warmup_steps": 0,
+        "concepts_per_device": 1, "data_parallel": 1, "steps_per_dispatch": 1, "logging_steps": 1,
+        "eval_steps": 1, "num_eval_samples": 1, "validation_steps": 1, "num_validation_images": 1,
+        "validation_inference_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1,
+        "resolution": 8, "learning_rate": 0.0, "init_std": 0.0, "adam_weight_decay": 0.0,
+        "adam_epsilon": 0.0,
+        "early_stop_eps": 0.0, "early_stop_window": 1, "early_stop_min_steps": 0,
+        "max_grad_norm": 0.0, "snr_gamma": 0.0, "seed": 0, "validation_guidance_scale": 0.0,
+    }  # fmt: skip
+    between = ("random_flip", "unmasked_weight", "caption_dropout", "ema_decay")
+    problems = []
+    for name, low in at_least.items():
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= low):
+            problems.append(f"{name}={value}: must be at least {low} and finite.")
+    for name in between:
+        value = getattr(config, name)
+        if value is not None and not 0.0 <= value <= 1.0:
+            problems.append(f"{name}={getattr(config, name)}: must lie within 0..1.")
+    if config.seed >= 2**32:
+        problems.append(f"seed={config.seed}: must be below 2**32.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            problems.append(f"{name}={getattr(config, name)}: must be at least 0 and below 1.")
+    if not math.isfinite(config.logit_bias):
+        problems.append(f"logit_bias={config.logit_bias}: must be finite.")
+    if config.method == "textual_inversion":
+        only = {"when": "class_word", "adapt": "key_value", "scope": "all"}
+        problems += [
+            f"{name}={getattr(config, name)}: must be {value} with method=textual_inversion, "
+            "whose vectors stand for the class word."
+            for name, value in only.items()
+            if getattr(config, name) != value
+        ]
+    if config.early_stop != "none" and 2 * config.eval_steps > config.early_stop_window:
+        problems.append(
+            f"early_stop={config.early_stop}: early_stop_window={config.early_stop_window} must "
+            f"hold at least two evaluations, one every eval_steps={config.eval_steps}. Use "
+            f"eval_steps={max(1, config.early_stop_window // 10)}."
+        )
+    if not config.concepts:
+        problems.append(
+            "concepts: is required. Give a folder of images (with base_class=...), a folder of "
+            "folders, or a manifest, for example concepts=photos/teapot base_class=teapot."
+        )
+    if config.train_batch_size % config.data_parallel:
+        problems.append(
+            f"train_batch_size={config.train_batch_size}: must be a multiple of data_parallel="
+            f"{config.data_parallel}, which splits each concept's batch."
+        )
+    return problems

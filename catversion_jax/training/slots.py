@@ -1,0 +1,173 @@
+"""The rows of the compiled program and the concepts in them.
+
+A slot is one row. When its concept is done, the next one takes the row: what changes is data
+(residual, moments, step counter, latents, text states, key), never a shape, so nothing is compiled
+again. Rows without a concept repeat another one's work; nobody reads their results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from catversion_jax.config import TrainConfig
+from catversion_jax.learned import Learned
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept
+from catversion_jax.training.checkpoint import SavedRow
+from catversion_jax.training.preparation import PreparedConcept, assemble_rows
+from catversion_jax.training.state import ConceptData, TrainState, create_train_state
+
+
+@dataclasses.dataclass
+class Slot:
+    """A concept under way.
+
+    Attributes:
+      concept: whose row it is.
+      row: its row.
+      step: updates dispatched.
+      evaluations: (step, evaluation loss) so far.
+      plain_loss: the plain model's evaluation loss.
+      failed_step: the step that was not finite, as far as the host has heard; -1 while healthy.
+      began: seconds into the run when it got the row.
+      first_step: its step then.
+    """
+
+    concept: PreparedConcept
+    row: int
+    step: int
+    evaluations: list[tuple[int, float]]
+    plain_loss: float
+    failed_step: int
+    began: float
+    first_step: int
+
+    @property
+    def name(self) -> str:
+        """The concept's."""
+        return self.concept.spec.name
+
+
+class Slots:
+    """State and data of all rows, on the mesh.
+
+    Attributes:
+      state, data: what the compiled programs take; None before the first concept.
+      occupied: the concepts under way, by row.
+    """
+
+    state: TrainState
+    data: ConceptData
+
+    def __init__(
+        self,
+        num_rows: int,
+        mesh: Mesh,
+        backbone: Backbone,
+        config: TrainConfig,
+        tx: optax.GradientTransformation,
+        max_images: int,
+        max_prompts: int,
+    ):
+        self.num_rows, self.occupied = num_rows, dict[int, Slot]()
+        self._mesh, self._filled = mesh, False
+        self._assemble = functools.partial(
+            assemble_rows,
+            backbone=backbone,
+            config=config,
+            max_images=max_images,
+            max_prompts=max_prompts,
+        )
+        self._start = jax.jit(
+            functools.partial(create_train_state, tx=tx, averaged=config.ema_decay is not None)
+        )
+        self._replace = _make_replace(mesh)
+
+    @property
+    def free(self) -> list[int]:
+        """Rows without a concept."""
+        return [row for row in range(self.num_rows) if row not in self.occupied]
+
+    def fill(
+        self, newcomers: Mapping[int, PreparedConcept], saved: Mapping[str, SavedRow], now: float
+    ) -> ConceptData:
+        """Give free rows to concepts; one of ``saved`` goes on where it was.
+
+        Returns:
+          The plain model's data of all rows (those of ``newcomers`` count).
+        """
+        first = next(iter(newcomers.values()))
+        rows = [newcomers.get(row, first) for row in range(self.num_rows)]
+        residual, data, plain = self._assemble(rows)
+        state = jax.tree.map(np.array, self._start(residual))
+        for row, concept in newcomers.items():
+            known = saved.get(concept.spec.name)
+            if known is not None:
+                state = jax.tree.map(functools.partial(_with_row, row=row), state, known.state)
+            step = 0 if known is None else known.step
+            self.occupied[row] = Slot(
+                concept=concept,
+                row=row,
+                step=step,
+                evaluations=[] if known is None else list(known.evaluations),
+                plain_loss=float("nan"),
+                failed_step=-1,
+                began=now,
+                first_step=step,
+            )
+        state, data, plain = place_by_concept((state, data, plain), self._mesh)
+        if self._filled:
+            taken = np.array([row in newcomers for row in range(self.num_rows)])
+            taken = place_by_concept(taken, self._mesh)
+            self.state, self.data = self._replace((self.state, self.data), (state, data), taken)
+        else:
+            self.state, self.data, self._filled = state, data, True
+        return plain
+
+    def saved_rows(self) -> list[SavedRow]:
+        """All concepts under way, read from the device."""
+        state = jax.tree.map(np.asarray, self.state)
+        return [
+            SavedRow(
+                slot.concept.record,
+                jax.tree.map(lambda leaf, row=row: leaf[row], state),
+                tuple(slot.evaluations),
+            )
+            for row, slot in sorted(self.occupied.items())
+        ]
+
+    def exported(self, slots: Sequence[Slot]) -> list[tuple[Learned, int]]:
+        """What these concepts have learned, and the step that was not finite (-1: none)."""
+        learned, failed = jax.tree.map(np.asarray, (self.state.exported, self.state.failed_step))
+        return [
+            (jax.tree.map(lambda leaf, row=slot.row: leaf[row], learned), int(failed[slot.row]))
+            for slot in slots
+        ]
+
+
+def _with_row(rows: np.ndarray, value: np.ndarray, *, row: int) -> np.ndarray:
+    rows[row] = value
+    return rows
+
+
+def _make_replace(mesh: Mesh) -> Callable[[Any, Any, jax.Array], Any]:
+    """``(old, new, taken [C]) -> rows of new where taken, else of old``; old is donated."""
+
+    def replace(old: Any, new: Any, taken: jax.Array) -> Any:
+        def one(before: jax.Array, after: jax.Array) -> jax.Array:
+            return jnp.where(taken.reshape(-1, *[1] * (before.ndim - 1)), after, before)
+
+        return jax.tree.map(one, old, new)
+
+    rows = PartitionSpec(CONCEPT_AXIS)
+    sharded = jax.shard_map(replace, mesh=mesh, in_specs=(rows, rows, rows), out_specs=rows)
+    return jax.jit(sharded, donate_argnums=0)

@@ -163,6 +163,11 @@ class TrainConfig:
     data_parallel: int = _option(
         1, "devices that share one concept's batch; the others hold other concepts"
     )
+    coordinator_address: str | None = _option(
+        None, "host:port of process 0 where several train one list; found by itself on Cloud TPU"
+    )
+    num_processes: int | None = _option(None, "how many they are")
+    process_id: int | None = _option(None, "which of them this is, from 0")
     steps_per_dispatch: int | None = _option(
         None, "steps per call of the compiled program; 10, on CPU 1, where a loop halves the speed"
     )
@@ -221,6 +226,9 @@ RECORDING_OPTIONS = frozenset(
         "concepts",
         "concepts_per_device",
         "data_parallel",
+        "coordinator_address",
+        "num_processes",
+        "process_id",
         "steps_per_dispatch",
         "logging_steps",
         "eval_steps",

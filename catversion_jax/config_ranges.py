@@ -52,6 +52,9 @@ def range_problems(config: TrainConfig) -> list[str]:
             f"hold at least two evaluations, one every eval_steps={config.eval_steps}. Use "
             f"eval_steps={max(1, config.early_stop_window // 10)}."
         )
+    problems += _process_problems(
+        config.coordinator_address, config.num_processes, config.process_id
+    )
     if not config.concepts:
         problems.append(
             "concepts: is required. Give a folder of images (with base_class=...), a folder of "
@@ -63,3 +66,16 @@ def range_problems(config: TrainConfig) -> list[str]:
             f"{config.data_parallel}, which splits each concept's batch."
         )
     return problems
+
+
+def _process_problems(address: str | None, count: int | None, number: int | None) -> list[str]:
+    if address is None and count is None and number is None:
+        return []
+    if address is None or count is None or number is None:
+        return [
+            "coordinator_address, num_processes and process_id belong together: give all three, or "
+            "none on Cloud TPU."
+        ]
+    if 0 <= number < count:
+        return []
+    return [f"process_id={number}: must lie within 0..num_processes - 1 = {count - 1}."]

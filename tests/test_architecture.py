@@ -21,6 +21,7 @@ FLOORS = {
     "learned": 0,
     "config": 0,
     "presets": 0,
+    "config_ranges": 0,
     "concepts": 0,
     "sampling_settings": 0,
     "mask_settings": 0,
@@ -31,6 +32,7 @@ FLOORS = {
     "data": 2,
     "objective": 2,
     "sharding": 2,
+    "processes": 2,
     "foreign_files": 2,
     "export": 2,
     "learned_tensors": 2,
@@ -47,8 +49,9 @@ FLOORS = {
     "prompt_embeds": 3,
     "cross_attention_masks": 3,
     "report": 4,
-    "cli": 5,
-    "integrations": 5,
+    "planning": 5,
+    "cli": 6,
+    "integrations": 6,
 }
 
 

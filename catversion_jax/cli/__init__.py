@@ -20,6 +20,7 @@ from catversion_jax.errors import CatVersionError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train many concepts at once"),
+    "plan": ("plan", "what a run will need on a TPU or GPU: memory, hours, cost"),
     "status": ("status", "how far a run is: queued, running, done, quarantined and why"),
     "check": (
         "check",

@@ -55,13 +55,18 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
+    from catversion_jax.processes import join_processes
     from catversion_jax.sharding import make_mesh, replicated
     from catversion_jax.training.loop import train
 
     _use_compilation_cache(config)
-    mesh = make_mesh(config.data_parallel)
+    join_processes(config)
+    mesh = make_mesh(config.data_parallel, jax.local_devices())
     dtype = {"auto": default_dtype(), "bf16": "bfloat16", "no": "float32"}[config.mixed_precision]
-    print(f"{jax.device_count()} device(s) of kind {jax.devices()[0].device_kind}, {dtype}")
+    if jax.process_count() > 1:
+        print(f"process {jax.process_index()} of {jax.process_count()}")
+    devices = jax.local_devices()
+    print(f"{len(devices)} device(s) of kind {devices[0].device_kind}, {dtype}")
     if dtype == "float32":
         # Accelerators would otherwise multiply float32 matrices with fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")

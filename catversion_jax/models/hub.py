@@ -30,10 +30,14 @@ RENAMED = {
 
 
 def locate_model(
-    model: str | Path, *, revision: str | None = None, variant: str | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    weights: bool = True,
 ) -> Path:
     """The local folder of a Stable Diffusion; ``tiny-sd`` ships with the package, a hub id is
-    downloaded.
+    downloaded, without its weights where these are not asked for.
 
     Raises:
       CatVersionError: no such folder, not a diffusers folder, or it cannot be downloaded.
@@ -48,7 +52,7 @@ def locate_model(
     if path.is_dir():
         folder = path
     elif isinstance(model, str) and HUB_ID.fullmatch(model):
-        folder = _download(model, revision, variant)
+        folder = _download(model, revision, variant, weights)
     else:
         raise CatVersionError(
             f"{model}: the folder does not exist, and this is not a hub id such as "
@@ -88,7 +92,7 @@ def _check_components(folder: Path) -> None:
             )
 
 
-def _download(model: str, revision: str | None, variant: str | None) -> Path:
+def _download(model: str, revision: str | None, variant: str | None, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -99,7 +103,7 @@ def _download(model: str, revision: str | None, variant: str | None) -> Path:
             for stem in STEMS
             for f in (*weight_files(stem, variant), *shard_patterns(stem, variant))
         ]
-        patterns += [f"{name}/{file}" for file in ("config.json", *files)]
+        patterns += [f"{name}/{file}" for file in ("config.json", *(files if weights else ()))]
     owner = model.split("/")[0]
     hint = f" {RENAMED[owner]}." if owner in RENAMED else ""
     try:
@@ -131,7 +135,8 @@ def _download(model: str, revision: str | None, variant: str | None) -> Path:
         raise CatVersionError(
             f"{model}: cannot be downloaded ({error}).{hint} Try again, or give a local folder."
         ) from error
-    _check_downloaded(model, folder, revision, variant)
+    if weights:
+        _check_downloaded(model, folder, revision, variant)
     return folder
 
 

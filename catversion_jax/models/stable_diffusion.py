@@ -20,7 +20,7 @@ from catversion_jax.models.convert import load_network
 from catversion_jax.models.fingerprint import text_encoder_sha256
 from catversion_jax.models.hf_config import read_config
 from catversion_jax.models.hub import locate_model
-from catversion_jax.models.network import Network
+from catversion_jax.models.network import Network, abstract_network
 from catversion_jax.models.tokenizer import Tokenizer
 from catversion_jax.models.unet import UNet2DConditionModel
 from catversion_jax.models.vae import AutoencoderKL
@@ -97,8 +97,32 @@ def load_backbone(
       CatVersionError: the folder, a configuration or the weights cannot be used; the message says
         which and why.
     """
-    weights = _dtype(dtype)
     folder = locate_model(model, revision=revision, variant=variant)
+    load = functools.partial(_load_component, folder, sharding=sharding, variant=variant)
+    backbone = _assemble(str(model), folder, _dtype(dtype), load)
+    checkpoint = open_checkpoint(folder / "text_encoder", variant=variant)
+    return dataclasses.replace(backbone, text_encoder_sha256=text_encoder_sha256(checkpoint))
+
+
+def abstract_backbone(
+    model: str | Path, *, revision: str | None = None, dtype: str = "float32"
+) -> Backbone:
+    """The same without weights: leaves are ``jax.ShapeDtypeStruct``. Reads, or downloads, nothing
+    but configurations and the tokenizer.
+
+    Raises:
+      CatVersionError: the folder or a configuration cannot be used.
+    """
+    folder = locate_model(model, revision=revision, weights=False)
+
+    def shapes(name: str, make: Callable[..., Any], config: Any, weights: Any) -> Network:
+        del name
+        return abstract_network(lambda rngs: _module(make, config, weights, rngs))
+
+    return _assemble(str(model), folder, _dtype(dtype), shapes)
+
+
+def _assemble(name: str, folder: Path, weights: Any, load: Callable[..., Network]) -> Backbone:
     configs = {name: read_config(folder / name) for name in ("text_encoder", "unet", "vae")}
     _check_components_fit(folder, configs)
     text_config = CLIPTextConfig.from_hf(
@@ -110,7 +134,6 @@ def load_backbone(
     tokenizer = Tokenizer.from_folder(
         folder / "tokenizer", context=text_config.max_position_embeddings
     )
-    load = functools.partial(_load_component, folder, sharding=sharding, variant=variant)
     downsampling = 2 ** (len(configs["vae"].get("block_out_channels", (64,))) - 1)
     return Backbone(
         text_encoder=load("text_encoder", CLIPTextModel, text_config, weights),
@@ -118,11 +141,9 @@ def load_backbone(
         vae=load("vae", AutoencoderKL, configs["vae"], jnp.float32),
         tokenizer=tokenizer,
         noise_schedule=noise_schedule,
-        name=str(model),
+        name=name,
         folder=folder,
-        text_encoder_sha256=text_encoder_sha256(
-            open_checkpoint(folder / "text_encoder", variant=variant)
-        ),
+        text_encoder_sha256="",
         num_text_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,
         head_dim=text_config.hidden_size // text_config.num_attention_heads,
@@ -132,6 +153,10 @@ def load_backbone(
         default_resolution=(configs["unet"].get("sample_size") or DEFAULT_SAMPLE_SIZE)
         * downsampling,
     )
+
+
+def _module(make: Callable[..., Any], config: Any, dtype: Any, rngs: Any) -> Any:
+    return make(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
 def _load_component(
@@ -145,7 +170,7 @@ def _load_component(
     variant: str | None,
 ) -> Network:
     return load_network(
-        lambda rngs: make(config, dtype=dtype, param_dtype=dtype, rngs=rngs),
+        lambda rngs: _module(make, config, dtype, rngs),
         folder / name,
         dtype=dtype,
         sharding=sharding,

@@ -122,8 +122,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
         make_folder(folder)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = _manager(folder, max_to_keep=keep, enable_async_checkpointing=True)
 
     def save(self, step: int, rows: Sequence[SavedRow]) -> None:
         """Start saving; the files come later. A step that is there already stays as it is."""
@@ -171,6 +170,25 @@ class Checkpoints:
             raise unwritable(self._folder, cause) from error
 
 
+def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    """Every process saves its own concepts, when it suits it: for orbax each is the only one."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
+    )
+    handlers = {
+        _STATE: ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        _CONCEPTS: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    }
+    return ocp.CheckpointManager(
+        folder.absolute(),
+        item_handlers=handlers,
+        options=ocp.CheckpointManagerOptions(
+            create=False, multiprocessing_options=alone, **options
+        ),
+    )
+
+
 def restore_newest(folder: Path, template: TrainState) -> tuple[int, list[SavedRow]]:
     """The number of the newest checkpoint in ``folder`` and the concepts of the newest intact one.
 
@@ -178,7 +196,7 @@ def restore_newest(folder: Path, template: TrainState) -> tuple[int, list[SavedR
       folder: of one process.
       template: a state of any number of rows, for its structure.
     """
-    with ocp.CheckpointManager(folder.absolute()) as manager:
+    with _manager(folder) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         for step in steps:
             try:
@@ -232,7 +250,7 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Le
             "RUN itself for its finished concepts."
         )
     step = int(folder.name)
-    with ocp.CheckpointManager(folder.parent) as manager:
+    with _manager(folder.parent) as manager:
         saved = _restore_arrays(manager, step)
         described = _restore_description(manager, step)
     learned = rebuild(saved.get("average", saved), described)

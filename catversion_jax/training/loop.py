@@ -28,6 +28,7 @@ from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import ConceptError
 from catversion_jax.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.processes import own_part, wait_for_others
 from catversion_jax.sharding import CONCEPT_AXIS, replicated
 from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord
 from catversion_jax.training.early_stop import should_stop
@@ -91,17 +92,25 @@ def train(
             except ConceptError as error:
                 failures[spec.name] = str(error)
         plan = plan_queue(records, run, template_state(config, backbone))
+        wait_for_others("every process has read what was done before")
+        own = tuple(own_part(plan.names))
         for name in specs:
             if run.has_failed(name) and run.is_done(name):
                 run.clear_failure(name)
-        for name, reason in failures.items():
-            run.quarantine(name, reason)
+        if run.process == 0:
+            for name, reason in failures.items():
+                run.quarantine(name, reason)
         run.start_index(specs, failures)
+        run.set_others(set(plan.names) - set(own))
+        saved = {name: row for name, row in plan.saved.items() if name in own}
+        plan = dataclasses.replace(plan, names=own, saved=saved)
         trainer = _Trainer(config, backbone, mesh, run, specs, records, plan)
         interrupted = trainer.run(stop or threading.Event())
+        if not interrupted:
+            wait_for_others("every process is done")
         run.write_index()
     failures |= trainer.failures
-    return TrainResult(tuple(run.finished), failures, interrupted)
+    return TrainResult(tuple(run.finished), {**run.quarantined, **failures}, interrupted)
 
 
 class _Trainer:
@@ -119,7 +128,8 @@ class _Trainer:
     ):
         self.config, self.backbone, self.mesh, self.out = config, backbone, mesh, run
         self.specs, self.clock = specs, plan.clock
-        self.queue, self.saved = plan.names, dict(plan.saved)
+        self.queue = plan.names
+        self.saved = dict(plan.saved)  # those that have no row again yet
         self.failures: dict[str, str] = {}
         first_layer = first_adapted_layer(config, backbone.num_text_layers)
         per_axis = mesh.shape[CONCEPT_AXIS]
@@ -169,7 +179,8 @@ class _Trainer:
                 if interrupted or self.clock % config.checkpointing_steps == 0:
                     with self.recorder.timed("checkpoints"):
                         self._read_pending()  # what a checkpoint has seen is not done again
-                        checkpoints.save(self.clock, slots.saved_rows())
+                        rows = [*slots.saved_rows(), *self.saved.values()]
+                        checkpoints.save(self.clock, rows)
                 if interrupted:
                     return True
 

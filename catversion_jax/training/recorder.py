@@ -51,7 +51,7 @@ class Recorder:
         self._lines = RunMetrics(out.jsonl)
         self._started = time.perf_counter()
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
-        self._timeline = out.root / "timeline.csv"
+        self._timeline = out.timeline
         # ``mark`` is when the last dispatch was read, None after other work.
         self._mark: float | None = None
         self._rate = 0.0
@@ -80,6 +80,13 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._sum_up()
+        except OSError:
+            if kind is None:  # else it would only hide the error under way
+                raise
+
+    def _sum_up(self) -> None:
         for slot in list(self._open.values()):
             self.end(slot, "interrupted")
         total = self.now

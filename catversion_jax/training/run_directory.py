@@ -57,16 +57,21 @@ class RunDirectory:
         self.root = Path(config.output_dir)
         self.config = config
         self.checkpoints = self.root / "checkpoints"
-        self.jsonl = self.root / "metrics.jsonl"
+        # Process 0 writes what is there once; of the others each has files of its own.
+        self.process = jax.process_index()
+        suffix = f"-{self.process:04d}" if self.process else ""
+        self.jsonl = self.root / f"metrics{suffix}.jsonl"
+        self.timeline = self.root / f"timeline{suffix}.csv"
         self.logs = self.root / "logs"
         self._settings: Mapping[str, Any] = {}
         self._index: dict[str, dict[str, str]] = {}
+        self._others: tuple[str, ...] = ()
         self._written, self._stale = 0.0, False
 
     @property
     def checkpoint_folder(self) -> Path:
         """Where this process saves."""
-        return self.checkpoints / f"process-{jax.process_index():04d}"
+        return self.checkpoints / f"process-{self.process:04d}"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -77,7 +82,7 @@ class RunDirectory:
           CatVersionError: another process has it.
         """
         make_folder(self.root)
-        path = self.root / f"process-{jax.process_index():04d}.lock"
+        path = self.root / f"process-{self.process:04d}.lock"
         try:
             file = path.open("w")
         except OSError as error:
@@ -119,8 +124,10 @@ class RunDirectory:
         if manifest.exists() and self._holds_results():
             self._check_same_run(manifest, settings)
         self._settings = settings
-        self._write_manifest()
-        write_atomically(self.root / "config.resolved.yaml", dump_config(self.config).encode())
+        if self.process == 0:
+            self._write_manifest()
+            resolved = dump_config(self.config).encode()
+            write_atomically(self.root / "config.resolved.yaml", resolved)
 
     def _holds_results(self) -> bool:
         """Whether anything was learned here: a mistyped first attempt leaves the folder free."""
@@ -180,6 +187,12 @@ class RunDirectory:
         """Names of the concepts that have a file."""
         return [name for name, row in self._index.items() if row["state"] in FINISHED]
 
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Names and reasons of the concepts that were given up."""
+        rows = self._index.items()
+        return {name: row["reason"] for name, row in rows if row["state"] == "quarantined"}
+
     def start_index(self, names: Iterable[str], failures: Mapping[str, str]) -> None:
         """Find out the state of every concept and write it."""
         for name, reason in failures.items():
@@ -191,6 +204,26 @@ class RunDirectory:
             summary = self.summary(name)
             self.set_state(name, "stopped early" if "stopped_early" in summary else "done", summary)
         self.write_index()
+
+    def _look_at_others(self) -> None:
+        """What the files say of concepts that other processes train."""
+        for name in self._others:
+            state = self._index[name]["state"]
+            if state in (*FINISHED, "quarantined"):
+                continue
+            if self.concept_file(name).exists():
+                summary = self.summary(name)
+                state = "stopped early" if "stopped_early" in summary else "done"
+                self.set_state(name, state, summary)
+            elif self.has_failed(name):
+                text = (self.concept(name) / FAILED_NAME).read_text(encoding="utf-8")
+                self.set_state(name, "quarantined", reason=text)
+            elif (self.concept(name) / "metrics.csv").exists():
+                self.set_state(name, "running")
+
+    def set_others(self, names: Iterable[str]) -> None:
+        """Concepts whose state only their files tell, because other processes train them."""
+        self._others = tuple(names)
 
     def set_state(
         self, name: str, state: str, summary: Mapping[str, float] | None = None, reason: str = ""
@@ -211,7 +244,11 @@ class RunDirectory:
             self.write_index()
 
     def write_index(self) -> None:
-        """``index.csv``, a line for each concept, and the counts in ``run.json``."""
+        """``index.csv``, a line for each concept, and the counts in ``run.json``, by process 0."""
+        self._written, self._stale = time.monotonic(), False
+        if self.process:
+            return
+        self._look_at_others()
         text = io.StringIO()
         writer = csv.DictWriter(text, INDEX_COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
@@ -219,7 +256,6 @@ class RunDirectory:
         write_atomically(self.root / "index.csv", text.getvalue().encode())
         counts = collections.Counter(row["state"] for row in self._index.values())
         self._write_manifest({state: counts[state] for state in STATES})
-        self._written, self._stale = time.monotonic(), False
 
     def _write_manifest(self, counts: Mapping[str, int] | None = None) -> None:
         content = {"catversion_jax": __version__, **self._settings}

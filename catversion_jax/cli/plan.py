@@ -1,0 +1,205 @@
+"""``catversion plan --config FILE --tpu v5e:4x4``: what a run will need, before it is paid for.
+
+Compiles the real training step for the named TPU, on a machine without one, from shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from catversion_jax.errors import CatVersionError
+
+if TYPE_CHECKING:
+    from catversion_jax.config import TrainConfig
+    from catversion_jax.models.stable_diffusion import Backbone
+    from catversion_jax.planning.chips import Slice
+
+GB = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.usage = "catversion plan --config FILE (--tpu SLICE | --gpu NAME) [key=value ...]"
+    parser.add_argument("--config", metavar="FILE", help="YAML file of training options")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--tpu", metavar="SLICE", help="v5e:4x4, v5p:2x2x1, v6e:2x4, ...")
+    where.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, l4: a rough estimate")
+    parser.add_argument("--concepts", type=int, default=1000, help="how many to train [1000]")
+    parser.add_argument("--images", type=int, default=5, help="of the largest concept [5]")
+    parser.add_argument("--price-per-chip-hour", type=float, help="to print the cost")
+    parser.add_argument(
+        "--utilization", type=float, default=0.3, help="share of the peak that is reached [0.3]"
+    )
+    parser.add_argument(
+        "--full-effort", action="store_true", help="compile as training does: much slower"
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    from catversion_jax.config import load_config
+
+    config = load_config(args.config, [*args.overrides, "concepts=planned"])
+    for name, value in (("--concepts", args.concepts), ("--images", args.images)):
+        if value < 1:
+            raise CatVersionError(f"{name} {value}: must be at least 1.")
+    if not 0 < args.utilization <= 1:
+        raise CatVersionError(f"--utilization {args.utilization}: must be above 0, at most 1.")
+    # The TPU is compiled for, not used; what runs here runs on the CPU.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from catversion_jax.models.stable_diffusion import abstract_backbone
+
+    dtype = "float32" if config.mixed_precision == "no" else "bfloat16"
+    model = config.pretrained_model_name_or_path
+    backbone = abstract_backbone(model, revision=config.revision, dtype=dtype)
+    config = dataclasses.replace(
+        config,
+        resolution=config.resolution or backbone.default_resolution,
+        steps_per_dispatch=config.steps_per_dispatch or 10,
+    )
+    plan = _tpu_plan(args, config, backbone) if args.tpu else _gpu_plan(args, config, backbone)
+    plan = {"model": model, "resolution": config.resolution, "dtype": dtype, **plan}
+    print(json.dumps(plan, indent=1) if args.json else _as_text(plan))
+    return 0
+
+
+def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
+    from catversion_jax.planning.chips import parse_slice
+    from catversion_jax.planning.compiled import compile_step, tpu_mesh
+    from catversion_jax.planning.estimate import MemoryModel
+
+    target = parse_slice(args.tpu)
+    mesh = tpu_mesh(target, config.data_parallel)
+    # the second one gives the slope of the memory
+    first = compile_step(backbone, config, mesh, 1, args.images, fast=not args.full_effort)
+    wanted = max(2, config.concepts_per_device)
+    second = compile_step(backbone, config, mesh, wanted, args.images, fast=not args.full_effort)
+    memory = MemoryModel.of(first, second)
+    largest = memory.largest(target.chip)
+    slots = min(config.concepts_per_device, largest)
+    return {
+        "target": target.name,
+        "chips": target.num_chips,
+        "estimate": (
+            "the TPU compiler's own count of FLOPs and memory; time from those and the chip's "
+            "published peaks at the given utilization. Not compared with a real TPU yet."
+        ),
+        "compiles": True,
+        "compile_seconds": round(first.seconds + second.seconds, 1),
+        "memory_bytes": {
+            "chip": target.chip.memory_bytes,
+            "weights": memory.weights,
+            "state_per_slot": memory.state_per_slot,
+            "temporaries": memory.temporary_once,
+            "temporaries_per_slot": memory.temporary_per_slot,
+            "with_concepts_per_device": memory.bytes_of(config.concepts_per_device),
+        },
+        "concepts_per_device": config.concepts_per_device,
+        "largest_concepts_per_device": largest,
+        "flops_per_concept_step": second.flops / second.slots_per_chip,
+        "bytes_per_concept_step": second.bytes_accessed / second.slots_per_chip,
+        "collectives": second.collectives,
+        **_jobs(args, config, target, slots, second.flops / second.slots_per_chip, memory.weights),
+    }
+
+
+def _gpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
+    from catversion_jax.planning.chips import GPUS, Slice
+    from catversion_jax.planning.compiled import counted_flops
+
+    if args.gpu not in GPUS:
+        raise CatVersionError(f"--gpu {args.gpu}: must be one of {', '.join(GPUS)}.")
+    target = Slice(dataclasses.replace(GPUS[args.gpu], slices=("1", "2", "4", "8")), "1")
+    flops = counted_flops(backbone, config, args.images)
+    return {
+        "target": args.gpu,
+        "chips": 1,
+        "estimate": (
+            "FLOPs of the program before compilation, and the data sheet's peak at the given "
+            "utilization; memory is not estimated. Not compared with a real GPU yet."
+        ),
+        "concepts_per_device": config.concepts_per_device,
+        "flops_per_concept_step": flops,
+        **_jobs(args, config, target, config.concepts_per_device, flops, 0.0),
+    }
+
+
+def _jobs(
+    args: argparse.Namespace,
+    config: TrainConfig,
+    target: Slice,
+    slots: int,
+    flops: float,
+    least_bytes: float,
+) -> dict[str, Any]:
+    from catversion_jax.planning.estimate import job, step_seconds
+
+    jobs = []
+    if slots:
+        seconds = step_seconds(slots * flops, least_bytes, target.chip, args.utilization)
+        jobs = [
+            {
+                "slice": one.topology,
+                **dataclasses.asdict(
+                    job(
+                        args.concepts,
+                        config.max_train_steps,
+                        one.num_chips,
+                        slots,
+                        seconds,
+                        args.price_per_chip_hour,
+                    )
+                ),
+            }
+            for one in target.others()
+        ]
+    return {
+        "concepts": args.concepts,
+        "max_train_steps": config.max_train_steps,
+        "utilization": args.utilization,
+        "jobs": jobs,
+    }
+
+
+def _as_text(plan: dict[str, Any]) -> str:
+    lines = [
+        f"{plan['model']} at {plan['resolution']} px, {plan['dtype']}, on {plan['target']} "
+        f"({plan['chips']} chips)",
+        f"  {plan['estimate']}",
+    ]
+    if "memory_bytes" in plan:
+        memory = {name: value / GB for name, value in plan["memory_bytes"].items()}
+        collectives = ", ".join(f"{n} {kind}" for kind, n in plan["collectives"].items()) or "none"
+        lines += [
+            f"compiles         yes (twice, {plan['compile_seconds']:.0f} s)",
+            f"memory per chip  {memory['chip']:.0f} GB",
+            f"  weights        {memory['weights']:.3f} GB",
+            f"  state          {memory['state_per_slot']:.4f} GB per slot",
+            f"  temporaries    {memory['temporaries']:.3f} GB + "
+            f"{memory['temporaries_per_slot']:.3f} GB per slot",
+            f"  together       {memory['with_concepts_per_device']:.2f} GB with "
+            f"concepts_per_device={plan['concepts_per_device']}; at most "
+            f"{plan['largest_concepts_per_device']} fit",
+            f"collectives      {collectives}",
+            f"bytes            {plan['bytes_per_concept_step'] / GB:.2f} GB per concept and step",
+        ]
+    lines.append(f"FLOPs            {plan['flops_per_concept_step']:.3e} per concept and step")
+    lines.append(
+        f"{plan['concepts']} concepts of {plan['max_train_steps']} steps at "
+        f"{100 * plan['utilization']:.0f} % of the peak:"
+    )
+    if not plan["jobs"]:
+        lines.append("  not even one concept fits on a chip")
+    for one in plan["jobs"]:
+        cost = "" if one["cost"] is None else f"  cost {one['cost']:.2f}"
+        lines.append(
+            f"  {one['slice']:>7} {one['chips']:4d} chips x {one['slots_per_chip']} slots  "
+            f"{one['hours']:9.3f} h{cost}"
+        )
+    return "\n".join(lines)

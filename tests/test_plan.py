@@ -1,0 +1,124 @@
+"""``catversion plan``: the real step compiled for TPUs that are not here, and the arithmetic."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from catversion_jax.cli import main
+from catversion_jax.config import make_config
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.stable_diffusion import abstract_backbone, load_backbone
+from catversion_jax.planning.abstract import abstract_arguments
+from catversion_jax.planning.chips import TPUS, Slice, parse_slice
+from catversion_jax.planning.compiled import (
+    CompiledStep,
+    compile_step,
+    count_collectives,
+    counted_flops,
+    tpu_mesh,
+)
+from catversion_jax.planning.estimate import MemoryModel, job, step_seconds
+from catversion_jax.sharding import make_mesh
+
+CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 64})
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e:1x1", "v5e:4x4", "v5p:1x1x1", "v5p:2x2x4", "v6e:1x1", "v6e:4x4"]
+)
+def test_the_embedded_model_compiles_without_a_collective(name: str) -> None:
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
+    backbone = abstract_backbone("tiny-sd", dtype="bfloat16")
+    target = parse_slice(name)
+    mesh = tpu_mesh(target)
+    assert mesh.devices.size == target.num_chips
+    found = compile_step(backbone, CONFIG, mesh, 2, max_images=5)
+    assert found.collectives == {}
+    assert 0 < found.total_bytes < target.chip.memory_bytes
+    # lane padding and the backward pass of attention add to what the program says
+    counted = 2 * counted_flops(backbone, CONFIG, max_images=5)
+    assert 0.9 < found.flops / counted < 1.5
+
+
+def test_the_abstract_step_has_the_shapes_of_the_real_one() -> None:
+    """Nothing is planned for but what training makes."""
+    real, shapes = load_backbone("tiny-sd"), abstract_backbone("tiny-sd")
+    for part in ("text_encoder", "unet", "vae"):
+        pairs = zip(
+            jax.tree.leaves(getattr(real, part)),
+            jax.tree.leaves(getattr(shapes, part)),
+            strict=True,
+        )
+        assert all(one.shape == other.shape and one.dtype == other.dtype for one, other in pairs)
+    mesh = make_mesh(1, jax.devices()[:1])
+    state, data, *_ = abstract_arguments(shapes, CONFIG, mesh, num_rows=3, max_images=5)
+    assert state.residual.key.shape == (3, 3, 1, real.num_heads, real.head_dim)
+    assert data.latent_mean.shape == (3, 5, 2, 16, 16, 4)
+    assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves((state, data)))
+
+
+def test_collectives_are_found_in_a_program() -> None:
+    hlo = """
+  %all-reduce.1 = f32[8]{0} all-reduce(f32[8]{0} %x), replica_groups={}
+  %ag = (f32[8]{0}, f32[64]{0}) all-gather-start(f32[8]{0} %y), dimensions={0}
+  %fusion = f32[8]{0} fusion(f32[8]{0} %all-reduce.1), kind=kLoop
+"""
+    assert count_collectives(hlo) == {"all-reduce": 1, "all-gather": 1}
+
+
+def test_memory_is_a_line_through_two_compilations() -> None:
+    def compiled(slots: int, temporary: float) -> CompiledStep:
+        return CompiledStep(slots, 2e9, 1e6 * slots, temporary, 1e12 * slots, 1e9, {}, 1.0)
+
+    memory = MemoryModel.of(compiled(1, 1.5e9), compiled(5, 3.5e9))
+    assert memory.temporary_per_slot == pytest.approx(0.5e9)
+    assert memory.temporary_once == pytest.approx(1e9)
+    chip = TPUS["v5e"]
+    most = memory.largest(chip)
+    assert memory.bytes_of(most) <= 0.95 * chip.memory_bytes < memory.bytes_of(most + 1)
+    assert MemoryModel(20e9, 1e6, 0, 1e9).largest(chip) == 0
+
+
+def test_hours_and_cost() -> None:
+    chip = TPUS["v5e"]
+    assert step_seconds(197e12, 0, chip, utilization=0.5) == pytest.approx(2)
+    assert step_seconds(0, 819e9, chip) == pytest.approx(1)
+    found = job(
+        1000, 100, chips=16, slots_per_chip=8, seconds_per_step=0.9, price_per_chip_hour=2.0
+    )
+    assert found.hours == pytest.approx(math.ceil(1000 / 128) * 100 * 0.9 / 3600)
+    assert found.cost == pytest.approx(found.hours * 32)
+
+
+def test_slices_are_read_and_compared() -> None:
+    assert parse_slice("v5e:4x4").num_chips == 16
+    assert parse_slice("v5p").topology == "2x2x1"
+    assert [one.num_chips for one in Slice(TPUS["v5e"], "4x4").others()] == [1, 4, 8, 16, 32, 64]
+    for text in ("v7x:2x2", "v5e:4", "v5p:2x2", "v5e:axb"):
+        with pytest.raises(CatVersionError, match="--tpu"):
+            parse_slice(text)
+
+
+def test_a_gpu_is_estimated_and_the_estimate_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--gpu", "h100", "pretrained_model_name_or_path=tiny-sd", "--json"]
+    assert main([*arguments, "--price-per-chip-hour", "3", "--concepts", "100"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert "Not compared with a real GPU" in plan["estimate"]
+    one, two = plan["jobs"][:2]
+    assert one["cost"] == pytest.approx(3 * one["hours"])
+    assert two["hours"] <= one["hours"]
+    assert main(["plan", "--gpu", "h900", "pretrained_model_name_or_path=tiny-sd"]) == 2
+    assert "must be one of a100, h100" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_weights(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    for path in tiny_sd_folder.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            target = tmp_path / path.relative_to(tiny_sd_folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    backbone = abstract_backbone(tmp_path)
+    assert counted_flops(backbone, CONFIG, max_images=3) > 1e6

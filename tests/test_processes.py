@@ -1,0 +1,114 @@
+"""Several processes with two devices each train one list, as hosts of a slice do."""
+
+import csv
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from random_model import write_toy_concepts
+from test_train_cli import arguments, assert_close, final_files, start
+
+from catversion_jax.config import make_config
+from catversion_jax.errors import CatVersionError
+from catversion_jax.processes import HEARTBEAT_SECONDS
+
+OPTIONS = {"concepts_per_device": 1, "max_train_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six concepts."""
+    folder = tmp_path_factory.mktemp("toys")
+    write_toy_concepts(folder)
+    for path in sorted(folder.iterdir()):
+        shutil.copytree(path, folder / f"second_{path.name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_sd_folder: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone") / "out"
+    process = start(arguments(tiny_sd_folder, toys, output, **OPTIONS), **devices(2))
+    text, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, text
+    return output
+
+
+def devices(count: int) -> dict[str, str]:
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
+def start_all(count: int, args: list[str]) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            [
+                *args,
+                f"coordinator_address=localhost:{port}",
+                f"num_processes={count}",
+                f"process_id={i}",
+            ],
+            **devices(2),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_list_and_learn_what_one_learns(
+    tiny_sd_folder: Path, toys: Path, alone: Path, tmp_path: Path, count: int
+) -> None:
+    output = tmp_path / "out"
+    processes = start_all(count, arguments(tiny_sd_folder, toys, output, **OPTIONS))
+    texts = [process.communicate(timeout=500)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(texts)
+    assert final_files(output).keys() == final_files(alone).keys()
+    assert_close(output, alone)
+    with (output / "index.csv").open() as file:
+        assert {row["state"] for row in csv.DictReader(file)} == {"done"}
+    parts = []
+    for path in output.glob("timeline*.csv"):
+        with path.open() as file:
+            parts.append({row["concept"] for row in csv.DictReader(file)})
+    assert sorted(len(part) for part in parts) == {2: [3, 3], 4: [1, 1, 2, 2]}[count]
+    assert len(set().union(*parts)) == 6
+
+
+def test_one_killed_process_ends_the_others_and_a_restart_continues(
+    tiny_sd_folder: Path, toys: Path, alone: Path, tmp_path: Path
+) -> None:
+    output, options = tmp_path / "out", {**OPTIONS, "max_train_steps": 8}
+    slow = {**options, "validation_steps": 1, "validation_inference_steps": 25}
+    processes = start_all(2, arguments(tiny_sd_folder, toys, output, **slow))
+    while all(p.poll() is None for p in processes) and not list(
+        output.glob("checkpoints/process-0001/4")
+    ):
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGKILL)
+    processes[1].communicate()
+    killed = time.monotonic()
+    text, _ = processes[0].communicate(timeout=4 * HEARTBEAT_SECONDS)
+    assert time.monotonic() - killed < 4 * HEARTBEAT_SECONDS
+    assert processes[0].returncode != 0
+    assert "heartbeat" in text or "unhealthy" in text or "disconnected" in text, text
+    # on one machine, with another number of processes
+    process = start(arguments(tiny_sd_folder, toys, output, **options), **devices(2))
+    text, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, text
+    assert "resumed" in text
+    assert_close(output, alone)
+
+
+def test_half_an_address_is_refused() -> None:
+    with pytest.raises(CatVersionError, match="belong together"):
+        make_config({"concepts": "x", "num_processes": 2})
+    with pytest.raises(CatVersionError, match=r"process_id=2: must lie within 0..num_processes"):
+        make_config(
+            {"concepts": "x", "coordinator_address": "a:1", "num_processes": 2, "process_id": 2}
+        )

@@ -14,6 +14,9 @@ _END = object()
 class Feeder(Generic[T]):
     """Calls ``prepare(name)`` for one name after the other in a thread, at most ``ahead`` of them
     before they are asked for; leaving the block ends the thread.
+
+    Attributes:
+      exhausted: whether :meth:`next` has said that there is no other.
     """
 
     def __init__(self, names: Iterable[str], prepare: Callable[[str], T], ahead: int):
@@ -21,7 +24,7 @@ class Feeder(Generic[T]):
         self._ready: queue.Queue[object] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
-        self._exhausted = False
+        self.exhausted = False
 
     def next(self) -> T | None:
         """The next prepared concept, waiting for it; None when there is no other.
@@ -29,14 +32,14 @@ class Feeder(Generic[T]):
         Raises:
           Exception: whatever ``prepare`` raised, in the caller's thread.
         """
-        if self._exhausted:
+        if self.exhausted:
             return None
         item = self._ready.get()
         if isinstance(item, BaseException):
-            self._exhausted = True
+            self.exhausted = True
             raise item
         if item is _END:
-            self._exhausted = True
+            self.exhausted = True
             return None
         return item  # type: ignore[return-value]
 

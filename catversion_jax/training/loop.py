@@ -233,6 +233,8 @@ class _Trainer:
 
     def _fill(self, feeder: Feeder[Prepared]) -> bool:
         """Give the free rows to the next concepts, if there are any."""
+        if feeder.exhausted or not self.slots.free:
+            return False
         newcomers: dict[int, PreparedConcept] = {}
         with self.recorder.timed("waiting for concepts"):
             for row in self.slots.free:

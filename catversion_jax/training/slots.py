@@ -27,7 +27,7 @@ from catversion_jax.training.preparation import PreparedConcept, assemble_rows
 from catversion_jax.training.state import ConceptData, TrainState, create_train_state
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Slot:
     """A concept under way.
 

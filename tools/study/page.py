@@ -19,6 +19,7 @@ from goals import goals
 from strips import write_strips
 
 from catversion_jax.atomic_files import make_folder, write_atomically
+from catversion_jax.config import learning_options, make_config
 from catversion_jax.errors import CatVersionError
 
 METHOD_COLUMNS = {
@@ -89,6 +90,7 @@ def page(
         DEFINITIONS,
         *_goals(arms),
         *_methods(arms, results["real"], named),
+        *_recipe(arms),
         *_pictures(strips),
         *_ablations(arms),
         *_attention(analyses),
@@ -153,6 +155,28 @@ def _methods(
                 table(["minus", *DIFFERENCE_COLUMNS.values()], rows),
             ]
     return parts
+
+
+def _recipe(arms: Mapping[str, Any]) -> list[str]:
+    """How the settings of ours differ from the official ones."""
+    if not {"catversion", "catversion_official"} <= set(arms):
+        return []
+    official, own = (
+        learning_options(make_config({**arms[name]["options"], "concepts": "x"}))
+        for name in ("catversion_official", "catversion")
+    )
+    rows = [
+        [key, f"`{official[key]}`", f"`{own[key]}`"]
+        for key in own
+        if own[key] != official[key] and key != "preset"
+    ]
+    text = (
+        "What *ours* changes in the official settings. It was chosen on eight other concepts "
+        "(`tools/tiny_sd/concepts.py --development`); the tables below say what each change is "
+        "worth on the held-out ones. The trainer's defaults stay the official ones, which were "
+        "made for Stable Diffusion 1.5; `configs/quickstart.yaml` uses these."
+    )
+    return ["### The recipe", text, table(["option", "official", "ours"], rows)]
 
 
 def _named_text(named: Mapping[str, Any]) -> str:

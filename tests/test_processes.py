@@ -90,6 +90,7 @@ def test_one_killed_process_ends_the_others_and_a_restart_continues(
         output.glob("checkpoints/process-0001/4")
     ):
         time.sleep(0.05)
+    assert [p.poll() for p in processes] == [None, None], [p.communicate() for p in processes]
     processes[1].send_signal(signal.SIGKILL)
     processes[1].communicate()
     killed = time.monotonic()
@@ -101,7 +102,7 @@ def test_one_killed_process_ends_the_others_and_a_restart_continues(
     process = start(arguments(tiny_sd_folder, toys, output, **options), **devices(2))
     text, _ = process.communicate(timeout=500)
     assert process.returncode == 0, text
-    assert "resumed" in text
+    assert "resumed" in text, text
     assert_close(output, alone)
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors.numpy
+from etils import epath
 
 from catversion_jax.atomic_files import make_folder, unwritable
 from catversion_jax.errors import CatVersionError
@@ -28,7 +30,7 @@ from catversion_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-_STATE, _CONCEPTS = "state", "concepts"
+_STATE, _CONCEPTS, _AVERAGE = "state", "concepts", "average."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Checkpoints:
         }
         args = ocp.args.Composite(
             **{
-                _STATE: ocp.args.StandardSave(_arrays(state)),
+                _STATE: _ArraysSave(_arrays(state)),
                 _CONCEPTS: ocp.args.JsonSave(described),
             }
         )
@@ -170,6 +172,32 @@ class Checkpoints:
             raise unwritable(self._folder, cause) from error
 
 
+class _ArraysHandler(ocp.CheckpointHandler):
+    """One safetensors file. Orbax's own handlers write arrays of a process other than 0 only where
+    all processes save together.
+    """
+
+    _FILE = "arrays.safetensors"
+
+    def save(self, directory: epath.Path, args: _ArraysSave) -> None:
+        (directory / self._FILE).write_bytes(safetensors.numpy.save(args.arrays))
+
+    def restore(self, directory: epath.Path, args: _ArraysRestore) -> dict[str, np.ndarray]:
+        return safetensors.numpy.load((directory / self._FILE).read_bytes())
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_save=True)
+@dataclasses.dataclass
+class _ArraysSave(ocp.args.CheckpointArgs):
+    arrays: dict[str, np.ndarray]
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_restore=True)
+@dataclasses.dataclass
+class _ArraysRestore(ocp.args.CheckpointArgs):
+    pass
+
+
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     """Every process saves its own concepts, when it suits it: for orbax each is the only one."""
     me = jax.process_index()
@@ -177,7 +205,7 @@ def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
     )
     handlers = {
-        _STATE: ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        _STATE: _ArraysHandler(),
         _CONCEPTS: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
     }
     return ocp.CheckpointManager(
@@ -220,14 +248,14 @@ def _restore_rows(
     described = _restore_description(manager, step)
     saved = _restore_arrays(manager, step)
     opt_leaves, opt_structure = jax.tree.flatten(template.opt_state)
-    opt_state = [saved["opt_state"][str(i)] for i in range(len(opt_leaves))]
+    opt_state = [saved[f"opt_state.{i}"] for i in range(len(opt_leaves))]
     settings = settings_of(template.residual)
     state = TrainState(
         step=saved["step"],
         residual=rebuild(saved, settings),
         opt_state=jax.tree.unflatten(opt_structure, opt_state),
         failed_step=saved["failed_step"],
-        average=rebuild(saved["average"], settings) if "average" in saved else None,
+        average=None if template.average is None else rebuild(_average(saved), settings),
     )
     rows = []
     for row, concept in enumerate(described["concepts"]):
@@ -253,7 +281,7 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Le
     with _manager(folder.parent) as manager:
         saved = _restore_arrays(manager, step)
         described = _restore_description(manager, step)
-    learned = rebuild(saved.get("average", saved), described)
+    learned = rebuild(_average(saved) or saved, described)
     return [
         (
             ConceptRecord.from_json(concept),
@@ -265,16 +293,25 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Le
     ]
 
 
-def _arrays(state: TrainState) -> dict[str, Any]:
+def _arrays(state: TrainState) -> dict[str, np.ndarray]:
     """Named arrays of a state. Optax's nested tuples do not survive a file: those by position."""
-    average = {} if state.average is None else {"average": named_arrays(state.average)}
-    opt_state = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
-    return {
+    average = {} if state.average is None else named_arrays(state.average)
+    arrays = {
         "step": state.step,
         **named_arrays(state.residual),
-        **average,
-        "opt_state": opt_state,
+        **{_AVERAGE + name: leaf for name, leaf in average.items()},
+        **{f"opt_state.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))},
         "failed_step": state.failed_step,
+    }
+    return {name: np.ascontiguousarray(leaf) for name, leaf in arrays.items()}
+
+
+def _average(saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The moving average among the arrays; empty when there is none."""
+    return {
+        name.removeprefix(_AVERAGE): array
+        for name, array in saved.items()
+        if name.startswith(_AVERAGE)
     }
 
 
@@ -283,10 +320,9 @@ def _restore_description(manager: ocp.CheckpointManager, step: int) -> dict[str,
     return manager.restore(step, args=args)[_CONCEPTS]
 
 
-def _restore_arrays(manager: ocp.CheckpointManager, step: int) -> Any:
-    """What :func:`_arrays` gave, as numpy arrays."""
-    args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore()})
-    return jax.tree.map(np.asarray, manager.restore(step, args=args)[_STATE])
+def _restore_arrays(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What :func:`_arrays` gave."""
+    return manager.restore(step, args=ocp.args.Composite(**{_STATE: _ArraysRestore()}))[_STATE]
 
 
 def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

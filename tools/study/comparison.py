@@ -103,13 +103,10 @@ def compare(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             for arm, content in arms.items()
         }
         for arm, concepts in table.items():
-            base = arms[arm]["base"]
-            against = {*AGAINST, base} & set(table) - {arm}
-            same = {name: table.get(base, {}).get(name, {}) for name in concepts}
+            against = {*AGAINST, arms[arm]["base"]} & set(table) - {arm}
             found.setdefault(arm, {})[images] = {
                 "concepts": len(concepts),
                 "mean": plain(means(concepts)),
-                "base_mean": plain(means(same)),  # of the arm it is compared with, on the same
                 "against": {
                     other: plain(paired(concepts, table[other])) for other in sorted(against)
                 },

@@ -201,34 +201,30 @@ def _pictures(strips: Sequence[str]) -> list[str]:
 def _ablations(arms: Mapping[str, Any]) -> list[str]:
     parts = [
         "## What matters",
-        "One option changed at a time; figures of the first seed, on the same concepts in every "
-        "row; differences are paired by concept with the row marked *.",
+        "One option changed at a time; figures of the first seed for every row, differences paired "
+        "by concept with the row marked *. Where rows have different numbers of concepts, only the "
+        "differences compare them.",
     ]
     for question, title in QUESTIONS.items():
         chosen = {name: arm for name, arm in arms.items() if arm["question"] == question}
         if question == "methods" or not chosen:
             continue
-        first = next(iter(chosen.values()))
-        base, rows = first["base"], []
+        base = next(iter(chosen.values()))["base"]
+        rows = []
         if base in arms:
             label = value_text(ours(question)) if base == "catversion" else arms[base]["text"]
-            part = first["first_seed"]
-            rows.append([f"{label} *", *_ablation_cells(part["base_mean"], part["concepts"], None)])
-        for arm in chosen.values():
-            part = arm["first_seed"]
-            difference = part["against"].get(base, {}).get("overall_masked")
-            cells = _ablation_cells(part["mean"], part["concepts"], difference)
-            rows.append([arm["text"], *cells])
+            rows.append([f"{label} *", *_ablation_cells(arms[base], None)])
+        rows += [[arm["text"], *_ablation_cells(arm, base)] for arm in chosen.values()]
         header = [question, *ABLATION_COLUMNS.values(), "difference in overall, masked", "concepts"]
         parts += [f"### {title}", table(header, rows)]
     return parts if len(parts) > 2 else []
 
 
-def _ablation_cells(
-    mean: Mapping[str, Any], concepts: int, difference: Mapping[str, Any] | None
-) -> list[str]:
-    means = [_cell(mean.get(metric)) for metric in ABLATION_COLUMNS]
-    return [*means, "" if difference is None else _cell(difference, sign=True), str(concepts)]
+def _ablation_cells(arm: Mapping[str, Any], base: str | None) -> list[str]:
+    part = arm["first_seed"]
+    difference = part["against"].get(base, {}).get("overall_masked")
+    means = [_cell(part["mean"].get(metric)) for metric in ABLATION_COLUMNS]
+    return [*means, "" if base is None else _cell(difference, sign=True), str(part["concepts"])]
 
 
 def _attention(analyses: Mapping[str, Any]) -> list[str]:

@@ -284,9 +284,14 @@ def test_evaluation_loss_is_deterministic_and_ignores_the_mesh(backbone: Backbon
         mesh = make_mesh(1, jax.devices()[:devices])
         evaluate = make_eval_step(schedule_of(backbone), mesh, options, LAYERS[0])
         networks = jax.device_put((backbone.text_encoder, backbone.unet), replicated(mesh))
-        placed = place_by_concept((residual, data), mesh)
+        every = np.ones(len(data.flip), bool)
+        placed = place_by_concept((residual, data, every), mesh)
         losses.append(np.asarray(evaluate(*placed, *networks)))
         np.testing.assert_array_equal(losses[-1], np.asarray(evaluate(*placed, *networks)))
+        some = place_by_concept(np.arange(len(every)) % 3 == 1, mesh)
+        of_some = np.asarray(evaluate(*placed[:2], some, *networks))
+        np.testing.assert_array_equal(of_some[1::3], losses[-1][1::3])
+        assert np.isnan(np.delete(of_some, np.s_[1::3])).all()
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 

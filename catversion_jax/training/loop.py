@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ from catversion_jax.errors import ConceptError
 from catversion_jax.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.processes import own_part, wait_for_others
-from catversion_jax.sharding import CONCEPT_AXIS, replicated
+from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept, replicated
 from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord
 from catversion_jax.training.early_stop import should_stop
 from catversion_jax.training.feeder import Feeder
@@ -248,8 +248,8 @@ class _Trainer:
             return False
         with self.recorder.timed("refilling"):
             plain_data = self.slots.fill(newcomers, self.saved, self.recorder.now)
-            plain = np.asarray(self._evaluate(None, plain_data))
-            start = np.asarray(self._evaluate(self.slots.state.exported, self.slots.data))
+            plain = self._evaluate(None, plain_data, newcomers)
+            start = self._evaluate(self.slots.state.exported, self.slots.data, newcomers)
             for row, concept in newcomers.items():
                 slot = self.slots.occupied[row]
                 self.saved.pop(slot.name, None)
@@ -321,13 +321,19 @@ class _Trainer:
             return
         self._read_pending(due)
         with self.recorder.timed("evaluation"):
-            losses = np.asarray(self._evaluate(self.slots.state.exported, self.slots.data))
+            rows = [slot.row for slot in due]
+            losses = self._evaluate(self.slots.state.exported, self.slots.data, rows)
         for slot in due:
             slot.evaluations.append((slot.step, rounded(losses[slot.row])))
             self.recorder.write_row(slot, slot.step, slot.evaluations[-1][1])
 
-    def _evaluate(self, learned: Learned | None, data: ConceptData) -> jax.Array:
-        return self.eval_step(learned, data, self.backbone.text_encoder, self.backbone.unet)
+    def _evaluate(
+        self, learned: Learned | None, data: ConceptData, rows: Iterable[int]
+    ) -> np.ndarray:
+        """Evaluation losses of ``rows``, by row."""
+        due = place_by_concept(self.slots.mask(rows), self.mesh)
+        unet = self.backbone.unet
+        return np.asarray(self.eval_step(learned, data, due, self.backbone.text_encoder, unet))
 
     # ------------------------------------------------------------------ what the host does
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,12 +126,15 @@ class Slots:
             )
         state, data, plain = place_by_concept((state, data, plain), self._mesh)
         if self._filled:
-            taken = np.array([row in newcomers for row in range(self.num_rows)])
-            taken = place_by_concept(taken, self._mesh)
+            taken = place_by_concept(self.mask(newcomers), self._mesh)
             self.state, self.data = self._replace((self.state, self.data), (state, data), taken)
         else:
             self.state, self.data, self._filled = state, data, True
         return plain
+
+    def mask(self, rows: Iterable[int]) -> np.ndarray:
+        """``[C]`` bool: whether a row is among ``rows``."""
+        return np.isin(np.arange(self.num_rows), list(rows))
 
     def saved_rows(self) -> list[SavedRow]:
         """All concepts under way, read from the device."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from catversion_jax.array_types import Array, Float, Int
+from catversion_jax.array_types import Array, Bool, Float, Int
 from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.learned import Learned
@@ -241,11 +241,13 @@ def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:
 def make_eval_step(
     schedule: NoiseSchedule, mesh: Mesh, config: TrainConfig, first_layer: int
 ) -> Callable[..., Float[Array, "C"]]:
-    """``(residual, data, text_encoder, unet) -> losses [C]`` with fixed noise and fixed timesteps.
+    """``(residual, data, due [C], text_encoder, unet) -> losses [C]`` with fixed noise and fixed
+    timesteps.
 
     The training loss is dominated by its random timesteps; this one (plain MSE over
     ``config.num_eval_samples`` stratified timesteps, no flip, the posterior's mean) is comparable
-    over time. With ``residual=None`` it is the plain model's loss.
+    over time. With ``residual=None`` it is the plain model's loss. Rows that are not ``due`` cost
+    nothing and give NaN: concepts that began at different moments are evaluated at different ones.
     """
     count = config.num_eval_samples
 
@@ -274,16 +276,27 @@ def make_eval_step(
         )
 
     def all_concepts(
-        residual: Learned | None, data: ConceptData, text_encoder: Network, unet: Network
+        residual: Learned | None,
+        data: ConceptData,
+        due: Bool[Array, "C"],
+        text_encoder: Network,
+        unet: Network,
     ):
-        in_axes = (None if residual is None else 0, 0, None, None)
-        return jax.vmap(one_concept, in_axes=in_axes)(residual, data, text_encoder, unet)
+        def one_row(row: tuple[Learned | None, ConceptData, Array]) -> Array:
+            residual, data, is_due = row
+            return jax.lax.cond(
+                is_due,
+                lambda: one_concept(residual, data, text_encoder, unet),
+                lambda: jnp.nan * data.flip,
+            )
+
+        return jax.lax.map(one_row, (residual, data, due))
 
     by_concept = PartitionSpec(CONCEPT_AXIS)
     sharded = jax.shard_map(
         all_concepts,
         mesh=mesh,
-        in_specs=(by_concept, by_concept, PartitionSpec(), PartitionSpec()),
+        in_specs=(by_concept, by_concept, by_concept, PartitionSpec(), PartitionSpec()),
         out_specs=by_concept,
     )
     return jax.jit(sharded)

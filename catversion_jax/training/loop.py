@@ -246,7 +246,8 @@ class _Trainer:
                     self.recorder.skip()
         if not newcomers:
             return False
-        with self.recorder.timed("refilling"):
+        # The programs of the first refill are compiled there.
+        with self.recorder.timed("refilling" if self.compiled else "compiling"):
             plain_data = self.slots.fill(newcomers, self.saved, self.recorder.now)
             plain = self._evaluate(None, plain_data, newcomers)
             start = self._evaluate(self.slots.state.exported, self.slots.data, newcomers)

@@ -14,7 +14,6 @@ import csv
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -22,14 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from recoloured import make_concepts
 from timeline import draw
 
-import catversion_jax
-
 TRAIN = Path(__file__).resolve().parents[2] / "train_tpu.py"
-EXAMPLES = Path(catversion_jax.__file__).parent / "assets" / "tiny-sd-examples"
-GOLDEN = (5**0.5 - 1) / 2
 # Short trainings: this shows the queue, not what is learned.
 OPTIONS = {
     "pretrained_model_name_or_path": "tiny-sd",
@@ -83,23 +78,6 @@ def once(path: Path, work: Any) -> Any:
     if not path.exists():
         path.write_text(json.dumps(work()))
     return json.loads(path.read_text())
-
-
-def make_concepts(folder: Path, count: int) -> None:
-    """Recoloured examples, a folder each."""
-    sources = sorted(path for path in EXAMPLES.iterdir() if path.is_dir())
-    for number in range(count):
-        source = sources[number % len(sources)]
-        target = folder / f"{number:04d}_{source.name}"
-        if (target / "concept.json").exists():
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        shift = int(256 * (GOLDEN * number % 1))
-        for path in source.glob("[0-9].png"):
-            hsv = np.asarray(Image.open(path).convert("HSV")).copy()
-            hsv[..., 0] += np.uint8(shift)
-            Image.fromarray(hsv, "HSV").convert("RGB").save(target / path.name)
-        shutil.copy(source / "concept.json", target)
 
 
 def start(concepts: Path, output: Path, env: dict[str, str], **options: Any) -> subprocess.Popen:

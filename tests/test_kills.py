@@ -48,7 +48,6 @@ def test_twenty_kills_in_a_run_of_fifty_concepts(tiny_sd_folder: Path, tmp_path:
         # no finished concept was done again
         assert {path: final[path] for path in stamps} == stamps
         stamps = final
-        print(f"kill {kills} after {alive_for:.1f} s: {len(stamps)} of {NUM_CONCEPTS} finished")
     text, _ = process.communicate(timeout=900)
     assert process.returncode == 0, text
     assert len(stamps) > 0, "no concept was finished between the kills"

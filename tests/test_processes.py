@@ -106,6 +106,41 @@ def test_one_killed_process_ends_the_others_and_a_restart_continues(
     assert_close(output, alone)
 
 
+def test_a_signal_to_one_process_stops_all_and_a_restart_continues(
+    tiny_sd_folder: Path, toys: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    slow = {**OPTIONS, "validation_steps": 1, "validation_inference_steps": 25}
+    processes = start_all(2, arguments(tiny_sd_folder, toys, output, **slow))
+    while all(p.poll() is None for p in processes) and not list(
+        output.glob("checkpoints/process-0001/4")
+    ):
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    signalled = time.monotonic()
+    texts = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], "\n".join(texts)
+    assert time.monotonic() - signalled < 30
+    assert (output / "STOP").exists()
+    process = start(arguments(tiny_sd_folder, toys, output, **OPTIONS), **devices(2))
+    text, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, text
+    assert "resumed" in text, text
+    assert not (output / "STOP").exists()
+    assert_close(output, alone)
+
+
+def test_a_file_named_stop_stops_a_run(tiny_sd_folder: Path, toys: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(arguments(tiny_sd_folder, toys, output, **{**OPTIONS, "max_train_steps": 4000}))
+    while process.poll() is None and not list(output.glob("concepts/*/metrics.csv")):
+        time.sleep(0.05)
+    (output / "STOP").touch()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert list(output.glob("checkpoints/process-0000/[0-9]*"))
+
+
 def test_half_an_address_is_refused() -> None:
     with pytest.raises(CatVersionError, match="belong together"):
         make_config({"concepts": "x", "num_processes": 2})

@@ -74,7 +74,8 @@ def train(
 ) -> TrainResult:
     """Train every concept that is not done yet; continue what ``config.output_dir`` holds.
 
-    Once ``stop`` is set, everything under way is saved and the function returns.
+    Once ``stop`` is set, in any of the processes, or a file ``STOP`` appears in ``output_dir``,
+    everything under way is saved and the function returns.
 
     Raises:
       CatVersionError: the options contradict the model or the run in ``output_dir``, or it is not
@@ -83,6 +84,7 @@ def train(
     run = RunDirectory(config)
     with run.lock():
         run.open(backbone.name, backbone.text_encoder_sha256)
+        run.clear_stop()
         failures = {problem.name: problem.message for problem in concepts.problems}
         specs, records = {}, {}
         for spec in concepts.concepts:
@@ -106,8 +108,8 @@ def train(
         plan = dataclasses.replace(plan, names=own, saved=saved)
         trainer = _Trainer(config, backbone, mesh, run, specs, records, plan)
         interrupted = trainer.run(stop or threading.Event())
-        if not interrupted:
-            wait_for_others("every process is done")
+        wait_for_others("every process is done")
+        interrupted = interrupted or run.is_asked_to_stop(now=True)
         run.write_index()
     failures |= trainer.failures
     return TrainResult(tuple(run.finished), {**run.quarantined, **failures}, interrupted)
@@ -175,7 +177,9 @@ class _Trainer:
                 self._train(self._steps_to_boundary())
                 self._evaluate_due()
                 self._write_due()
-                interrupted = stop.is_set()
+                if stop.is_set() and jax.process_count() > 1:
+                    self.out.ask_to_stop()  # the others, which may not have heard
+                interrupted = stop.is_set() or self.out.is_asked_to_stop()
                 if interrupted or self.clock % config.checkpointing_steps == 0:
                     with self.recorder.timed("checkpoints"):
                         self._read_pending()  # what a checkpoint has seen is not done again

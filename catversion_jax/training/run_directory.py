@@ -2,6 +2,7 @@
 
 out/
   run.json  config.resolved.yaml  index.csv  timeline.csv  metrics.jsonl  process-0000.lock
+  STOP (somebody wants all processes of the run to save and end)
   checkpoints/process-0000/<step>/  logs/<concept>/
   concepts/<name>/  catversion.safetensors  catversion-000250.safetensors  metrics.csv  metrics.json
                     samples/000250.png  FAILED.txt (only when quarantined)
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 FAILED_NAME, SUMMARY_NAME = "FAILED.txt", "metrics.json"
 STATES = ("queued", "running", "done", "stopped early", "quarantined")
 FINISHED = ("done", "stopped early")
-INDEX_SECONDS = 5.0
+INDEX_SECONDS, STOP_SECONDS = 5.0, 2.0
 INDEX_COLUMNS = ("name", "state", "eval_loss", "plain_eval_loss", "file", "reason")
 
 
@@ -67,6 +68,7 @@ class RunDirectory:
         self._index: dict[str, dict[str, str]] = {}
         self._others: tuple[str, ...] = ()
         self._written, self._stale = 0.0, False
+        self._looked_for_stop = 0.0
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -96,6 +98,30 @@ class RunDirectory:
                     "stop it, or give another output_dir."
                 ) from None
             yield
+
+    # ------------------------------------------------------------------ stopping all processes
+
+    @property
+    def _stop_file(self) -> Path:
+        return self.root / "STOP"
+
+    def ask_to_stop(self) -> None:
+        """Let every process of the run save and end."""
+        write_atomically(self._stop_file, b"")
+
+    def clear_stop(self) -> None:
+        """Forget that somebody asked an earlier run to stop; by process 0, at the start."""
+        if self.process == 0:
+            self._stop_file.unlink(missing_ok=True)
+
+    def is_asked_to_stop(self, *, now: bool = False) -> bool:
+        """Whether somebody asked; looks once in a while, or ``now``."""
+        if not now and time.monotonic() - self._looked_for_stop < STOP_SECONDS:
+            return False
+        self._looked_for_stop = time.monotonic()
+        return self._stop_file.exists()
+
+    # ------------------------------------------------------------------ where things lie
 
     def concept(self, name: str) -> Path:
         """Folder of one concept."""

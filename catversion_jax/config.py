@@ -157,8 +157,8 @@ class TrainConfig:
     mixed_precision: Literal["auto", "bf16", "no"] = _option(
         "auto", "frozen UNet and text encoder: bf16 on accelerators, float32 on CPU"
     )
-    concepts_per_device: int = _option(
-        4, "concepts trained at once on each device (memory allowing)"
+    concepts_per_device: int | Literal["auto"] = _option(
+        4, "concepts trained at once on each device; auto: as many as its memory holds (CPU: 4)"
     )
     data_parallel: int = _option(
         1, "devices that share one concept's batch; the others hold other concepts"
@@ -385,7 +385,8 @@ def _coerce(name: str, value: Any) -> Any:
 
 def _accepted(name: str) -> tuple[Any, ...]:
     hint = typing.get_type_hints(TrainConfig)[name]
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 _TEXT_OPTIONS = frozenset(
@@ -401,19 +402,19 @@ def _choices(accepted: tuple[Any, ...]) -> tuple[str, ...]:
 
 def _type_problem(config: TrainConfig, name: str) -> str | None:
     value, accepted = getattr(config, name), _accepted(name)
-    if choices := _choices(accepted):
-        if value in choices:
-            return None
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"{name}={value!r}: must be one of {', '.join(choices)}.{hint}"
-    for kind in accepted:
-        if kind is tuple[str, ...] or typing.get_origin(kind) is tuple:
+    choices = _choices(accepted)
+    if value in choices:
+        return None
+    kinds = [kind for kind in accepted if typing.get_origin(kind) is not Literal]
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
             if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
                 return None
         elif isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
             return None
-    kinds = " or ".join(
-        "null" if k is type(None) else getattr(k, "__name__", str(k)) for k in accepted
-    )
-    return f"{name}={value!r}: must be {kinds}."
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if not kinds:
+        return f"{name}={value!r}: must be one of {', '.join(choices)}.{hint}"
+    names = ["null" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds]
+    return f"{name}={value!r}: must be {' or '.join([*names, *choices])}.{hint}"

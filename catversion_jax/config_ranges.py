@@ -25,7 +25,9 @@ def range_problems(config: TrainConfig) -> list[str]:
     problems = []
     for name, low in at_least.items():
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value >= low):
+        if value in (None, "auto"):
+            continue
+        if not (math.isfinite(value) and value >= low):
             problems.append(f"{name}={value}: must be at least {low} and finite.")
     for name in between:
         value = getattr(config, name)

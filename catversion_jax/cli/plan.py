@@ -72,17 +72,22 @@ def run(args: argparse.Namespace) -> int:
 def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
     from catversion_jax.planning.chips import parse_slice
     from catversion_jax.planning.compiled import compile_step, tpu_mesh
-    from catversion_jax.planning.estimate import MemoryModel
+    from catversion_jax.planning.estimate import USABLE_MEMORY, MemoryModel
+    from catversion_jax.planning.slots import WITHOUT_LIMIT
 
     target = parse_slice(args.tpu)
     mesh = tpu_mesh(target, config.data_parallel)
     # the second one gives the slope of the memory
     first = compile_step(backbone, config, mesh, 1, args.images, fast=not args.full_effort)
-    wanted = max(2, config.concepts_per_device)
-    second = compile_step(backbone, config, mesh, wanted, args.images, fast=not args.full_effort)
+    wanted = WITHOUT_LIMIT if config.concepts_per_device == "auto" else config.concepts_per_device
+    second = compile_step(
+        backbone, config, mesh, max(2, wanted), args.images, fast=not args.full_effort
+    )
     memory = MemoryModel.of(first, second)
-    largest = memory.largest(target.chip)
-    slots = min(config.concepts_per_device, largest)
+    largest = memory.largest(USABLE_MEMORY * target.chip.memory_bytes)
+    if config.concepts_per_device == "auto":
+        wanted = max(1, largest)
+    slots = min(wanted, largest)
     return {
         "target": target.name,
         "chips": target.num_chips,
@@ -98,9 +103,9 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
             "state_per_slot": memory.state_per_slot,
             "temporaries": memory.temporary_once,
             "temporaries_per_slot": memory.temporary_per_slot,
-            "with_concepts_per_device": memory.bytes_of(config.concepts_per_device),
+            "with_concepts_per_device": memory.bytes_of(wanted),
         },
-        "concepts_per_device": config.concepts_per_device,
+        "concepts_per_device": wanted,
         "largest_concepts_per_device": largest,
         "flops_per_concept_step": second.flops / second.slots_per_chip,
         "bytes_per_concept_step": second.bytes_accessed / second.slots_per_chip,
@@ -112,11 +117,13 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
 def _gpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
     from catversion_jax.planning.chips import GPUS, Slice
     from catversion_jax.planning.compiled import counted_flops
+    from catversion_jax.planning.slots import WITHOUT_LIMIT
 
     if args.gpu not in GPUS:
         raise CatVersionError(f"--gpu {args.gpu}: must be one of {', '.join(GPUS)}.")
     target = Slice(dataclasses.replace(GPUS[args.gpu], slices=("1", "2", "4", "8")), "1")
     flops = counted_flops(backbone, config, args.images)
+    slots = WITHOUT_LIMIT if config.concepts_per_device == "auto" else config.concepts_per_device
     return {
         "target": args.gpu,
         "chips": 1,
@@ -124,9 +131,9 @@ def _gpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
             "FLOPs of the program before compilation, and the data sheet's peak at the given "
             "utilization; memory is not estimated. Not compared with a real GPU yet."
         ),
-        "concepts_per_device": config.concepts_per_device,
+        "concepts_per_device": slots,
         "flops_per_concept_step": flops,
-        **_jobs(args, config, target, config.concepts_per_device, flops, 0.0),
+        **_jobs(args, config, target, slots, flops, 0.0),
     }
 
 

@@ -25,7 +25,12 @@ from catversion_jax.training.state import (
 
 
 def abstract_arguments(
-    backbone: Backbone, config: TrainConfig, mesh: Mesh, num_rows: int, max_images: int
+    backbone: Backbone,
+    config: TrainConfig,
+    mesh: Mesh,
+    num_rows: int,
+    max_images: int,
+    max_prompts: int = 1,
 ) -> tuple[TrainState, ConceptData, Any, Any, jax.ShapeDtypeStruct]:
     """What :func:`~catversion_jax.training.step.make_train_step` takes, with shardings.
 
@@ -35,11 +40,12 @@ def abstract_arguments(
       mesh: of the devices to compile for.
       num_rows: slots on all of them.
       max_images: images of the largest concept.
+      max_prompts: training prompts of the one with most.
     """
     tx = make_optimizer(config)
     create = functools.partial(create_train_state, tx=tx, averaged=config.ema_decay is not None)
     state = jax.eval_shape(create, _abstract_learned(backbone, config, num_rows))
-    data = _abstract_data(backbone, config, num_rows, max_images)
+    data = _abstract_data(backbone, config, num_rows, max_images, max_prompts)
     rows, everywhere = by_concept(mesh), replicated(mesh)
     return (
         _placed(state, rows),
@@ -66,7 +72,7 @@ def _abstract_learned(backbone: Backbone, config: TrainConfig, num_rows: int) ->
 
 
 def _abstract_data(
-    backbone: Backbone, config: TrainConfig, num_rows: int, max_images: int
+    backbone: Backbone, config: TrainConfig, num_rows: int, max_images: int, max_prompts: int
 ) -> ConceptData:
     pixels = config.resolution or backbone.default_resolution
     side = pixels // backbone.latent_downsampling
@@ -79,7 +85,7 @@ def _abstract_data(
     def hidden(*prompts: int) -> Any:
         return jax.ShapeDtypeStruct((num_rows, *prompts, context, width), dtype)
 
-    slots: Any = jax.ShapeDtypeStruct((num_rows, 1, context), jnp.int32)
+    slots: Any = jax.ShapeDtypeStruct((num_rows, max_prompts, context), jnp.int32)
     return ConceptData(
         rng=jax.eval_shape(lambda: jnp.stack([concept_key(0)] * num_rows)),
         latent_mean=latents,
@@ -87,7 +93,7 @@ def _abstract_data(
         mask=_floats(num_rows, max_images, 2, side, side) if config.masked_training else None,
         num_images=integers,
         flip=_floats(num_rows),
-        text_hidden=hidden(1),
+        text_hidden=hidden(max_prompts),
         num_prompts=integers,
         empty_hidden=hidden() if config.caption_dropout > 0 else None,
         slots=slots,

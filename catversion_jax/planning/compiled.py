@@ -1,4 +1,4 @@
-"""Compile the training step for a TPU that is not here, and read what the compiler knows of it.
+"""Compile the training step, also for a TPU that is not here, and read what the compiler knows.
 
 libtpu holds the compiler and runs on any x86 Linux machine.
 """
@@ -101,6 +101,7 @@ def compile_step(
     mesh: Mesh,
     slots_per_chip: int,
     max_images: int,
+    max_prompts: int = 1,
     *,
     fast: bool = True,
 ) -> CompiledStep:
@@ -111,12 +112,15 @@ def compile_step(
     """
     started = time.perf_counter()
     num_rows = slots_per_chip * mesh.devices.shape[0]
-    arguments = abstract_arguments(backbone, config, mesh, num_rows, max_images)
+    arguments = abstract_arguments(backbone, config, mesh, num_rows, max_images, max_prompts)
     step: Any = make_train_step(
         noise_schedule(backbone.noise_schedule), make_optimizer(config), mesh, config
     )
     try:
-        lowered = step.trace(*arguments).lower(lowering_platforms=("tpu",))
+        platform = mesh.devices.flat[0].platform
+        lowered = step.trace(*arguments).lower(
+            lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)
+        )
         compiled = lowered.compile(compiler_options=FAST_COMPILATION if fast else None)
     except jax.errors.JaxRuntimeError as error:
         raise CatVersionError(

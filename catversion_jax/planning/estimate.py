@@ -16,8 +16,10 @@ import math
 from catversion_jax.planning.chips import Chip
 from catversion_jax.planning.compiled import CompiledStep
 
-USABLE_MEMORY = 0.95
-"""Share of a chip's memory that a program can have."""
+USABLE_MEMORY = 0.9
+"""Share of a device's memory for the training step; evaluation, sample grids and the encoding of
+newcomers want some as well.
+"""
 
 UTILIZATION = 0.3
 
@@ -48,9 +50,9 @@ class MemoryModel:
         per_slot = self.state_per_slot + self.temporary_per_slot
         return self.weights + self.temporary_once + per_slot * slots
 
-    def largest(self, chip: Chip) -> int:
+    def largest(self, memory_bytes: float) -> int:
         """Slots that fit; 0 when not even one does."""
-        free = USABLE_MEMORY * chip.memory_bytes - self.weights - self.temporary_once
+        free = memory_bytes - self.weights - self.temporary_once
         return max(0, math.floor(free / (self.state_per_slot + self.temporary_per_slot)))
 
 

@@ -28,6 +28,7 @@ from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import ConceptError
 from catversion_jax.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.planning.slots import slots_per_device
 from catversion_jax.processes import own_part, wait_for_others
 from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept, replicated
 from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord
@@ -135,18 +136,14 @@ class _Trainer:
         self.failures: dict[str, str] = {}
         first_layer = first_adapted_layer(config, backbone.num_text_layers)
         per_axis = mesh.shape[CONCEPT_AXIS]
-        wanted = max(1, -(-len(specs) // per_axis)) * per_axis
         schedule = noise_schedule(backbone.noise_schedule)
         tx = make_optimizer(config)
-        self.slots = Slots(
-            min(config.concepts_per_device * per_axis, wanted),
-            mesh,
-            backbone,
-            config,
-            tx,
-            max_images=max((len(spec.images) for spec in specs.values()), default=1),
-            max_prompts=max((len(record.prompts) for record in records.values()), default=1),
-        )
+        largest = {
+            "max_images": max((len(spec.images) for spec in specs.values()), default=1),
+            "max_prompts": max((len(record.prompts) for record in records.values()), default=1),
+        }
+        per_device = slots_per_device(config, backbone, mesh, num_concepts=len(specs), **largest)
+        self.slots = Slots(per_device * per_axis, mesh, backbone, config, tx, **largest)
         self.max_steps = steps_per_dispatch(config)
         self.train_step = make_train_step(schedule, tx, mesh, config)
         self.eval_step = make_eval_step(schedule, mesh, config, first_layer)

@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from catversion_jax.bucket_paths import is_in_bucket
 from catversion_jax.errors import CatVersionError
 
 
@@ -22,6 +23,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary: str | None = None
     try:
+        if is_in_bucket(path):
+            path.write_bytes(data)  # an object appears whole
+            return
         descriptor, temporary = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
         )
@@ -38,11 +42,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create ``path`` and its parents.
+    """Create ``path`` and its parents; in a bucket there are no folders to create.
 
     Raises:
       CatVersionError: it cannot be created or is not a folder.
     """
+    if is_in_bucket(path):
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,6 +61,10 @@ def check_writable(path: Path) -> None:
     Raises:
       CatVersionError: it cannot.
     """
+    if is_in_bucket(path):
+        write_atomically(path / ".writable", b"")
+        (path / ".writable").unlink()
+        return
     existed = path.exists()
     make_folder(path)
     if not os.access(path, os.W_OK | os.X_OK):

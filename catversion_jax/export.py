@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from catversion_jax.atomic_files import make_folder, write_atomically
+from catversion_jax.bucket_paths import as_path, is_in_bucket
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
 from catversion_jax.foreign_files import describe_bytes, describe_folder, describe_tensors
@@ -85,7 +86,7 @@ class Concept:
 
     def save(self, path: str | Path) -> Path:
         """Write the concept to ``path``; see :func:`save_concept`."""
-        path = Path(path)
+        path = as_path(path)
         tensors = tensors_of(path, self.residual, self.name)
         if not self.base_class.strip():
             raise CatVersionError(
@@ -180,7 +181,7 @@ def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path
     files: dict[Path, Concept] = {}
     for concept in concepts:
         stem = re.sub(r"[^\w.-]+", "_", concept.name).strip("._") or "concept"
-        path = Path(folder) / f"{stem}.safetensors"
+        path = as_path(folder) / f"{stem}.safetensors"
         if path in files:
             raise CatVersionError(
                 f"{path}: would hold both {files[path].name!r} and {concept.name!r}. Export them "
@@ -199,7 +200,7 @@ def load_concept(path: str | Path) -> Concept:
     Raises:
       CatVersionError: missing, damaged, written by a newer version, or not a concept file.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         folder, path = path, path / CONCEPT_FILE_NAME
         if not path.exists() and (what := describe_folder(folder)):
@@ -224,8 +225,16 @@ def load_concept(path: str | Path) -> Concept:
 
 
 def concept_folders(folder: str | Path) -> list[Path]:
-    """The folders below ``folder`` that hold a concept file, such as those of a run directory."""
-    return sorted(file.parent for file in Path(folder).rglob(CONCEPT_FILE_NAME))
+    """The folders below ``folder`` that hold a concept file, such as those of a run directory; in
+    a bucket, those not more than two levels down.
+    """
+    folder = as_path(folder)
+    if not is_in_bucket(folder):
+        return sorted(file.parent for file in folder.rglob(CONCEPT_FILE_NAME))
+    files = (
+        file for levels in ("", "*/", "*/*/") for file in folder.glob(levels + CONCEPT_FILE_NAME)
+    )
+    return sorted(file.parent for file in files)
 
 
 def serialize_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -13,7 +13,7 @@ from random_model import write_toy_concepts
 from test_train_cli import arguments, final_files, start
 
 NUM_CONCEPTS, NUM_KILLS = 50, 20
-OPTIONS = {"max_train_steps": 60, "checkpointing_steps": 5, "concepts_per_device": 4}
+OPTIONS = {"max_train_steps": 200, "checkpointing_steps": 5, "concepts_per_device": 4}
 
 
 @pytest.mark.slow

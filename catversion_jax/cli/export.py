@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from catversion_jax.bucket_paths import as_path
 from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def collect_concepts(source: str | Path) -> list[Concept]:
     from catversion_jax.export import CONCEPT_FILE_NAME, load_concept
     from catversion_jax.foreign_files import describe_folder
 
-    source = Path(source)
+    source = as_path(source)
     if source.is_file() or (source / CONCEPT_FILE_NAME).is_file():
         return [load_concept(source)]
     if not source.is_dir():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catversion_jax import __version__
+from catversion_jax.bucket_paths import as_path
 from catversion_jax.cli.prompt_files import PromptRow, read_prompts
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
@@ -140,7 +141,7 @@ class _ConceptShelf:
         self._default: tuple[ConceptUse, ...] = ()
         for text in args.concept:
             path, scale = _split_scale(text, self._scale)
-            concept = self._load(Path(path))
+            concept = self._load(as_path(path))
             if concept.name in self._by_name:
                 raise CatVersionError(
                     f"--concept {text}: another --concept is called {concept.name!r} too. Give "
@@ -164,13 +165,13 @@ class _ConceptShelf:
         if name in self._by_name:
             concept, default_scale = self._by_name[name]
             return self._use(concept, default_scale if scale is None else scale)
-        if not Path(name).exists():
+        if not as_path(name).exists():
             known = ", ".join(map(repr, self._by_name)) or "none"
             raise CatVersionError(
                 f"concept {name!r} of a prompt row: is neither a file nor the name of a --concept "
                 f"({known})."
             )
-        return self._use(self._load(Path(name)), self._scale if scale is None else scale)
+        return self._use(self._load(as_path(name)), self._scale if scale is None else scale)
 
     def _load(self, path: Path) -> Concept:
         from catversion_jax.export import CONCEPT_FILE_NAME, concept_folders, load_concept

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from catversion_jax.bucket_paths import as_path
 from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.export import CONCEPT_FILE_NAME, concept_folders
     from catversion_jax.official_adapter import ADAPTER_FILE_NAME
 
-    path = Path(args.file)
+    path = as_path(args.file)
     official = path / ADAPTER_FILE_NAME if path.is_dir() else path
     if official.is_file() and official.suffix == ".bin":
         facts = _official_facts(path, args.num_heads)

@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from catversion_jax.bucket_paths import as_path
 from catversion_jax.errors import CatVersionError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of a training run")
+    parser.add_argument("run", type=as_path, metavar="RUN", help="output_dir of a training run")
     parser.add_argument("--json", action="store_true", help="everything, one line per concept")
 
 
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items())
     print(f"{args.run}: {counts}")
-    if not found["locked"]:
+    if found["locked"] is False:
         running = found["counts"].get("running", 0)
         print("no process is training here now" + (": run its command again" if running else ""))
     elif found["concepts_per_hour"]:
@@ -54,8 +55,8 @@ def read_status(root: Path) -> dict[str, Any]:
         raise CatVersionError(
             f"{root}: is not a training run: it has no index.csv. Give the output_dir of one."
         )
-    with index.open(encoding="utf-8", newline="") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    lines = index.read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = list(csv.DictReader(lines))
     for row in rows:
         if row["state"] == "running":
             row["step"] = _last_step(root / "concepts" / row["name"] / "metrics.csv")
@@ -79,10 +80,7 @@ def _rate(path: Path) -> float:
     """The newest one among the last lines."""
     if not path.is_file():
         return 0.0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 200_000))
-        lines = file.read().decode(errors="replace").splitlines()
-    for line in reversed(lines):
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
         if '"concepts_per_hour"' in line:
             try:
                 return float(json.loads(line)["concepts_per_hour"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catversion_jax.atomic_files import check_writable, make_folder, unwritable
+from catversion_jax.bucket_paths import as_path
 from catversion_jax.config import TrainConfig, load_config, option_table
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     concepts = read_configured_concepts(config)
     _announce(config, concepts)
-    check_writable(Path(config.output_dir))
+    check_writable(as_path(config.output_dir))
 
     import jax
 
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         with _stop_signals() as stop:
             result = train(config, backbone, concepts, mesh, stop)
     except OSError as error:
-        raise unwritable(Path(error.filename or config.output_dir), error) from error
+        raise unwritable(as_path(error.filename or config.output_dir), error) from error
     return _report(config, result)
 
 
@@ -127,7 +128,7 @@ def _announce(config: TrainConfig, concepts: ConceptList) -> None:
 
 
 def _report(config: TrainConfig, result: TrainResult) -> int:
-    print(f"{len(result.finished)} concepts in {Path(config.output_dir) / 'concepts'}")
+    print(f"{len(result.finished)} concepts in {as_path(config.output_dir) / 'concepts'}")
     if result.interrupted:
         print("interrupted; what is under way is saved. The same command goes on.")
         return INTERRUPTED
@@ -144,7 +145,9 @@ def _use_compilation_cache(config: TrainConfig) -> None:
 
     if config.compilation_cache_dir is None:
         return
-    folder = Path(config.compilation_cache_dir).expanduser()
-    make_folder(folder)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    folder = config.compilation_cache_dir
+    if "://" not in folder:
+        folder = str(Path(folder).expanduser())
+        make_folder(Path(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

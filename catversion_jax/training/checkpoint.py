@@ -23,6 +23,7 @@ import safetensors.numpy
 from etils import epath
 
 from catversion_jax.atomic_files import make_folder, unwritable
+from catversion_jax.bucket_paths import absolute, as_path
 from catversion_jax.errors import CatVersionError
 from catversion_jax.export import Concept, save_concept
 from catversion_jax.learned import Learned, named_arrays, rebuild, settings_of
@@ -209,7 +210,7 @@ def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
         _CONCEPTS: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
     }
     return ocp.CheckpointManager(
-        folder.absolute(),
+        absolute(folder),
         item_handlers=handlers,
         options=ocp.CheckpointManagerOptions(
             create=False, multiprocessing_options=alone, **options
@@ -271,7 +272,7 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Le
     Raises:
       CatVersionError: ``folder`` is not a checkpoint of this package.
     """
-    folder = Path(folder).absolute()
+    folder = absolute(as_path(folder))
     if not (folder / _CONCEPTS).is_dir() or not folder.name.isdigit():
         raise CatVersionError(
             f"{folder}: is not a training checkpoint. Give RUN/checkpoints/process-0000/<step>, or "

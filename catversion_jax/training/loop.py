@@ -85,7 +85,7 @@ def train(
     run = RunDirectory(config)
     with run.lock():
         run.open(backbone.name, backbone.text_encoder_sha256)
-        run.clear_stop()
+        run.clear_leftovers()
         failures = {problem.name: problem.message for problem in concepts.problems}
         specs, records = {}, {}
         for spec in concepts.concepts:
@@ -109,6 +109,7 @@ def train(
         plan = dataclasses.replace(plan, names=own, saved=saved)
         trainer = _Trainer(config, backbone, mesh, run, specs, records, plan)
         interrupted = trainer.run(stop or threading.Event())
+        run.write_index()
         wait_for_others("every process is done")
         interrupted = interrupted or run.is_asked_to_stop(now=True)
         run.write_index()
@@ -180,6 +181,7 @@ class _Trainer:
                 if interrupted or self.clock % config.checkpointing_steps == 0:
                     with self.recorder.timed("checkpoints"):
                         self._read_pending()  # what a checkpoint has seen is not done again
+                        self.recorder.flush()
                         rows = [*slots.saved_rows(), *self.saved.values()]
                         checkpoints.save(self.clock, rows)
                 if interrupted:

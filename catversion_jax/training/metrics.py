@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.atomic_files import write_atomically
+from catversion_jax.training.line_file import LineFile
 
 COLUMNS = ("step", "loss", "eval_loss")
 
@@ -23,13 +23,13 @@ class ConceptMetrics:
     """
 
     def __init__(self, path: Path, tensorboard_dir: Path | None, start_step: int):
-        self._path, self._tensorboard_dir = path, tensorboard_dir
+        self._tensorboard_dir = tensorboard_dir
         self._start_step, self._pending = start_step, list[float]()
         self._writer: Any = None
         rows = _rows_up_to(path, start_step)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-        write_atomically(path, text.getvalue().encode())
+        self._file = LineFile(path, text.getvalue())
 
     def add_losses(self, losses: Sequence[float]) -> None:
         """Training losses of the newest steps, oldest first."""
@@ -45,15 +45,19 @@ class ConceptMetrics:
             "eval_loss": eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
         }
         texts = ["" if v is None else f"{v:.6g}" for v in values.values()]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(",".join([str(step), *texts]) + "\n")
+        self._file.write(",".join([str(step), *texts]) + "\n")
         self._write_tensorboard(step, {"train": values["loss"], "eval": values["eval_loss"]})
         return values
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Nothing more will come."""
+        self.flush()
         if self._writer is not None:
             self._writer.close()
+
+    def flush(self) -> None:
+        """Make sure that every row is in the file."""
+        self._file.flush()
 
     def _write_tensorboard(self, step: int, values: Mapping[str, float | None]) -> None:
         if self._tensorboard_dir is None:
@@ -76,23 +80,21 @@ class RunMetrics:
     """The lines of the whole run."""
 
     def __init__(self, jsonl: Path):
-        self._jsonl = jsonl
-        if jsonl.exists() and not jsonl.read_bytes().endswith(b"\n"):
-            self._append("\n")  # a killed process left half a line
+        self._file = LineFile(jsonl)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line."""
-        self._append(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line) + "\n")
 
-    def _append(self, text: str) -> None:
-        with self._jsonl.open("a", encoding="utf-8") as file:
-            file.write(text)
+    def flush(self) -> None:
+        """Make sure that every line is in the file."""
+        self._file.flush()
 
 
 def _rows_up_to(path: Path, last_step: int) -> list[list[str]]:
     """Rows up to ``last_step``: a resumed run writes the later ones anew."""
     if last_step == 0 or not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [row for row in csv.reader(lines) if len(row) == len(COLUMNS)][1:]
     return [row for row in rows if row[0].isdigit() and int(row[0]) <= last_step]

@@ -43,8 +43,10 @@ def plan_queue(
     Raises:
       CatVersionError: a concept that is finished or under way was changed since; all are listed.
     """
-    done = {name for name in records if run.is_done(name)}
-    changed = {name: records[name].differences(run.final(name)) for name in done}
+    changed = {
+        name: records[name].differences(concept) for name, concept in run.read_finals([*records])
+    }
+    done = set(changed)
     saved: dict[str, SavedRow] = {}
     clock = 0
     for folder in sorted(run.checkpoints.glob("process-[0-9]*")):

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import io
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from catversion_jax.config import TrainConfig
+from catversion_jax.training.line_file import LineFile
 from catversion_jax.training.metrics import ConceptMetrics, RunMetrics
 from catversion_jax.training.run_directory import RunDirectory
 from catversion_jax.training.slots import Slot
@@ -51,7 +53,8 @@ class Recorder:
         self._lines = RunMetrics(out.jsonl)
         self._started = time.perf_counter()
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
-        self._timeline = out.timeline
+        begun = out.timeline.exists()
+        self._timeline = LineFile(out.timeline, None if begun else _line(TIMELINE_COLUMNS))
         # ``mark`` is when the last dispatch was read, None after other work.
         self._mark: float | None = None
         self._rate = 0.0
@@ -93,8 +96,16 @@ class Recorder:
         training = total - sum(self._seconds.values())
         seconds = {"training": training, **self._seconds}
         self._lines.write({"seconds": {what: round(value, 2) for what, value in seconds.items()}})
+        self.flush()
         shares = ", ".join(f"{what} {100 * s / total:.1f} %" for what, s in seconds.items())
         logger.info("%.0f s: %s", total, shares)
+
+    def flush(self) -> None:
+        """Make sure that all that was written is in the files."""
+        self._lines.flush()
+        self._timeline.flush()
+        for metrics in self._metrics.values():
+            metrics.flush()
 
     # ------------------------------------------------------------------ concepts
 
@@ -114,13 +125,9 @@ class Recorder:
         del self._open[slot.row]
         if outcome != "interrupted":
             self._bar.update(self._config.max_train_steps - slot.step)
-        is_new = not self._timeline.exists()
-        with self._timeline.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if is_new:
-                writer.writerow(TIMELINE_COLUMNS)
-            times = (f"{slot.began:.3f}", f"{self.now:.3f}")
-            writer.writerow((slot.row, slot.name, *times, slot.first_step, slot.step, outcome))
+        times = (f"{slot.began:.3f}", f"{self.now:.3f}")
+        columns = (slot.row, slot.name, *times, slot.first_step, slot.step, outcome)
+        self._timeline.write(_line(columns))
 
     def skip(self) -> None:
         """A concept that never gets a row."""
@@ -175,3 +182,9 @@ class Recorder:
                     "concepts_per_hour": round(per_hour, 1),
                 }
             )
+
+
+def _line(columns: Sequence[object]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(columns)
+    return text.getvalue()

@@ -3,6 +3,7 @@
 out/
   run.json  config.resolved.yaml  index.csv  timeline.csv  metrics.jsonl  process-0000.lock
   STOP (somebody wants all processes of the run to save and end)
+  index-0001.csv timeline-0001.csv metrics-0001.jsonl ... (what the other processes do)
   checkpoints/process-0000/<step>/  logs/<concept>/
   concepts/<name>/  catversion.safetensors  catversion-000250.safetensors  metrics.csv  metrics.json
                     samples/000250.png  FAILED.txt (only when quarantined)
@@ -11,6 +12,7 @@ out/
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import csv
 import fcntl
@@ -18,7 +20,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import jax
 
 from catversion_jax import __version__
 from catversion_jax.atomic_files import make_folder, unwritable, write_atomically
+from catversion_jax.bucket_paths import as_path, is_in_bucket
 from catversion_jax.config import TrainConfig, dump_config, learning_options
 from catversion_jax.errors import CatVersionError
 from catversion_jax.export import CONCEPT_FILE_NAME, Concept, load_concept
@@ -40,8 +43,16 @@ INDEX_SECONDS, STOP_SECONDS = 5.0, 2.0
 INDEX_COLUMNS = ("name", "state", "eval_loss", "plain_eval_loss", "file", "reason")
 
 
-def is_locked(root: Path) -> bool:
-    """Whether a process is training into ``root`` now, on this machine."""
+READERS = 16
+"""Files that are read at once: in a bucket each takes its time."""
+
+
+def is_locked(root: Path) -> bool | None:
+    """Whether a process is training into ``root`` now, on this machine; None where that cannot be
+    known, in a bucket.
+    """
+    if is_in_bucket(root):
+        return None
     for path in root.glob("process-*.lock"):
         with path.open() as file:
             try:
@@ -55,7 +66,7 @@ class RunDirectory:
     """Paths and small state files of one run."""
 
     def __init__(self, config: TrainConfig):
-        self.root = Path(config.output_dir)
+        self.root = as_path(config.output_dir)
         self.config = config
         self.checkpoints = self.root / "checkpoints"
         # Process 0 writes what is there once; of the others each has files of its own.
@@ -63,10 +74,12 @@ class RunDirectory:
         suffix = f"-{self.process:04d}" if self.process else ""
         self.jsonl = self.root / f"metrics{suffix}.jsonl"
         self.timeline = self.root / f"timeline{suffix}.csv"
+        self.index = self.root / f"index{suffix}.csv"
         self.logs = self.root / "logs"
         self._settings: Mapping[str, Any] = {}
         self._index: dict[str, dict[str, str]] = {}
-        self._others: tuple[str, ...] = ()
+        self._others: frozenset[str] = frozenset()
+        self._done: set[str] = set()
         self._written, self._stale = 0.0, False
         self._looked_for_stop = 0.0
 
@@ -78,11 +91,14 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes from writing into the folder. The system takes the lock away from a
-        process that is killed.
+        process that is killed. A bucket has no locks.
 
         Raises:
           CatVersionError: another process has it.
         """
+        if is_in_bucket(self.root):
+            yield
+            return
         make_folder(self.root)
         path = self.root / f"process-{self.process:04d}.lock"
         try:
@@ -109,10 +125,14 @@ class RunDirectory:
         """Let every process of the run save and end."""
         write_atomically(self._stop_file, b"")
 
-    def clear_stop(self) -> None:
-        """Forget that somebody asked an earlier run to stop; by process 0, at the start."""
+    def clear_leftovers(self) -> None:
+        """Forget what the processes of an earlier run told each other; by process 0, at the
+        start.
+        """
         if self.process == 0:
             self._stop_file.unlink(missing_ok=True)
+            for path in self._indices_of_others():
+                path.unlink(missing_ok=True)
 
     def is_asked_to_stop(self, *, now: bool = False) -> bool:
         """Whether somebody asked; looks once in a while, or ``now``."""
@@ -160,21 +180,29 @@ class RunDirectory:
         patterns = (f"concepts/*/{CONCEPT_FILE_NAME}", "checkpoints/process-*/[0-9]*")
         return any(next(self.root.glob(pattern), None) is not None for pattern in patterns)
 
-    def final(self, name: str) -> Concept:
-        """The finished concept."""
-        return load_concept(self.concept_file(name))
+    def read_finals(self, names: Sequence[str]) -> Iterator[tuple[str, Concept]]:
+        """Those of ``names`` that are finished, with their files; damaged files do not count."""
+        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+            for name, concept in zip(names, pool.map(self._read_final, names), strict=True):
+                if concept is not None:
+                    self._done.add(name)
+                    yield name, concept
 
-    def is_done(self, name: str) -> bool:
-        """Whether the final file of a concept is there, and whole."""
-        if not self.concept_file(name).exists():
-            return False
+    def _read_final(self, name: str) -> Concept | None:
+        path = self.concept_file(name)
+        if not path.exists():
+            return None
         try:
-            step = self.final(name).step
-            stopped = self.summary(name).get("stopped_early")
-            return step in (self.config.max_train_steps, stopped)
+            concept = load_concept(path)
         except CatVersionError as error:
             logger.warning("%s; training it again", error)
-            return False
+            return None
+        stopped = self.summary(name).get("stopped_early")
+        return concept if concept.step in (self.config.max_train_steps, stopped) else None
+
+    def is_done(self, name: str) -> bool:
+        """Whether :meth:`read_finals` found it finished."""
+        return name in self._done
 
     def has_failed(self, name: str) -> bool:
         """Whether the concept was quarantined."""
@@ -231,25 +259,17 @@ class RunDirectory:
             self.set_state(name, "stopped early" if "stopped_early" in summary else "done", summary)
         self.write_index()
 
-    def _look_at_others(self) -> None:
-        """What the files say of concepts that other processes train."""
-        for name in self._others:
-            state = self._index[name]["state"]
-            if state in (*FINISHED, "quarantined"):
-                continue
-            if self.concept_file(name).exists():
-                summary = self.summary(name)
-                state = "stopped early" if "stopped_early" in summary else "done"
-                self.set_state(name, state, summary)
-            elif self.has_failed(name):
-                text = (self.concept(name) / FAILED_NAME).read_text(encoding="utf-8")
-                self.set_state(name, "quarantined", reason=text)
-            elif (self.concept(name) / "metrics.csv").exists():
-                self.set_state(name, "running")
-
     def set_others(self, names: Iterable[str]) -> None:
-        """Concepts whose state only their files tell, because other processes train them."""
-        self._others = tuple(names)
+        """Concepts that other processes train; those say what becomes of them."""
+        self._others = frozenset(names)
+
+    def _indices_of_others(self) -> list[Path]:
+        return sorted(self.root.glob("index-[0-9]*.csv"))
+
+    def _look_at_others(self) -> None:
+        for path in self._indices_of_others():
+            rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+            self._index |= {row["name"]: row for row in rows if row["name"] in self._others}
 
     def set_state(
         self, name: str, state: str, summary: Mapping[str, float] | None = None, reason: str = ""
@@ -266,20 +286,26 @@ class RunDirectory:
 
     def refresh_index(self) -> None:
         """Write what :meth:`set_state` noted, unless that was done a moment ago."""
-        if self._stale and time.monotonic() - self._written > INDEX_SECONDS:
+        if (self._stale or self._others) and time.monotonic() - self._written > INDEX_SECONDS:
             self.write_index()
 
     def write_index(self) -> None:
-        """``index.csv``, a line for each concept, and the counts in ``run.json``, by process 0."""
+        """``index.csv``, a line for each concept, and the counts in ``run.json``, by process 0; the
+        other processes tell it in files of their own.
+        """
         self._written, self._stale = time.monotonic(), False
+        rows: Iterable[dict[str, str]] = self._index.values()
         if self.process:
-            return
-        self._look_at_others()
+            rows = [row for row in rows if row["name"] not in self._others]
+        elif self._others:
+            self._look_at_others()
         text = io.StringIO()
         writer = csv.DictWriter(text, INDEX_COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self._index.values())
-        write_atomically(self.root / "index.csv", text.getvalue().encode())
+        writer.writerows(rows)
+        write_atomically(self.index, text.getvalue().encode())
+        if self.process:
+            return
         counts = collections.Counter(row["state"] for row in self._index.values())
         self._write_manifest({state: counts[state] for state in STATES})
 

@@ -1,0 +1,48 @@
+"""Folders in a bucket (``gs://``) beside those of this machine.
+
+A path in a bucket is an ``etils.epath.Path``: it has the methods of ``pathlib.Path`` that are used
+on it, and needs the bucket's library: ``pip install 'catversion-jax[gcs]'``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import cast
+
+from etils import epath
+
+from catversion_jax.errors import CatVersionError
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path to work with; one in a bucket only looks like a ``pathlib.Path``.
+
+    Raises:
+      CatVersionError: the bucket's library is missing, or it is no bucket this package knows.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return Path(text)
+    if not text.startswith("gs://"):
+        raise CatVersionError(f"{text}: must be a folder or begin with gs://.")
+    try:
+        import fsspec.config
+        import gcsfs  # noqa: F401
+    except ImportError:
+        raise CatVersionError(
+            f"{text}: a bucket needs pip install 'catversion-jax[gcs]'; or mount it as a folder."
+        ) from None
+    # Other processes write there too: what a listing said a while ago is not to be relied on.
+    fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+    return cast(Path, epath.Path(text))
+
+
+def absolute(path: Path) -> Path:
+    """``path`` from the root of its file system on."""
+    return path if is_in_bucket(path) else path.absolute()
+
+
+def is_in_bucket(path: Path) -> bool:
+    """Whether ``path`` names objects of a bucket."""
+    return "://" in os.fspath(path)

@@ -1,0 +1,101 @@
+"""A run in a bucket of Google Cloud Storage, against a server that speaks its protocol."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from random_model import write_toy_concepts
+from test_train_cli import arguments, final_files, start
+
+from catversion_jax import load_concept
+from catversion_jax.bucket_paths import as_path
+from catversion_jax.cli import main
+from catversion_jax.errors import CatVersionError
+from catversion_jax.export import concept_folders
+
+# The server does not speak the protocol of gcsfs' newer kinds of buckets.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+pytest.importorskip("gcsfs", reason="reads buckets: pip install '.[test]'")
+server_module = pytest.importorskip(
+    "gcp_storage_emulator.server", reason="the storage server: pip install '.[test]'"
+)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    before = {name: os.environ.get(name) for name in ("STORAGE_EMULATOR_HOST", "NO_GCE_CHECK")}
+    os.environ.update(STORAGE_EMULATOR_HOST=f"http://localhost:{port}", NO_GCE_CHECK="true")
+    server = server_module.create_server("localhost", port, in_memory=True, default_bucket="runs")
+    server.start()
+    yield "gs://runs"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def test_a_run_in_a_bucket_survives_kills_and_gives_the_same_bytes(
+    tiny_sd_folder: Path, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concepts, local, remote = tmp_path / "concepts", tmp_path / "local", f"{bucket}/a/run"
+    write_toy_concepts(concepts)
+    options: dict[str, object] = {"max_train_steps": 100}
+    process = start(arguments(tiny_sd_folder, concepts, local, **options))
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text
+    options["report_to"] = "tensorboard"
+    process = start(
+        [*arguments(tiny_sd_folder, concepts, local, **options), f"output_dir={remote}"]
+    )
+    saved = as_path(f"{remote}/checkpoints/process-0000")
+    while process.poll() is None and not list(saved.glob("[0-9]*/commit_success.txt")):
+        time.sleep(0.1)
+    process.kill()
+    text, _ = process.communicate()
+    assert main(["status", remote]) == 0
+    assert "running" in capsys.readouterr().out
+    process = start(
+        [*arguments(tiny_sd_folder, concepts, local, **options), f"output_dir={remote}"]
+    )
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text
+    assert "resumed 2 concepts" in text
+    folders = concept_folders(remote)
+    assert {folder.name: _final(folder) for folder in folders} == final_files(local)
+    rows = list(csv.DictReader(as_path(f"{remote}/index.csv").read_text().splitlines()))
+    assert [row["state"] for row in rows] == ["done"] * 3
+    assert main(["status", remote, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"] == {"done": 3}
+    for row in rows:  # appended lines have all arrived
+        name = f"concepts/{row['name']}/metrics.csv"
+        assert as_path(f"{remote}/{name}").read_text() == (local / name).read_text()
+    assert list(as_path(f"{remote}/logs/teal_cup").glob("events*"))
+    assert load_concept(f"{remote}/concepts/teal_cup").step == 100
+    assert main(["inspect", f"{remote}/concepts/teal_cup"]) == 0
+
+
+def _final(folder: Path) -> bytes:
+    return (folder / "catversion.safetensors").read_bytes()
+
+
+def test_other_addresses_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CatVersionError, match=r"s3://a/b: must be a folder or begin with gs://"):
+        as_path("s3://a/b")
+    program = "from catversion_jax.bucket_paths import as_path; as_path('gs://a/b')"
+    empty = tmp_path / "gcsfs"  # hides the installed one
+    empty.mkdir()
+    (empty / "__init__.py").write_text("raise ImportError('not installed')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert "pip install 'catversion-jax[gcs]'" in done.stderr

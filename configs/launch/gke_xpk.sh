@@ -6,7 +6,8 @@
 # Machine: TYPE; v5litepod-16 is 16 chips on 4 hosts. Cost: chips x hours x the price of a chip hour, spot less than on demand;
 #   catversion plan --config configs/sd15.yaml --tpu v5e:4x4 --concepts N --price-per-chip-hour P    says how much before you pay.
 # Edit: the variables below, or set them in the environment. Result: gs://BUCKET/runs/NAME, one file per concept.
-# Evicted pods save within the grace period, end with code 75, and the job starts again where it was.
+# Evicted pods save within the grace period and end with code 75, on which the job starts again where it was. Code 3: done, but some
+# concepts were given up; their FAILED.txt says why.
 # Without a cluster: bash configs/launch/gke_xpk.sh --dry-run --skip-validation    shows what would be submitted.
 set -euo pipefail
 
@@ -19,8 +20,10 @@ BUCKET=${BUCKET:?set BUCKET to the name of your bucket}
 CONFIG=${CONFIG:-configs/sd15.yaml}
 IMAGE=${IMAGE:-python:3.12} # with the package installed in it, starts are minutes faster
 
+fetch="import fsspec; fsspec.filesystem('gs').get('$BUCKET/concepts', 'concepts', recursive=True)"
 xpk workload create "$@" \
   --workload="$NAME" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" --tpu-type="$TYPE" --spot \
   --base-docker-image="$IMAGE" --script-dir=. \
   --max-restarts=1000 --restart-on-exit-codes=75 --termination-grace-period-seconds=60 \
-  --command="set -e; pip install -q -e .[tpu,gcs]; gcsfs_copy='import fsspec; fsspec.filesystem(\"gcs\").get(\"$BUCKET/concepts\", \"concepts\", recursive=True)'; python -c \"\$gcsfs_copy\"; exec python train_tpu.py --config $CONFIG concepts=concepts output_dir=gs://$BUCKET/runs/$NAME"
+  --command="set -e; pip install -q -e .[tpu,gcs]; python -c \"$fetch\"; \
+exec python train_tpu.py --config $CONFIG concepts=concepts output_dir=gs://$BUCKET/runs/$NAME"

@@ -146,11 +146,15 @@ class TrainConfig:
         "end a concept when its evaluation loss has settled: its variance (DVAR, arXiv "
         "2302.04841) or its minimum",
     )
-    early_stop_eps: float = _option(
-        0.15, "dvar: share of the whole variance (DVAR); plateau: relative gain that still counts"
+    early_stop_eps: float | None = _option(
+        None, "dvar: share of the whole variance [0.3]; plateau: relative gain that counts [0.02]"
     )
-    early_stop_window: int = _option(200, "steps the rule looks back (DVAR)")
-    early_stop_min_steps: int = _option(300, "steps before the rule is asked (DVAR)")
+    early_stop_window: int | None = _option(
+        None, "steps the rule looks back [dvar 120, plateau 80: measured, docs/many_concepts.md]"
+    )
+    early_stop_min_steps: int | None = _option(
+        None, "steps before the rule is asked [early_stop_window]"
+    )
     seed: int = _option(42, "seed of concepts that do not name their own (Custom Diffusion)")
 
     # Devices
@@ -203,6 +207,21 @@ class TrainConfig:
             problems = range_problems(self)
         if problems:
             raise CatVersionError("\n".join(problems))
+
+
+# What the early-stop rules use where the options say nothing: (eps, window).
+EARLY_STOP_RULES: Mapping[str, tuple[float, int]] = types.MappingProxyType(
+    {"dvar": (0.3, 120), "plateau": (0.02, 80)}
+)
+
+
+def early_stop_rule(config: TrainConfig) -> tuple[float, int]:
+    """``early_stop_eps`` and ``early_stop_window`` of a config whose ``early_stop`` is on."""
+    eps, window = EARLY_STOP_RULES[config.early_stop]
+    return (
+        eps if config.early_stop_eps is None else config.early_stop_eps,
+        config.early_stop_window or window,
+    )
 
 
 # Names under which users of other trainers know an option.

@@ -48,12 +48,7 @@ def range_problems(config: TrainConfig) -> list[str]:
             for name, value in only.items()
             if getattr(config, name) != value
         ]
-    if config.early_stop != "none" and 2 * config.eval_steps > config.early_stop_window:
-        problems.append(
-            f"early_stop={config.early_stop}: early_stop_window={config.early_stop_window} must "
-            f"hold at least two evaluations, one every eval_steps={config.eval_steps}. Use "
-            f"eval_steps={max(1, config.early_stop_window // 10)}."
-        )
+    problems += _early_stop_problems(config)
     problems += _process_problems(
         config.coordinator_address, config.num_processes, config.process_id
     )
@@ -68,6 +63,21 @@ def range_problems(config: TrainConfig) -> list[str]:
             f"{config.data_parallel}, which splits each concept's batch."
         )
     return problems
+
+
+def _early_stop_problems(config: TrainConfig) -> list[str]:
+    from catversion_jax.config import early_stop_rule
+
+    if config.early_stop == "none":
+        return []
+    _, window = early_stop_rule(config)
+    if 2 * config.eval_steps <= window:
+        return []
+    return [
+        f"early_stop={config.early_stop}: early_stop_window={window} must hold at least two "
+        f"evaluations, one every eval_steps={config.eval_steps}. Use "
+        f"eval_steps={max(1, window // 10)}."
+    ]
 
 
 def _process_problems(address: str | None, count: int | None, number: int | None) -> list[str]:

@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "array_types": 0,
     "atomic_files": 0,
+    "bucket_paths": 0,
     "assets": 0,
     "residual": 0,
     "token_embeddings": 0,

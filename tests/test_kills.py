@@ -52,10 +52,10 @@ def test_twenty_kills_in_a_run_of_fifty_concepts(tiny_sd_folder: Path, tmp_path:
 
 
 def _seconds_until_work(process: subprocess.Popen, output: Path) -> float:
-    """Until the first row of losses is there."""
+    """Until the first steps are done."""
     began, clock = time.monotonic(), time.time()
     while process.poll() is None and not any(
-        path.stat().st_mtime > clock for path in output.glob("concepts/*/metrics.csv")
+        path.stat().st_mtime > clock for path in output.glob("concepts/*/*.safetensors")
     ):
         time.sleep(0.05)
     return time.monotonic() - began

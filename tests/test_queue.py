@@ -132,8 +132,21 @@ def test_the_rules_against_their_formulas() -> None:
 
 
 def test_a_window_without_two_evaluations_is_refused() -> None:
-    with pytest.raises(CatVersionError, match=r"must hold at least two evaluations.*eval_steps=20"):
-        make_config({"concepts": "x", "early_stop": "dvar", "eval_steps": 150})
+    with pytest.raises(CatVersionError, match=r"must hold at least two evaluations.*eval_steps=12"):
+        make_config({"concepts": "x", "early_stop": "dvar", "eval_steps": 100})
+
+
+def test_what_is_left_open_is_calibrated() -> None:
+    """The table of docs/many_concepts.md."""
+    common = {"concepts": "x", "eval_steps": 10}
+    losses = [(10 * n, 1 / (1 + n)) for n in range(60)]
+    for rule, eps, window in (("dvar", 0.3, 120), ("plateau", 0.02, 80)):
+        given = {"early_stop_eps": eps, "early_stop_window": window}
+        short = make_config({**common, "early_stop": rule})
+        full = make_config({**common, "early_stop": rule, **given})
+        stops = [should_stop(losses[:n], short) for n in range(1, 60)]
+        assert stops == [should_stop(losses[:n], full) for n in range(1, 60)]
+        assert not any(stops[: window // 10])
 
 
 # ---- the feeder

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
+from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.config import TrainConfig
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, ConceptError
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.planning.compiled import compile_step
 from catversion_jax.planning.estimate import USABLE_MEMORY, MemoryModel
@@ -23,30 +25,37 @@ def slots_per_device(
     config: TrainConfig,
     backbone: Backbone,
     mesh: Mesh,
-    *,
-    num_concepts: int,
-    max_images: int,
-    max_prompts: int,
+    specs: Sequence[ConceptSpec],
 ) -> int:
-    """Slots on each device: what the option says, or what fits; never more than can be filled.
+    """The option ``concepts_per_device`` as a number: ``auto`` is what fits, but no more than
+    ``specs`` fill.
 
     Raises:
       CatVersionError: not even one fits.
     """
-    enough = max(1, -(-num_concepts // mesh.shape[CONCEPT_AXIS]))
     if config.concepts_per_device != "auto":
-        return min(config.concepts_per_device, enough)
+        return config.concepts_per_device
     memory = device_memory(mesh)
     if memory is None:
-        return min(WITHOUT_LIMIT, enough)
-    fit = largest_slots(config, backbone, mesh, USABLE_MEMORY * memory, max_images, max_prompts)
+        return WITHOUT_LIMIT
+    images = max((len(spec.images) for spec in specs), default=1)
+    prompts = max((_num_prompts(spec, config) for spec in specs), default=1)
+    fit = largest_slots(config, backbone, mesh, USABLE_MEMORY * memory, images, prompts)
     if fit < 1:
         raise CatVersionError(
             f"concepts_per_device=auto: not one concept fits the {memory / 1e9:.1f} GB of a "
             "device. Try a smaller resolution or train_batch_size, or mixed_precision=bf16."
         )
-    logger.info("concepts_per_device=auto: %d fit, %d are used", fit, min(fit, enough))
-    return min(fit, enough)
+    used = min(fit, max(1, -(-len(specs) // mesh.shape[CONCEPT_AXIS])))
+    logger.info("concepts_per_device=auto: %d fit, %d are used", fit, used)
+    return used
+
+
+def _num_prompts(spec: ConceptSpec, config: TrainConfig) -> int:
+    try:
+        return len(concept_prompts(spec, config.instance_prompt, default_when=config.when))
+    except ConceptError:
+        return 1  # training will give it up and say why
 
 
 def device_memory(mesh: Mesh) -> int | None:

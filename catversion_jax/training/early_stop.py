@@ -6,7 +6,8 @@ images, noise and timesteps) does.
     (1)  dvar:     Var(losses of the last W steps) < eps Var(all losses)        (arXiv 2302.04841)
     (2)  plateau:  min(losses of the last W steps) > (1 - eps) min(all before)
 
-Both wait for ``early_stop_min_steps``.
+Both wait for ``early_stop_min_steps``. What the options leave open is calibrated
+(docs/many_concepts.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import TrainConfig, early_stop_rule
 
 
 def should_stop(evaluations: Sequence[tuple[int, float]], config: TrainConfig) -> bool:
@@ -25,12 +26,12 @@ def should_stop(evaluations: Sequence[tuple[int, float]], config: TrainConfig) -
     """
     if config.early_stop == "none" or not evaluations:
         return False
-    now = evaluations[-1][0]
-    if now < max(config.early_stop_min_steps, config.early_stop_window):
+    now, (eps, length) = evaluations[-1][0], early_stop_rule(config)
+    if now < max(config.early_stop_min_steps or 0, length):
         return False
-    window = [loss for step, loss in evaluations if step > now - config.early_stop_window]
-    before = [loss for step, loss in evaluations if step <= now - config.early_stop_window]
+    window = [loss for step, loss in evaluations if step > now - length]
+    before = [loss for step, loss in evaluations if step <= now - length]
     if config.early_stop == "dvar":
         # equation (1); a loss that does not move at all has nothing left to learn
-        return bool(np.var(window) <= config.early_stop_eps * np.var(window + before))
-    return min(window) > (1 - config.early_stop_eps) * min(before)  # equation (2)
+        return bool(np.var(window) <= eps * np.var(window + before))
+    return min(window) > (1 - eps) * min(before)  # equation (2)

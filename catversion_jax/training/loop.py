@@ -28,7 +28,6 @@ from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import ConceptError
 from catversion_jax.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.planning.slots import slots_per_device
 from catversion_jax.processes import own_part, wait_for_others
 from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept, replicated
 from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord
@@ -143,7 +142,11 @@ class _Trainer:
             "max_images": max((len(spec.images) for spec in specs.values()), default=1),
             "max_prompts": max((len(record.prompts) for record in records.values()), default=1),
         }
-        per_device = slots_per_device(config, backbone, mesh, num_concepts=len(specs), **largest)
+        if config.concepts_per_device == "auto":
+            raise ValueError(
+                "concepts_per_device=auto: planning.slots.slots_per_device says how many"
+            )
+        per_device = min(config.concepts_per_device, max(1, -(-len(specs) // per_axis)))
         self.slots = Slots(per_device * per_axis, mesh, backbone, config, tx, **largest)
         self.max_steps = steps_per_dispatch(config)
         self.train_step = make_train_step(schedule, tx, mesh, config)

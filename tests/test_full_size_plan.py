@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def write_sd15_configs(folder: Path) -> None:
     """Everything but weights."""
-    tiny_tokenizer(folder / "tokenizer", context=77)
+    tiny_tokenizer(folder / "tokenizer", context=77).save_pretrained(folder / "tokenizer")
     with torch.device("meta"):
         diffusers.UNet2DConditionModel.from_config(SD15_UNET).save_config(folder / "unet")
         diffusers.AutoencoderKL.from_config(SD15_VAE).save_config(folder / "vae")

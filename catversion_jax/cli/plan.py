@@ -92,8 +92,9 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
         "target": target.name,
         "chips": target.num_chips,
         "estimate": (
-            "the TPU compiler's own count of FLOPs and memory; time from those and the chip's "
-            "published peaks at the given utilization. Not compared with a real TPU yet."
+            "memory as the TPU compiler says; FLOPs of the program's products and convolutions; "
+            "time from those and the chip's published peaks at the given utilization. Not compared "
+            "with a real TPU yet."
         ),
         "compiles": True,
         "compile_seconds": round(first.seconds + second.seconds, 1),
@@ -128,8 +129,8 @@ def _gpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
         "target": args.gpu,
         "chips": 1,
         "estimate": (
-            "FLOPs of the program before compilation, and the data sheet's peak at the given "
-            "utilization; memory is not estimated. Not compared with a real GPU yet."
+            "FLOPs of the program's products and convolutions, and the data sheet's peak at the "
+            "given utilization; memory is not estimated. Not compared with a real GPU yet."
         ),
         "concepts_per_device": slots,
         "flops_per_concept_step": flops,

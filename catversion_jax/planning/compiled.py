@@ -23,6 +23,7 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.planning.abstract import abstract_arguments
 from catversion_jax.planning.chips import Slice
+from catversion_jax.planning.flops import count_flops
 from catversion_jax.sharding import make_mesh
 from catversion_jax.training.state import make_optimizer
 from catversion_jax.training.step import make_train_step
@@ -49,7 +50,7 @@ class CompiledStep:
       weights_bytes: of the frozen networks, on each chip.
       state_bytes: what the slots' concepts hold: learned numbers, moments, latents, text states.
       temporary_bytes: largest sum of intermediate results.
-      flops: of one step of all slots of a chip.
+      flops: of one step of all slots of a chip, by :func:`~.flops.count_flops`.
       bytes_accessed: by its operations; counts what stays in the chip's fast memory as well.
       collectives: operations that talk to other chips, by kind.
       seconds: that compiling took.
@@ -118,24 +119,22 @@ def compile_step(
     )
     try:
         platform = mesh.devices.flat[0].platform
-        lowered = step.trace(*arguments).lower(
-            lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)
-        )
+        traced = step.trace(*arguments)
+        lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
         compiled = lowered.compile(compiler_options=FAST_COMPILATION if fast else None)
     except jax.errors.JaxRuntimeError as error:
         raise CatVersionError(
             f"{slots_per_chip} slots on a chip: does not compile "
             f"({str(error).splitlines()[0][:300]}). Try fewer (concepts_per_device)."
         ) from error
-    cost = compiled.cost_analysis()
     per_chip = num_rows // mesh.devices.shape[0]
     return CompiledStep(
         slots_per_chip=per_chip,
         weights_bytes=_bytes(arguments[2:4]),
         state_bytes=_bytes(arguments[:2]) / mesh.devices.shape[0],
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        flops=cost["flops"],
-        bytes_accessed=cost["bytes accessed"],
+        flops=count_flops(traced.jaxpr),
+        bytes_accessed=compiled.cost_analysis()["bytes accessed"],
         collectives=count_collectives(compiled.as_text()),
         seconds=time.perf_counter() - started,
     )
@@ -148,13 +147,13 @@ def count_collectives(hlo: str) -> dict[str, int]:
 
 
 def counted_flops(backbone: Backbone, config: TrainConfig, max_images: int) -> float:
-    """FLOPs of one step of one concept, before any compiler has improved it; needs no libtpu."""
+    """FLOPs of one step of one concept; needs no libtpu."""
     mesh = make_mesh(1, jax.devices()[:1])
     arguments = abstract_arguments(backbone, config, mesh, 1, max_images)
     step: Any = make_train_step(
         noise_schedule(backbone.noise_schedule), make_optimizer(config), mesh, config
     )
-    return step.trace(*arguments).lower().cost_analysis()["flops"]
+    return count_flops(step.trace(*arguments).jaxpr)
 
 
 def _bytes(tree: Any) -> float:

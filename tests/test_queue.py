@@ -50,6 +50,8 @@ def stopped_early(tiny_sd_folder: Path, toys: Path, tmp_path_factory) -> Path:
     process = start(arguments(tiny_sd_folder, toys, output, **EARLY))
     text, _ = process.communicate(timeout=500)
     assert process.returncode == 0, text
+    assert "training step ready after" in text
+    assert "compiled again" not in text
     return output
 
 

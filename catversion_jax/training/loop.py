@@ -31,6 +31,7 @@ from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.processes import own_part, wait_for_others
 from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept, replicated
 from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord
+from catversion_jax.training.compilation import watch_compilation
 from catversion_jax.training.early_stop import should_stop
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.preparation import (
@@ -302,14 +303,17 @@ class _Trainer:
         """Dispatch some steps, then read what those before have reported."""
         count = jax.device_put(np.int32(num_steps), replicated(self.mesh))
         slots, started = self.slots, time.perf_counter()
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"), watch_compilation() as found:
             slots.state, metrics = self.train_step(
                 slots.state, slots.data, self.backbone.text_encoder, self.backbone.unet, count
             )
+        seconds = time.perf_counter() - started
         if not self.compiled:
             self.compiled = True
-            self.recorder.add("compiling", time.perf_counter() - started)
-            logger.info("compiled the training step in %.0f s", time.perf_counter() - started)
+            self.recorder.add("compiling", seconds)
+            logger.info("training step ready after %.0f s: %s", seconds, found)
+        elif found.programs:
+            logger.warning("the training step was compiled again, which took %.0f s", seconds)
         self._read_pending()  # of the dispatch before, while the device works on this one
         before = [(slot, slot.step) for slot in slots.occupied.values()]
         for slot, step in before:

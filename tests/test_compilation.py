@@ -1,0 +1,44 @@
+"""What the persistent compilation cache did, as the log tells it."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from catversion_jax.training.compilation import watch_compilation
+
+
+@pytest.fixture
+def cache(tmp_path: Path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_program_is_compiled_once_and_then_found(cache: Path) -> None:
+    x = jnp.ones(7)
+
+    def make():
+        return jax.jit(lambda x: jnp.sin(x) * 41)
+
+    with watch_compilation() as first:
+        program = make()
+        program(x).block_until_ready()
+    assert (first.programs, first.hits) == (1, 0)
+    assert str(first) == f"was not in the compilation cache {cache}"
+    with watch_compilation() as again:
+        program(x).block_until_ready()
+    assert again.programs == 0
+    jax.clear_caches()
+    with watch_compilation() as found:
+        make()(x).block_until_ready()
+    assert (found.programs, found.hits) == (1, 1)
+    assert str(found) == f"found in the compilation cache {cache}"

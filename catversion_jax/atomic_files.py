@@ -58,19 +58,23 @@ def make_folder(path: Path) -> None:
 def check_writable(path: Path) -> None:
     """Make sure that the folder ``path`` could be created, before work is done for it.
 
+    Nothing is created on this machine: other processes of the same run look there too.
+
     Raises:
       CatVersionError: it cannot.
     """
     if is_in_bucket(path):
         write_atomically(path / ".writable", b"")
-        (path / ".writable").unlink()
+        (path / ".writable").unlink(missing_ok=True)
         return
-    existed = path.exists()
-    make_folder(path)
-    if not os.access(path, os.W_OK | os.X_OK):
+    try:
+        nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if not nearest.is_dir():
+        raise unwritable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-    if not existed:
-        path.rmdir()
 
 
 def unwritable(path: Path, error: OSError) -> CatVersionError:

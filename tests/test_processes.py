@@ -1,5 +1,6 @@
 """Several processes with two devices each train one list, as hosts of a slice do."""
 
+import concurrent.futures
 import csv
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 from random_model import write_toy_concepts
 from test_train_cli import arguments, assert_close, final_files, start
 
+from catversion_jax.atomic_files import check_writable
 from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.processes import HEARTBEAT_SECONDS
@@ -60,6 +62,21 @@ def start_all(count: int, args: list[str]) -> list[subprocess.Popen]:
     ]
 
 
+def wait_for_checkpoint(output: Path, processes: list[subprocess.Popen]) -> None:
+    """Until process 1 has saved step 4, while all are at work."""
+    while not list(output.glob("checkpoints/process-0001/4")):
+        ended = [p for p in processes if p.poll() is not None]
+        assert not ended, ended[0].communicate()[0]
+        time.sleep(0.05)
+
+
+def test_processes_may_look_at_the_same_new_folder_at_once(tmp_path: Path) -> None:
+    """A process that fails over it before it has joined leaves the others waiting."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(check_writable, [tmp_path / "runs" / "out"] * 2000))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_the_list_and_learn_what_one_learns(
     tiny_sd_folder: Path, toys: Path, alone: Path, tmp_path: Path, count: int
@@ -86,11 +103,7 @@ def test_one_killed_process_ends_the_others_and_a_restart_continues(
     output, options = tmp_path / "out", {**OPTIONS, "max_train_steps": 8}
     slow = {**options, "validation_steps": 1, "validation_inference_steps": 25}
     processes = start_all(2, arguments(tiny_sd_folder, toys, output, **slow))
-    while all(p.poll() is None for p in processes) and not list(
-        output.glob("checkpoints/process-0001/4")
-    ):
-        time.sleep(0.05)
-    assert [p.poll() for p in processes] == [None, None], [p.communicate() for p in processes]
+    wait_for_checkpoint(output, processes)
     processes[1].send_signal(signal.SIGKILL)
     processes[1].communicate()
     killed = time.monotonic()
@@ -112,10 +125,7 @@ def test_a_signal_to_one_process_stops_all_and_a_restart_continues(
     output = tmp_path / "out"
     slow = {**OPTIONS, "validation_steps": 1, "validation_inference_steps": 25}
     processes = start_all(2, arguments(tiny_sd_folder, toys, output, **slow))
-    while all(p.poll() is None for p in processes) and not list(
-        output.glob("checkpoints/process-0001/4")
-    ):
-        time.sleep(0.05)
+    wait_for_checkpoint(output, processes)
     processes[1].send_signal(signal.SIGTERM)
     signalled = time.monotonic()
     texts = [process.communicate(timeout=120)[0] for process in processes]

@@ -23,6 +23,7 @@ from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.learned import Learned
 from catversion_jax.models.network import Network
+from catversion_jax.models.recompute import Recompute
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +59,7 @@ def diffusion_loss(
     first_layer: int,
     snr_gamma: float | None = None,
     unmasked_weight: float = 1.0,
+    recompute: Recompute = "none",
 ) -> Float[Array, ""]:
     """Equation (2) for one concept; float32 whatever the networks compute in.
 
@@ -71,13 +73,14 @@ def diffusion_loss(
       first_layer: encoder layer that ``batch.text_hidden`` enters.
       snr_gamma: equation (3); None for w = 1.
       unmasked_weight: equation (4), used where the batch has a mask.
+      recompute: what the UNet's backward pass computes again instead of keeping it.
     """
     slots = None if residual is None else batch.slots
     context = text_encoder.call(
         "upper", batch.text_hidden, residual, layer=first_layer, slots=slots
     )
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = unet(noisy, batch.timesteps, context).astype(jnp.float32)
+    prediction = unet(noisy, batch.timesteps, context, recompute).astype(jnp.float32)
     target = schedule.target(batch.latents, batch.noise, batch.timesteps)
     error = jnp.square(prediction - target)
     if batch.mask is not None:

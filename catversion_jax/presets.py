@@ -18,6 +18,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "when": "always",
             "validation_guidance_scale": 10.0,
         },
+        # A fifth of the official updates for the same score on tiny-sd (docs/study.md, "CatVersion
+        # (ours)"; docs/performance.md, "Fewer steps"). Not measured on Stable Diffusion itself.
+        "fast": {
+            "num_positions": 4,
+            "init": "class_word",
+            "scope": "from_class_word",
+            "learning_rate": 3e-2,
+            "lr_scheduler": "cosine",
+            "timestep_sampling": "stratified",
+            "max_train_steps": 200,
+        },
         "textual_inversion": {
             "method": "textual_inversion",
             "init": "class_word",  # paper; diffusers' initializer_token

@@ -9,6 +9,7 @@ import pytest
 
 from catversion_jax.config import make_config
 from catversion_jax.diffusion import noise_schedule
+from catversion_jax.models.attention_pallas import transposed_attention
 from catversion_jax.models.stable_diffusion import abstract_backbone
 from catversion_jax.planning.abstract import abstract_arguments
 from catversion_jax.planning.flops import count_flops
@@ -49,6 +50,20 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
 
     assert counted(looped, square) == 7 * 2 * 16**3
     assert counted(lambda x: jax.lax.map(lambda row: row @ square, x), square) == 2 * 16**3
+
+
+def test_a_kernel_counts_as_often_as_its_grid_has_cells() -> None:
+    """Forward: two products; backward: five, one of them the logits again."""
+    arrays = [jnp.ones((3, 8, 1024))] * 3
+
+    def attend(*arrays: jax.Array) -> jax.Array:
+        return transposed_attention(*arrays, 1.0).sum()
+
+    product = 3 * 2 * 8 * 1024**2
+    assert counted(attend, *arrays) == 2 * product
+    assert counted(jax.grad(attend, argnums=(0, 1, 2)), *arrays) == 7 * product
+    stacked = [jnp.stack([array] * 2) for array in arrays]
+    assert counted(jax.vmap(attend), *stacked) == 4 * product
 
 
 def test_recomputation_is_counted() -> None:

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from catversion_jax.cli import main
+from catversion_jax.concepts import read_concepts
 from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import abstract_backbone, load_backbone
@@ -21,8 +22,8 @@ from catversion_jax.planning.compiled import (
     counted_flops,
     tpu_mesh,
 )
-from catversion_jax.planning.estimate import MemoryModel, job, step_seconds
-from catversion_jax.planning.slots import largest_slots, slots_per_device
+from catversion_jax.planning.estimate import USABLE_MEMORY, MemoryModel, job, step_seconds
+from catversion_jax.planning.fitting import find_fit, fitted
 from catversion_jax.sharding import make_mesh
 
 CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 64})
@@ -86,17 +87,58 @@ def test_auto_finds_how_many_slots_fit(tiny_sd_folder: Path) -> None:
     backbone, mesh = load_backbone(tiny_sd_folder), make_mesh(1, jax.devices()[:1])
     config = dataclasses.replace(CONFIG, resolution=16, steps_per_dispatch=1)
     six = compile_step(backbone, config, mesh, 6, max_images=4)
-    found = largest_slots(config, backbone, mesh, six.total_bytes, max_images=4)
-    assert found in (5, 6, 7)  # the compiler's memory is not quite a line
+    memory = six.total_bytes / USABLE_MEMORY
+    found = find_fit(config, backbone, mesh, memory, enough=1, max_images=4)
+    assert found.largest in (5, 6, 7)  # the compiler's memory is not quite a line
 
 
 def test_a_number_stays_and_a_device_without_a_limit_gets_four(tiny_sd_folder: Path) -> None:
     backbone, mesh = load_backbone(tiny_sd_folder), make_mesh(1, jax.devices()[:2])
     for wanted, slots in ((3, 3), ("auto", 4)):
-        config = dataclasses.replace(CONFIG, concepts_per_device=wanted)
-        assert slots_per_device(config, backbone, mesh, []) == slots
+        config = fitted(dataclasses.replace(CONFIG, concepts_per_device=wanted), backbone, mesh, [])
+        assert (config.concepts_per_device, config.gradient_checkpointing) == (slots, "none")
     with pytest.raises(CatVersionError, match="concepts_per_device='most': must be int or auto"):
         dataclasses.replace(CONFIG, concepts_per_device="most")
+
+
+def test_computing_again_saves_memory_and_costs_flops() -> None:
+    """On a TPU; on CPUs the compiler undoes it."""
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
+    backbone, mesh = (
+        abstract_backbone("tiny-sd", dtype="bfloat16"),
+        tpu_mesh(parse_slice("v5e:1x1")),
+    )
+    steps = [
+        compile_step(
+            backbone,
+            dataclasses.replace(CONFIG, gradient_checkpointing=recompute),
+            mesh,
+            4,
+            max_images=5,
+        )
+        for recompute in ("none", "attention", "blocks")
+    ]
+    assert steps[0].temporary_bytes > steps[1].temporary_bytes > steps[2].temporary_bytes
+    assert steps[0].flops < steps[1].flops < steps[2].flops
+
+
+def test_as_little_is_computed_again_as_the_memory_allows(tiny_sd_folder: Path) -> None:
+    backbone, mesh = load_backbone(tiny_sd_folder), make_mesh(1, jax.devices()[:1])
+    specs = read_concepts("tiny-sd-examples").concepts[:2]
+    options = dataclasses.replace(
+        CONFIG, concepts_per_device=2, resolution=16, steps_per_dispatch=1
+    )
+    enough = fitted(options, backbone, mesh, specs, memory_bytes=1e9)
+    assert (enough.gradient_checkpointing, enough.concepts_per_device) == ("none", 2)
+    given = dataclasses.replace(options, gradient_checkpointing="blocks")
+    assert fitted(given, backbone, mesh, specs, memory_bytes=1e3) == given
+    with pytest.raises(CatVersionError, match=r"concepts_per_device=2: needs .* GB, a device has"):
+        fitted(options, backbone, mesh, specs, memory_bytes=1e3)
+    auto = dataclasses.replace(options, concepts_per_device="auto")
+    found = fitted(auto, backbone, mesh, specs, memory_bytes=1e9)
+    assert (found.gradient_checkpointing, found.concepts_per_device) == ("none", 2)
+    with pytest.raises(CatVersionError, match="not one concept fits"):
+        fitted(auto, backbone, mesh, specs, memory_bytes=1e3)
 
 
 def test_hours_and_cost() -> None:

@@ -153,6 +153,14 @@ def test_one_step_a_call_learns_what_the_loop_learns(
     assert np.isfinite(metrics.losses).all()
 
 
+@pytest.mark.parametrize("recompute", ["attention", "blocks"])
+def test_what_is_computed_again_is_the_same(
+    backbone: Backbone, packed: TrainState, recompute: str
+) -> None:
+    again, _ = run(backbone, config(gradient_checkpointing=recompute), devices=1)
+    assert distance(again.residual, packed.residual) < 1e-3
+
+
 def test_a_concept_that_is_not_finite_stops_and_leaves_the_others_as_they_are(
     backbone: Backbone, packed: TrainState
 ) -> None:

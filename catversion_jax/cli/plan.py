@@ -71,22 +71,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
     from catversion_jax.planning.chips import parse_slice
-    from catversion_jax.planning.compiled import compile_step, tpu_mesh
-    from catversion_jax.planning.estimate import USABLE_MEMORY, MemoryModel
-    from catversion_jax.planning.slots import WITHOUT_LIMIT
+    from catversion_jax.planning.compiled import tpu_mesh
+    from catversion_jax.planning.fitting import USEFUL_SLOTS, find_fit
 
     target = parse_slice(args.tpu)
     mesh = tpu_mesh(target, config.data_parallel)
-    # the second one gives the slope of the memory
-    first = compile_step(backbone, config, mesh, 1, args.images, fast=not args.full_effort)
-    wanted = WITHOUT_LIMIT if config.concepts_per_device == "auto" else config.concepts_per_device
-    second = compile_step(
-        backbone, config, mesh, max(2, wanted), args.images, fast=not args.full_effort
+    auto = config.concepts_per_device == "auto"
+    wanted = USEFUL_SLOTS if config.concepts_per_device == "auto" else config.concepts_per_device
+    chip_memory = target.chip.memory_bytes
+    fit = find_fit(
+        config, backbone, mesh, chip_memory, wanted, args.images, fast=not args.full_effort
     )
-    memory = MemoryModel.of(first, second)
-    largest = memory.largest(USABLE_MEMORY * target.chip.memory_bytes)
-    if config.concepts_per_device == "auto":
-        wanted = max(1, largest)
+    memory, largest, step = fit.memory, fit.largest, fit.step
+    wanted = max(1, largest) if auto else wanted
     slots = min(wanted, largest)
     return {
         "target": target.name,
@@ -97,9 +94,10 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
             "with a real TPU yet."
         ),
         "compiles": True,
-        "compile_seconds": round(first.seconds + second.seconds, 1),
+        "compile_seconds": round(fit.seconds, 1),
+        "gradient_checkpointing": fit.config.gradient_checkpointing,
         "memory_bytes": {
-            "chip": target.chip.memory_bytes,
+            "chip": chip_memory,
             "weights": memory.weights,
             "state_per_slot": memory.state_per_slot,
             "temporaries": memory.temporary_once,
@@ -108,23 +106,23 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
         },
         "concepts_per_device": wanted,
         "largest_concepts_per_device": largest,
-        "flops_per_concept_step": second.flops / second.slots_per_chip,
-        "bytes_per_concept_step": second.bytes_accessed / second.slots_per_chip,
-        "collectives": second.collectives,
-        **_jobs(args, config, target, slots, second.flops / second.slots_per_chip, memory.weights),
+        "flops_per_concept_step": step.flops / step.slots_per_chip,
+        "bytes_per_concept_step": step.bytes_accessed / step.slots_per_chip,
+        "collectives": step.collectives,
+        **_jobs(args, config, target, slots, step.flops / step.slots_per_chip, memory.weights),
     }
 
 
 def _gpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
     from catversion_jax.planning.chips import GPUS, Slice
     from catversion_jax.planning.compiled import counted_flops
-    from catversion_jax.planning.slots import WITHOUT_LIMIT
+    from catversion_jax.planning.fitting import USEFUL_SLOTS
 
     if args.gpu not in GPUS:
         raise CatVersionError(f"--gpu {args.gpu}: must be one of {', '.join(GPUS)}.")
     target = Slice(dataclasses.replace(GPUS[args.gpu], slices=("1", "2", "4", "8")), "1")
     flops = counted_flops(backbone, config, args.images)
-    slots = WITHOUT_LIMIT if config.concepts_per_device == "auto" else config.concepts_per_device
+    slots = USEFUL_SLOTS if config.concepts_per_device == "auto" else config.concepts_per_device
     return {
         "target": args.gpu,
         "chips": 1,
@@ -185,7 +183,8 @@ def _as_text(plan: dict[str, Any]) -> str:
         memory = {name: value / GB for name, value in plan["memory_bytes"].items()}
         collectives = ", ".join(f"{n} {kind}" for kind, n in plan["collectives"].items()) or "none"
         lines += [
-            f"compiles         yes (twice, {plan['compile_seconds']:.0f} s)",
+            f"compiles         yes ({plan['compile_seconds']:.0f} s, "
+            f"gradient_checkpointing={plan['gradient_checkpointing']})",
             f"memory per chip  {memory['chip']:.0f} GB",
             f"  weights        {memory['weights']:.3f} GB",
             f"  state          {memory['state_per_slot']:.4f} GB per slot",

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
-    from catversion_jax.planning.slots import slots_per_device
+    from catversion_jax.planning.fitting import fitted
     from catversion_jax.processes import join_processes
     from catversion_jax.sharding import make_mesh, replicated
     from catversion_jax.training.loop import train
@@ -86,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
         mixed_precision="bf16" if dtype == "bfloat16" else "no",
         resolution=config.resolution or backbone.default_resolution,
     )
-    slots = slots_per_device(config, backbone, mesh, concepts.concepts)
-    config = dataclasses.replace(config, concepts_per_device=slots)
+    config = fitted(config, backbone, mesh, concepts.concepts)
     try:
         with _stop_signals() as stop:
             result = train(config, backbone, concepts, mesh, stop)

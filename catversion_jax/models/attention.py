@@ -3,24 +3,36 @@ r"""Scaled dot-product attention, the one place where a kernel is chosen for a p
     (1)  attention(Q, K, V) = softmax(scale * Q K^T + bias) V
 
 Logits, bias and softmax are float32 whatever the inputs are: the product of two bfloat16 numbers is
-exact in float32, so this is also what diffusers calls ``upcast_attention``. Every platform uses
-XLA's own fusion of (1).
+exact in float32, so this is also what diffusers calls ``upcast_attention``.
 
-The 4096 positions of a 512-pixel image make 134 million logits per image at 8 heads, and a gradient
-keeps several such arrays for each layer. Long sequences therefore go through (1) some queries at a
-time, and the backward pass recomputes the logits: the rows of (1) are independent, so the result is
-the same. For SD 1.5's text gradient at 64x64 latents that is 5.4 GB of temporaries, not 12.4.
+The 4096 positions of a 512-pixel image make 134 million logits per image at 8 heads. Where
+there are many queries, they are therefore never held all at once, and the backward pass computes
+them again:
+
+- TPU: the Pallas kernel of ``attention_pallas.py``;
+- NVIDIA, half precision, heads of at most 128: cuDNN's flash attention;
+- otherwise XLA, some queries at a time: the rows of (1) are independent, so the result is the same.
+
+Few queries, and those with a bias, are left to XLA's own fusion of (1).
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from catversion_jax.array_types import Array, Float
+from catversion_jax.models.attention_pallas import is_supported, transposed_attention
 
+MIN_FUSED_QUERIES = 1024
+"""Below, XLA is as good: the logits of 256 positions stay in a TPU's fast memory."""
 MAX_LOGITS = 2**22
 """Per image and head, of one slice: 16 MB in float32. A 256-pixel image stays whole."""
+MAX_CUDNN_HEAD_DIM = 128
 
 
 def attention(
@@ -44,20 +56,32 @@ def attention(
       ``[B T N H]`` in the dtype of ``value``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    slices = _slice_count(query.shape[1], key.shape[1])
-    if bias is not None or slices == 1:
-        return _attention(query, key, value, bias, scale)
+    if bias is not None:
+        return whole_attention(query, key, value, bias=bias, scale=scale)
+    sliced = functools.partial(sliced_attention, scale=scale)
+    _, queries, _, head_dim = query.shape
+    if queries < MIN_FUSED_QUERIES:
+        return sliced(query, key, value)
+    kernels: dict[str, Callable[..., Any]] = {}
+    if is_supported(queries, key.shape[1], head_dim):
+        kernels["tpu"] = functools.partial(lane_attention, scale=scale)
+    if jax.default_backend() == "gpu" and _suits_cudnn(query):
+        kernels["cuda"] = functools.partial(
+            jax.nn.dot_product_attention, scale=scale, implementation="cudnn"
+        )
+    # Decided where the program is compiled, which need not be where it is traced.
+    return jax.lax.platform_dependent(query, key, value, default=sliced, **kernels)
 
-    batch, positions, heads, head_dim = query.shape
-    sliced = query.reshape(batch, slices, positions // slices, heads, head_dim).swapaxes(0, 1)
-    attend = jax.checkpoint(lambda part: _attention(part, key, value, None, scale))
-    out = jax.lax.map(attend, sliced).swapaxes(0, 1)
-    return out.reshape(batch, positions, *out.shape[3:])
 
-
-def _attention(
-    query: Array, key: Array, value: Array, bias: Array | None, scale: float
+def whole_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N H"],
+    *,
+    bias: Float[Array, "#B #N T S"] | None = None,
+    scale: float,
 ) -> Float[Array, "B T N H"]:
+    """Equation (1) as it is written, all logits at once."""
     weights = attention_weights(query, key, bias=bias, scale=scale).astype(value.dtype)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
 
@@ -77,6 +101,27 @@ def attention_weights(
     return jax.nn.softmax(logits, axis=-1)
 
 
+# ---- XLA, some queries at a time -----------------------------------------------------------------
+
+
+def sliced_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N H"],
+    *,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """At most ``MAX_LOGITS`` logits of a head at once, where the number of queries divides."""
+    slices = _slice_count(query.shape[1], key.shape[1])
+    if slices == 1:
+        return whole_attention(query, key, value, scale=scale)
+    batch, positions, heads, head_dim = query.shape
+    parts = query.reshape(batch, slices, positions // slices, heads, head_dim).swapaxes(0, 1)
+    attend = jax.checkpoint(lambda part: whole_attention(part, key, value, scale=scale))
+    out = jax.lax.map(attend, parts).swapaxes(0, 1)
+    return out.reshape(batch, positions, *out.shape[3:])
+
+
 def _slice_count(queries: int, keys: int) -> int:
     """The fewest equal slices of the queries with at most ``MAX_LOGITS`` logits per head.
 
@@ -84,3 +129,33 @@ def _slice_count(queries: int, keys: int) -> int:
     """
     least = -(-queries * keys // MAX_LOGITS)
     return next((n for n in range(least, 4 * least) if queries % n == 0), 1)
+
+
+# ---- TPU -----------------------------------------------------------------------------------------
+
+
+def lane_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N H"],
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """:func:`~.attention_pallas.transposed_attention` for arrays as everywhere else."""
+    batch, positions, heads, head_dim = query.shape
+
+    def by_head(array: Array) -> Array:
+        return array.transpose(0, 2, 3, 1).reshape(batch * heads, head_dim, array.shape[1])
+
+    out = transposed_attention(*map(by_head, (query, key, value)), scale, interpret)
+    return out.reshape(batch, heads, head_dim, positions).transpose(0, 3, 1, 2)
+
+
+# ---- NVIDIA --------------------------------------------------------------------------------------
+
+
+def _suits_cudnn(query: Array) -> bool:
+    head_dim = query.shape[-1]
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    return half and head_dim % 8 == 0 and head_dim <= MAX_CUDNN_HEAD_DIM

@@ -23,6 +23,7 @@ from flax import nnx
 from catversion_jax.array_types import Array, Float
 from catversion_jax.models.attention import attention, attention_weights
 from catversion_jax.models.attention_maps import AttentionRecorder
+from catversion_jax.models.recompute import Recompute, recomputed
 from catversion_jax.models.resnet import LayerFactory
 
 GROUP_NORM_EPSILON = 1e-6
@@ -161,6 +162,7 @@ class BasicTransformerBlock(nnx.Module):
         x: Float[Array, "B S D"],
         text: Float[Array, "B T E"],
         record: Callable[[Float[Array, "B N S T"]], None] | None = None,
+        recompute: Recompute = "none",
     ) -> Float[Array, "B S D"]:
         """Apply the block to image positions ``x``; ``record`` is told the softmax weights of
         attention to the text.
@@ -168,7 +170,8 @@ class BasicTransformerBlock(nnx.Module):
         normed = self.norm1(x)
         if record is not None and self.only_cross_attention:
             record(self.attn1.weights(normed, text))
-        x = x + self.attn1(normed, text if self.only_cross_attention else None)
+        attn1 = recomputed(self.attn1.__call__, recompute == "attention")
+        x = x + attn1(normed, text if self.only_cross_attention else None)
         normed = self.norm2(x)
         if record is not None:
             record(self.attn2.weights(normed, text))
@@ -225,6 +228,7 @@ class Transformer2DModel(nnx.Module):
         hidden: Float[Array, "B h w D"],
         text: Float[Array, "B T E"],
         recorder: AttentionRecorder | None = None,
+        recompute: Recompute = "none",
     ) -> Float[Array, "B h w D"]:
         """Let every image position attend to the others and to the text."""
         batch, height, width, channels = hidden.shape
@@ -233,5 +237,5 @@ class Transformer2DModel(nnx.Module):
         x = self.proj_in(self.norm(hidden)).reshape(batch, height * width, channels)
         record = None if recorder is None else recorder.at(height, width)
         for block in self.transformer_blocks:
-            x = block(x, text, record)
+            x = block(x, text, record, recompute)
         return hidden + self.proj_out(x.reshape(batch, height, width, channels))

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.models.attention_maps import AttentionRecorder
+from catversion_jax.models.recompute import Recompute
 from catversion_jax.models.resnet import ACTIVATIONS, LayerFactory
 from catversion_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from catversion_jax.models.unet_config import UNetConfig
@@ -123,6 +124,7 @@ class UNet2DConditionModel(nnx.Module):
         sample: Float[Array, "B h w Cin"],
         timesteps: ArrayLike,
         encoder_hidden_states: Float[Array, "B T D"],
+        recompute: Recompute = "none",
     ) -> Float[Array, "B h w Cout"]:
         """Denoise once.
 
@@ -130,12 +132,13 @@ class UNet2DConditionModel(nnx.Module):
           sample: noisy latents, already scaled as the sampler wants.
           timesteps: ``[B]`` or one number for the whole batch; fractions are allowed.
           encoder_hidden_states: the text encoder's output.
+          recompute: what a backward pass computes again instead of keeping it.
 
         Returns:
           The prediction, in the computation's dtype. Any height and width work: where halving an
           odd size rounded up, the way up follows the size of the skips.
         """
-        return self._denoise(sample, timesteps, encoder_hidden_states, None)
+        return self._denoise(sample, timesteps, encoder_hidden_states, None, recompute)
 
     def attention_maps(
         self,
@@ -166,6 +169,7 @@ class UNet2DConditionModel(nnx.Module):
         timesteps: ArrayLike,
         encoder_hidden_states: Float[Array, "B T D"],
         recorder: AttentionRecorder | None,
+        recompute: Recompute = "none",
     ) -> Float[Array, "B h w Cout"]:
         hidden = jnp.asarray(sample, self.dtype)
         text = jnp.asarray(encoder_hidden_states, self.dtype)
@@ -175,17 +179,17 @@ class UNet2DConditionModel(nnx.Module):
         # (the downsampled one) goes to the level below and conv_in's goes to the outermost.
         pending = [hidden]
         for down_block in self.down_blocks:
-            hidden, skips = down_block(hidden, temb, text, recorder)
+            hidden, skips = down_block(hidden, temb, text, recorder, recompute)
             pending += skips
         if self.mid_block is not None:
-            hidden = self.mid_block(hidden, temb, text, recorder)
+            hidden = self.mid_block(hidden, temb, text, recorder, recompute)
         for up_block in self.up_blocks:
             count = len(up_block.resnets)
             skips, pending = pending[-count:], pending[:-count]
             # conv_in's output is the last skip, so only the outermost block, which does not
             # upsample, finds none.
             _, height, width, _ = pending[-1].shape if pending else hidden.shape
-            hidden = up_block(hidden, skips, temb, text, recorder, size=(height, width))
+            hidden = up_block(hidden, skips, temb, text, recorder, recompute, size=(height, width))
         return self.conv_out(self.act(self.conv_norm_out(hidden)))
 
     def _embed(self, timesteps: Float[Array, " B"]) -> Float[Array, "B E"]:

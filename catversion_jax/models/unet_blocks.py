@@ -7,11 +7,14 @@ them in reverse order, one per residual block. Source: diffusers ``models/unets/
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.models.attention_maps import AttentionRecorder
+from catversion_jax.models.recompute import Recompute, recomputed
 from catversion_jax.models.resnet import (
     PAD_AROUND,
     Downsample2D,
@@ -56,6 +59,24 @@ def _transformer(
     )
 
 
+def _attend(
+    transformer: Transformer2DModel,
+    hidden: Float[Array, "B h w D"],
+    text: Float[Array, "B T E"],
+    recorder: AttentionRecorder | None,
+    recompute: Recompute,
+) -> Float[Array, "B h w D"]:
+    def attend(hidden: Array, text: Array) -> Array:
+        return transformer(hidden, text, recorder, recompute)
+
+    return recomputed(attend, recompute == "blocks")(hidden, text)
+
+
+def _joined(resnet: ResnetBlock2D) -> Callable[[Array, Array, Array], Array]:
+    """The residual block on an input and its skip; recomputing it keeps neither twice."""
+    return lambda hidden, skip, temb: resnet(jnp.concatenate([hidden, skip], axis=-1), temb)
+
+
 class DownBlock(nnx.Module):
     """``DownBlock2D`` or ``CrossAttnDownBlock2D``, as the configuration says for this level.
 
@@ -94,13 +115,14 @@ class DownBlock(nnx.Module):
         temb: Float[Array, "B E"],
         text: Float[Array, "B T D"],
         recorder: AttentionRecorder | None = None,
+        recompute: Recompute = "none",
     ) -> tuple[Array, list[Array]]:
         """The block's output and what the up block at this depth will want, oldest first."""
         skips = []
         for index, resnet in enumerate(self.resnets):
-            hidden = resnet(hidden, temb)
+            hidden = recomputed(resnet.__call__, recompute == "blocks")(hidden, temb)
             if self.attentions:
-                hidden = self.attentions[index](hidden, text, recorder)
+                hidden = _attend(self.attentions[index], hidden, text, recorder, recompute)
             skips.append(hidden)
         for downsampler in self.downsamplers:
             hidden = downsampler(hidden)
@@ -130,11 +152,13 @@ class MidBlock(nnx.Module):
         temb: Float[Array, "B E"],
         text: Float[Array, "B T D"],
         recorder: AttentionRecorder | None = None,
+        recompute: Recompute = "none",
     ) -> Float[Array, "B h w Cin"]:
         """Apply the block at the lowest resolution."""
-        hidden = self.resnets[0](hidden, temb)
-        hidden = self.attentions[0](hidden, text, recorder)
-        return self.resnets[1](hidden, temb)
+        whole = recompute == "blocks"
+        first, last = (recomputed(resnet.__call__, whole) for resnet in self.resnets)
+        hidden = _attend(self.attentions[0], first(hidden, temb), text, recorder, recompute)
+        return last(hidden, temb)
 
 
 class UpBlock(nnx.Module):
@@ -185,6 +209,7 @@ class UpBlock(nnx.Module):
         temb: Float[Array, "B E"],
         text: Float[Array, "B T D"],
         recorder: AttentionRecorder | None = None,
+        recompute: Recompute = "none",
         *,
         size: tuple[int, int],
     ) -> Array:
@@ -192,9 +217,9 @@ class UpBlock(nnx.Module):
         ``size``.
         """
         for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            hidden = resnet(jnp.concatenate([hidden, skip], axis=-1), temb)
+            hidden = recomputed(_joined(resnet), recompute == "blocks")(hidden, skip, temb)
             if self.attentions:
-                hidden = self.attentions[index](hidden, text, recorder)
+                hidden = _attend(self.attentions[index], hidden, text, recorder, recompute)
         for upsampler in self.upsamplers:
             hidden = upsampler(hidden, size)
         return hidden

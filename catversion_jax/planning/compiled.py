@@ -106,14 +106,38 @@ def compile_step(
     *,
     fast: bool = True,
 ) -> CompiledStep:
-    """Compile the program that training runs.
+    """Compile the program that training runs, and ask the compiler about it.
 
     Raises:
       CatVersionError: it does not compile, for instance because it does not fit the memory.
     """
     started = time.perf_counter()
-    num_rows = slots_per_chip * mesh.devices.shape[0]
-    arguments = abstract_arguments(backbone, config, mesh, num_rows, max_images, max_prompts)
+    num_chips = mesh.devices.shape[0]
+    arguments = abstract_arguments(
+        backbone, config, mesh, slots_per_chip * num_chips, max_images, max_prompts
+    )
+    traced, compiled = compile_program(backbone, config, mesh, arguments, fast=fast)
+    return CompiledStep(
+        slots_per_chip=slots_per_chip,
+        weights_bytes=_bytes(arguments[2:4]),
+        state_bytes=_bytes(arguments[:2]) / num_chips,
+        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        flops=count_flops(traced.jaxpr),
+        bytes_accessed=compiled.cost_analysis()["bytes accessed"],
+        collectives=count_collectives(compiled.as_text()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def compile_program(
+    backbone: Backbone, config: TrainConfig, mesh: Mesh, arguments: Any, *, fast: bool = True
+) -> tuple[Any, Any]:
+    """The training step for ``arguments`` of :func:`~.abstract.abstract_arguments`, as
+    ``jax.stages.Traced`` and ``jax.stages.Compiled``.
+
+    Raises:
+      CatVersionError: it does not compile.
+    """
     step: Any = make_train_step(
         noise_schedule(backbone.noise_schedule), make_optimizer(config), mesh, config
     )
@@ -121,23 +145,13 @@ def compile_step(
         platform = mesh.devices.flat[0].platform
         traced = step.trace(*arguments)
         lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
-        compiled = lowered.compile(compiler_options=FAST_COMPILATION if fast else None)
+        return traced, lowered.compile(compiler_options=FAST_COMPILATION if fast else None)
     except jax.errors.JaxRuntimeError as error:
+        slots = arguments[0].step.shape[0] // mesh.devices.shape[0]
         raise CatVersionError(
-            f"{slots_per_chip} slots on a chip: does not compile "
+            f"{slots} slots on a chip: does not compile "
             f"({str(error).splitlines()[0][:300]}). Try fewer (concepts_per_device)."
         ) from error
-    per_chip = num_rows // mesh.devices.shape[0]
-    return CompiledStep(
-        slots_per_chip=per_chip,
-        weights_bytes=_bytes(arguments[2:4]),
-        state_bytes=_bytes(arguments[:2]) / mesh.devices.shape[0],
-        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        flops=count_flops(traced.jaxpr),
-        bytes_accessed=compiled.cost_analysis()["bytes accessed"],
-        collectives=count_collectives(compiled.as_text()),
-        seconds=time.perf_counter() - started,
-    )
 
 
 def count_collectives(hlo: str) -> dict[str, int]:

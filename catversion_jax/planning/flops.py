@@ -4,7 +4,9 @@
     (2)  convolution:  2 x elements of the result x kernel positions x input channels of a group
 
 The compiler's own count takes the body of a loop once and a Pallas kernel for nothing. Here a scan
-counts as often as it runs. A ``while`` loop counts once: the training program's is one over steps.
+counts as often as it runs, and a kernel as often as its grid has cells. A ``while`` loop counts
+once: the training program's is one over steps. Of the branches of a condition the largest counts,
+so of the kernels for several platforms the one with most recomputation.
 Padding is multiplied like anything else; what is neither product nor convolution is left out.
 """
 
@@ -40,6 +42,8 @@ def _equation_flops(equation: Any) -> float:
         return params["length"] * sum(inner)
     if name == "cond":
         return max(inner)
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * sum(inner)
     return sum(inner)
 
 

@@ -144,9 +144,7 @@ class _Trainer:
             "max_prompts": max((len(record.prompts) for record in records.values()), default=1),
         }
         if config.concepts_per_device == "auto":
-            raise ValueError(
-                "concepts_per_device=auto: planning.slots.slots_per_device says how many"
-            )
+            raise ValueError("concepts_per_device=auto: planning.fitting.fitted says how many")
         per_device = min(config.concepts_per_device, max(1, -(-len(specs) // per_axis)))
         self.slots = Slots(per_device * per_axis, mesh, backbone, config, tx, **largest)
         self.max_steps = steps_per_dispatch(config)

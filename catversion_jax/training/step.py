@@ -72,6 +72,8 @@ def make_train_step(
     """
     local_batch = config.train_batch_size // config.data_parallel
     max_steps = steps_per_dispatch(config)
+    # Who measures no memory has none to save.
+    recompute = "none" if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
     # Without a split batch nothing may mention the data axis: even a sum over one device is a
     # collective.
     splits_batch = config.data_parallel > 1
@@ -83,7 +85,7 @@ def make_train_step(
         )
 
         def loss_fn(residual: Learned) -> Array:
-            loss = diffusion_loss(
+            return diffusion_loss(
                 residual,
                 text_encoder,
                 unet,
@@ -92,12 +94,14 @@ def make_train_step(
                 first_layer=residual.first_layer,
                 snr_gamma=config.snr_gamma,
                 unmasked_weight=config.unmasked_weight,
+                recompute=recompute,
             )
-            # Inside the differentiated function: under check_vma its transpose is the mean of the
-            # gradients.
-            return jax.lax.pmean(loss, DATA_AXIS) if splits_batch else loss
 
         loss, grads = jax.value_and_grad(loss_fn)(state.residual)
+        if splits_batch:
+            # Outside the differentiated function: without check_vma the transpose of a mean over
+            # devices is another one.
+            loss, grads = jax.lax.pmean((loss, grads), DATA_AXIS)
         return apply_update(state, loss, grads, tx, config.ema_decay), loss
 
     def many_steps(
@@ -117,8 +121,7 @@ def make_train_step(
             state, loss = all_concepts(state, data, text_encoder, unet)
             return state, losses.at[index].set(loss)
 
-        # Derived from the state, so that it varies over the mesh as the losses do.
-        empty = jnp.full((max_steps, 1), jnp.nan, jnp.float32) + 0.0 * state.step
+        empty = jnp.full((max_steps, *state.step.shape), jnp.nan, jnp.float32)
         state, losses = jax.lax.fori_loop(0, num_steps, body, (state, empty))
         return state, StepMetrics(losses, state.failed_step)
 
@@ -130,6 +133,7 @@ def make_train_step(
         mesh=mesh,
         in_specs=(by_concept, by_concept, PartitionSpec(), PartitionSpec(), PartitionSpec()),
         out_specs=(by_concept, StepMetrics(per_row, per_concept)),
+        check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )
     return jax.jit(sharded, donate_argnums=0)
 
@@ -298,5 +302,6 @@ def make_eval_step(
         mesh=mesh,
         in_specs=(by_concept, by_concept, by_concept, PartitionSpec(), PartitionSpec()),
         out_specs=by_concept,
+        check_vma=False,
     )
     return jax.jit(sharded)

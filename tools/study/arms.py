@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from catversion_jax.presets import PRESETS
+
 Kind = Literal["plain", "trainer", "dreambooth"]
 
 # The prompt that training shows, the same for every method that can choose.
@@ -26,16 +28,7 @@ SHARED: Mapping[str, Any] = {
 }
 # CatVersion with what the trainer learned best in this world. This recipe and those of the other
 # methods were chosen on tools/tiny_sd/concepts.py --development, not on the concepts of the study.
-OURS: Mapping[str, Any] = {
-    "num_positions": 4,
-    "init": "class_word",
-    "scope": "from_class_word",
-    "learning_rate": 3e-2,
-    "lr_scheduler": "cosine",
-    "timestep_sampling": "stratified",
-    "max_train_steps": 200,
-    "train_batch_size": 2,
-}
+OURS: Mapping[str, Any] = {**PRESETS["fast"], "train_batch_size": 2}
 # Textual Inversion, with twice the UNet samples.
 INVERSION: Mapping[str, Any] = {
     "method": "textual_inversion",

@@ -1,0 +1,87 @@
+"""Images per second, ours against the diffusers pipeline: ``python benchmarks/bench_generate.py``.
+
+The same model, prompts, sampler (DPM-Solver++ 2M), steps, guidance and batch; encoding of the
+prompt and decoding of the image included, loading and compiling not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+from bench_step import DTYPES, RESULTS, models
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from machine import describe_machine, interleaved, ratios, spread, write_results
+
+from catversion_jax.image_requests import ImageRequest
+from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.sampling import generate
+from catversion_jax.sampling_settings import SamplingSettings
+
+PROMPT = "a teapot on the beach"
+
+
+def seconds(task: Callable[[], Any]) -> float:
+    """Of one call; images are on the host afterwards in both programs."""
+    started = time.perf_counter()
+    task()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Time, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny-sd", help="diffusers folder, or sd15 [tiny-sd]")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/catversion-bench"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "generate.json")
+    args = parser.parse_args()
+    folder = models(args.model, args.work)
+    if args.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    backbone = load_backbone(folder, dtype=args.dtype)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe.to(device, DTYPES[args.dtype])
+    pipe.unet.to(memory_format=torch.channels_last)
+    tasks: dict[str, Callable[[], Any]] = {}
+    for batch in args.batches:
+        settings = SamplingSettings(
+            sampler="dpmsolver++",
+            num_inference_steps=args.steps,
+            guidance_scale=7.5,
+            batch_size=batch,
+        )
+        requests = [ImageRequest(PROMPT, seed=seed) for seed in range(batch)]
+        tasks[f"ours, batch {batch}"] = lambda r=requests, s=settings: generate(backbone, r, s)
+        tasks[f"diffusers, batch {batch}"] = lambda b=batch: pipe(
+            [PROMPT] * b, num_inference_steps=args.steps, guidance_scale=7.5
+        )
+    for task in tasks.values():  # compiles
+        task()
+    found = interleaved(tasks, args.rounds, seconds)
+    print(f"{describe_machine()}\n\n| {args.steps} steps, {args.dtype} | images per s | ratio |")
+    print("| --- | ---: | ---: |")
+    for batch in args.batches:
+        pair = [found[f"{who}, batch {batch}"] for who in ("ours", "diffusers")]
+        for who, row in zip(("ours", "diffusers"), pair, strict=True):
+            middle, low, high = spread([batch / s for s in row])
+            times = "{:.2f} [{:.2f}, {:.2f}]".format(*ratios(*pair)) if who == "ours" else ""
+            print(f"| {who}, batch {batch} | {middle:.2f} [{low:.2f}, {high:.2f}] | {times} |")
+    command = " ".join(["python", "benchmarks/bench_generate.py", *sys.argv[1:]])
+    write_results(args.out, {"command": command, "model": args.model, "seconds": found})
+
+
+if __name__ == "__main__":
+    main()

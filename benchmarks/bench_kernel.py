@@ -1,0 +1,156 @@
+"""The compiler's schedule of our attention kernel and of splash attention: ``bench_kernel.py OUT``.
+
+Compiles forward and backward of self-attention for TPUs that are not here, lets libtpu write the
+final schedules of the kernels, and counts the instruction bundles one head executes: those of a
+loop's body as often as it runs. A bundle takes a cycle unless something is waited for, so this is a
+lower bound of the time; both kernels are counted in the same way. Splash attention comes with JAX;
+its settings here are the fastest of those that were tried (fused backward
+pass, blocks of 1024, positions in the lanes of its inputs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from machine import write_results
+
+RESULTS = Path(__file__).parent / "results" / "kernel.json"
+SHAPES = ((4096, 40), (1024, 80), (4096, 64), (9216, 64))
+CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
+BLOCK, SPLASH_BLOCK = 512, 1024
+_BUNDLE = re.compile(r"\s*0x[0-9a-f]+[^:{]*: (>*) *\{")
+
+
+def compile_kernel(kernel: str, chip: str, positions: int, head_dim: int) -> None:
+    """In a process of its own: libtpu reads where to write when it is loaded."""
+    import jax
+    import jax.numpy as jnp
+
+    from catversion_jax.models.attention_pallas import transposed_attention
+    from catversion_jax.planning.chips import parse_slice
+    from catversion_jax.planning.compiled import tpu_mesh
+    from catversion_jax.sharding import replicated
+
+    if kernel == "ours":
+        shape = (2, head_dim, positions)
+
+        def attend(*arrays: jax.Array) -> jax.Array:
+            return transposed_attention(*arrays, head_dim**-0.5)
+    else:
+        shape = (2, positions, head_dim)
+        attend = splash(positions)
+    sharding = replicated(tpu_mesh(parse_slice(chip)))
+
+    def both(*arrays: jax.Array) -> tuple:
+        out, pull = jax.vjp(attend, *arrays[:3])
+        return out, pull(arrays[3])
+
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)] * 4
+    jax.jit(both).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+
+
+def splash(positions: int):  # noqa: ANN201
+    """JAX's kernel for two heads."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    lanes = kernel.QKVLayout.SEQ_MINOR
+    block = SPLASH_BLOCK
+    sizes = kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=splash_backward_block(positions),
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+        q_layout=lanes,
+        k_layout=lanes,
+        v_layout=lanes,
+    )
+    mask = masks.MultiHeadMask([masks.FullMask((positions, positions))] * 2)
+    return kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+
+def splash_backward_block(positions: int) -> int:
+    """Keys of one program of its backward pass."""
+    return 2 * SPLASH_BLOCK if positions % (2 * SPLASH_BLOCK) == 0 else SPLASH_BLOCK
+
+
+def bundles(path: Path) -> dict[int, int]:
+    """Bundles of a final schedule by depth of loop; 1 is the loop over the grid."""
+    found: collections.Counter[int] = collections.Counter()
+    for line in path.read_text().splitlines():
+        if match := _BUNDLE.match(line):
+            found[len(match[1])] += 1
+    return dict(found)
+
+
+def executed(kernel: str, is_backward: bool, positions: int, found: dict[int, int]) -> int:
+    """Bundles of one head."""
+    if kernel == "ours":
+        blocks = positions // BLOCK
+        return blocks * (found[1] + blocks * found[2])
+    keys = splash_backward_block(positions) if is_backward else SPLASH_BLOCK
+    return (positions // SPLASH_BLOCK) * (positions // keys) * found[1]
+
+
+def main() -> None:
+    """Compile everything and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="receives the schedules, 20 MB each")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        kernel, chip, *shape = args.one
+        compile_kernel(kernel, chip, *map(int, shape))
+        return
+    rows: dict[str, dict[str, int]] = {}
+    for chip in CHIPS:
+        for positions, head_dim in SHAPES:
+            for kernel in ("ours", "splash"):
+                words = [kernel, chip, str(positions), str(head_dim)]
+                dump = args.out / "-".join(words).replace(":", "_")
+                env = {
+                    **os.environ,
+                    "JAX_PLATFORMS": "cpu",
+                    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+                }
+                command = [sys.executable, __file__, str(args.out), "--one", *words]
+                if subprocess.run(command, env=env, capture_output=True).returncode:
+                    rows[" ".join(words)] = {}
+                    continue
+                row = rows.setdefault(" ".join(words), {})
+                for path in dump.glob("*final_bundles.txt"):
+                    part = re.search(r"attention_(forward|backward)|mha_(fwd|dkv)", path.name)
+                    if part is None or "schedule-analysis" in path.name:
+                        continue
+                    is_backward = (part[1] or part[2]) in ("backward", "dkv")
+                    name = "backward" if is_backward else "forward"
+                    row[name] = executed(kernel, is_backward, positions, bundles(path))
+                print(" ".join(words), row, flush=True)
+    write_results(args.results, {"bundles_of_a_head": rows})
+    print("| chip, positions, head dim | ours, forward + backward | splash | splash / ours |")
+    print("| --- | ---: | ---: | ---: |")
+    for words, row in rows.items():
+        other = rows.get(words.replace("ours", "splash"), {})
+        if words.startswith("ours") and len(row) == 2:
+            total, peer = sum(row.values()), sum(other.values())
+            shown = f"{peer:,}" if len(other) == 2 else "does not compile"
+            ratio = f"{peer / total:.2f}" if len(other) == 2 else ""
+            parts = f"{row['forward']:,} + {row['backward']:,}"
+            print(f"| {words[5:]} | {parts} | {shown} | {ratio} |")
+
+
+if __name__ == "__main__":
+    main()

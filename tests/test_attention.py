@@ -104,6 +104,7 @@ def test_cudnn_is_taken_on_nvidia(monkeypatch):
     assert "cudnn$fmha" in lowered_for("cuda", 4096)
     assert "cudnn$fmha" in lowered_for("cuda", 1024, head_dim=80)
     assert "cudnn$fmha" not in lowered_for("cuda", 1024, head_dim=160)
+    assert "cudnn$fmha" not in lowered_for("cuda", 4096, keys=77)
     assert "cudnn$fmha" not in lowered_for("cuda", 4096, dtype=jnp.float32)
     assert "cudnn$fmha" not in lowered_for("cpu", 4096)
 

@@ -29,9 +29,7 @@ from catversion_jax.sharding import make_mesh
 CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 64})
 
 
-@pytest.mark.parametrize(
-    "name", ["v5e:1x1", "v5e:4x4", "v5p:1x1x1", "v5p:2x2x4", "v6e:1x1", "v6e:4x4"]
-)
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:1x1"])
 def test_the_embedded_model_compiles_without_a_collective(name: str) -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
     backbone = abstract_backbone("tiny-sd", dtype="bfloat16")

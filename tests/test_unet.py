@@ -28,6 +28,12 @@ from torch_reference import (  # noqa: E402
 from catversion_jax.errors import CatVersionError  # noqa: E402
 from catversion_jax.models.convert import load_network  # noqa: E402
 from catversion_jax.models.network import Network, abstract_network  # noqa: E402
+from catversion_jax.models.recompute import recomputed  # noqa: E402
+from catversion_jax.models.resnet import LayerFactory  # noqa: E402
+from catversion_jax.models.transformer2d import (  # noqa: E402
+    FEED_FORWARD_SLICE,
+    BasicTransformerBlock,
+)
 from catversion_jax.models.unet import UNet2DConditionModel, timestep_embedding  # noqa: E402
 
 SD1_LIKE = SD15_UNET | {
@@ -279,6 +285,22 @@ def test_concept_axis_scan_and_rematerialisation_change_nothing(one_block_pair):
 
     for ours, reference in zip(stacked(unet), scanned(unet), strict=True):
         assert relative_error(ours, reference) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["attention", "blocks"])
+def test_a_transformer_computed_again_in_slices_is_the_same(recompute):
+    layers = LayerFactory(jnp.float32, jnp.float32, nnx.Rngs(0))
+    options = {"num_heads": 2, "context_dim": 12, "only_cross_attention": False, "layers": layers}
+    block = BasicTransformerBlock(8, **options)
+    hidden, text = draw(1, 2 * FEED_FORWARD_SLICE, 8), draw(1, 7, 12)
+
+    def loss(text, recompute):
+        again = recomputed(lambda h, t: block(h, t, None, recompute), recompute == "blocks")
+        return jnp.square(again(hidden, text)).mean()
+
+    compute = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=QUICK)
+    for found, expected in zip(compute(text, recompute), compute(text, "none"), strict=True):
+        assert relative_error(found, expected) < 1e-5
 
 
 def test_bfloat16_is_as_close_to_float32_as_torchs(one_block_pair):

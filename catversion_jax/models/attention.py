@@ -10,7 +10,7 @@ there are many queries, they are therefore never held all at once, and the backw
 them again:
 
 - TPU: the Pallas kernel of ``attention_pallas.py``;
-- NVIDIA, half precision, heads of at most 128: cuDNN's flash attention;
+- NVIDIA, half precision, heads of at most 128, many keys: cuDNN's flash attention;
 - otherwise XLA, some queries at a time: the rows of (1) are independent, so the result is the same.
 
 Few queries, and those with a bias, are left to XLA's own fusion of (1).
@@ -65,7 +65,7 @@ def attention(
     kernels: dict[str, Callable[..., Any]] = {}
     if is_supported(queries, key.shape[1], head_dim):
         kernels["tpu"] = functools.partial(lane_attention, scale=scale)
-    if jax.default_backend() == "gpu" and _suits_cudnn(query):
+    if jax.default_backend() == "gpu" and _suits_cudnn(query, key):
         kernels["cuda"] = functools.partial(
             jax.nn.dot_product_attention, scale=scale, implementation="cudnn"
         )
@@ -155,7 +155,8 @@ def lane_attention(
 # ---- NVIDIA --------------------------------------------------------------------------------------
 
 
-def _suits_cudnn(query: Array) -> bool:
-    head_dim = query.shape[-1]
+def _suits_cudnn(query: Array, key: Array) -> bool:
+    head_dim, keys = query.shape[-1], key.shape[1]
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    return half and head_dim % 8 == 0 and head_dim <= MAX_CUDNN_HEAD_DIM
+    long = keys >= MIN_FUSED_QUERIES and keys % 2 == query.shape[1] % 2 == 0
+    return half and long and head_dim % 8 == 0 and head_dim <= MAX_CUDNN_HEAD_DIM

@@ -27,6 +27,8 @@ from catversion_jax.models.recompute import Recompute, recomputed
 from catversion_jax.models.resnet import LayerFactory
 
 GROUP_NORM_EPSILON = 1e-6
+FEED_FORWARD_SLICE = 1024
+"""Positions, where memory is saved."""
 
 
 class Attention(nnx.Module):
@@ -176,7 +178,19 @@ class BasicTransformerBlock(nnx.Module):
         if record is not None:
             record(self.attn2.weights(normed, text))
         x = x + self.attn2(normed, text)
-        return x + self.ff(self.norm3(x))
+        return x + self._feed_forward(self.norm3(x), recompute)
+
+    def _feed_forward(
+        self, x: Float[Array, "B S D"], recompute: Recompute
+    ) -> Float[Array, "B S D"]:
+        """Where a block is computed again, some positions at a time: its arrays are the largest."""
+        batch, positions, dim = x.shape
+        slices = positions // FEED_FORWARD_SLICE
+        if recompute != "blocks" or slices < 2 or positions % FEED_FORWARD_SLICE:
+            return self.ff(x)
+        parts = x.reshape(batch, slices, FEED_FORWARD_SLICE, dim).swapaxes(0, 1)
+        out = jax.lax.map(recomputed(self.ff.__call__, True), parts)
+        return out.swapaxes(0, 1).reshape(x.shape)
 
 
 class Transformer2DModel(nnx.Module):

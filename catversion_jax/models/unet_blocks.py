@@ -7,7 +7,7 @@ them in reverse order, one per residual block. Source: diffusers ``models/unets/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -59,22 +59,32 @@ def _transformer(
     )
 
 
-def _attend(
-    transformer: Transformer2DModel,
-    hidden: Float[Array, "B h w D"],
-    text: Float[Array, "B T E"],
+def _layer(
+    resnet: ResnetBlock2D,
+    transformer: Transformer2DModel | None,
     recorder: AttentionRecorder | None,
     recompute: Recompute,
-) -> Float[Array, "B h w D"]:
-    def attend(hidden: Array, text: Array) -> Array:
-        return transformer(hidden, text, recorder, recompute)
+) -> Callable[..., Float[Array, "B h w D"]]:
+    """A residual block and the transformer behind it, as one function: recomputing both keeps only
+    their input, and a skip not twice.
+    """
 
-    return recomputed(attend, recompute == "blocks")(hidden, text)
+    def apply(hidden: Array, temb: Array, text: Array, *skip: Array) -> Array:
+        hidden = resnet(jnp.concatenate([hidden, *skip], axis=-1), temb)
+        return hidden if transformer is None else transformer(hidden, text, recorder, recompute)
+
+    return recomputed(apply, recompute == "blocks")
 
 
-def _joined(resnet: ResnetBlock2D) -> Callable[[Array, Array, Array], Array]:
-    """The residual block on an input and its skip; recomputing it keeps neither twice."""
-    return lambda hidden, skip, temb: resnet(jnp.concatenate([hidden, skip], axis=-1), temb)
+def _layers(
+    resnets: Sequence[ResnetBlock2D],
+    transformers: Sequence[Transformer2DModel | None],
+    recorder: AttentionRecorder | None,
+    recompute: Recompute,
+) -> list[Callable[..., Float[Array, "B h w D"]]]:
+    """:func:`_layer` for every residual block; ``transformers`` is empty where there are none."""
+    pairs = zip(resnets, transformers or [None] * len(resnets), strict=True)
+    return [_layer(*pair, recorder, recompute) for pair in pairs]
 
 
 class DownBlock(nnx.Module):
@@ -119,10 +129,8 @@ class DownBlock(nnx.Module):
     ) -> tuple[Array, list[Array]]:
         """The block's output and what the up block at this depth will want, oldest first."""
         skips = []
-        for index, resnet in enumerate(self.resnets):
-            hidden = recomputed(resnet.__call__, recompute == "blocks")(hidden, temb)
-            if self.attentions:
-                hidden = _attend(self.attentions[index], hidden, text, recorder, recompute)
+        for layer in _layers(self.resnets, self.attentions, recorder, recompute):
+            hidden = layer(hidden, temb, text)
             skips.append(hidden)
         for downsampler in self.downsamplers:
             hidden = downsampler(hidden)
@@ -155,10 +163,10 @@ class MidBlock(nnx.Module):
         recompute: Recompute = "none",
     ) -> Float[Array, "B h w Cin"]:
         """Apply the block at the lowest resolution."""
-        whole = recompute == "blocks"
-        first, last = (recomputed(resnet.__call__, whole) for resnet in self.resnets)
-        hidden = _attend(self.attentions[0], first(hidden, temb), text, recorder, recompute)
-        return last(hidden, temb)
+        transformers = [*self.attentions, None]
+        for layer in _layers(self.resnets, transformers, recorder, recompute):
+            hidden = layer(hidden, temb, text)
+        return hidden
 
 
 class UpBlock(nnx.Module):
@@ -216,10 +224,9 @@ class UpBlock(nnx.Module):
         """Consume ``skips`` (as :class:`DownBlock` gave them, last first) and upsample to
         ``size``.
         """
-        for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            hidden = recomputed(_joined(resnet), recompute == "blocks")(hidden, skip, temb)
-            if self.attentions:
-                hidden = _attend(self.attentions[index], hidden, text, recorder, recompute)
+        layers = _layers(self.resnets, self.attentions, recorder, recompute)
+        for layer, skip in zip(layers, reversed(skips), strict=True):
+            hidden = layer(hidden, temb, text, skip)
         for upsampler in self.upsamplers:
             hidden = upsampler(hidden, size)
         return hidden

@@ -8,9 +8,9 @@ encoding:
 
 What makes an image repeatable: its prompt is encoded alone, its noise comes from its own seed,
 batches have a fixed size (padded), and images are decoded one by one. The same seed gives the same
-bits whatever else is in the batch. One program serves every sampler and every number of steps: the
-row of the sampler's table and the guidance scale are traced scalars, the frozen networks are
-arguments.
+bits whatever else is in the batch. Every device that holds the networks draws images of its own,
+without communication. One program serves every sampler and every number of steps: the row of the
+sampler's table and the guidance scale are traced scalars, the frozen networks are arguments.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from catversion_jax.array_types import Array, Float, Int, Key
 from catversion_jax.errors import CatVersionError
@@ -38,6 +40,7 @@ from catversion_jax.models.network import Network
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.samplers import Sampler, SamplerRow, make_sampler
 from catversion_jax.sampling_settings import SamplingSettings
+from catversion_jax.sharding import by_device, mesh_of, place_by_device, replicated
 
 logger = logging.getLogger(__name__)
 
@@ -99,19 +102,20 @@ def generate(
     for message in warnings:
         logger.warning(message)
     texts = _encode_all(backbone, requests, settings.guidance_scale)
-    batch_size = settings.batch_size or (1 if jax.default_backend() == "cpu" else 4)
+    mesh = mesh_of(backbone.unet)
+    per_device = settings.batch_size or (1 if jax.default_backend() == "cpu" else 4)
+    batch_size = per_device * mesh.size
     # the last batch is filled up with copies of the last image
     filled = [*range(len(requests)), *[len(requests) - 1] * (-len(requests) % batch_size)]
     batches = [filled[i : i + batch_size] for i in range(0, len(filled), batch_size)]
     report = _reporter(on_step, len(batches) * len(sampler.rows))
     final = []
     for rows in batches:
-        keys, x = _initial_noise(
-            jax.device_put(np.array([requests[i].seed for i in rows], np.uint32)), shape
-        )
+        seeds = np.array([requests[i].seed for i in rows], np.uint32)
+        keys, x = _initial_noise(place_by_device(seeds, mesh), shape)
         if start is not None:
-            x = jax.device_put(start[rows])
-        branches = [jax.device_put(np.stack([branch[i] for i in rows])) for branch in texts]
+            x = place_by_device(start[rows], mesh)
+        branches = [place_by_device(np.stack([branch[i] for i in rows]), mesh) for branch in texts]
         final.append(
             _denoise(backbone.unet, sampler, settings.guidance_scale, x, branches, keys, report)
         )
@@ -198,13 +202,14 @@ def _denoise(
     """The loop of one batch: one dispatch per step, nothing comes back to the host until the
     end.
     """
+    mesh = mesh_of(unet)
     sigma, guidance = jax.device_put(
-        (np.float32(sampler.init_noise_sigma), np.float32(guidance_scale))
+        (np.float32(sampler.init_noise_sigma), np.float32(guidance_scale)), replicated(mesh)
     )
     x, x0 = _first_state(noise, sigma)
     for step, row in enumerate(sampler.rows):
-        row, number = jax.device_put((row, np.uint32(step)))
-        x, x0 = _denoise_step(unet, row, guidance, x, x0, texts, keys, number)
+        row, number = jax.device_put((row, np.uint32(step)), replicated(mesh))
+        x, x0 = _denoise_step(mesh, unet, row, guidance, x, x0, texts, keys, number)
         report(x)
     return jax.device_get(x)
 
@@ -212,13 +217,17 @@ def _denoise(
 def decode_latents(
     backbone: Backbone, latents: Float[np.ndarray, "n h w channels"]
 ) -> Float[np.ndarray, "n height width 3"]:
-    """Pixels within 0..1, one image at a time: float32 at full size is where the memory goes."""
-    scale = jax.device_put(np.float32(backbone.latent_scale))
+    """Pixels within 0..1, one image at a time on each device: float32 at full size is where the
+    memory goes.
+    """
+    mesh, count = mesh_of(backbone.vae), len(latents)
+    scale = jax.device_put(np.float32(backbone.latent_scale), replicated(mesh))
+    filled = np.concatenate([latents, *[latents[-1:]] * (-count % mesh.size)])
     images = [
-        jax.device_get(_decode(backbone.vae, jax.device_put(row[None]), scale))[0]
-        for row in latents
+        jax.device_get(_decode(mesh, backbone.vae, place_by_device(rows, mesh), scale))
+        for rows in np.split(filled, len(filled) // mesh.size)
     ]
-    return np.stack(images)
+    return np.concatenate(images)[:count]
 
 
 def checked_latents(
@@ -275,8 +284,9 @@ def _first_state(noise: Array, init_noise_sigma: Array) -> tuple[Array, Array]:
     return noise * init_noise_sigma, jnp.zeros_like(noise)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
 def _denoise_step(
+    mesh: Mesh,
     unet: Network,
     row: SamplerRow,
     guidance_scale: Float[Array, ""],
@@ -287,22 +297,55 @@ def _denoise_step(
     step: Int[Array, ""],
 ) -> tuple[Array, Array]:
     """``texts``: the prompts' states ``[B T D]``, and with guidance the negative prompts'."""
-    model_input = row.input_scale * x
-    output = unet(
-        jnp.concatenate([model_input] * len(texts)), row.timestep, jnp.concatenate(texts)
-    ).astype(jnp.float32)
-    if len(texts) == 2:
-        prompted, plain = jnp.split(output, 2)
-        output = plain + guidance_scale * (prompted - plain)  # (1)
-    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step + 1), x.shape[1:]))(
-        keys
+
+    def advance(
+        unet: Network,
+        row: SamplerRow,
+        guidance_scale: Array,
+        x: Array,
+        previous_x0: Array,
+        texts: list[Array],
+        keys: Array,
+        step: Array,
+    ) -> tuple[Array, Array]:
+        model_input = row.input_scale * x
+        output = unet(
+            jnp.concatenate([model_input] * len(texts)), row.timestep, jnp.concatenate(texts)
+        ).astype(jnp.float32)
+        if len(texts) == 2:
+            prompted, plain = jnp.split(output, 2)
+            output = plain + guidance_scale * (prompted - plain)  # (1)
+        shape = x.shape[1:]
+        draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step + 1), shape))
+        return row.advance(x, output, previous_x0, draw(keys))
+
+    everywhere, images = PartitionSpec(), by_device(mesh).spec
+    specs = (everywhere, everywhere, everywhere, images, images, images, images, everywhere)
+    return _on_every_device(advance, mesh, specs, (images, images))(
+        unet, row, guidance_scale, x, previous_x0, texts, keys, step
     )
-    return row.advance(x, output, previous_x0, noise)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
 def _decode(
-    vae: Network, latents: Float[Array, "B h w channels"], latent_scale: Float[Array, ""]
+    mesh: Mesh,
+    vae: Network,
+    latents: Float[Array, "B h w channels"],
+    latent_scale: Float[Array, ""],
 ) -> Float[Array, "B height width 3"]:
-    images = vae.call("decode", latents / latent_scale).astype(jnp.float32)
-    return jnp.clip(images / 2 + 0.5, 0, 1)
+    def decode(vae: Network, latents: Array, latent_scale: Array) -> Array:
+        images = vae.call("decode", latents / latent_scale).astype(jnp.float32)
+        return jnp.clip(images / 2 + 0.5, 0, 1)
+
+    images = by_device(mesh).spec
+    specs = (PartitionSpec(), images, PartitionSpec())
+    return _on_every_device(decode, mesh, specs, images)(vae, latents, latent_scale)
+
+
+def _on_every_device(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    # without check_vma: Pallas kernels do not say over which axes their results vary
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )

@@ -17,8 +17,8 @@ class SamplingSettings:
     StableDiffusionPipeline's.
 
     ``height`` and ``width`` of None are the model's own. ``batch_size`` images are denoised
-    together; an image's bits depend on it (another compiled program), but not on the other images.
-    None: 1 on CPU, else 4.
+    together on each device; an image's bits depend on it (another compiled program), but not on the
+    other images. None: 1 on CPU, else 4.
     """
 
     sampler: str = "ddim"

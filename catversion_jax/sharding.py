@@ -49,3 +49,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def place_by_concept(tree: Any, mesh: Mesh) -> Any:
     """Put a host pytree whose leaves lead with C onto the mesh."""
     return jax.device_put(tree, by_concept(mesh))
+
+
+def mesh_of(tree: Any) -> Mesh:
+    """The devices on which a tree's arrays lie, each of which holds all of them."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding.mesh
+    return make_mesh(1, list(sharding.device_set))
+
+
+def by_device(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def place_by_device(tree: Any, mesh: Mesh) -> Any:
+    """Put a host pytree whose leaves lead with the number of devices, or a multiple, there."""
+    return jax.device_put(tree, by_device(mesh))

@@ -12,9 +12,11 @@ from catversion_jax import sampling
 from catversion_jax.errors import CatVersionError
 from catversion_jax.image_requests import ConceptUse, ImageRequest, check_concept
 from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.planning.compiled import count_collectives
 from catversion_jax.residual import KVResidual
-from catversion_jax.sampling import encode_prompt, generate
+from catversion_jax.sampling import encode_prompt, generate, latent_shape
 from catversion_jax.sampling_settings import SamplingSettings
+from catversion_jax.sharding import make_mesh, place_by_device, replicated
 
 QUICK = SamplingSettings(num_inference_steps=3)
 PEERS = {
@@ -116,6 +118,20 @@ def test_an_image_is_the_same_bits_whatever_the_batch(backbone, sampler):
         np.testing.assert_array_equal(together.latents[index], alone.latents[0])
         np.testing.assert_array_equal(together.pixels[index], alone.pixels[0])
     assert np.abs(generate(backbone, others, settings).pixels - alone.pixels).max() > 0.01
+
+
+def test_every_device_draws_images_of_its_own(tiny_sd_folder, backbone):
+    mesh = make_mesh(1, jax.devices()[:3])
+    spread = load_backbone(tiny_sd_folder, sharding=replicated(mesh))
+    dog = random_concept(backbone, "dog")
+    requests = [ImageRequest("a dog", (dog,), seed=seed) for seed in range(5)]
+    settings = SamplingSettings("euler_ancestral", num_inference_steps=3)
+    found, expected = (generate(one, requests, settings) for one in (spread, backbone))
+    np.testing.assert_allclose(found.latents, expected.latents, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.pixels, expected.pixels, rtol=0, atol=1e-5)
+    x = place_by_device(np.zeros((3, *latent_shape(backbone, settings)), np.float32), mesh)
+    program = sampling._decode.lower(mesh, spread.vae, x, np.float32(1)).compile().as_text()
+    assert not count_collectives(program)
 
 
 def test_seeds_differ_and_ancestral_noise_belongs_to_the_seed(backbone):

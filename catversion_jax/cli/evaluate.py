@@ -169,10 +169,13 @@ class _Command:
     # ------------------------------------------------------------------ drawing
 
     def _load_model(self) -> Backbone:
+        import jax
+
         from catversion_jax.evaluation.generation import concept_use
         from catversion_jax.evaluation.subjects import recorded_model
         from catversion_jax.image_requests import check_concept
         from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
+        from catversion_jax.sharding import make_mesh, replicated
 
         args = self.args
         name = args.model or recorded_model(self.source)
@@ -181,7 +184,13 @@ class _Command:
                 f"{self.source}: does not say which model it was trained on. Give it with --model."
             )
         dtype = args.dtype or default_dtype()
-        backbone = load_backbone(name, revision=args.revision, variant=args.variant, dtype=dtype)
+        backbone = load_backbone(
+            name,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=dtype,
+            sharding=replicated(make_mesh(1, jax.local_devices())),
+        )
         for subject in self.subjects:
             if subject.concept is not None:
                 check_concept(

@@ -93,7 +93,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--height", type=int, help="pixels [the model's]")
     add("--width", type=int, help="pixels [the model's]")
-    add("--batch_size", type=int, help="images denoised together [1 on CPU, else 4]")
+    add("--batch_size", type=int, help="images denoised together on a device [CPU: 1, else 4]")
     add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
 
 
@@ -116,13 +116,23 @@ def run(args: argparse.Namespace) -> int:
         shelf.of_row(row)  # a wrong name or path shows before the model is loaded
     latents = None if args.latents is None else _read_latents(Path(args.latents))
 
+    import jax
+
     from catversion_jax.atomic_files import make_folder
     from catversion_jax.image_requests import check_concept
     from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
+    from catversion_jax.sharding import make_mesh, replicated
 
     make_folder(Path(args.output_dir))
+    num_images = len(rows) * args.num_images_per_prompt
     dtype = args.dtype or default_dtype()
-    backbone = load_backbone(args.model, revision=args.revision, variant=args.variant, dtype=dtype)
+    backbone = load_backbone(
+        args.model,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=dtype,
+        sharding=replicated(make_mesh(1, jax.local_devices()[:num_images])),
+    )
     for concept, use in shelf.used():
         check_concept(backbone, use, concept.text_encoder_sha256, force=args.force)
     requests = [request for row in rows for request in _requests(args, row, shelf)]

@@ -107,7 +107,8 @@ def main() -> None:
             for key, value in json.loads(args.results.read_text()).items()
             if key in known
         }
-    known["command"] = " ".join(["python", "benchmarks/bench_fleet.py", *sys.argv[1:]])
+    words = ["OUT" if word == str(args.out) else word for word in sys.argv[1:]]
+    known["command"] = " ".join(["python", "benchmarks/bench_fleet.py", *words])
     for count in args.counts:
         if len(known["peers"]) < args.peers:
             known["peers"].append(peer(args.out, len(known["peers"]), args.steps))

@@ -1,6 +1,7 @@
 """``catversion plan``: the real step compiled for TPUs that are not here, and the arithmetic."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -121,23 +122,31 @@ def test_computing_again_saves_memory_and_costs_flops() -> None:
     assert steps[0].flops < steps[1].flops < steps[2].flops
 
 
-def test_as_little_is_computed_again_as_the_memory_allows(tiny_sd_folder: Path) -> None:
-    backbone, mesh = load_backbone(tiny_sd_folder), make_mesh(1, jax.devices()[:1])
-    specs = read_concepts("tiny-sd-examples").concepts[:2]
+def fitting_case(tiny_sd_folder: Path):
     options = dataclasses.replace(
         CONFIG, concepts_per_device=2, resolution=16, steps_per_dispatch=1
     )
-    enough = fitted(options, backbone, mesh, specs, memory_bytes=1e9)
+    specs = read_concepts("tiny-sd-examples").concepts[:2]
+    backbone, mesh = load_backbone(tiny_sd_folder), make_mesh(1, jax.devices()[:1])
+    return options, functools.partial(fitted, backbone=backbone, mesh=mesh, specs=specs)
+
+
+def test_as_little_is_computed_again_as_the_memory_allows(tiny_sd_folder: Path) -> None:
+    options, fit = fitting_case(tiny_sd_folder)
+    enough = fit(options, memory_bytes=1e9)
     assert (enough.gradient_checkpointing, enough.concepts_per_device) == ("none", 2)
     given = dataclasses.replace(options, gradient_checkpointing="blocks")
-    assert fitted(given, backbone, mesh, specs, memory_bytes=1e3) == given
+    assert fit(given, memory_bytes=1e3) == given
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said(tiny_sd_folder: Path) -> None:
+    options, fit = fitting_case(tiny_sd_folder)
     with pytest.raises(CatVersionError, match=r"concepts_per_device=2: needs .* GB, a device has"):
-        fitted(options, backbone, mesh, specs, memory_bytes=1e3)
-    auto = dataclasses.replace(given, concepts_per_device="auto")
-    found = fitted(auto, backbone, mesh, specs, memory_bytes=1e9)
-    assert (found.gradient_checkpointing, found.concepts_per_device) == ("blocks", 2)
+        fit(options, memory_bytes=1e3)
+    auto = dataclasses.replace(options, concepts_per_device="auto")
     with pytest.raises(CatVersionError, match="not one concept fits"):
-        fitted(auto, backbone, mesh, specs, memory_bytes=1e3)
+        fit(auto, memory_bytes=1e3)
 
 
 def test_hours_and_cost() -> None:

@@ -153,11 +153,8 @@ def test_one_step_a_call_learns_what_the_loop_learns(
     assert np.isfinite(metrics.losses).all()
 
 
-@pytest.mark.parametrize("recompute", ["attention", "blocks"])
-def test_what_is_computed_again_is_the_same(
-    backbone: Backbone, packed: TrainState, recompute: str
-) -> None:
-    again, _ = run(backbone, config(gradient_checkpointing=recompute), devices=1)
+def test_what_is_computed_again_is_the_same(backbone: Backbone, packed: TrainState) -> None:
+    again, _ = run(backbone, config(gradient_checkpointing="attention"), devices=1)
     assert distance(again.residual, packed.residual) < 1e-3
 
 

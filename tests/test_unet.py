@@ -287,8 +287,7 @@ def test_concept_axis_scan_and_rematerialisation_change_nothing(one_block_pair):
         assert relative_error(ours, reference) < 1e-5
 
 
-@pytest.mark.parametrize("recompute", ["attention", "blocks"])
-def test_a_transformer_computed_again_in_slices_is_the_same(recompute):
+def test_a_transformer_computed_again_in_slices_is_the_same():
     layers = LayerFactory(jnp.float32, jnp.float32, nnx.Rngs(0))
     options = {"num_heads": 2, "context_dim": 12, "only_cross_attention": False, "layers": layers}
     block = BasicTransformerBlock(8, **options)
@@ -299,7 +298,7 @@ def test_a_transformer_computed_again_in_slices_is_the_same(recompute):
         return jnp.square(again(hidden, text)).mean()
 
     compute = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=QUICK)
-    for found, expected in zip(compute(text, recompute), compute(text, "none"), strict=True):
+    for found, expected in zip(compute(text, "blocks"), compute(text, "none"), strict=True):
         assert relative_error(found, expected) < 1e-5
 
 

@@ -287,6 +287,7 @@ def test_concept_axis_scan_and_rematerialisation_change_nothing(one_block_pair):
         assert relative_error(ours, reference) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_transformer_computed_again_in_slices_is_the_same():
     layers = LayerFactory(jnp.float32, jnp.float32, nnx.Rngs(0))
     options = {"num_heads": 2, "context_dim": 12, "only_cross_attention": False, "layers": layers}

@@ -20,7 +20,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from hbm_traffic import hbm_bytes
-from machine import describe_machine
+from machine import write_results
 from random_sd15 import write_sd15_configurations
 
 from catversion_jax.config import make_config
@@ -132,9 +132,7 @@ def main() -> None:
                 known[name] = compile_row(backbone, *row)
             except Exception as error:  # does not fit: that is a result
                 known[name] = {"error": str(error).splitlines()[0][:300]}
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            content = {"machine": describe_machine(), "rows": known}
-            args.out.write_text(json.dumps(content, indent=1) + "\n")
+            write_results(args.out, {"rows": known})
             print(name, known[name], flush=True)
     print(as_table(known))
 

@@ -86,12 +86,7 @@ def compare(backbone: Backbone, peer: CatVersion) -> dict[str, float]:
     torch.manual_seed(1)
     clean = peer.latents(torch.arange(BATCH))
     noise, timesteps = torch.randn_like(clean), torch.tensor([200, 700], device=peer.device)
-    noisy = peer.schedule.add_noise(clean, noise, timesteps)
-    peer.concept.placed = {}
-    predicted = peer.unet(noisy, timesteps, peer.text_encoder(peer.ids)[0]).sample
-    is_v = peer.schedule.config.prediction_type == "v_prediction"
-    target = peer.schedule.get_velocity(clean, noise, timesteps) if is_v else noise
-    loss = torch.nn.functional.mse_loss(predicted.float(), target.float())
+    loss = peer.loss(clean, noise, timesteps)
     gradients = torch.autograd.grad(loss, peer.learned)
 
     def nhwc(x: torch.Tensor) -> np.ndarray:

@@ -75,18 +75,24 @@ class Trainer:
         clean = self.latents(torch.randint(len(self.pixels), (BATCH,)))
         noise = torch.randn_like(clean)
         timesteps = torch.randint(1000, (BATCH,), device=self.device)
+        loss = self.loss(clean, noise, timesteps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.after_update()
+        return loss.detach()
+
+    def loss(
+        self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """The denoising objective on one batch."""
         noisy = self.schedule.add_noise(clean, noise, timesteps)
         context = self.text_encoder(self.ids)[0]
         noisy = noisy.to(memory_format=torch.channels_last)
         predicted = self.unet(noisy, timesteps, context).sample
         is_v = self.schedule.config.prediction_type == "v_prediction"
         target = self.schedule.get_velocity(clean, noise, timesteps) if is_v else noise
-        loss = torch.nn.functional.mse_loss(predicted.float(), target.float())
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.after_update()
-        return loss.detach()
+        return torch.nn.functional.mse_loss(predicted.float(), target.float())
 
 
 class CatVersion(Trainer):
@@ -125,10 +131,12 @@ class CatVersion(Trainer):
         mean, std = self.posterior.mean[chosen], self.posterior.std[chosen]
         return (mean + std * torch.randn_like(mean)) * self.vae.config.scaling_factor
 
-    def step(self) -> torch.Tensor:
+    def loss(
+        self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         """As any, but the loader may not keep last step's tensors."""
         self.concept.placed = {}
-        return super().step()
+        return super().loss(clean, noise, timesteps)
 
 
 class TextualInversion(Trainer):

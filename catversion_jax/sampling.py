@@ -40,7 +40,13 @@ from catversion_jax.models.network import Network
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.samplers import Sampler, SamplerRow, make_sampler
 from catversion_jax.sampling_settings import SamplingSettings
-from catversion_jax.sharding import by_device, mesh_of, place_by_device, replicated
+from catversion_jax.sharding import (
+    by_device,
+    mesh_of,
+    on_every_device,
+    place_by_device,
+    replicated,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -285,8 +291,14 @@ def _first_state(noise: Array, init_noise_sigma: Array) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _denoise_step(
-    mesh: Mesh,
+def _denoise_step(mesh: Mesh, *arguments: Any) -> tuple[Array, Array]:
+    """:func:`_advance` with its arguments, the images split over the devices."""
+    everywhere, images = PartitionSpec(), by_device(mesh).spec
+    specs = (everywhere, everywhere, everywhere, images, images, images, images, everywhere)
+    return on_every_device(_advance, mesh, specs, (images, images))(*arguments)
+
+
+def _advance(
     unet: Network,
     row: SamplerRow,
     guidance_scale: Float[Array, ""],
@@ -297,55 +309,29 @@ def _denoise_step(
     step: Int[Array, ""],
 ) -> tuple[Array, Array]:
     """``texts``: the prompts' states ``[B T D]``, and with guidance the negative prompts'."""
-
-    def advance(
-        unet: Network,
-        row: SamplerRow,
-        guidance_scale: Array,
-        x: Array,
-        previous_x0: Array,
-        texts: list[Array],
-        keys: Array,
-        step: Array,
-    ) -> tuple[Array, Array]:
-        model_input = row.input_scale * x
-        output = unet(
-            jnp.concatenate([model_input] * len(texts)), row.timestep, jnp.concatenate(texts)
-        ).astype(jnp.float32)
-        if len(texts) == 2:
-            prompted, plain = jnp.split(output, 2)
-            output = plain + guidance_scale * (prompted - plain)  # (1)
-        shape = x.shape[1:]
-        draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step + 1), shape))
-        return row.advance(x, output, previous_x0, draw(keys))
-
-    everywhere, images = PartitionSpec(), by_device(mesh).spec
-    specs = (everywhere, everywhere, everywhere, images, images, images, images, everywhere)
-    return _on_every_device(advance, mesh, specs, (images, images))(
-        unet, row, guidance_scale, x, previous_x0, texts, keys, step
+    model_input = row.input_scale * x
+    output = unet(
+        jnp.concatenate([model_input] * len(texts)), row.timestep, jnp.concatenate(texts)
+    ).astype(jnp.float32)
+    if len(texts) == 2:
+        prompted, plain = jnp.split(output, 2)
+        output = plain + guidance_scale * (prompted - plain)  # (1)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step + 1), x.shape[1:]))(
+        keys
     )
+    return row.advance(x, output, previous_x0, noise)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(
-    mesh: Mesh,
-    vae: Network,
-    latents: Float[Array, "B h w channels"],
-    latent_scale: Float[Array, ""],
-) -> Float[Array, "B height width 3"]:
-    def decode(vae: Network, latents: Array, latent_scale: Array) -> Array:
-        images = vae.call("decode", latents / latent_scale).astype(jnp.float32)
-        return jnp.clip(images / 2 + 0.5, 0, 1)
-
+def _decode(mesh: Mesh, *arguments: Any) -> Float[Array, "B height width 3"]:
+    """:func:`_pixels` with its arguments, the images split over the devices."""
     images = by_device(mesh).spec
     specs = (PartitionSpec(), images, PartitionSpec())
-    return _on_every_device(decode, mesh, specs, images)(vae, latents, latent_scale)
+    return on_every_device(_pixels, mesh, specs, images)(*arguments)
 
 
-def _on_every_device(
-    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    # without check_vma: Pallas kernels do not say over which axes their results vary
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+def _pixels(
+    vae: Network, latents: Float[Array, "B h w channels"], latent_scale: Float[Array, ""]
+) -> Float[Array, "B height width 3"]:
+    images = vae.call("decode", latents / latent_scale).astype(jnp.float32)
+    return jnp.clip(images / 2 + 0.5, 0, 1)

@@ -7,7 +7,7 @@ one all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def place_by_concept(tree: Any, mesh: Mesh) -> Any:
     """Put a host pytree whose leaves lead with C onto the mesh."""
     return jax.device_put(tree, by_concept(mesh))
+
+
+def on_every_device(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """``jax.shard_map`` without ``check_vma``: Pallas kernels do not say over which axes of the
+    mesh their results vary. So a mean over devices belongs outside a differentiated function.
+    """
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def mesh_of(tree: Any) -> Mesh:

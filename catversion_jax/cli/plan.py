@@ -72,18 +72,18 @@ def run(args: argparse.Namespace) -> int:
 def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
     from catversion_jax.planning.chips import parse_slice
     from catversion_jax.planning.compiled import tpu_mesh
-    from catversion_jax.planning.fitting import USEFUL_SLOTS, find_fit
+    from catversion_jax.planning.fitting import find_fit, usual_slots
 
     target = parse_slice(args.tpu)
     mesh = tpu_mesh(target, config.data_parallel)
-    auto = config.concepts_per_device == "auto"
-    wanted = USEFUL_SLOTS if config.concepts_per_device == "auto" else config.concepts_per_device
+    wanted = usual_slots(config)
     chip_memory = target.chip.memory_bytes
     fit = find_fit(
         config, backbone, mesh, chip_memory, wanted, args.images, fast=not args.full_effort
     )
     memory, largest, step = fit.memory, fit.largest, fit.step
-    wanted = max(1, largest) if auto else wanted
+    if config.concepts_per_device == "auto":
+        wanted = max(1, largest)
     slots = min(wanted, largest)
     return {
         "target": target.name,
@@ -116,13 +116,13 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
 def _gpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
     from catversion_jax.planning.chips import GPUS, Slice
     from catversion_jax.planning.compiled import counted_flops
-    from catversion_jax.planning.fitting import USEFUL_SLOTS
+    from catversion_jax.planning.fitting import usual_slots
 
     if args.gpu not in GPUS:
         raise CatVersionError(f"--gpu {args.gpu}: must be one of {', '.join(GPUS)}.")
     target = Slice(dataclasses.replace(GPUS[args.gpu], slices=("1", "2", "4", "8")), "1")
     flops = counted_flops(backbone, config, args.images)
-    slots = USEFUL_SLOTS if config.concepts_per_device == "auto" else config.concepts_per_device
+    slots = usual_slots(config)
     return {
         "target": args.gpu,
         "chips": 1,

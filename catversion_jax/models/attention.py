@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.models.attention_pallas import is_supported, transposed_attention
+from catversion_jax.models.recompute import in_slices
 
 MIN_FUSED_QUERIES = 1024
 """Below, XLA is as good: the logits of 256 positions stay in a TPU's fast memory."""
@@ -115,11 +116,7 @@ def sliced_attention(
     slices = _slice_count(query.shape[1], key.shape[1])
     if slices == 1:
         return whole_attention(query, key, value, scale=scale)
-    batch, positions, heads, head_dim = query.shape
-    parts = query.reshape(batch, slices, positions // slices, heads, head_dim).swapaxes(0, 1)
-    attend = jax.checkpoint(lambda part: whole_attention(part, key, value, scale=scale))
-    out = jax.lax.map(attend, parts).swapaxes(0, 1)
-    return out.reshape(batch, positions, *out.shape[3:])
+    return in_slices(lambda part: whole_attention(part, key, value, scale=scale), query, slices)
 
 
 def _slice_count(queries: int, keys: int) -> int:

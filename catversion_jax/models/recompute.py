@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
+from catversion_jax.array_types import Array, Float
+
 Recompute = Literal["none", "attention", "blocks"]
 """``none``; the layers of self-attention; or every residual block and every transformer, of which
 only the inputs are kept.
@@ -22,3 +24,19 @@ T = TypeVar("T", bound=Callable[..., Any])
 def recomputed(layer: T, condition: bool) -> T:
     """``layer``, of whose intermediate results nothing is kept if the condition holds."""
     return jax.checkpoint(layer) if condition else layer  # type: ignore[return-value]
+
+
+def in_slices(
+    function: Callable[[Array], Array], x: Float[Array, "B T *rest"], slices: int
+) -> Float[Array, "B T *out"]:
+    """``function`` of some positions at a time, of which nothing but the input is kept.
+
+    Args:
+      function: maps ``[B T/slices ...]`` to as many positions, each by itself.
+      x: ``[B T ...]``.
+      slices: must divide T.
+    """
+    batch, positions, *rest = x.shape
+    parts = x.reshape(batch, slices, positions // slices, *rest).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(function), parts).swapaxes(0, 1)
+    return out.reshape(batch, positions, *out.shape[3:])

@@ -23,7 +23,7 @@ from flax import nnx
 from catversion_jax.array_types import Array, Float
 from catversion_jax.models.attention import attention, attention_weights
 from catversion_jax.models.attention_maps import AttentionRecorder
-from catversion_jax.models.recompute import Recompute, recomputed
+from catversion_jax.models.recompute import Recompute, in_slices, recomputed
 from catversion_jax.models.resnet import LayerFactory
 
 GROUP_NORM_EPSILON = 1e-6
@@ -184,13 +184,10 @@ class BasicTransformerBlock(nnx.Module):
         self, x: Float[Array, "B S D"], recompute: Recompute
     ) -> Float[Array, "B S D"]:
         """Where a block is computed again, some positions at a time: its arrays are the largest."""
-        batch, positions, dim = x.shape
-        slices = positions // FEED_FORWARD_SLICE
-        if recompute != "blocks" or slices < 2 or positions % FEED_FORWARD_SLICE:
+        slices, rest = divmod(x.shape[1], FEED_FORWARD_SLICE)
+        if recompute != "blocks" or slices < 2 or rest:
             return self.ff(x)
-        parts = x.reshape(batch, slices, FEED_FORWARD_SLICE, dim).swapaxes(0, 1)
-        out = jax.lax.map(recomputed(self.ff.__call__, True), parts)
-        return out.swapaxes(0, 1).reshape(x.shape)
+        return in_slices(self.ff.__call__, x, slices)
 
 
 class Transformer2DModel(nnx.Module):

@@ -73,7 +73,7 @@ def fitted(
     if memory_bytes is None:
         return dataclasses.replace(
             config,
-            concepts_per_device=_number(config),
+            concepts_per_device=usual_slots(config),
             gradient_checkpointing=_policies(config)[0],
         )
     images = max((len(spec.images) for spec in specs), default=1)
@@ -99,6 +99,12 @@ def fitted(
         used,
     )
     return dataclasses.replace(config, concepts_per_device=used, gradient_checkpointing=recompute)
+
+
+def usual_slots(config: TrainConfig) -> int:
+    """``concepts_per_device``, and a useful number for ``auto``, whatever the memory."""
+    asked = config.concepts_per_device
+    return USEFUL_SLOTS if asked == "auto" else asked
 
 
 def find_fit(
@@ -177,11 +183,6 @@ def _policies(config: TrainConfig) -> tuple[Recompute, ...]:
     if config.gradient_checkpointing == "auto":
         return ("none", "attention", "blocks")
     return (config.gradient_checkpointing,)
-
-
-def _number(config: TrainConfig) -> int:
-    asked = config.concepts_per_device
-    return USEFUL_SLOTS if asked == "auto" else asked
 
 
 def _num_prompts(spec: ConceptSpec, config: TrainConfig) -> int:

@@ -23,7 +23,7 @@ from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.learned import Learned
 from catversion_jax.models.network import Network
 from catversion_jax.objective import DiffusionBatch, diffusion_loss
-from catversion_jax.sharding import CONCEPT_AXIS, DATA_AXIS
+from catversion_jax.sharding import CONCEPT_AXIS, DATA_AXIS, on_every_device
 from catversion_jax.training.state import (
     EVAL_STREAM,
     ORDER_STREAM,
@@ -99,8 +99,6 @@ def make_train_step(
 
         loss, grads = jax.value_and_grad(loss_fn)(state.residual)
         if splits_batch:
-            # Outside the differentiated function: without check_vma the transpose of a mean over
-            # devices is another one.
             loss, grads = jax.lax.pmean((loss, grads), DATA_AXIS)
         return apply_update(state, loss, grads, tx, config.ema_decay), loss
 
@@ -128,12 +126,11 @@ def make_train_step(
     by_concept = PartitionSpec(CONCEPT_AXIS)
     per_row: Any = PartitionSpec(None, CONCEPT_AXIS)
     per_concept: Any = by_concept
-    sharded = jax.shard_map(
+    sharded = on_every_device(
         many_steps,
-        mesh=mesh,
+        mesh,
         in_specs=(by_concept, by_concept, PartitionSpec(), PartitionSpec(), PartitionSpec()),
         out_specs=(by_concept, StepMetrics(per_row, per_concept)),
-        check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )
     return jax.jit(sharded, donate_argnums=0)
 
@@ -297,11 +294,10 @@ def make_eval_step(
         return jax.lax.map(one_row, (residual, data, due))
 
     by_concept = PartitionSpec(CONCEPT_AXIS)
-    sharded = jax.shard_map(
+    sharded = on_every_device(
         all_concepts,
-        mesh=mesh,
+        mesh,
         in_specs=(by_concept, by_concept, by_concept, PartitionSpec(), PartitionSpec()),
         out_specs=by_concept,
-        check_vma=False,
     )
     return jax.jit(sharded)

@@ -4,6 +4,7 @@ classes.
 
 import atexit
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,9 +17,12 @@ from random_model import byte_vocabulary
 # its backend.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Several tests compile the same program: once is enough.
-COMPILATION_CACHE = tempfile.mkdtemp(prefix="catversion-xla-")
-atexit.register(shutil.rmtree, COMPILATION_CACHE, ignore_errors=True)
+# Several tests compile the same program: once is enough, for all processes of pytest -n.
+_CACHE_VARIABLE = "CATVERSION_TEST_COMPILATION_CACHE"
+if _CACHE_VARIABLE not in os.environ:
+    os.environ[_CACHE_VARIABLE] = tempfile.mkdtemp(prefix="catversion-xla-")
+    atexit.register(shutil.rmtree, os.environ[_CACHE_VARIABLE], ignore_errors=True)
+COMPILATION_CACHE = os.environ[_CACHE_VARIABLE]
 jax.config.update("jax_compilation_cache_dir", COMPILATION_CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -30,7 +30,13 @@ from catversion_jax.sharding import make_mesh
 CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 64})
 
 
-@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:1x1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v5e:4x4",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("v5e:1x1", "v5p:2x2x4", "v6e:1x1")),
+    ],
+)
 def test_the_embedded_model_compiles_without_a_collective(name: str) -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
     backbone = abstract_backbone("tiny-sd", dtype="bfloat16")
@@ -82,6 +88,7 @@ def test_memory_is_a_line_through_two_compilations() -> None:
     assert MemoryModel(20e9, 1e6, 0, 1e9).largest(16e9) == 0
 
 
+@pytest.mark.slow
 def test_auto_finds_how_many_slots_fit(tiny_sd_folder: Path) -> None:
     backbone, mesh = load_backbone(tiny_sd_folder), make_mesh(1, jax.devices()[:1])
     config = dataclasses.replace(CONFIG, resolution=16, steps_per_dispatch=1)

@@ -183,18 +183,31 @@ def wait_for(process: subprocess.Popen, pattern: str, output: Path) -> None:
         time.sleep(0.02)
 
 
+LONG = {"max_train_steps": 150}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_sd_folder: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    process = start(arguments(tiny_sd_folder, toys, output, **LONG, checkpointing_steps=1000))
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text
+    return output
+
+
 def test_sigterm_saves_and_exits_with_its_own_code(
-    tiny_sd_folder: Path, toys: Path, tmp_path: Path, capsys
+    tiny_sd_folder: Path, toys: Path, whole: Path, tmp_path: Path, capsys
 ) -> None:
-    output, options = tmp_path / "out", {"max_train_steps": 400, "checkpointing_steps": 1000}
+    output, options = tmp_path / "out", {**LONG, "checkpointing_steps": 1000}
     process = start(arguments(tiny_sd_folder, toys, output, **options))
     wait_for(process, "concepts/*/metrics.csv", output)
     shown = ""
-    while process.poll() is None and "2 running" not in shown:
-        time.sleep(0.2)
+    while process.poll() is None and not re.search(r"purple_kite: step [1-9]", shown):
+        time.sleep(0.1)
         assert main(["status", str(output)]) == 0
         shown = capsys.readouterr().out
-    assert re.search(r"purple_kite: step \d+ of 400", shown), shown
+    assert re.search(r"2 running.*purple_kite: step \d+ of 150", shown, re.DOTALL), shown
     # another process is refused while the first one lives
     assert run_here(tiny_sd_folder, toys, output, **options) == 2
     assert "another process is training into it" in capsys.readouterr().err
@@ -211,20 +224,16 @@ def test_sigterm_saves_and_exits_with_its_own_code(
     text, _ = process.communicate(timeout=400)
     assert process.returncode == 0, text
     assert f"resumed 2 concepts at step {step}" in text
-    whole = tmp_path / "whole"
-    process = start(arguments(tiny_sd_folder, toys, whole, **options))
-    text, _ = process.communicate(timeout=400)
     assert final_files(output) == final_files(whole)
-    assert main(["status", str(whole), "--json"]) == 0
+    assert main(["status", str(output), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == {"done": 3}
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_loudly(
-    tiny_sd_folder: Path, toys: Path, tmp_path: Path
+    tiny_sd_folder: Path, toys: Path, whole: Path, tmp_path: Path
 ) -> None:
-    output, whole = tmp_path / "out", tmp_path / "whole"
-    options = {"max_train_steps": 40}
-    process = start(arguments(tiny_sd_folder, toys, output, **options))
+    output = tmp_path / "out"
+    process = start(arguments(tiny_sd_folder, toys, output, **LONG))
     wait_for(process, "checkpoints/process-0000/12", output)
     process.kill()
     process.communicate()
@@ -235,13 +244,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_loudly(
     for file in folders[-1].rglob("*"):
         if file.is_file() and os.path.getsize(file) > 200:
             file.write_bytes(file.read_bytes()[:100])
-    process = start(arguments(tiny_sd_folder, toys, output, **options))
+    process = start(arguments(tiny_sd_folder, toys, output, **LONG))
     text, _ = process.communicate(timeout=400)
     assert process.returncode == 0, text
     assert f"{folders[-1]}: is damaged" in text.replace("\n", "")
     assert f"resumed 2 concepts at step {folders[-2].name}" in text
-    process = start(arguments(tiny_sd_folder, toys, whole, **options))
-    process.communicate(timeout=400)
     assert final_files(output) == final_files(whole)
 
 

@@ -57,10 +57,10 @@ class Tokenizer:
                 f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, "
                 f"found {'no folder' if found is None else found}. Download the model again."
             )
-        from transformers import AutoTokenizer  # heavy
+        from transformers import CLIPTokenizerFast  # heavy; AutoTokenizer imports torch as well
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise CatVersionError(
                 f"{folder}: the tokenizer cannot be read ({error}). Download it again."

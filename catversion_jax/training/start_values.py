@@ -78,14 +78,18 @@ def init_learned(
 
 
 def template_state(config: TrainConfig, backbone: Backbone) -> TrainState:
-    """A state of one row: what is stored of a concept, apart from the numbers."""
+    """A state of one row, shapes only: what is stored of a concept, apart from the numbers."""
     token_ids = backbone.tokenizer(["a"])[0]
-    learned = init_learned(
-        config, backbone.text_encoder, backbone.num_text_layers, token_ids, (0,), seed=0
-    )
-    stacked = jax.tree.map(lambda leaf: leaf[None], learned)
-    averaged = config.ema_decay is not None
-    return create_train_state(stacked, make_optimizer(config), averaged=averaged)
+
+    def one_row(text_encoder: Network) -> TrainState:
+        learned = init_learned(
+            config, text_encoder, backbone.num_text_layers, token_ids, (0,), seed=0
+        )
+        stacked = jax.tree.map(lambda leaf: leaf[None], learned)
+        averaged = config.ema_decay is not None
+        return create_train_state(stacked, make_optimizer(config), averaged=averaged)
+
+    return jax.eval_shape(one_row, backbone.text_encoder)
 
 
 def _start(config: TrainConfig, own: Array, rng: Array) -> Array:

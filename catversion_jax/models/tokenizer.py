@@ -57,7 +57,9 @@ class Tokenizer:
                 f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, "
                 f"found {'no folder' if found is None else found}. Download the model again."
             )
-        from transformers import CLIPTokenizerFast  # heavy; AutoTokenizer imports torch as well
+        # Here, as it is heavy; AutoTokenizer would import torch as well. Since transformers 5 it is
+        # CLIPTokenizer's other name.
+        from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
 
         try:
             tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)

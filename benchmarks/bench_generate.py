@@ -1,7 +1,9 @@
 """Images per second, ours against the diffusers pipeline: ``python benchmarks/bench_generate.py``.
 
-The same model, prompts, sampler (DPM-Solver++ 2M), steps, guidance and batch; encoding of the
-prompt and decoding of the image included, loading and compiling not.
+The same model, prompts, sampler (DPM-Solver++ 2M), steps and guidance; encoding of the prompt and
+decoding of the image included, loading and compiling not. Ours draws as ``catversion generate``
+does: spread over the devices (``JAX_NUM_CPU_DEVICES``), on each as many together as is its default.
+diffusers draws all of a call together.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from catversion_jax.image_requests import ImageRequest
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.sampling import generate
 from catversion_jax.sampling_settings import SamplingSettings
+from catversion_jax.sharding import make_mesh, replicated
 
 PROMPT = "a teapot on the beach"
 
@@ -39,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny-sd", help="diffusers folder, or sd15 [tiny-sd]")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="of a call [1 4]")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--work", type=Path, default=Path("/tmp/catversion-bench"))
@@ -48,7 +51,6 @@ def main() -> None:
     folder = models(args.model, args.work)
     if args.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    backbone = load_backbone(folder, dtype=args.dtype)
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -56,31 +58,34 @@ def main() -> None:
     pipe.to(device, DTYPES[args.dtype])
     pipe.unet.to(memory_format=torch.channels_last)
     tasks: dict[str, Callable[[], Any]] = {}
-    for batch in args.batches:
-        settings = SamplingSettings(
-            sampler="dpmsolver++",
-            num_inference_steps=args.steps,
-            guidance_scale=7.5,
-            batch_size=batch,
-        )
-        requests = [ImageRequest(PROMPT, seed=seed) for seed in range(batch)]
-        tasks[f"ours, batch {batch}"] = lambda r=requests, s=settings: generate(backbone, r, s)
-        tasks[f"diffusers, batch {batch}"] = lambda b=batch: pipe(
-            [PROMPT] * b, num_inference_steps=args.steps, guidance_scale=7.5
+    settings = SamplingSettings(
+        sampler="dpmsolver++", num_inference_steps=args.steps, guidance_scale=7.5
+    )
+    for count in args.images:
+        mesh = make_mesh(1, jax.devices()[:count])
+        backbone = load_backbone(folder, dtype=args.dtype, sharding=replicated(mesh))
+        requests = [ImageRequest(PROMPT, seed=seed) for seed in range(count)]
+        tasks[f"ours, {count}"] = lambda b=backbone, r=requests: generate(b, r, settings)
+        tasks[f"diffusers, {count}"] = lambda c=count: pipe(
+            [PROMPT] * c, num_inference_steps=args.steps, guidance_scale=7.5
         )
     for task in tasks.values():  # compiles
         task()
     found = interleaved(tasks, args.rounds, seconds)
-    print(f"{describe_machine()}\n\n| {args.steps} steps, {args.dtype} | images per s | ratio |")
+    print(f"{describe_machine()}\n\n{args.steps} steps, {args.dtype}\n")
+    print("| images of a call | images per s | ratio |")
     print("| --- | ---: | ---: |")
-    for batch in args.batches:
-        pair = [found[f"{who}, batch {batch}"] for who in ("ours", "diffusers")]
+    for count in args.images:
+        pair = [found[f"{who}, {count}"] for who in ("ours", "diffusers")]
         for who, row in zip(("ours", "diffusers"), pair, strict=True):
-            middle, low, high = spread([batch / s for s in row])
+            middle, low, high = spread([count / s for s in row])
             times = "{:.2f} [{:.2f}, {:.2f}]".format(*ratios(*pair)) if who == "ours" else ""
-            print(f"| {who}, batch {batch} | {middle:.2f} [{low:.2f}, {high:.2f}] | {times} |")
+            print(f"| {who}, {count} | {middle:.2f} [{low:.2f}, {high:.2f}] | {times} |")
     command = " ".join(["python", "benchmarks/bench_generate.py", *sys.argv[1:]])
-    write_results(args.out, {"command": command, "model": args.model, "seconds": found})
+    write_results(
+        args.out,
+        {"command": command, "devices": jax.device_count(), "model": args.model, "seconds": found},
+    )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def join_processes(config: TrainConfig) -> None:
             config.num_processes,
             config.process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,  # after an error in one of them
         )
     except Exception as error:
         raise CatVersionError(

@@ -24,7 +24,7 @@ if _CACHE_VARIABLE not in os.environ:
     atexit.register(shutil.rmtree, os.environ[_CACHE_VARIABLE], ignore_errors=True)
 COMPILATION_CACHE = os.environ[_CACHE_VARIABLE]
 jax.config.update("jax_compilation_cache_dir", COMPILATION_CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 # scheduler_config.json of the published SD 1.x folders, as far as it decides the noise.

@@ -48,7 +48,7 @@ def test_a_run_in_a_bucket_survives_kills_and_gives_the_same_bytes(
 ) -> None:
     concepts, local, remote = tmp_path / "concepts", tmp_path / "local", f"{bucket}/a/run"
     write_toy_concepts(concepts)
-    options: dict[str, object] = {"max_train_steps": 100}
+    options: dict[str, object] = {"max_train_steps": 30}
     process = start(arguments(tiny_sd_folder, concepts, local, **options))
     text, _ = process.communicate(timeout=400)
     assert process.returncode == 0, text
@@ -79,7 +79,7 @@ def test_a_run_in_a_bucket_survives_kills_and_gives_the_same_bytes(
         name = f"concepts/{row['name']}/metrics.csv"
         assert as_path(f"{remote}/{name}").read_text() == (local / name).read_text()
     assert list(as_path(f"{remote}/logs/teal_cup").glob("events*"))
-    assert load_concept(f"{remote}/concepts/teal_cup").step == 100
+    assert load_concept(f"{remote}/concepts/teal_cup").step == 30
     assert main(["inspect", f"{remote}/concepts/teal_cup"]) == 0
 
 

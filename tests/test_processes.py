@@ -18,7 +18,7 @@ from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.processes import HEARTBEAT_SECONDS
 
-OPTIONS = {"concepts_per_device": 1, "max_train_steps": 8}
+OPTIONS = {"concepts_per_device": 1, "max_train_steps": 40}
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,7 @@ def test_a_signal_to_one_stops_all_one_killed_ends_the_others_and_a_restart_cont
     tiny_sd_folder: Path, toys: Path, alone: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    slow = {**OPTIONS, "validation_steps": 1, "validation_inference_steps": 25}
-    args = arguments(tiny_sd_folder, toys, output, **slow)
+    args = arguments(tiny_sd_folder, toys, output, **OPTIONS)
     processes = start_all(2, args)
     wait_for_checkpoint(output, 0, processes)
     processes[1].send_signal(signal.SIGTERM)
@@ -137,15 +136,23 @@ def test_a_signal_to_one_stops_all_one_killed_ends_the_others_and_a_restart_cont
     assert_close(output, alone)
 
 
-def test_a_file_named_stop_stops_a_run(tiny_sd_folder: Path, toys: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_the_others(
+    tiny_sd_folder: Path, toys: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
-    process = start(arguments(tiny_sd_folder, toys, output, **{**OPTIONS, "max_train_steps": 4000}))
-    while process.poll() is None and not list(output.glob("concepts/*/metrics.csv")):
-        time.sleep(0.05)
-    (output / "STOP").touch()
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, text
-    assert list(output.glob("checkpoints/process-0000/[0-9]*"))
+    args = arguments(tiny_sd_folder, toys, output, **{**OPTIONS, "max_train_steps": 4000})
+    processes = start_all(2, args)
+    wait_for_checkpoint(output, 0, processes)
+    folder = output / "checkpoints" / "process-0001"
+    folder.rename(tmp_path / "away")
+    folder.write_text("in the way")
+    broken = time.monotonic()
+    texts = [process.communicate(timeout=4 * HEARTBEAT_SECONDS)[0] for process in processes]
+    assert time.monotonic() - broken < 4 * HEARTBEAT_SECONDS
+    assert all(process.returncode != 0 for process in processes)
+    assert "error: " in texts[1]
+    assert "process-0001" in texts[1]
 
 
 def test_half_an_address_is_refused() -> None:

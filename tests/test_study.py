@@ -213,6 +213,7 @@ def study(world, only, *more):
     return run.main([str(world / "out"), *words, *sizes, *map(str, more)])
 
 
+@pytest.mark.slow
 def test_the_study_runs_resumes_and_writes_its_page(world, capsys):
     assert study(world, "none,dreambooth,catversion") == 0
     kept = {p: p.stat().st_mtime_ns for p in (world / "out" / "arms").rglob("*") if p.is_file()}

@@ -152,6 +152,7 @@ def train_pack(backbone: Backbone, rows: slice) -> TrainState:
     return jax.tree.map(np.asarray, state)
 
 
+@pytest.mark.slow
 def test_alone_it_learns_what_it_learns_in_a_pack(backbone: Backbone) -> None:
     packed, alone = train_pack(backbone, slice(4, 6)), train_pack(backbone, slice(5, 6))
     assert np.all(packed.residual.vectors != draw(8, 2, 32, seed=9)[4:6])

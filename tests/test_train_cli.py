@@ -58,7 +58,9 @@ def arguments(model: Path, concepts: Path, output: Path, **options: object) -> l
 
 def start(args: list[str], **variables: str) -> subprocess.Popen:
     """The real program in a process of its own, on one CPU device."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **variables}
+    # every program is shared with the other tests, also the quickly compiled ones
+    cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **cached, **variables}
     command = [sys.executable, str(ROOT / "train_tpu.py"), *args]
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -152,4 +152,3 @@ def _use_compilation_cache(config: TrainConfig) -> None:
         folder = str(Path(folder).expanduser())
         make_folder(Path(folder))
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -125,7 +125,14 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
         make_folder(folder)
-        self._manager = _manager(folder, max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = _manager(
+            folder,
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            # Orbax would tell its threads that the folders are there by a key that all processes
+            # share, and number its operations in each: one would wait for another's.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
 
     def save(self, step: int, rows: Sequence[SavedRow]) -> None:
         """Start saving; the files come later. A step that is there already stays as it is."""

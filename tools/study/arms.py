@@ -75,6 +75,7 @@ QUESTIONS: Mapping[str, str] = {
     "logit_bias": "Logit bias",
     "learning_rate": "Learning rate",
     "max_train_steps": "Training steps",
+    "train_batch_size": "Images of a step, as many in all",
     "scope": "Which tokens see the residual",
     "timestep_sampling": "Timesteps of a batch",
     "lr_scheduler": "Learning-rate schedule",
@@ -116,7 +117,7 @@ def make_arms(num_layers: int) -> dict[str, Arm]:
     Args:
       num_layers: layers of the text encoder that feed the UNet.
     """
-    arms = [*_methods(), *_layers(num_layers)]
+    arms = [*_methods(), *_layers(num_layers), *_batch_sizes()]
     arms += [
         _changed(option, value)
         for option, values in VARIED.items()
@@ -196,6 +197,20 @@ def _layers(num_layers: int) -> list[Arm]:
     choices = [str(layer) for layer in range(num_layers)]
     choices += [f"last{count}" for count in (2, 3) if count < num_layers] + ["all"]
     return [_changed("layers", choice) for choice in choices if choice != ours("layers")]
+
+
+def _batch_sizes() -> list[Arm]:
+    """Others than OURS, with as many samples."""
+    samples = OURS["train_batch_size"] * OURS["max_train_steps"]
+    return [
+        Arm(
+            f"train_batch_size={size}",
+            "train_batch_size",
+            f"{size}, {samples // size} updates",
+            options={**OURS, "train_batch_size": size, "max_train_steps": samples // size},
+        )
+        for size in (1, 4)
+    ]
 
 
 def _changed(option: str, value: Any) -> Arm:

@@ -94,7 +94,8 @@ def as_table(rows: dict[str, Any]) -> str:
         "sample | GFLOP per sample (logits again) | of the minimum | collectives |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, row in rows.items():
+    names = [" ".join(map(str, row)) for row in ROWS]
+    for name, row in ((name, rows[name]) for name in names if name in rows):
         if "error" in row:
             lines.append(f"| {name} | does not compile: {row['error'][:80]} |")
             continue
@@ -105,9 +106,13 @@ def as_table(rows: dict[str, Any]) -> str:
             f"{row['hbm_ms_per_sample']:.2f} | {flops / 1e9:.0f} ({again / 1e9:.0f}) | "
             f"{(flops - again) / MINIMUM:.3f} | {sum(row['collectives'].values())} |"
         )
-    share = (next(iter(rows.values()))["flops_per_sample"]) / PEER_CLASSIC_STEP
-    without = share - again / PEER_CLASSIC_STEP
-    lines.append(f"\nOf the peer's classic step: {share:.3f}, without the logits {without:.3f}.")
+    if found := rows.get(names[0]):
+        share = found["flops_per_sample"] / PEER_CLASSIC_STEP
+        parts = (share, share - again / PEER_CLASSIC_STEP, MINIMUM / PEER_CLASSIC_STEP)
+        lines.append(
+            f"\nFLOPs of {names[0]}, in units of the peer's classic step: {parts[0]:.3f}, "
+            f"without the logits {parts[1]:.3f}; the minimum {parts[2]:.3f}."
+        )
     return "\n".join(lines)
 
 

@@ -138,6 +138,7 @@ def fitting_case(tiny_sd_folder: Path):
     return options, functools.partial(fitted, backbone=backbone, mesh=mesh, specs=specs)
 
 
+@pytest.mark.slow
 def test_as_little_is_computed_again_as_the_memory_allows(tiny_sd_folder: Path) -> None:
     options, fit = fitting_case(tiny_sd_folder)
     enough = fit(options, memory_bytes=1e9)

@@ -43,6 +43,7 @@ ROWS = (
     ("v5p:1x1x1", "none", 4),
     ("v6e:1x1", "none", 4),
 )
+NAMED = {" ".join(map(str, row)): row for row in ROWS}
 
 
 def compile_row(backbone: Backbone, target: str, recompute: str, slots: int) -> dict[str, Any]:
@@ -94,8 +95,8 @@ def as_table(rows: dict[str, Any]) -> str:
         "sample | GFLOP per sample (logits again) | of the minimum | collectives |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    names = [" ".join(map(str, row)) for row in ROWS]
-    for name, row in ((name, rows[name]) for name in names if name in rows):
+    rows = {name: rows[name] for name in NAMED if name in rows}
+    for name, row in rows.items():
         if "error" in row:
             lines.append(f"| {name} | does not compile: {row['error'][:80]} |")
             continue
@@ -106,12 +107,13 @@ def as_table(rows: dict[str, Any]) -> str:
             f"{row['hbm_ms_per_sample']:.2f} | {flops / 1e9:.0f} ({again / 1e9:.0f}) | "
             f"{(flops - again) / MINIMUM:.3f} | {sum(row['collectives'].values())} |"
         )
-    if found := rows.get(names[0]):
-        share = found["flops_per_sample"] / PEER_CLASSIC_STEP
-        parts = (share, share - again / PEER_CLASSIC_STEP, MINIMUM / PEER_CLASSIC_STEP)
+    first = next(iter(NAMED))
+    if first in rows:
+        share = rows[first]["flops_per_sample"] / PEER_CLASSIC_STEP
         lines.append(
-            f"\nFLOPs of {names[0]}, in units of the peer's classic step: {parts[0]:.3f}, "
-            f"without the logits {parts[1]:.3f}; the minimum {parts[2]:.3f}."
+            f"\nFLOPs of {first}, in units of the peer's classic step: {share:.3f}, "
+            f"without the logits {share - again / PEER_CLASSIC_STEP:.3f}; "
+            f"the minimum {MINIMUM / PEER_CLASSIC_STEP:.3f}."
         )
     return "\n".join(lines)
 
@@ -129,8 +131,7 @@ def main() -> None:
         backbone = abstract_backbone(
             str(write_sd15_configurations(Path(folder) / "sd15")), dtype="bfloat16"
         )
-        for row in ROWS:
-            name = " ".join(map(str, row))
+        for name, row in NAMED.items():
             if name in known or not name.startswith(args.only):
                 continue
             try:

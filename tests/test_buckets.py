@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from random_model import write_toy_concepts
-from test_train_cli import arguments, final_files, start
+from test_train_cli import arguments, final_files, run_to_end, start
 
 from catversion_jax import load_concept
 from catversion_jax.bucket_paths import as_path
@@ -49,9 +49,7 @@ def test_a_run_in_a_bucket_survives_kills_and_gives_the_same_bytes(
     concepts, local, remote = tmp_path / "concepts", tmp_path / "local", f"{bucket}/a/run"
     write_toy_concepts(concepts)
     options: dict[str, object] = {"max_train_steps": 30}
-    process = start(arguments(tiny_sd_folder, concepts, local, **options))
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text
+    run_to_end(arguments(tiny_sd_folder, concepts, local, **options))
     options["report_to"] = "tensorboard"
     process = start(
         [*arguments(tiny_sd_folder, concepts, local, **options), f"output_dir={remote}"]
@@ -63,11 +61,9 @@ def test_a_run_in_a_bucket_survives_kills_and_gives_the_same_bytes(
     text, _ = process.communicate()
     assert main(["status", remote]) == 0
     assert "running" in capsys.readouterr().out
-    process = start(
+    text = run_to_end(
         [*arguments(tiny_sd_folder, concepts, local, **options), f"output_dir={remote}"]
     )
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text
     assert "resumed 2 concepts" in text
     folders = concept_folders(remote)
     assert {folder.name: _final(folder) for folder in folders} == final_files(local)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from random_model import write_toy_concepts
-from test_train_cli import arguments, assert_close, final_files, start
+from test_train_cli import arguments, assert_close, final_files, run_to_end, start
 
 from catversion_jax.atomic_files import check_writable
 from catversion_jax.config import make_config
@@ -34,9 +34,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(tiny_sd_folder: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("alone") / "out"
-    process = start(arguments(tiny_sd_folder, toys, output, **OPTIONS), **devices(2))
-    text, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, text
+    run_to_end(arguments(tiny_sd_folder, toys, output, **OPTIONS), **devices(2))
     return output
 
 
@@ -130,10 +128,19 @@ def test_a_signal_to_one_stops_all_one_killed_ends_the_others_and_a_restart_cont
     assert "heartbeat" in text or "unhealthy" in text or "disconnected" in text, text
 
     # on one machine, with another number of processes
-    process = start(arguments(tiny_sd_folder, toys, output, **OPTIONS), **devices(2))
-    text, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, text
+    run_to_end(arguments(tiny_sd_folder, toys, output, **OPTIONS), **devices(2))
     assert_close(output, alone)
+
+
+def test_a_file_named_stop_stops_a_run(tiny_sd_folder: Path, toys: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(arguments(tiny_sd_folder, toys, output, **{**OPTIONS, "max_train_steps": 4000}))
+    while process.poll() is None and not list(output.glob("concepts/*/metrics.csv")):
+        time.sleep(0.05)
+    (output / "STOP").touch()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert list(output.glob("checkpoints/process-0000/[0-9]*"))
 
 
 @pytest.mark.slow

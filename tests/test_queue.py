@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from random_model import write_toy_concepts
-from test_train_cli import arguments, final_files, start
+from test_train_cli import arguments, final_files, run_to_end, start
 
 from catversion_jax import load_concept
 from catversion_jax.cli import main
@@ -47,9 +47,7 @@ def run_here(model: Path, concepts: Path, output: Path, **options: object) -> in
 def stopped_early(tiny_sd_folder: Path, toys: Path, tmp_path_factory) -> Path:
     """One slot after the other ends at another step: a rule that stops at the first chance."""
     output = tmp_path_factory.mktemp("early") / "out"
-    process = start(arguments(tiny_sd_folder, toys, output, **EARLY))
-    text, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, text
+    text = run_to_end(arguments(tiny_sd_folder, toys, output, **EARLY))
     assert "training step ready after" in text
     assert "compiled again" not in text
     return output
@@ -98,9 +96,7 @@ def test_results_do_not_depend_on_order_slot_or_company(
     ]
     manifest.write_text(json.dumps(entries))
     output = tmp_path / "out"
-    process = start(arguments(tiny_sd_folder, manifest, output, **EARLY))
-    text, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, text
+    run_to_end(arguments(tiny_sd_folder, manifest, output, **EARLY))
     for name, data in final_files(stopped_early).items():
         one, other = (load_concept(f / "concepts" / name) for f in (stopped_early, output))
         assert one.step == other.step
@@ -190,9 +186,7 @@ LONG = {"max_train_steps": 150}
 def whole(tiny_sd_folder: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Never interrupted."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    process = start(arguments(tiny_sd_folder, toys, output, **LONG, checkpointing_steps=1000))
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text
+    run_to_end(arguments(tiny_sd_folder, toys, output, **LONG, checkpointing_steps=1000))
     return output
 
 
@@ -220,9 +214,7 @@ def test_sigterm_saves_and_exits_with_its_own_code(
     assert step % 1000
     assert main(["status", str(output)]) == 0
     assert "no process is training here now: run its command again" in capsys.readouterr().out
-    process = start(arguments(tiny_sd_folder, toys, output, **options))
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text
+    text = run_to_end(arguments(tiny_sd_folder, toys, output, **options))
     assert f"resumed 2 concepts at step {step}" in text
     assert final_files(output) == final_files(whole)
     assert main(["status", str(output), "--json"]) == 0
@@ -244,9 +236,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_loudly(
     for file in folders[-1].rglob("*"):
         if file.is_file() and os.path.getsize(file) > 200:
             file.write_bytes(file.read_bytes()[:100])
-    process = start(arguments(tiny_sd_folder, toys, output, **LONG))
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text
+    text = run_to_end(arguments(tiny_sd_folder, toys, output, **LONG))
     assert f"{folders[-1]}: is damaged" in text.replace("\n", "")
     assert f"resumed 2 concepts at step {folders[-2].name}" in text
     assert final_files(output) == final_files(whole)
@@ -258,12 +248,9 @@ def test_more_steps_and_more_concepts_are_welcome(
     concepts, output = tmp_path / "concepts", tmp_path / "out"
     write_toy_concepts(concepts)
     (concepts / "teal_cup").rename(tmp_path / "teal_cup")
-    for steps in (4, 8):
-        process = start(arguments(tiny_sd_folder, concepts, output, max_train_steps=steps))
-        text, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, text
-        if steps == 4:
-            (tmp_path / "teal_cup").rename(concepts / "teal_cup")
+    run_to_end(arguments(tiny_sd_folder, concepts, output, max_train_steps=4))
+    (tmp_path / "teal_cup").rename(concepts / "teal_cup")
+    run_to_end(arguments(tiny_sd_folder, concepts, output, max_train_steps=8))
     files = [
         load_concept(path) for path in sorted(output.glob("concepts/*/catversion.safetensors"))
     ]

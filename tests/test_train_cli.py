@@ -67,6 +67,14 @@ def start(args: list[str], **variables: str) -> subprocess.Popen:
     )
 
 
+def run_to_end(args: list[str], **variables: str) -> str:
+    """What it printed, when it succeeded."""
+    process = start(args, **variables)
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text
+    return text
+
+
 def final_files(output: Path) -> dict[str, bytes]:
     return {
         p.parent.name: p.read_bytes()
@@ -79,9 +87,7 @@ def finished(tiny_sd_folder: Path, toys: Path, tmp_path_factory: pytest.TempPath
     """An uninterrupted run, with a grid and TensorBoard."""
     output = tmp_path_factory.mktemp("run") / "out"
     shown = {"validation_steps": 12, "validation_inference_steps": 2, "num_validation_images": 1}
-    process = start(arguments(tiny_sd_folder, toys, output, **shown, report_to="tensorboard"))
-    text, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, text
+    run_to_end(arguments(tiny_sd_folder, toys, output, **shown, report_to="tensorboard"))
     return output
 
 
@@ -196,9 +202,7 @@ def test_interrupted_concepts_continue_on_a_smaller_machine(
     output = tmp_path / "out"
     shutil.copytree(interrupted, output)
     args = arguments(tiny_sd_folder, toys, output, concepts_per_device=1)
-    process = start(args, JAX_LOG_COMPILES="1")
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text
+    text = run_to_end(args, JAX_LOG_COMPILES="1")
     assert "resumed 2 concepts at step" in text
     assert text.count("Compiling jit(many_steps)") == 1  # no matter how often the slot is refilled
     assert_close(output, finished)
@@ -211,9 +215,7 @@ def test_an_interrupted_run_goes_on_without_a_concept_that_was_taken_out(
     shutil.copytree(interrupted, output)
     shutil.copytree(toys, concepts)
     shutil.rmtree(concepts / "purple_kite")
-    process = start(arguments(tiny_sd_folder, concepts, output))
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text
+    text = run_to_end(arguments(tiny_sd_folder, concepts, output))
     assert "resumed 1 concepts at step" in text
     assert sorted(final_files(output)) == ["striped_ball", "teal_cup"]
 
@@ -252,9 +254,7 @@ def test_one_unreadable_image_quarantines_its_concept_only(
     done = {
         path: path.stat().st_mtime_ns for path in output.glob("concepts/*/catversion.safetensors")
     }
-    process = start(arguments(tiny_sd_folder, concepts, output))
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text
+    run_to_end(arguments(tiny_sd_folder, concepts, output))
     assert len(final_files(output)) == 3
     assert done == {path: path.stat().st_mtime_ns for path in done}
     assert not (output / "concepts" / "striped_ball" / "FAILED.txt").exists()

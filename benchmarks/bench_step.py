@@ -13,7 +13,6 @@ in ``--work``, 2 GB) and the share of the card's own matrix-product rate, in und
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 import time
 from collections.abc import Callable
@@ -31,8 +30,9 @@ from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptSpec, read_concepts
 from catversion_jax.config import make_config
 from catversion_jax.diffusion import noise_schedule
+from catversion_jax.models.network import Network
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
-from catversion_jax.objective import DiffusionBatch, diffusion_loss
+from catversion_jax.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.planning.compiled import counted_flops
 from catversion_jax.residual import KVResidual
 from catversion_jax.sharding import make_mesh, replicated
@@ -102,13 +102,16 @@ def compare(backbone: Backbone, peer: CatVersion) -> dict[str, float]:
     batch = DiffusionBatch(
         nhwc(clean), nhwc(noise), timesteps.int().cpu().numpy(), hidden, slots=slots
     )
-    compute = functools.partial(
-        diffusion_loss,
-        schedule=noise_schedule(backbone.noise_schedule),
-        first_layer=layers[0],
-    )
+    schedule = noise_schedule(backbone.noise_schedule)
+
+    def compute(residual: KVResidual, text_encoder: Network, unet: Network) -> jax.Array:
+        one, of_one = jax.tree.map(lambda leaf: leaf[None], (residual, batch))
+        return diffusion_losses(
+            one, text_encoder, unet, of_one, schedule, first_layer=layers[0]
+        ).sum()
+
     found, grads = jax.jit(jax.value_and_grad(compute))(
-        jax.tree.map(jnp.asarray, residual), backbone.text_encoder, backbone.unet, batch
+        jax.tree.map(jnp.asarray, residual), backbone.text_encoder, backbone.unet
     )
     expected = np.concatenate([g.float().cpu().numpy().ravel() for g in gradients])
     actual = np.concatenate([np.asarray(g).ravel() for g in (grads.key, grads.value)])

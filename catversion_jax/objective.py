@@ -1,4 +1,4 @@
-r"""The loss of one concept: the frozen model's denoising objective, seen through its text encoder.
+r"""The loss of a concept: the frozen model's denoising objective, seen through its text encoder.
 
     (1)  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,        t ~ U{0 .. 999},  eps ~ N(0, I)
     (2)  L(residual) = mean_images  w(t) mean_pixels m |unet(x_t, t, c(residual)) - target|^2
@@ -49,7 +49,7 @@ class DiffusionBatch:
     slots: Int[Array, "B T"] | None = None
 
 
-def diffusion_loss(
+def diffusion_losses(
     residual: Learned | None,
     text_encoder: Network,
     unet: Network,
@@ -60,12 +60,17 @@ def diffusion_loss(
     snr_gamma: float | None = None,
     unmasked_weight: float = 1.0,
     recompute: Recompute = "none",
-) -> Float[Array, ""]:
-    """Equation (2) for one concept; float32 whatever the networks compute in.
+) -> Float[Array, "C"]:
+    """Equation (2) for each of C concepts; float32 whatever the networks compute in.
+
+    A concept's loss depends on its own residual only, so the gradient of the sum over concepts is
+    each one's own. The UNet, which is the same for all, sees the images of all concepts as *one*
+    batch: under ``vmap`` its arrays would have two batch axes, neither of which alone fills a TPU's
+    tiles, and the compiler would copy the result of every convolution into another layout.
 
     Args:
-      residual: what one concept learns (leaves ``[L P N H]`` or ``[V D]``), or None for the plain
-        model's loss.
+      residual: what the concepts learn (leaves ``[C L P N H]`` or ``[C V D]``), or None for the
+        plain model's loss.
       text_encoder: frozen CLIP text encoder.
       unet: frozen UNet.
       batch: see :class:`DiffusionBatch`.
@@ -75,9 +80,15 @@ def diffusion_loss(
       unmasked_weight: equation (4), used where the batch has a mask.
       recompute: what the UNet's backward pass computes again instead of keeping it.
     """
+
+    def context_of(hidden: Array, learned: Learned | None, slots: Array | None) -> Array:
+        return text_encoder.call("upper", hidden, learned, layer=first_layer, slots=slots)
+
     slots = None if residual is None else batch.slots
-    context = text_encoder.call(
-        "upper", batch.text_hidden, residual, layer=first_layer, slots=slots
+    context = jax.vmap(context_of)(batch.text_hidden, residual, slots)
+    concepts, images = batch.timesteps.shape
+    batch, context = jax.tree.map(
+        lambda leaf: leaf.reshape(concepts * images, *leaf.shape[2:]), (batch, context)
     )
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     prediction = unet(noisy, batch.timesteps, context, recompute).astype(jnp.float32)
@@ -90,7 +101,7 @@ def diffusion_loss(
     loss = jnp.mean(error, axis=(1, 2, 3))
     if snr_gamma is not None:
         loss = loss * min_snr_weight(schedule, batch.timesteps, snr_gamma)
-    return jnp.mean(loss)
+    return jnp.mean(loss.reshape(concepts, images), axis=1)
 
 
 def min_snr_weight(

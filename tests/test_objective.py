@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from catversion_jax.diffusion import NoiseScheduleConfig, noise_schedule
 from catversion_jax.models.stable_diffusion import load_backbone
-from catversion_jax.objective import DiffusionBatch, diffusion_loss, min_snr_weight
+from catversion_jax.objective import DiffusionBatch, diffusion_losses, min_snr_weight
 from catversion_jax.residual import KVResidual
 
 LAYERS = (1, 2, 3)
@@ -49,14 +49,18 @@ def torch_text_states(
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_loss_and_gradient_equal_torch(tiny_sd_folder: Path, snr_gamma: float | None) -> None:
+def test_losses_and_gradients_of_two_concepts_equal_torch(
+    tiny_sd_folder: Path, snr_gamma: float | None
+) -> None:
+    """The concepts share one call of the UNet here; torch computes one after the other."""
     rng = np.random.default_rng(0)
-    key, value = (rng.normal(size=(3, 2, 4, 8)).astype(np.float32) for _ in range(2))
-    latents, noise = (rng.normal(size=(2, 4, 8, 8)).astype(np.float32) for _ in range(2))
-    timesteps = np.array([17, 801], np.int32)
-    mask = (rng.uniform(size=(2, 8, 8)) > 0.5).astype(np.float32)
+    key, value = (rng.normal(size=(2, 3, 2, 4, 8)).astype(np.float32) for _ in range(2))
+    latents, noise = (rng.normal(size=(2, 2, 4, 8, 8)).astype(np.float32) for _ in range(2))
+    timesteps = np.array([[17, 801], [430, 5]], np.int32)
+    mask = (rng.uniform(size=(2, 2, 8, 8)) > 0.5).astype(np.float32)
     backbone = load_backbone(tiny_sd_folder)
-    token_ids = backbone.tokenizer(["a teapot", "the teapot on a hill"])
+    prompts = ["a teapot", "the teapot on a hill", "a red cat", "cat"]
+    token_ids = backbone.tokenizer(prompts).reshape(2, 2, -1)
 
     scheduler = DDPMScheduler.from_pretrained(tiny_sd_folder, subfolder="scheduler")
     text_encoder = CLIPTextModel.from_pretrained(
@@ -64,30 +68,37 @@ def test_loss_and_gradient_equal_torch(tiny_sd_folder: Path, snr_gamma: float | 
     )
     unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet")
     torch_key, torch_value = (torch.tensor(x, requires_grad=True) for x in (key, value))
-    context = torch_text_states(
-        text_encoder, torch.tensor(token_ids.astype(np.int64)), torch_key, torch_value
-    )
-    steps = torch.tensor(timesteps, dtype=torch.long)
-    noisy = scheduler.add_noise(torch.tensor(latents), torch.tensor(noise), steps)
-    error = (unet(noisy, steps, context).sample - torch.tensor(noise)) ** 2
-    weight = torch.tensor(np.maximum(mask, 0.1))
-    error = error * (weight / weight.mean(dim=(1, 2), keepdim=True))[:, None]
-    per_image = error.mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
-        snr = compute_snr(scheduler, steps)
-        per_image = per_image * torch.minimum(snr, torch.full_like(snr, snr_gamma)) / snr
-    loss = per_image.mean()
-    loss.backward()
+
+    def torch_loss(concept: int) -> torch.Tensor:
+        ids = torch.tensor(token_ids[concept].astype(np.int64))
+        context = torch_text_states(text_encoder, ids, torch_key[concept], torch_value[concept])
+        steps = torch.tensor(timesteps[concept], dtype=torch.long)
+        clean, eps = torch.tensor(latents[concept]), torch.tensor(noise[concept])
+        error = (unet(scheduler.add_noise(clean, eps, steps), steps, context).sample - eps) ** 2
+        weight = torch.tensor(np.maximum(mask[concept], 0.1))
+        error = error * (weight / weight.mean(dim=(1, 2), keepdim=True))[:, None]
+        per_image = error.mean(dim=(1, 2, 3))
+        if snr_gamma is not None:
+            snr = compute_snr(scheduler, steps)
+            per_image = per_image * torch.minimum(snr, torch.full_like(snr, snr_gamma)) / snr
+        return per_image.mean()
+
+    losses = [torch_loss(concept) for concept in range(2)]
+    sum(losses).backward()
 
     residual = KVResidual(jnp.asarray(key), jnp.asarray(value), LAYERS, BIAS)
-    hidden = backbone.text_encoder.call("lower", token_ids, LAYERS[0])
+    hidden = backbone.text_encoder.call("lower", token_ids.reshape(4, -1), LAYERS[0])
     batch = DiffusionBatch(
-        latents.transpose(0, 2, 3, 1), noise.transpose(0, 2, 3, 1), timesteps, hidden, mask
+        latents.transpose(0, 1, 3, 4, 2),
+        noise.transpose(0, 1, 3, 4, 2),
+        timesteps,
+        hidden.reshape(2, 2, *hidden.shape[1:]),
+        mask,
     )
 
     @jax.jit
     def ours(residual, text_encoder, unet):
-        return diffusion_loss(
+        found = diffusion_losses(
             residual,
             text_encoder,
             unet,
@@ -97,9 +108,11 @@ def test_loss_and_gradient_equal_torch(tiny_sd_folder: Path, snr_gamma: float | 
             snr_gamma=snr_gamma,
             unmasked_weight=0.1,
         )
+        return found.sum(), found
 
-    our_loss, grads = jax.value_and_grad(ours)(residual, backbone.text_encoder, backbone.unet)
-    np.testing.assert_allclose(our_loss, loss.item(), rtol=1e-4)
+    run = jax.value_and_grad(ours, has_aux=True)
+    (_, found), grads = run(residual, backbone.text_encoder, backbone.unet)
+    np.testing.assert_allclose(found, [loss.item() for loss in losses], rtol=1e-4)
     for mine, theirs in ((grads.key, torch_key.grad), (grads.value, torch_value.grad)):
         reference = theirs.numpy()
         assert np.abs(reference).max() > 0

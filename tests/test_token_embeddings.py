@@ -22,7 +22,7 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.export import load_concept, save_concept
 from catversion_jax.image_requests import ConceptUse, check_concept
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
-from catversion_jax.objective import DiffusionBatch, diffusion_loss
+from catversion_jax.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.residual import KVResidual
 from catversion_jax.sampling import encode_prompt
 from catversion_jax.sharding import make_mesh
@@ -119,7 +119,8 @@ def test_loss_and_gradient_equal_torch(backbone: Backbone, tiny_sd_folder: Path)
     @jax.jit
     def ours(learned, text_encoder, unet):
         schedule = noise_schedule(backbone.noise_schedule)
-        return diffusion_loss(learned, text_encoder, unet, batch, schedule, first_layer=0)
+        one, of_one = jax.tree.map(lambda leaf: leaf[None], (learned, batch))
+        return diffusion_losses(one, text_encoder, unet, of_one, schedule, first_layer=0)[0]
 
     our_loss, grads = jax.value_and_grad(ours)(
         TokenEmbeddings(vectors), backbone.text_encoder, backbone.unet

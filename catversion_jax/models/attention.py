@@ -24,10 +24,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.models.attention_pallas import is_supported, transposed_attention
-from catversion_jax.models.recompute import in_slices
+from catversion_jax.models.recompute import KEPT, in_slices
 
 MIN_FUSED_QUERIES = 1024
 """Below, XLA is as good: the logits of 256 positions stay in a TPU's fast memory."""
@@ -82,24 +83,32 @@ def whole_attention(
     bias: Float[Array, "#B #N T S"] | None = None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """Equation (1) as it is written, all logits at once."""
-    weights = attention_weights(query, key, bias=bias, scale=scale).astype(value.dtype)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+    """Equation (1), all logits at once.
+
+    The query is scaled instead of the logits and the product with V divided by the softmax's sum
+    instead of the weights: of the logits' size there are then only the exponentials, which the
+    backward pass reads again.
+    """
+    logits = _logits(query, key, bias, scale)
+    largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - largest)
+    total = weights.sum(axis=-1).swapaxes(1, 2)[..., None]  # [B T N 1]
+    out = jnp.einsum("BNTS,BSNH->BTNH", weights.astype(value.dtype), value)
+    # The derivative of the division needs it.
+    return (checkpoint_name(out, KEPT) / total).astype(value.dtype)
 
 
 def attention_weights(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    *,
-    bias: Float[Array, "#B #N T S"] | None = None,
-    scale: float | None = None,
+    query: Float[Array, "B T N H"], key: Float[Array, "B S N H"]
 ) -> Float[Array, "B N T S"]:
     """The softmax of equation (1), float32; arguments as for :func:`attention`."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32) * scale
-    if bias is not None:
-        logits = logits + bias
-    return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.softmax(_logits(query, key, None, query.shape[-1] ** -0.5), axis=-1)
+
+
+def _logits(query: Array, key: Array, bias: Array | None, scale: float) -> Float[Array, "B N T S"]:
+    scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    logits = jnp.einsum("BTNH,BSNH->BNTS", scaled, key, preferred_element_type=jnp.float32)
+    return logits if bias is None else logits + bias
 
 
 # ---- XLA, some queries at a time -----------------------------------------------------------------

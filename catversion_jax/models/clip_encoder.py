@@ -11,24 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Self
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Bool, Float
 from catversion_jax.errors import CatVersionError
+from catversion_jax.models.activations import gelu, quick_gelu
 from catversion_jax.models.attention import attention
 from catversion_jax.models.hf_config import TRANSFORMERS_IGNORED, check_supported
 
-
-def quick_gelu(x: Array) -> Array:
-    """``x * sigmoid(1.702 x)``, the gelu of OpenAI's CLIP."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
 }
 
 

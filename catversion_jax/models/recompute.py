@@ -18,6 +18,9 @@ Recompute = Literal["none", "attention", "blocks"]
 only the inputs are kept.
 """
 
+KEPT = "kept"
+"""Name of what is worth keeping even where the rest of a slice is computed again."""
+
 T = TypeVar("T", bound=Callable[..., Any])
 
 
@@ -29,7 +32,7 @@ def recomputed(layer: T, condition: bool) -> T:
 def in_slices(
     function: Callable[[Array], Array], x: Float[Array, "B T *rest"], slices: int
 ) -> Float[Array, "B T *out"]:
-    """``function`` of some positions at a time, of which nothing but the input is kept.
+    """``function`` of some positions at a time, of which only the input and :data:`KEPT` is kept.
 
     Args:
       function: maps ``[B T/slices ...]`` to as many positions, each by itself.
@@ -38,5 +41,6 @@ def in_slices(
     """
     batch, positions, *rest = x.shape
     parts = x.reshape(batch, slices, positions // slices, *rest).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(function), parts).swapaxes(0, 1)
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    out = jax.lax.map(jax.checkpoint(function, policy=policy), parts).swapaxes(0, 1)
     return out.reshape(batch, positions, *out.shape[3:])

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float
+from catversion_jax.models.activations import gelu
 from catversion_jax.models.attention import attention, attention_weights
 from catversion_jax.models.attention_maps import AttentionRecorder
 from catversion_jax.models.recompute import Recompute, in_slices, recomputed
@@ -92,7 +92,7 @@ class GEGLU(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """``u * gelu(g)`` with the exact (erf) gelu."""
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
+        return value * gelu(gate)
 
 
 class NoDropout(nnx.Module):

@@ -1,7 +1,7 @@
 """The compiled programs of training: many steps of many concepts, and their evaluation losses.
 
-Per device: a loop over the steps of a dispatch, inside it ``vmap`` over the device's concepts,
-inside it one concept's gradient step. ``shard_map`` spreads that over the (concept, data) mesh.
+Per device: a loop over the steps of a dispatch, inside it one gradient step of all the device's
+concepts. ``shard_map`` spreads that over the (concept, data) mesh.
 Frozen networks are arguments: XLA would fold closed-over weights into the program as constants.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.learned import Learned
 from catversion_jax.models.network import Network
-from catversion_jax.objective import DiffusionBatch, diffusion_loss
+from catversion_jax.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.sharding import CONCEPT_AXIS, DATA_AXIS, on_every_device
 from catversion_jax.training.state import (
     EVAL_STREAM,
@@ -78,14 +79,21 @@ def make_train_step(
     # collective.
     splits_batch = config.data_parallel > 1
 
-    def one_concept(state: TrainState, data: ConceptData, text_encoder: Network, unet: Network):
+    def one_step(
+        state: TrainState, data: ConceptData, text_encoder: Network, unet: Network
+    ) -> tuple[TrainState, Array]:
         first_slot = jax.lax.axis_index(DATA_AXIS) * local_batch if splits_batch else jnp.int32(0)
-        batch = sample_batch(
-            data, state.step, first_slot, local_batch, config, schedule.num_train_timesteps
+        sample = functools.partial(
+            sample_batch,
+            first_slot=first_slot,
+            batch_size=local_batch,
+            config=config,
+            num_train_timesteps=schedule.num_train_timesteps,
         )
+        batch = jax.vmap(sample)(data, state.step)
 
-        def loss_fn(residual: Learned) -> Array:
-            return diffusion_loss(
+        def loss_fn(residual: Learned) -> tuple[Array, Array]:
+            losses = diffusion_losses(
                 residual,
                 text_encoder,
                 unet,
@@ -96,11 +104,13 @@ def make_train_step(
                 unmasked_weight=config.unmasked_weight,
                 recompute=recompute,
             )
+            return losses.sum(), losses  # a concept's gradient is that of its own loss
 
-        loss, grads = jax.value_and_grad(loss_fn)(state.residual)
+        grads, losses = jax.grad(loss_fn, has_aux=True)(state.residual)
         if splits_batch:
-            loss, grads = jax.lax.pmean((loss, grads), DATA_AXIS)
-        return apply_update(state, loss, grads, tx, config.ema_decay), loss
+            losses, grads = jax.lax.pmean((losses, grads), DATA_AXIS)
+        update = functools.partial(apply_update, tx=tx, ema_decay=config.ema_decay)
+        return jax.vmap(update)(state, losses, grads), losses
 
     def many_steps(
         state: TrainState,
@@ -109,14 +119,13 @@ def make_train_step(
         unet: Network,
         num_steps: Int[Array, ""],
     ):
-        all_concepts = jax.vmap(one_concept, in_axes=(0, 0, None, None))
         if max_steps == 1:
-            state, loss = all_concepts(state, data, text_encoder, unet)
+            state, loss = one_step(state, data, text_encoder, unet)
             return state, StepMetrics(loss[None], state.failed_step)
 
         def body(index: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, losses = carry
-            state, loss = all_concepts(state, data, text_encoder, unet)
+            state, loss = one_step(state, data, text_encoder, unet)
             return state, losses.at[index].set(loss)
 
         empty = jnp.full((max_steps, *state.step.shape), jnp.nan, jnp.float32)
@@ -257,24 +266,24 @@ def make_eval_step(
     ):
         rng = jax.random.fold_in(data.rng, EVAL_STREAM)
 
-        def one_sample(index: Int[Array, ""]) -> Float[Array, ""]:
+        def draw(index: Int[Array, ""]) -> DiffusionBatch:
             image = index % data.num_images
             latents = data.latent_mean[image, 0]
             noise = jax.random.normal(jax.random.fold_in(rng, index), latents.shape, jnp.float32)
             timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * count)
             prompt = index % data.num_prompts
-            hidden = data.text_hidden[prompt]
-            slots = None if data.slots is None else data.slots[prompt][None]
-            batch = DiffusionBatch(
-                latents[None], noise[None], timestep[None], hidden[None], slots=slots
-            )
-            return diffusion_loss(
-                residual, text_encoder, unet, batch, schedule, first_layer=first_layer
+            slots = None if data.slots is None else data.slots[prompt]
+            return DiffusionBatch(latents, noise, timestep, data.text_hidden[prompt], slots=slots)
+
+        def some_samples(indices: Int[Array, "B"]) -> Float[Array, "1"]:
+            one = jax.tree.map(lambda leaf: leaf[None], (residual, jax.vmap(draw)(indices)))
+            learned, batch = one  # of a single concept
+            return diffusion_losses(
+                learned, text_encoder, unet, batch, schedule, first_layer=first_layer
             )
 
-        return jnp.mean(
-            jax.lax.map(one_sample, jnp.arange(count), batch_size=config.train_batch_size)
-        )
+        at_once = math.gcd(count, config.train_batch_size)
+        return jnp.mean(jax.lax.map(some_samples, jnp.arange(count).reshape(-1, at_once)))
 
     def all_concepts(
         residual: Learned | None,

@@ -24,7 +24,7 @@ from catversion_jax.planning.compiled import (
     tpu_mesh,
 )
 from catversion_jax.planning.estimate import USABLE_MEMORY, MemoryModel, job, step_seconds
-from catversion_jax.planning.fitting import find_fit, fitted
+from catversion_jax.planning.fitting import find_fit, fitted, whole_tiles
 from catversion_jax.sharding import make_mesh
 
 CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 64})
@@ -96,6 +96,19 @@ def test_auto_finds_how_many_slots_fit(tiny_sd_folder: Path) -> None:
     memory = six.total_bytes / USABLE_MEMORY
     found = find_fit(config, backbone, mesh, memory, enough=1, max_images=4)
     assert found.largest in (5, 6, 7)  # the compiler's memory is not quite a line
+
+
+def test_packs_fill_the_tiles_of_a_tpu() -> None:
+    """Eight images: four concepts of two, eight of one, any number of sixteen."""
+    for batch, data_parallel, used in (
+        (2, 1, {3: 3, 4: 4, 11: 8, 13: 12}),
+        (1, 1, {7: 7, 9: 8, 17: 16}),
+        (4, 2, {5: 4}),
+        (16, 1, {5: 5}),
+        (3, 1, {9: 8}),
+    ):
+        config = dataclasses.replace(CONFIG, train_batch_size=batch, data_parallel=data_parallel)
+        assert {most: whole_tiles(most, config) for most in used} == used
 
 
 def test_a_number_stays_and_a_device_without_a_limit_gets_four(tiny_sd_folder: Path) -> None:

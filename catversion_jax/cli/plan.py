@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
     from catversion_jax.planning.chips import parse_slice
     from catversion_jax.planning.compiled import tpu_mesh
-    from catversion_jax.planning.fitting import find_fit, usual_slots
+    from catversion_jax.planning.fitting import find_fit, usual_slots, whole_tiles
 
     target = parse_slice(args.tpu)
     mesh = tpu_mesh(target, config.data_parallel)
@@ -83,7 +83,7 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
     )
     memory, largest, step = fit.memory, fit.largest, fit.step
     if config.concepts_per_device == "auto":
-        wanted = max(1, largest)
+        wanted = max(1, whole_tiles(largest, config))
     slots = min(wanted, largest)
     return {
         "target": target.name,

@@ -32,7 +32,7 @@ the device names no limit of its memory, as CPUs do.
 """
 
 TILE_ROWS = 8
-"""Images that fill a TPU's tiles. A batch of a multiple of it moves about a sixth less memory per
+"""Images that fill a TPU's tiles. A batch of a multiple of it moves up to a seventh less memory per
 image than others (docs/performance.md).
 """
 

@@ -282,7 +282,11 @@ def _initial_noise(
     ``i + 1``.
     """
     keys = jax.vmap(jax.random.key)(seeds)
-    return keys, jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
+    return keys, _noise(keys, 0, shape)
+
+
+def _noise(keys: Key[Array, " B"], fold: Array | int, shape: tuple[int, ...]) -> Array:
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape))(keys)
 
 
 @jax.jit
@@ -316,10 +320,7 @@ def _advance(
     if len(texts) == 2:
         prompted, plain = jnp.split(output, 2)
         output = plain + guidance_scale * (prompted - plain)  # (1)
-    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step + 1), x.shape[1:]))(
-        keys
-    )
-    return row.advance(x, output, previous_x0, noise)
+    return row.advance(x, output, previous_x0, _noise(keys, step + 1, x.shape[1:]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -36,6 +36,9 @@ PEER_CLASSIC_STEP = 5.965e12 / 2
 """FLOPs of a sample of diffusers 0.35.2's textual_inversion_flax step, compiled the same way."""
 ROWS = (
     ("v5e:1x1", "none", 4),
+    ("v5e:1x1", "none", 5),
+    ("v5e:1x1", "none", 8),
+    ("v5e:1x1", "none", 10),
     ("v5e:1x1", "none", 12),
     ("v5e:1x1", "attention", 4),
     ("v5e:1x1", "blocks", 60),

@@ -29,24 +29,24 @@ from catversion_jax.models.recompute import Recompute
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiffusionBatch:
-    """What one concept sees in one step.
+    """What C concepts see in one step, B images each.
 
     Attributes:
-      latents: ``[B h w c]`` scaled VAE latents (x_0).
-      noise: ``[B h w c]``.
-      timesteps: ``[B]`` int32 in ``0..num_train_timesteps-1``.
-      text_hidden: ``[B T D]`` text states entering the first adapted layer (they do not depend on
-      the residual).
-      mask: ``[B h w]`` object mask in 0..1, or None where the loss is not masked.
-      slots: ``[B T]`` where the class word stands, or None where what is learned need not know.
+      latents: ``[C B h w c]`` scaled VAE latents (x_0).
+      noise: ``[C B h w c]``.
+      timesteps: ``[C B]`` int32 in ``0..num_train_timesteps-1``.
+      text_hidden: ``[C B T D]`` text states entering the first adapted layer (they do not depend
+        on the residual).
+      mask: ``[C B h w]`` object mask in 0..1, or None where the loss is not masked.
+      slots: ``[C B T]`` where the class word stands, or None where what is learned need not know.
     """
 
-    latents: Float[Array, "B h w c"]
-    noise: Float[Array, "B h w c"]
-    timesteps: Int[Array, "B"]
-    text_hidden: Float[Array, "B T D"]
-    mask: Float[Array, "B h w"] | None = None
-    slots: Int[Array, "B T"] | None = None
+    latents: Float[Array, "C B h w c"]
+    noise: Float[Array, "C B h w c"]
+    timesteps: Int[Array, "C B"]
+    text_hidden: Float[Array, "C B T D"]
+    mask: Float[Array, "C B h w"] | None = None
+    slots: Int[Array, "C B T"] | None = None
 
 
 def diffusion_losses(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -187,7 +186,7 @@ def sample_batch(
     config: TrainConfig,
     num_train_timesteps: int,
 ) -> DiffusionBatch:
-    """Slots from ``first_slot`` on of one concept's batch (``data`` without its C axis).
+    """Slots from ``first_slot`` on of one concept's batch (neither has a C axis here).
 
     Images come in epochs, each a fresh permutation: every image is used equally often.
     """
@@ -282,7 +281,7 @@ def make_eval_step(
                 learned, text_encoder, unet, batch, schedule, first_layer=first_layer
             )
 
-        at_once = math.gcd(count, config.train_batch_size)
+        at_once = max(n for n in range(1, config.train_batch_size + 1) if count % n == 0)
         return jnp.mean(jax.lax.map(some_samples, jnp.arange(count).reshape(-1, at_once)))
 
     def all_concepts(

@@ -1,4 +1,4 @@
-"""Activations against torch's, values and slopes."""
+"""Elementary layers that are written here, against torch's."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install '.[test]'")
 
+from torch_reference import draw, relative_error  # noqa: E402
+
 from catversion_jax.models.activations import gelu, quick_gelu  # noqa: E402
+from catversion_jax.models.resnet import GroupNorm  # noqa: E402
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-4)])
@@ -31,3 +34,17 @@ def test_quick_gelu_is_transformers():
     x = np.linspace(-8, 8, 1001, dtype=np.float32)
     expected = ACT2FN["quick_gelu"](torch.tensor(x)).numpy()
     np.testing.assert_allclose(quick_gelu(jnp.asarray(x)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 50.0])  # E[x^2] - E[x]^2 would lose 1e-4 of the latter
+def test_group_norm_is_torchs(mean):
+    x, weight, bias = draw(2, 5, 7, 12, seed=0) + mean, draw(12, seed=1), draw(12, seed=2)
+    theirs = torch.nn.GroupNorm(3, 12, eps=1e-5, dtype=torch.float64)
+    theirs.weight.data, theirs.bias.data = torch.tensor(weight), torch.tensor(bias)
+    expected = theirs.double()(torch.tensor(x, dtype=torch.float64).movedim(-1, 1)).movedim(1, -1)
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-2)):
+        ours = GroupNorm(12, 3, 1e-5, dtype=dtype, param_dtype="float32")
+        ours.scale[...], ours.bias[...] = weight, bias
+        found = ours(jnp.asarray(x))
+        assert found.dtype == dtype
+        assert relative_error(found.astype(jnp.float32), expected.detach().numpy()) < tolerance

@@ -94,8 +94,8 @@ def test_auto_finds_how_many_slots_fit(tiny_sd_folder: Path) -> None:
     config = dataclasses.replace(CONFIG, resolution=16, steps_per_dispatch=1)
     six = compile_step(backbone, config, mesh, 6, max_images=4)
     memory = six.total_bytes / USABLE_MEMORY
-    found = find_fit(config, backbone, mesh, memory, enough=1, max_images=4)
-    assert found.largest in (5, 6, 7)  # the compiler's memory is not quite a line
+    found = find_fit(config, backbone, mesh, memory, enough=1, most=9, max_images=4)
+    assert found.largest in (5, 6)  # not quite a line, but never more than fit
 
 
 def test_packs_fill_the_tiles_of_a_tpu() -> None:

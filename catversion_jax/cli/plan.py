@@ -78,8 +78,11 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
     mesh = tpu_mesh(target, config.data_parallel)
     wanted = usual_slots(config)
     chip_memory = target.chip.memory_bytes
+    most = wanted
+    if config.concepts_per_device == "auto":
+        most = max(wanted, -(-args.concepts // target.num_chips))
     fit = find_fit(
-        config, backbone, mesh, chip_memory, wanted, args.images, fast=not args.full_effort
+        config, backbone, mesh, chip_memory, wanted, most, args.images, fast=not args.full_effort
     )
     memory, largest, step = fit.memory, fit.largest, fit.step
     if config.concepts_per_device == "auto":

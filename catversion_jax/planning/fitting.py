@@ -44,7 +44,7 @@ class Fit:
     Attributes:
       config: with the ``gradient_checkpointing`` that was chosen.
       memory: by number of slots.
-      step: the larger of the two programs that were compiled.
+      step: of some slots, as it was compiled.
       largest: slots that fit.
       seconds: of all compilations.
     """
@@ -90,13 +90,16 @@ def fitted(
             return config  # everything was asked for
         slots = min(config.concepts_per_device, needed)
         return _least_recomputation(config, backbone, mesh, slots, memory_bytes, images, prompts)
-    fit = find_fit(config, backbone, mesh, memory_bytes, min(USEFUL_SLOTS, needed), images, prompts)
+    enough = min(USEFUL_SLOTS, needed)
+    fit = find_fit(config, backbone, mesh, memory_bytes, enough, needed, images, prompts)
     if fit.largest < 1:
         raise CatVersionError(
             f"concepts_per_device=auto: not one concept fits the {memory_bytes / 1e9:.1f} GB of a "
             "device. Try a smaller resolution or train_batch_size, or mixed_precision=bf16."
         )
-    used = needed if needed <= fit.largest else whole_tiles(fit.largest, config)
+    used = min(fit.largest, needed)
+    if used < needed and mesh.devices.flat[0].platform == "tpu":
+        used = whole_tiles(used, config)
     recompute = fit.config.gradient_checkpointing
     logger.info(
         "concepts_per_device=auto: %d fit with gradient_checkpointing=%s, %d are used",
@@ -126,6 +129,7 @@ def find_fit(
     mesh: Mesh,
     memory_bytes: float,
     enough: int,
+    most: int,
     max_images: int,
     max_prompts: int = 1,
     *,
@@ -133,7 +137,9 @@ def find_fit(
 ) -> Fit:
     """The least recomputation with which ``enough`` slots fit, or the one with which most do.
 
-    The memory is a line through what the compiler says of one slot and of some.
+    The memory is a line through what the compiler says of one slot and of some; then through the
+    latter and as many as fit by that line, but not more than ``most``: a few images are laid out
+    otherwise than many, and the first line may promise a tenth too much.
 
     Raises:
       CatVersionError: the step does not compile, whatever is computed again.
@@ -159,7 +165,21 @@ def find_fit(
     if best is None:
         assert problem is not None
         raise problem
-    return dataclasses.replace(best, seconds=seconds)
+    near, usable = best.step, USABLE_MEMORY * memory_bytes
+    largest, memory = best.largest, best.memory
+    slots = min(largest, most)
+    if slots > near.slots_per_chip:
+        try:
+            far = compile_step(
+                backbone, best.config, mesh, slots, max_images, max_prompts, fast=fast
+            )
+        except CatVersionError:  # more than the device has: go by what is known to fit
+            largest = near.slots_per_chip
+        else:
+            seconds += far.seconds
+            memory = MemoryModel.of(near, far)
+            largest = memory.largest(usable)
+    return dataclasses.replace(best, memory=memory, largest=largest, seconds=seconds)
 
 
 def _least_recomputation(

@@ -144,20 +144,23 @@ def find_fit(
     Raises:
       CatVersionError: the step does not compile, whatever is computed again.
     """
+    usable = USABLE_MEMORY * memory_bytes
+
+    def compiled(tried: TrainConfig, slots: int) -> CompiledStep:
+        return compile_step(backbone, tried, mesh, slots, max_images, max_prompts, fast=fast)
+
     seconds, best, problem = 0.0, None, None
     for recompute in _policies(config):
         tried = dataclasses.replace(config, gradient_checkpointing=recompute)
         try:
-            one, some = (
-                compile_step(backbone, tried, mesh, slots, max_images, max_prompts, fast=fast)
-                for slots in (1, max(2, min(enough, USEFUL_SLOTS)))
-            )
+            one = compiled(tried, 1)
+            some = compiled(tried, max(2, min(enough, USEFUL_SLOTS)))
         except CatVersionError as error:
             problem = error
             continue
         seconds += one.seconds + some.seconds
         memory = MemoryModel.of(one, some)
-        largest = memory.largest(USABLE_MEMORY * memory_bytes)
+        largest = memory.largest(usable)
         if best is None or largest > best.largest:
             best = Fit(tried, memory, some, largest, seconds)
         if largest >= enough:
@@ -165,21 +168,17 @@ def find_fit(
     if best is None:
         assert problem is not None
         raise problem
-    near, usable = best.step, USABLE_MEMORY * memory_bytes
-    largest, memory = best.largest, best.memory
-    slots = min(largest, most)
-    if slots > near.slots_per_chip:
-        try:
-            far = compile_step(
-                backbone, best.config, mesh, slots, max_images, max_prompts, fast=fast
-            )
-        except CatVersionError:  # more than the device has: go by what is known to fit
-            largest = near.slots_per_chip
-        else:
-            seconds += far.seconds
-            memory = MemoryModel.of(near, far)
-            largest = memory.largest(usable)
-    return dataclasses.replace(best, memory=memory, largest=largest, seconds=seconds)
+    near, slots = best.step, min(best.largest, most)
+    if slots <= near.slots_per_chip:
+        return dataclasses.replace(best, seconds=seconds)
+    try:
+        far = compiled(best.config, slots)
+    except CatVersionError:  # more than the device has: go by what is known to fit
+        return dataclasses.replace(best, largest=near.slots_per_chip, seconds=seconds)
+    memory = MemoryModel.of(near, far)
+    return dataclasses.replace(
+        best, memory=memory, largest=memory.largest(usable), seconds=seconds + far.seconds
+    )
 
 
 def _least_recomputation(

@@ -73,19 +73,19 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
     from catversion_jax.planning.chips import parse_slice
     from catversion_jax.planning.compiled import tpu_mesh
     from catversion_jax.planning.fitting import find_fit, usual_slots, whole_tiles
+    from catversion_jax.sharding import CONCEPT_AXIS
 
     target = parse_slice(args.tpu)
     mesh = tpu_mesh(target, config.data_parallel)
-    wanted = usual_slots(config)
+    is_auto, wanted = config.concepts_per_device == "auto", usual_slots(config)
+    needed = -(-args.concepts // mesh.shape[CONCEPT_AXIS])
+    most = max(wanted, needed) if is_auto else wanted
     chip_memory = target.chip.memory_bytes
-    most = wanted
-    if config.concepts_per_device == "auto":
-        most = max(wanted, -(-args.concepts // target.num_chips))
     fit = find_fit(
         config, backbone, mesh, chip_memory, wanted, most, args.images, fast=not args.full_effort
     )
     memory, largest, step = fit.memory, fit.largest, fit.step
-    if config.concepts_per_device == "auto":
+    if is_auto:
         wanted = max(1, whole_tiles(largest, config))
     slots = min(wanted, largest)
     return {

@@ -23,12 +23,12 @@ from hbm_traffic import hbm_bytes
 from machine import write_results
 from random_sd15 import write_sd15_configurations
 
-from catversion_jax.config import make_config
+from catversion_jax.config.training import make_config
 from catversion_jax.models.stable_diffusion import Backbone, abstract_backbone
-from catversion_jax.planning.abstract import abstract_arguments
-from catversion_jax.planning.chips import parse_slice
-from catversion_jax.planning.compiled import compile_program, count_collectives, tpu_mesh
-from catversion_jax.planning.flops import count_flops
+from catversion_jax.training.planning.abstract import abstract_arguments
+from catversion_jax.training.planning.chips import parse_slice
+from catversion_jax.training.planning.compiled import compile_program, count_collectives, tpu_mesh
+from catversion_jax.training.planning.flops import count_flops
 
 MINIMUM = 1670e9 + 6.5e9
 """FLOPs of a sample: UNet and the last three layers of the text encoder, nothing computed again."""

@@ -21,11 +21,11 @@ from bench_step import DTYPES, RESULTS, models
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from machine import describe_machine, interleaved, ratios, spread, write_results
 
-from catversion_jax.image_requests import ImageRequest
+from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.models.stable_diffusion import load_backbone
-from catversion_jax.sampling import generate
-from catversion_jax.sampling_settings import SamplingSettings
-from catversion_jax.sharding import make_mesh, replicated
+from catversion_jax.runtime.sharding import make_mesh, replicated
+from catversion_jax.sampling.denoising import generate
+from catversion_jax.sampling.requests import ImageRequest
 
 PROMPT = "a teapot on the beach"
 

@@ -34,10 +34,10 @@ def compile_kernel(kernel: str, chip: str, positions: int, head_dim: int) -> Non
     import jax
     import jax.numpy as jnp
 
-    from catversion_jax.models.attention_pallas import transposed_attention
-    from catversion_jax.planning.chips import parse_slice
-    from catversion_jax.planning.compiled import tpu_mesh
-    from catversion_jax.sharding import replicated
+    from catversion_jax.models.layers.attention_pallas import transposed_attention
+    from catversion_jax.runtime.sharding import replicated
+    from catversion_jax.training.planning.chips import parse_slice
+    from catversion_jax.training.planning.compiled import tpu_mesh
 
     if kernel == "ours":
         shape = (HEADS, head_dim, positions)

@@ -28,14 +28,14 @@ from torch_trainers import BATCH, CatVersion, TextualInversion, Trainer
 
 from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptSpec, read_concepts
-from catversion_jax.config import make_config
-from catversion_jax.diffusion import noise_schedule
-from catversion_jax.models.network import Network
+from catversion_jax.config.training import make_config
+from catversion_jax.diffusion.schedule import noise_schedule
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
-from catversion_jax.objective import DiffusionBatch, diffusion_losses
-from catversion_jax.planning.compiled import counted_flops
-from catversion_jax.residual import KVResidual
-from catversion_jax.sharding import make_mesh, replicated
+from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.sharding import make_mesh, replicated
+from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
+from catversion_jax.training.planning.compiled import counted_flops
 from catversion_jax.training.preparation import prepare_concept
 from catversion_jax.training.slots import Slots
 from catversion_jax.training.state import make_optimizer

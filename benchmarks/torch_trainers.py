@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptSpec, read_concepts
-from catversion_jax.data import load_concept_images
+from catversion_jax.concepts.latents import load_concept_images
 from catversion_jax.integrations.concept_attention import EncoderState, LoadedConcept
 
 BATCH = 2

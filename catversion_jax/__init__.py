@@ -8,20 +8,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from catversion_jax.export import load_concept, save_concept
+    from catversion_jax.methods.concept_file import load_concept, save_concept
+    from catversion_jax.methods.official_adapter import import_official_concept
+    from catversion_jax.methods.residual import KVResidual
     from catversion_jax.models.stable_diffusion import load_backbone, load_text_encoder
-    from catversion_jax.official_adapter import import_official_concept
-    from catversion_jax.residual import KVResidual
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "KVResidual": "catversion_jax.residual",
+    "KVResidual": "catversion_jax.methods.residual",
     "load_backbone": "catversion_jax.models.stable_diffusion",
     "load_text_encoder": "catversion_jax.models.stable_diffusion",
-    "load_concept": "catversion_jax.export",
-    "save_concept": "catversion_jax.export",
-    "import_official_concept": "catversion_jax.official_adapter",
+    "load_concept": "catversion_jax.methods.concept_file",
+    "save_concept": "catversion_jax.methods.concept_file",
+    "import_official_concept": "catversion_jax.methods.official_adapter",
 }
 
 __all__ = [

@@ -11,12 +11,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from catversion_jax.atomic_files import make_folder, write_atomically
+from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from catversion_jax.models.network import Network
+    from catversion_jax.models.weights.network import Network
 
 CONTEXT = 48
 TEXT_WIDTH = 64
@@ -61,10 +61,10 @@ VAE_CONFIG: dict[str, Any] = {
 
 def write_random_model(folder: Path, seed: int = 0) -> None:
     """A complete diffusers folder with random weights, about 5 MB."""
-    from catversion_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-    from catversion_jax.models.network import random_network
-    from catversion_jax.models.unet import UNet2DConditionModel
+    from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
+    from catversion_jax.models.unet.unet import UNet2DConditionModel
     from catversion_jax.models.vae import AutoencoderKL
+    from catversion_jax.models.weights.network import random_network
 
     vocabulary = byte_vocabulary()
     end = vocabulary["<|endoftext|>"]
@@ -196,7 +196,7 @@ TOYS = {
 def _write_component(folder: Path, config: dict[str, Any], network: Network, stem: str) -> None:
     from safetensors.numpy import save
 
-    from catversion_jax.models.convert import state_dict_of
+    from catversion_jax.models.weights.convert import state_dict_of
 
     _write_json(folder / "config.json", config)
     write_atomically(

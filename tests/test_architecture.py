@@ -1,135 +1,144 @@
-"""The floor plan: imports go downwards, torch stays in integrations, importing is light."""
+"""The floor plan: rooms in order, no circles, torch in integrations only, a light import."""
 
 import ast
+import re
 import subprocess
 import sys
 import typing
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-import pytest
-
-PACKAGE = Path(__file__).resolve().parents[1] / "catversion_jax"
-
-# Longest prefix wins. The table in CONTRIBUTING.md says the same in words.
-FLOORS = {
-    "errors": 0,
-    "array_types": 0,
-    "atomic_files": 0,
-    "bucket_paths": 0,
-    "assets": 0,
-    "residual": 0,
-    "token_embeddings": 0,
-    "learned": 0,
-    "config": 0,
-    "presets": 0,
-    "config_ranges": 0,
-    "concepts": 0,
-    "sampling_settings": 0,
-    "mask_settings": 0,
-    "models": 1,
-    "diffusion": 1,
-    "samplers": 1,
-    "images": 2,
-    "data": 2,
-    "objective": 2,
-    "sharding": 2,
-    "processes": 2,
-    "foreign_files": 2,
-    "export": 2,
-    "learned_tensors": 2,
-    "attention_mass": 2,
-    "official_adapter": 2,
-    "grids": 2,
-    "concept_report": 2,
-    "image_requests": 2,
-    "object_masks": 2,
-    "mask_files": 2,
-    "training": 4,
-    "sampling": 3,
-    "evaluation": 3,
-    "prompt_embeds": 3,
-    "cross_attention_masks": 3,
-    "report": 4,
-    "planning": 5,
-    "cli": 6,
-    "integrations": 6,
-}
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "catversion_jax"
 
 
-def module_names() -> list[str]:
-    return sorted(
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        for path in PACKAGE.rglob("*.py")
-        if path != PACKAGE / "__init__.py"
-    )
+def room_table() -> dict[str, int]:
+    """The rooms of CONTRIBUTING's floor plan, each with its place in the order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    plan = text.split("## Floor plan")[1].split("\n## ")[0]
+    rooms = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", plan, re.MULTILINE)
+    assert len(rooms) == len(set(rooms)) > 10, rooms
+    return {room: place for place, room in enumerate(rooms)}
 
 
-def imported(module: str) -> set[str]:
-    """Modules of the package that ``module`` imports anywhere, except for type checking only."""
-    tree = ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+def files() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Names that a file imports anywhere, except for type checking only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(node)
         for block in ast.walk(tree)
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
         for node in ast.walk(block)
     }
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            assert node.level == 0, f"{path}: imports are absolute here"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     return names
 
 
-def floor(module: str) -> int:
-    return FLOORS[module.split(".")[0]]
+def arrows() -> dict[str, set[str]]:
+    """For every module of the package, the modules of the package that it imports."""
+    modules = files()
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        targets = set()
+        for name in imported(path):
+            while name and name not in modules:  # the module in which an imported name stands
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                targets.add(name)
+        graph[module] = targets
+    return graph
 
 
-@pytest.mark.parametrize("module", module_names())
-def test_a_floor_imports_only_lower_floors_or_its_own(module: str) -> None:
-    assert module.split(".")[0] in FLOORS, f"{module}: give it a floor here and in CONTRIBUTING.md"
-    own = {
-        name.removeprefix("catversion_jax.")
-        for name in imported(module)
-        if name.startswith("catversion_jax.")
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of a graph, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_rooms_stand_in_order_and_nothing_goes_in_a_circle() -> None:
+    """The package's root holds rooms and four files; a room imports those above it in the table."""
+    rooms, graph = room_table(), arrows()
+    on_disk = {
+        path.name
+        for path in PACKAGE.iterdir()
+        if path.name != "__pycache__" and (path.is_file() or any(path.rglob("*.py")))
     }
-    upwards = {name for name in own if name.split(".")[0] in FLOORS and floor(name) > floor(module)}
-    assert not upwards, f"{module} (floor {floor(module)}) imports upwards: {upwards}"
+    folders = {room for room in rooms if (PACKAGE / room).is_dir()}
+    assert on_disk == folders | {"__init__.py", "errors.py", "array_types.py", "py.typed"}
+    assert set(rooms) == folders | {"errors", "array_types"}
+    downwards = [
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        for target in targets
+        if room_of(module) and room_of(target) and rooms[room_of(target)] > rooms[room_of(module)]
+    ]
+    assert not downwards, "a room imports only rooms above it in CONTRIBUTING's table"
+    assert not circle(graph), "files import each other in a circle"
+    between_rooms: dict[str, set[str]] = {room: set() for room in rooms}
+    for module, targets in graph.items():
+        if room := room_of(module):
+            between_rooms[room] |= {room_of(t) for t in targets} - {room, ""}
+    assert not circle(between_rooms), "rooms import each other in a circle"
 
 
-@pytest.mark.parametrize("module", module_names())
-def test_torch_lives_in_integrations_only(module: str) -> None:
-    tops = {name.split(".")[0] for name in imported(module)}
-    if not module.startswith("integrations"):
-        assert not tops & {"torch", "diffusers"}, f"{module}: the base install has no torch"
+def test_torch_lives_in_integrations_only() -> None:
+    """The base install has no torch."""
+    using = {
+        module
+        for module, path in files().items()
+        if {name.split(".")[0] for name in imported(path)} & {"torch", "diffusers"}
+    }
+    assert using
+    assert all(room_of(module) == "integrations" for module in using), using
 
 
 def test_the_choices_of_when_are_written_once() -> None:
-    """Apart from the type in config.py, which must say the same."""
+    """Apart from the type of the option, which must say the same."""
     from catversion_jax.concepts.fields import WHEN
     from catversion_jax.config import TrainConfig
 
     assert typing.get_args(typing.get_type_hints(TrainConfig)["when"]) == WHEN
     lists = {
         module
-        for module in module_names()
-        for node in ast.walk(ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text()))
+        for module, path in files().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Tuple | ast.List)
         and [getattr(item, "value", None) for item in node.elts] == list(WHEN)
     }
-    assert lists == {"concepts.fields", "config"}
+    assert len(lists) == 2, lists
 
 
 def test_files_stay_readable() -> None:
+    """No file above 400 lines, median at most 150."""
     lengths = {
         path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")
     }
-    too_long = {str(path): length for path, length in lengths.items() if length > 450}
-    assert not too_long
-    assert sorted(lengths.values())[len(lengths) // 2] < 200
+    assert not {str(path): length for path, length in lengths.items() if length > 400}
+    assert sorted(lengths.values())[len(lengths) // 2] <= 150
 
 
 def test_import_is_light() -> None:

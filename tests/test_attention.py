@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="parity needs torch: pip install '.[
 
 from torch_reference import draw, relative_error  # noqa: E402
 
-from catversion_jax.models.attention import (  # noqa: E402
+from catversion_jax.models.layers.attention import (  # noqa: E402
     MAX_LOGITS,
     attention,
     lane_attention,

@@ -15,10 +15,10 @@ from random_model import write_toy_concepts
 from test_train_cli import arguments, final_files, run_to_end, start
 
 from catversion_jax import load_concept
-from catversion_jax.bucket_paths import as_path
 from catversion_jax.cli import main
 from catversion_jax.errors import CatVersionError
-from catversion_jax.export import concept_folders
+from catversion_jax.methods.concept_file import concept_folders
+from catversion_jax.runtime.bucket_paths import as_path
 
 # The server does not speak the protocol of gcsfs' newer kinds of buckets.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -86,7 +86,7 @@ def _final(folder: Path) -> bytes:
 def test_other_addresses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CatVersionError, match=r"s3://a/b: must be a folder or begin with gs://"):
         as_path("s3://a/b")
-    program = "from catversion_jax.bucket_paths import as_path; as_path('gs://a/b')"
+    program = "from catversion_jax.runtime.bucket_paths import as_path; as_path('gs://a/b')"
     empty = tmp_path / "gcsfs"  # hides the installed one
     empty.mkdir()
     (empty / "__init__.py").write_text("raise ImportError('not installed')")

@@ -11,11 +11,11 @@ import transformers
 from torch_reference import as_network, draw, randomise, relative_error
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.attention import attention
-from catversion_jax.models.clip_encoder import CLIPEncoderLayer
-from catversion_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from catversion_jax.models.convert import convert_state_dict
-from catversion_jax.models.network import Network, abstract_network, random_network
+from catversion_jax.models.clip.encoder import CLIPEncoderLayer
+from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
+from catversion_jax.models.layers.attention import attention
+from catversion_jax.models.weights.convert import convert_state_dict
+from catversion_jax.models.weights.network import Network, abstract_network, random_network
 
 SIZES = {
     "vocab_size": 99,

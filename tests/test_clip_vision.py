@@ -10,9 +10,9 @@ import transformers
 from torch_reference import as_network, draw, nchw, randomise, relative_error
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.clip_encoder import CLIPEncoderLayer
-from catversion_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel, load_clip
-from catversion_jax.models.network import Network, abstract_network
+from catversion_jax.models.clip.encoder import CLIPEncoderLayer
+from catversion_jax.models.clip.vision import CLIPVisionConfig, CLIPVisionModel, load_clip
+from catversion_jax.models.weights.network import Network, abstract_network
 
 VISION = {
     "hidden_size": 48,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from catversion_jax.training.compilation import watch_compilation
+from catversion_jax.runtime.compilation import watch_compilation
 
 
 @pytest.fixture

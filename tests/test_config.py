@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from catversion_jax.config import (
+from catversion_jax.config.training import (
     ALIASES,
     PRESETS,
     RECORDING_OPTIONS,

@@ -20,12 +20,12 @@ from flax import nnx
 from torch_reference import draw, randomise, relative_error
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.checkpoint import open_checkpoint
-from catversion_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from catversion_jax.models.convert import convert_state_dict, load_network
-from catversion_jax.models.fingerprint import text_encoder_sha256
-from catversion_jax.models.network import abstract_network
+from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.vae import AutoencoderKL
+from catversion_jax.models.weights.convert import convert_state_dict, load_network
+from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+from catversion_jax.models.weights.network import abstract_network
+from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
 SIZES = {
     "vocab_size": 60,
@@ -326,7 +326,7 @@ MEASURE = """
 import json, sys
 import jax, jax.numpy as jnp
 from flax import nnx
-from catversion_jax.models.convert import load_network
+from catversion_jax.models.weights.convert import load_network
 
 class Stack(nnx.Module):
     def __init__(self, rngs):

@@ -12,10 +12,10 @@ pytest.importorskip("diffusers", reason="the reference is diffusers: pip install
 from test_attention_maps import StoreProbabilities  # noqa: E402
 from torch_reference import nchw, relative_error  # noqa: E402
 
-from catversion_jax.cross_attention_masks import class_word_maps, class_word_masks  # noqa: E402
+from catversion_jax.config.masks import MaskSettings  # noqa: E402
 from catversion_jax.errors import CatVersionError  # noqa: E402
-from catversion_jax.mask_settings import MaskSettings  # noqa: E402
 from catversion_jax.models.stable_diffusion import load_backbone  # noqa: E402
+from catversion_jax.sampling.class_word_masks import class_word_maps, class_word_masks  # noqa: E402
 
 SETTINGS = MaskSettings(noise_levels=(0.2, 0.5), num_draws=2)
 WORDS = ["cup", "red teapot", "cup", "dog", "dog"]

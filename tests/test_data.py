@@ -12,12 +12,17 @@ import pytest
 from PIL import Image
 
 from catversion_jax.concepts import ConceptSpec, ImageSource
-from catversion_jax.data import ENCODE_BATCH, EncodedConcept, encode_concept, load_concept_images
+from catversion_jax.concepts.images import LoadedImage
+from catversion_jax.concepts.latents import (
+    ENCODE_BATCH,
+    EncodedConcept,
+    encode_concept,
+    load_concept_images,
+)
 from catversion_jax.errors import CatVersionError, ConceptError
-from catversion_jax.images import LoadedImage
-from catversion_jax.models.convert import load_network
-from catversion_jax.models.network import Network
 from catversion_jax.models.vae import AutoencoderKL
+from catversion_jax.models.weights.convert import load_network
+from catversion_jax.models.weights.network import Network
 
 SIZE, FACTOR, SCALE = 16, 2, 0.18215
 

@@ -17,15 +17,15 @@ from torch_reference import randomise
 
 from catversion_jax.cli import main
 from catversion_jax.concepts import ImageSource
-from catversion_jax.config import TrainConfig, dump_config
+from catversion_jax.config.training import TrainConfig, dump_config
 from catversion_jax.evaluation import load_prompt_set
 from catversion_jax.evaluation.embedders import CLIP_MEAN, ClipEmbedder
 from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.scoring import Scorer
 from catversion_jax.evaluation.subjects import Subject, read_references
-from catversion_jax.export import save_concept
-from catversion_jax.grids import read_metadata
-from catversion_jax.residual import KVResidual
+from catversion_jax.methods.concept_file import save_concept
+from catversion_jax.methods.residual import KVResidual
+from catversion_jax.sampling.grids import read_metadata
 
 PROMPTS = ["a {} in the snow", "a wet {} & <script>document.title = 'owned'</script>"]
 NAMES = {"striped_ball": "ball", "teal_cup": "cup"}

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from catversion_jax.concepts import ImageSource
+from catversion_jax.evaluation.charts import line_chart
 from catversion_jax.evaluation.image_folders import mask_path
+from catversion_jax.evaluation.page import PageMaterial, write_evaluation_page
 from catversion_jax.evaluation.prior import PriorScores
 from catversion_jax.evaluation.scoring import PromptScores, RealImages, Scores, SubjectScores
 from catversion_jax.evaluation.subjects import Subject, read_references
 from catversion_jax.evaluation.tables import Evaluation
-from catversion_jax.report.charts import line_chart
-from catversion_jax.report.evaluation_page import PageMaterial, write_evaluation_page
 
 EVIL = "<script>document.title='owned'</script> & \"a dog\" <img src=http://example.com/x.png>"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")

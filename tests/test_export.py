@@ -15,14 +15,14 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.export import (
+from catversion_jax.methods.concept_file import (
     Concept,
     load_concept,
     save_concept,
     serialize_safetensors,
     write_concepts,
 )
-from catversion_jax.residual import KVResidual
+from catversion_jax.methods.residual import KVResidual
 
 ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTION = {

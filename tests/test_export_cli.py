@@ -13,8 +13,8 @@ import pytest
 import safetensors.numpy
 
 from catversion_jax.cli import main
-from catversion_jax.export import load_concept, save_concept
-from catversion_jax.residual import KVResidual
+from catversion_jax.methods.concept_file import load_concept, save_concept
+from catversion_jax.methods.residual import KVResidual
 
 torch = pytest.importorskip("torch", reason="exports are checked in torch: pip install '.[test]'")
 pytest.importorskip("diffusers", reason="exports are checked in diffusers: pip install '.[test]'")
@@ -33,8 +33,8 @@ def make_residual(seed: int, layers: tuple = (1, 2, 3)) -> KVResidual:
 @pytest.fixture
 def run_folder(tmp_path: Path, tiny_sd_folder: Path) -> Path:
     """A run directory with two finished concepts and one that failed."""
-    from catversion_jax.models.checkpoint import open_checkpoint
-    from catversion_jax.models.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
     digest = text_encoder_sha256(open_checkpoint(tiny_sd_folder / "text_encoder"))
     for seed, (name, word) in enumerate([("tom", "cat"), ("rex", "dog")]):
@@ -97,7 +97,7 @@ def test_export_concept_files(run_folder: Path, tmp_path: Path, capsys) -> None:
 
 def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, capsys) -> None:
 
-    from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord, SavedRow
+    from catversion_jax.training.run.checkpoint import Checkpoints, ConceptRecord, SavedRow
     from catversion_jax.training.state import TrainState
 
     records = [
@@ -194,9 +194,9 @@ def test_prompt_embeds_warn_of_plain_and_cut_off_prompts(
 
 
 def test_whole_image_equals_our_sampler(run_folder: Path, tiny_sd_folder: Path) -> None:
-    from catversion_jax.image_requests import ConceptUse, ImageRequest
     from catversion_jax.models.stable_diffusion import load_backbone
-    from catversion_jax.sampling import SamplingSettings, generate
+    from catversion_jax.sampling.denoising import SamplingSettings, generate
+    from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 
     path = run_folder / "concepts" / "tom" / "catversion.safetensors"
     concept = load_concept(path)
@@ -368,8 +368,8 @@ def test_import_says_where_the_fingerprint_comes_from(
 ) -> None:
     import shutil
 
-    from catversion_jax.models.checkpoint import open_checkpoint
-    from catversion_jax.models.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
     write_official(tmp_path / "teapot")
     half = tmp_path / "half" / "text_encoder"  # fp16 weights only

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from catversion_jax.config import make_config
-from catversion_jax.diffusion import noise_schedule
-from catversion_jax.models.attention_pallas import transposed_attention
+from catversion_jax.config.training import make_config
+from catversion_jax.diffusion.schedule import noise_schedule
+from catversion_jax.models.layers.attention_pallas import transposed_attention
 from catversion_jax.models.stable_diffusion import abstract_backbone
-from catversion_jax.planning.abstract import abstract_arguments
-from catversion_jax.planning.flops import count_flops
-from catversion_jax.sharding import make_mesh
+from catversion_jax.runtime.sharding import make_mesh
+from catversion_jax.training.planning.abstract import abstract_arguments
+from catversion_jax.training.planning.flops import count_flops
 from catversion_jax.training.state import make_optimizer
 from catversion_jax.training.step import make_train_step
 

@@ -17,10 +17,10 @@ import torch
 import transformers
 from torch_reference import as_network, draw, nchw, randomise, relative_error
 
-from catversion_jax.models.clip_encoder import CLIPEncoderLayer
-from catversion_jax.models.clip_text import CLIPTextConfig, CLIPTextModel, causal_bias
-from catversion_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
-from catversion_jax.models.network import Network, abstract_network
+from catversion_jax.models.clip.encoder import CLIPEncoderLayer
+from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel, causal_bias
+from catversion_jax.models.clip.vision import CLIPVisionConfig, CLIPVisionModel
+from catversion_jax.models.weights.network import Network, abstract_network
 
 # text_encoder/config.json of stable-diffusion-v1-5 and stable-diffusion-2-1
 PUBLISHED = {

@@ -40,9 +40,9 @@ from torch_reference import (  # noqa: E402
     relative_error,
 )
 
-from catversion_jax.models.convert import load_network  # noqa: E402
-from catversion_jax.models.unet import UNet2DConditionModel  # noqa: E402
+from catversion_jax.models.unet.unet import UNet2DConditionModel  # noqa: E402
 from catversion_jax.models.vae import AutoencoderKL  # noqa: E402
+from catversion_jax.models.weights.convert import load_network  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -46,9 +46,9 @@ def test_every_operation_reads_its_operands_and_writes_its_results() -> None:
 
 def test_a_sum_on_a_real_chip_moves_three_arrays() -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
-    from catversion_jax.planning.chips import parse_slice
-    from catversion_jax.planning.compiled import tpu_mesh
-    from catversion_jax.sharding import replicated
+    from catversion_jax.runtime.sharding import replicated
+    from catversion_jax.training.planning.chips import parse_slice
+    from catversion_jax.training.planning.compiled import tpu_mesh
 
     sharding = replicated(tpu_mesh(parse_slice("v5e:1x1")))
     # more than the fast memory holds

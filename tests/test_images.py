@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from catversion_jax.concepts import ImageSource
+from catversion_jax.concepts.images import Crop, LoadedImage, load_image
 from catversion_jax.errors import ConceptError
-from catversion_jax.images import Crop, LoadedImage, load_image
 
 ORIENTATION = 0x0112
 

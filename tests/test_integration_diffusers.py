@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from catversion_jax.export import save_concept
-from catversion_jax.residual import KVResidual
+from catversion_jax.methods.concept_file import save_concept
+from catversion_jax.methods.residual import KVResidual
 
 torch = pytest.importorskip("torch", reason="the loader is a PyTorch one: pip install '.[torch]'")
 pytest.importorskip("diffusers", reason="the loader is for diffusers: pip install '.[torch]'")

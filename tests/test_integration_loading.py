@@ -12,7 +12,7 @@ from test_integration_diffusers import load_pipe, make_residual, write
 torch = pytest.importorskip("torch", reason="the loader is a PyTorch one: pip install '.[torch]'")
 
 from catversion_jax.integrations import diffusers as loader  # noqa: E402
-from catversion_jax.residual import KVResidual  # noqa: E402
+from catversion_jax.methods.residual import KVResidual  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_fingerprint_equals_the_one_of_the_jax_side(tiny_sd_folder):
     from safetensors.numpy import load_file
 
-    from catversion_jax.models.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.fingerprint import text_encoder_sha256
 
     expected = text_encoder_sha256(load_file(tiny_sd_folder / "text_encoder" / "model.safetensors"))
     for dtype in (torch.float32, torch.float16):

@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch", reason="parity needs torch: pip install '.[
 
 from torch_reference import draw, relative_error  # noqa: E402
 
-from catversion_jax.models.activations import gelu, quick_gelu  # noqa: E402
-from catversion_jax.models.resnet import GroupNorm  # noqa: E402
+from catversion_jax.models.layers.activations import gelu, quick_gelu  # noqa: E402
+from catversion_jax.models.layers.resnet import GroupNorm  # noqa: E402
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-4)])

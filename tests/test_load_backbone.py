@@ -21,9 +21,9 @@ from huggingface_hub import constants
 from torch_reference import draw, nchw, nhwc, relative_error
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.hub import locate_model
-from catversion_jax.models.network import Network
 from catversion_jax.models.stable_diffusion import load_backbone, load_text_encoder
+from catversion_jax.models.weights.hub import locate_model
+from catversion_jax.models.weights.network import Network
 
 
 def check_equals_torch(folder: Path, prompt: str, tolerance: float = 1e-4) -> None:
@@ -347,7 +347,7 @@ def test_what_the_hub_answers(tmp_path, status, code, message):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     program = (
-        "from catversion_jax.models.hub import locate_model\n"
+        "from catversion_jax.models.weights.hub import locate_model\n"
         "from catversion_jax.errors import CatVersionError\n"
         "try: locate_model('someone/gated', revision='v9')\n"
         "except CatVersionError as error: print(error)"

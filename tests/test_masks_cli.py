@@ -11,9 +11,9 @@ from PIL import Image
 
 from catversion_jax.cli import main
 from catversion_jax.concepts import ConceptSpec, ImageSource, read_concepts
-from catversion_jax.data import load_concept_images
+from catversion_jax.concepts.latents import load_concept_images
+from catversion_jax.concepts.mask_files import mask_paths
 from catversion_jax.errors import ConceptError
-from catversion_jax.mask_files import mask_paths
 
 SIDE = 16
 
@@ -52,8 +52,8 @@ def pixels_of(path: Path) -> np.ndarray:
 def test_masks_lie_beside_the_images_and_given_ones_win(
     concepts: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from catversion_jax.cross_attention_masks import class_word_masks
     from catversion_jax.models.stable_diffusion import load_backbone
+    from catversion_jax.sampling.class_word_masks import class_word_masks
 
     before = {path: path.read_bytes() for path in concepts.rglob("*.*")}
     assert masks(tiny_sd_folder, concepts) == 0

@@ -17,18 +17,18 @@ from test_residual import HEAD_DIM, HEADS, attention_layer, make_residual
 from test_training_step import LAYERS, concept_data, config
 from torch_reference import draw, relative_error
 
-from catversion_jax.attention_mass import residual_attention_mass
 from catversion_jax.cli import main
-from catversion_jax.config import make_config
+from catversion_jax.config.training import make_config
 from catversion_jax.errors import CatVersionError
-from catversion_jax.export import save_concept
-from catversion_jax.image_requests import ConceptUse
 from catversion_jax.integrations.diffusers import load_catversion
-from catversion_jax.models.clip_encoder import ExtraKeys
-from catversion_jax.models.clip_text import causal_bias
+from catversion_jax.methods.attention_mass import residual_attention_mass
+from catversion_jax.methods.concept_file import save_concept
+from catversion_jax.methods.residual import KVResidual
+from catversion_jax.models.clip.encoder import ExtraKeys
+from catversion_jax.models.clip.text import causal_bias
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
-from catversion_jax.residual import KVResidual
-from catversion_jax.sampling import encode_prompt
+from catversion_jax.sampling.denoising import encode_prompt
+from catversion_jax.sampling.requests import ConceptUse
 from catversion_jax.training.state import TrainState, make_optimizer
 from catversion_jax.training.step import apply_update, sample_batch
 
@@ -100,7 +100,7 @@ def test_the_narrowest_scope_is_read_by_the_word_alone() -> None:
 
 
 def test_another_place_of_the_word_compiles_nothing_new(backbone: Backbone) -> None:
-    from catversion_jax import sampling
+    from catversion_jax.sampling import denoising as sampling
 
     use = [ConceptUse("cat", "cat", tiny_residual("from_class_word"))]
     encode_prompt(backbone, "a cat", use)

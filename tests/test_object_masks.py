@@ -5,7 +5,7 @@ definitions.
 import numpy as np
 import pytest
 
-from catversion_jax.object_masks import (
+from catversion_jax.concepts.object_masks import (
     centred_disk,
     guided_filter,
     intersection_over_union,

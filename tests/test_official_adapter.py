@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.official_adapter import import_official_concept
+from catversion_jax.methods.official_adapter import import_official_concept
 
 PUBLISHED = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "official_adapters"
 LAYER_KEY = (

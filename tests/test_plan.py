@@ -11,21 +11,21 @@ import pytest
 
 from catversion_jax.cli import main
 from catversion_jax.concepts import read_concepts
-from catversion_jax.config import make_config
+from catversion_jax.config.training import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import abstract_backbone, load_backbone
-from catversion_jax.planning.abstract import abstract_arguments
-from catversion_jax.planning.chips import TPUS, Slice, parse_slice
-from catversion_jax.planning.compiled import (
+from catversion_jax.runtime.sharding import make_mesh
+from catversion_jax.training.planning.abstract import abstract_arguments
+from catversion_jax.training.planning.chips import TPUS, Slice, parse_slice
+from catversion_jax.training.planning.compiled import (
     CompiledStep,
     compile_step,
     count_collectives,
     counted_flops,
     tpu_mesh,
 )
-from catversion_jax.planning.estimate import USABLE_MEMORY, MemoryModel, job, step_seconds
-from catversion_jax.planning.fitting import find_fit, fitted, whole_tiles
-from catversion_jax.sharding import make_mesh
+from catversion_jax.training.planning.estimate import USABLE_MEMORY, MemoryModel, job, step_seconds
+from catversion_jax.training.planning.fitting import find_fit, fitted, whole_tiles
 
 CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 64})
 

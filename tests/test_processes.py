@@ -13,10 +13,10 @@ import pytest
 from random_model import write_toy_concepts
 from test_train_cli import arguments, assert_close, final_files, run_to_end, start
 
-from catversion_jax.atomic_files import check_writable
-from catversion_jax.config import make_config
+from catversion_jax.config.training import make_config
 from catversion_jax.errors import CatVersionError
-from catversion_jax.processes import HEARTBEAT_SECONDS
+from catversion_jax.runtime.atomic_files import check_writable
+from catversion_jax.runtime.processes import HEARTBEAT_SECONDS
 
 OPTIONS = {"concepts_per_device": 1, "max_train_steps": 40}
 

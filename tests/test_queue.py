@@ -17,7 +17,7 @@ from test_train_cli import arguments, final_files, run_to_end, start
 
 from catversion_jax import load_concept
 from catversion_jax.cli import main
-from catversion_jax.config import make_config
+from catversion_jax.config.training import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.training.early_stop import should_stop
 from catversion_jax.training.feeder import Feeder

@@ -12,10 +12,10 @@ from test_clip_text import default_encoders, token_ids, torch_encoder
 from torch_reference import draw, relative_error
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.clip_encoder import CLIPAttention, EncoderConfig, ExtraKeys
-from catversion_jax.models.clip_text import causal_bias
-from catversion_jax.models.network import random_network
-from catversion_jax.residual import KVResidual, resolve_layers
+from catversion_jax.methods.residual import KVResidual, resolve_layers
+from catversion_jax.models.clip.encoder import CLIPAttention, EncoderConfig, ExtraKeys
+from catversion_jax.models.clip.text import causal_bias
+from catversion_jax.models.weights.network import random_network
 
 HEADS, HEAD_DIM = 6, 8
 

@@ -5,10 +5,10 @@ fake network.
 import numpy as np
 import pytest
 
-from catversion_jax.diffusion import NoiseScheduleConfig
+from catversion_jax.config.sampling import SAMPLERS
+from catversion_jax.diffusion.samplers import SamplerRow, make_sampler
+from catversion_jax.diffusion.schedule import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError
-from catversion_jax.samplers import SamplerRow, make_sampler
-from catversion_jax.sampling_settings import SAMPLERS
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from catversion_jax import sampling
+from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
-from catversion_jax.image_requests import ConceptUse, ImageRequest, check_concept
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import load_backbone
-from catversion_jax.planning.compiled import count_collectives
-from catversion_jax.residual import KVResidual
-from catversion_jax.sampling import encode_prompt, generate, latent_shape
-from catversion_jax.sampling_settings import SamplingSettings
-from catversion_jax.sharding import make_mesh, place_by_device, replicated
+from catversion_jax.runtime.sharding import make_mesh, place_by_device, replicated
+from catversion_jax.sampling import denoising as sampling
+from catversion_jax.sampling.denoising import encode_prompt, generate, latent_shape
+from catversion_jax.sampling.requests import ConceptUse, ImageRequest, check_concept
+from catversion_jax.training.planning.compiled import count_collectives
 
 QUICK = SamplingSettings(num_inference_steps=3)
 PEERS = {

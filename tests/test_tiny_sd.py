@@ -9,10 +9,10 @@ import pytest
 
 from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import read_concepts
-from catversion_jax.image_requests import ImageRequest
+from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.models.stable_diffusion import load_backbone
-from catversion_jax.sampling import generate
-from catversion_jax.sampling_settings import SamplingSettings
+from catversion_jax.sampling.denoising import generate
+from catversion_jax.sampling.requests import ImageRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = embedded_folder("tiny-sd")

@@ -17,16 +17,16 @@ from torch_reference import draw, relative_error
 from transformers import CLIPTextModel
 
 from catversion_jax.cli import main
-from catversion_jax.diffusion import noise_schedule
+from catversion_jax.diffusion.schedule import noise_schedule
 from catversion_jax.errors import CatVersionError
-from catversion_jax.export import load_concept, save_concept
-from catversion_jax.image_requests import ConceptUse, check_concept
+from catversion_jax.methods.concept_file import load_concept, save_concept
+from catversion_jax.methods.residual import KVResidual
+from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
-from catversion_jax.objective import DiffusionBatch, diffusion_losses
-from catversion_jax.residual import KVResidual
-from catversion_jax.sampling import encode_prompt
-from catversion_jax.sharding import make_mesh
-from catversion_jax.token_embeddings import TokenEmbeddings
+from catversion_jax.runtime.sharding import make_mesh
+from catversion_jax.sampling.denoising import encode_prompt
+from catversion_jax.sampling.requests import ConceptUse, check_concept
+from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.training.state import TrainState, create_train_state, make_optimizer
 from catversion_jax.training.step import make_train_step
 

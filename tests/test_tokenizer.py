@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.tokenizer import Tokenizer
+from catversion_jax.models.clip.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_works_without_torch(folder):
     """The base install has none."""
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from catversion_jax.models.tokenizer import Tokenizer\n"
+        "from catversion_jax.models.clip.tokenizer import Tokenizer\n"
         "assert 'transformers' not in sys.modules\n"
         f"print(Tokenizer.from_folder({str(folder)!r})(['a cat']).shape)"
     )

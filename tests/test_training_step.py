@@ -10,11 +10,11 @@ import optax
 import pytest
 import torch
 
-from catversion_jax.config import TrainConfig, make_config
-from catversion_jax.diffusion import NoiseSchedule, noise_schedule
+from catversion_jax.config.training import TrainConfig, make_config
+from catversion_jax.diffusion.schedule import NoiseSchedule, noise_schedule
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
-from catversion_jax.residual import KVResidual
-from catversion_jax.sharding import make_mesh, place_by_concept, replicated
+from catversion_jax.runtime.sharding import make_mesh, place_by_concept, replicated
 from catversion_jax.training.state import (
     ConceptData,
     TrainState,

@@ -26,15 +26,15 @@ from torch_reference import (  # noqa: E402
 )
 
 from catversion_jax.errors import CatVersionError  # noqa: E402
-from catversion_jax.models.convert import load_network  # noqa: E402
-from catversion_jax.models.network import Network, abstract_network  # noqa: E402
-from catversion_jax.models.recompute import recomputed  # noqa: E402
-from catversion_jax.models.resnet import LayerFactory  # noqa: E402
-from catversion_jax.models.transformer2d import (  # noqa: E402
+from catversion_jax.models.layers.recompute import recomputed  # noqa: E402
+from catversion_jax.models.layers.resnet import LayerFactory  # noqa: E402
+from catversion_jax.models.unet.transformer import (  # noqa: E402
     FEED_FORWARD_SLICE,
     BasicTransformerBlock,
 )
-from catversion_jax.models.unet import UNet2DConditionModel, timestep_embedding  # noqa: E402
+from catversion_jax.models.unet.unet import UNet2DConditionModel, timestep_embedding  # noqa: E402
+from catversion_jax.models.weights.convert import load_network  # noqa: E402
+from catversion_jax.models.weights.network import Network, abstract_network  # noqa: E402
 
 SD1_LIKE = SD15_UNET | {
     "block_out_channels": [16, 24],

@@ -13,9 +13,9 @@ diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip
 from torch_reference import SD15_VAE, as_network, draw, nchw, nhwc, randomise, relative_error  # noqa: E402
 
 from catversion_jax.errors import CatVersionError  # noqa: E402
-from catversion_jax.models.convert import convert_state_dict, load_network  # noqa: E402
-from catversion_jax.models.network import abstract_network  # noqa: E402
 from catversion_jax.models.vae import AutoencoderKL  # noqa: E402
+from catversion_jax.models.weights.convert import convert_state_dict, load_network  # noqa: E402
+from catversion_jax.models.weights.network import abstract_network  # noqa: E402
 
 SMALL = SD15_VAE | {
     "block_out_channels": [8, 16, 24],

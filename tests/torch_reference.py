@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from catversion_jax.models.convert import convert_state_dict
-from catversion_jax.models.network import Network, abstract_network
+from catversion_jax.models.weights.convert import convert_state_dict
+from catversion_jax.models.weights.network import Network, abstract_network
 
 # Published config.json files, as they are on the Hugging Face hub (underscored bookkeeping left
 # out).

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catversion_jax.assets import embedded_folder
-from catversion_jax.concept_report import ConceptReport, report_concept
 from catversion_jax.concepts import ConceptProblem, read_concepts
 from catversion_jax.concepts.fields import WHEN
-from catversion_jax.config import TrainConfig
+from catversion_jax.concepts.report import ConceptReport, report_concept
+from catversion_jax.config.training import TrainConfig
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.tokenizer import Tokenizer
+from catversion_jax.models.clip.tokenizer import Tokenizer
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 _SD_RESOLUTION = 512

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from catversion_jax import __version__
 from catversion_jax.cli.generate import add_sampling_arguments, sampling_settings
+from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
-from catversion_jax.sampling_settings import SamplingSettings
 
 if TYPE_CHECKING:
     from catversion_jax.concepts import ConceptList
@@ -135,12 +135,12 @@ class _Command:
 
     def run(self) -> int:
         """Draw, score, write, print."""
-        from catversion_jax.atomic_files import make_folder
-        from catversion_jax.cross_attention_masks import class_word_masks
         from catversion_jax.evaluation.embedders import ClipEmbedder, DinoEmbedder
+        from catversion_jax.evaluation.page import PageMaterial, write_evaluation_page
         from catversion_jax.evaluation.scoring import Scorer
         from catversion_jax.evaluation.tables import table_lines, write_scores
-        from catversion_jax.report.evaluation_page import PageMaterial, write_evaluation_page
+        from catversion_jax.runtime.atomic_files import make_folder
+        from catversion_jax.sampling.class_word_masks import class_word_masks
 
         backbone = self._load_model() if self.draws or self.args.model else None
         clip = ClipEmbedder(self._clip_folder(backbone))
@@ -173,9 +173,9 @@ class _Command:
 
         from catversion_jax.evaluation.generation import concept_use
         from catversion_jax.evaluation.subjects import recorded_model
-        from catversion_jax.image_requests import check_concept
         from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
-        from catversion_jax.sharding import make_mesh, replicated
+        from catversion_jax.runtime.sharding import make_mesh, replicated
+        from catversion_jax.sampling.requests import check_concept
 
         args = self.args
         name = args.model or recorded_model(self.source)
@@ -222,7 +222,7 @@ class _Command:
 
         from catversion_jax.evaluation.generation import draw_missing, plan_images
         from catversion_jax.evaluation.prior import plan_prior
-        from catversion_jax.image_requests import prompt_warnings
+        from catversion_jax.sampling.requests import prompt_warnings
 
         subjects, prompt_set = self.subjects, self.prompt_set
         scored: list[PlannedImage] = plan_images(images, subjects, prompt_set, self.seeds)
@@ -246,7 +246,7 @@ class _Command:
         for message in prompt_warnings(backbone.tokenizer, [image.request for image in scored]):
             logger.warning(message)
         bar = tqdm(total=len(planned), unit="image", desc="drawing")
-        with _quiet("catversion_jax.sampling"), bar as progress:
+        with _quiet("catversion_jax.sampling.denoising"), bar as progress:
             drawn = draw_missing(backbone, planned, self.settings, progress.update)
         print(f"{len(planned)} images, {len(planned) - drawn} of them were there already")
 

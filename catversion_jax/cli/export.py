@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from catversion_jax.bucket_paths import as_path
 from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.bucket_paths import as_path
 
 if TYPE_CHECKING:
-    from catversion_jax.export import Concept
+    from catversion_jax.methods.concept_file import Concept
 
 FORMATS = ("safetensors", "prompt_embeds", "pipeline")
 _CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete step
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         )
     concepts = _chosen(collect_concepts(args.source), args.concept, args.source)
     if args.format == "safetensors":
-        from catversion_jax.export import write_concepts
+        from catversion_jax.methods.concept_file import write_concepts
 
         for path in write_concepts(concepts, output):
             print(path)
@@ -73,8 +73,8 @@ def collect_concepts(source: str | Path) -> list[Concept]:
     Raises:
       CatVersionError: there is none, or one is damaged.
     """
-    from catversion_jax.export import CONCEPT_FILE_NAME, load_concept
-    from catversion_jax.foreign_files import describe_folder
+    from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, load_concept
+    from catversion_jax.methods.foreign_files import describe_folder
 
     source = as_path(source)
     if source.is_file() or (source / CONCEPT_FILE_NAME).is_file():
@@ -102,8 +102,8 @@ def collect_concepts(source: str | Path) -> list[Concept]:
 
 
 def _from_checkpoint(folder: Path) -> list[Concept]:
-    from catversion_jax.export import load_concept
-    from catversion_jax.training.checkpoint import concepts_from_checkpoint
+    from catversion_jax.methods.concept_file import load_concept
+    from catversion_jax.training.run.checkpoint import concepts_from_checkpoint
 
     concepts = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -127,9 +127,9 @@ def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: str) -
 
 
 def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], path: Path) -> Path:
-    from catversion_jax.image_requests import ConceptUse, check_concept
+    from catversion_jax.integrations.prompt_embeds import export_prompt_embeds
     from catversion_jax.models.stable_diffusion import load_backbone
-    from catversion_jax.prompt_embeds import export_prompt_embeds
+    from catversion_jax.sampling.requests import ConceptUse, check_concept
 
     backbone = load_backbone(
         _model_of(args, concepts), revision=args.revision, variant=args.variant
@@ -144,10 +144,10 @@ def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], 
 
 def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], output: Path) -> Path:
     from catversion_jax.integrations.pipeline_folder import export_pipeline
-    from catversion_jax.models.checkpoint import open_checkpoint
-    from catversion_jax.models.fingerprint import text_encoder_sha256
-    from catversion_jax.models.hub import locate_model
-    from catversion_jax.residual import KVResidual
+    from catversion_jax.methods.residual import KVResidual
+    from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.hub import locate_model
+    from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
     for concept in concepts:
         if not isinstance(concept.residual, KVResidual):

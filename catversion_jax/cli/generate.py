@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catversion_jax import __version__
-from catversion_jax.bucket_paths import as_path
 from catversion_jax.cli.prompt_files import PromptRow, read_prompts
 from catversion_jax.concepts.fields import WHEN
+from catversion_jax.config.sampling import SAMPLERS, SamplingSettings
 from catversion_jax.errors import CatVersionError
-from catversion_jax.sampling_settings import SAMPLERS, SamplingSettings
+from catversion_jax.runtime.bucket_paths import as_path
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from catversion_jax.export import Concept
-    from catversion_jax.image_requests import ConceptUse, ImageRequest
+    from catversion_jax.methods.concept_file import Concept
     from catversion_jax.models.stable_diffusion import Backbone
+    from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 
 _IMAGES_PER_PAGE = 64
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingSettings)}
@@ -118,10 +118,10 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from catversion_jax.atomic_files import make_folder
-    from catversion_jax.image_requests import check_concept
     from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
-    from catversion_jax.sharding import make_mesh, replicated
+    from catversion_jax.runtime.atomic_files import make_folder
+    from catversion_jax.runtime.sharding import make_mesh, replicated
+    from catversion_jax.sampling.requests import check_concept
 
     make_folder(Path(args.output_dir))
     num_images = len(rows) * args.num_images_per_prompt
@@ -184,7 +184,11 @@ class _ConceptShelf:
         return self._use(self._load(as_path(name)), self._scale if scale is None else scale)
 
     def _load(self, path: Path) -> Concept:
-        from catversion_jax.export import CONCEPT_FILE_NAME, concept_folders, load_concept
+        from catversion_jax.methods.concept_file import (
+            CONCEPT_FILE_NAME,
+            concept_folders,
+            load_concept,
+        )
 
         if path.is_dir() and not (path / CONCEPT_FILE_NAME).exists():
             inside = concept_folders(path)[:8]
@@ -198,7 +202,7 @@ class _ConceptShelf:
         return self._by_path[path]
 
     def _use(self, concept: Concept, scale: float) -> ConceptUse:
-        from catversion_jax.image_requests import ConceptUse
+        from catversion_jax.sampling.requests import ConceptUse
 
         use = ConceptUse(
             concept.name, concept.base_class, concept.residual, scale, self._when or concept.when
@@ -217,7 +221,7 @@ def _split_scale(text: str, default: Any) -> tuple[str, Any]:
 
 
 def _requests(args: argparse.Namespace, row: PromptRow, shelf: _ConceptShelf) -> list[ImageRequest]:
-    from catversion_jax.image_requests import ImageRequest
+    from catversion_jax.sampling.requests import ImageRequest
 
     seed = args.seed if row.seed is None else row.seed
     negative = args.negative_prompt if row.negative_prompt is None else row.negative_prompt
@@ -252,9 +256,9 @@ def _draw_pages(
     latents: np.ndarray | None,
 ) -> None:
     """Draw and write page by page, so that a long job keeps what it has."""
-    from catversion_jax.grids import save_png
-    from catversion_jax.image_requests import active_concepts
-    from catversion_jax.sampling import checked_latents, generate
+    from catversion_jax.sampling.denoising import checked_latents, generate
+    from catversion_jax.sampling.grids import save_png
+    from catversion_jax.sampling.requests import active_concepts
 
     # all of them, before the first page
     checked_latents(backbone, settings, latents, len(requests))
@@ -299,7 +303,7 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _grid(images: np.ndarray, page: Sequence[ImageRequest], columns: int) -> Any:
-    from catversion_jax.grids import image_grid
+    from catversion_jax.sampling.grids import image_grid
 
     rows = [list(images[i : i + columns]) for i in range(0, len(page), columns)]
     seeds = [

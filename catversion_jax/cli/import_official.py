@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read the adapter without running anything in it, and write the concept file."""
-    from catversion_jax.export import CONCEPT_FILE_NAME, save_concept
-    from catversion_jax.official_adapter import import_official_concept
+    from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, save_concept
+    from catversion_jax.methods.official_adapter import import_official_concept
 
     source = Path(args.source)
     folder = source.resolve() if source.is_dir() else source.resolve().parent
@@ -85,8 +85,8 @@ def _fingerprint(model: str, variant: str | None) -> str:
             what,
         )
         return ""
-    from catversion_jax.models.checkpoint import open_checkpoint
-    from catversion_jax.models.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
     folder = Path(model).expanduser() / "text_encoder"
     return text_encoder_sha256(open_checkpoint(folder, variant=variant))

@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from catversion_jax.bucket_paths import as_path
 from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.bucket_paths import as_path
 
 if TYPE_CHECKING:
-    from catversion_jax.export import Concept
-    from catversion_jax.residual import KVResidual
+    from catversion_jax.methods.concept_file import Concept
+    from catversion_jax.methods.residual import KVResidual
 
 _KINDS = {"catversion": "CatVersion concept", "textual_inversion": "Textual Inversion concept"}
 
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the file says about itself."""
-    from catversion_jax.export import CONCEPT_FILE_NAME, concept_folders
-    from catversion_jax.official_adapter import ADAPTER_FILE_NAME
+    from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, concept_folders
+    from catversion_jax.methods.official_adapter import ADAPTER_FILE_NAME
 
     path = as_path(args.file)
     official = path / ADAPTER_FILE_NAME if path.is_dir() else path
@@ -64,11 +64,11 @@ def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str
     """Of each token of the prompt: mean over heads, one number per adapted layer."""
     import numpy as np
 
-    from catversion_jax.attention_mass import residual_attention_mass
-    from catversion_jax.export import load_concept
-    from catversion_jax.image_requests import ConceptUse, check_concept, place_concepts
+    from catversion_jax.methods.attention_mass import residual_attention_mass
+    from catversion_jax.methods.concept_file import load_concept
+    from catversion_jax.methods.residual import KVResidual
     from catversion_jax.models.stable_diffusion import load_backbone
-    from catversion_jax.residual import KVResidual
+    from catversion_jax.sampling.requests import ConceptUse, check_concept, place_concepts
 
     concept = load_concept(path)
     if not isinstance(concept.residual, KVResidual):
@@ -98,8 +98,8 @@ def _given(model: str) -> str:
 
 
 def _concept_facts(path: Path) -> dict[str, Any]:
-    from catversion_jax.export import load_concept
-    from catversion_jax.learned import method_of
+    from catversion_jax.methods.concept_file import load_concept
+    from catversion_jax.methods.learned import method_of
 
     concept = load_concept(path)
     return {
@@ -118,7 +118,7 @@ def _concept_facts(path: Path) -> dict[str, Any]:
 
 
 def _official_facts(path: Path, num_heads: int) -> dict[str, Any]:
-    from catversion_jax.official_adapter import import_official_concept
+    from catversion_jax.methods.official_adapter import import_official_concept
 
     return {
         "what": "adapter of the authors' code (convert it with `catversion import`)",
@@ -130,8 +130,8 @@ def _learned_facts(concept: Concept) -> dict[str, Any]:
     """Shapes and sizes of what was learned."""
     import numpy as np
 
-    from catversion_jax.residual import KVResidual
-    from catversion_jax.token_embeddings import placeholder_token
+    from catversion_jax.methods.residual import KVResidual
+    from catversion_jax.methods.token_embeddings import placeholder_token
 
     learned = concept.residual
     if isinstance(learned, KVResidual):

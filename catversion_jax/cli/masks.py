@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from catversion_jax.concepts import ConceptSpec, read_concepts
 from catversion_jax.concepts.fields import WHEN
-from catversion_jax.config import TrainConfig
+from catversion_jax.config.masks import MaskSettings
+from catversion_jax.config.training import TrainConfig
 from catversion_jax.errors import CatVersionError, ConceptError
-from catversion_jax.mask_settings import MaskSettings
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from catversion_jax.mask_files import MaskMaker, ObjectMask
+    from catversion_jax.concepts.mask_files import MaskMaker, ObjectMask
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(MaskSettings)}
 _TRAIN_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -117,8 +117,8 @@ def _maker(args: argparse.Namespace, settings: MaskSettings) -> tuple[MaskMaker,
         clipseg = load_clipseg(args.clipseg, threshold=threshold)
         return clipseg, clipseg.side
 
-    from catversion_jax.cross_attention_masks import class_word_masks
     from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
+    from catversion_jax.sampling.class_word_masks import class_word_masks
 
     dtype = args.dtype or default_dtype()
     backbone = load_backbone(args.model, revision=args.revision, variant=args.variant, dtype=dtype)
@@ -136,8 +136,8 @@ def _write(
     failures: dict[str, str],
 ) -> None:
     """Masks beside the images, a line per concept, contact sheets."""
-    from catversion_jax.atomic_files import check_writable
-    from catversion_jax.mask_files import mask_paths, object_masks, write_mask
+    from catversion_jax.concepts.mask_files import mask_paths, object_masks, write_mask
+    from catversion_jax.runtime.atomic_files import check_writable
 
     check_writable(Path(args.output_dir))
     rows, sheet_rows = [], []
@@ -159,7 +159,7 @@ def _write(
 
 
 def _row(spec: ConceptSpec, masks: Sequence[ObjectMask]) -> tuple[str, ...]:
-    from catversion_jax.mask_files import EMPTY_SHARE, FULL_SHARE
+    from catversion_jax.concepts.mask_files import EMPTY_SHARE, FULL_SHARE
 
     areas = [mask.area for mask in masks]
     origins = [mask.origin for mask in masks]
@@ -178,7 +178,7 @@ def _sheet_rows(
     spec: ConceptSpec, masks: Sequence[ObjectMask]
 ) -> list[tuple[str, list[np.ndarray | None]]]:
     """Labelled rows of a contact sheet, padded to one length."""
-    from catversion_jax.mask_files import thumbnails
+    from catversion_jax.concepts.mask_files import thumbnails
 
     rows = []
     for start in range(0, len(masks), _IMAGES_PER_ROW):
@@ -191,8 +191,8 @@ def _sheet_rows(
 
 
 def _write_sheets(folder: Path, rows: Sequence[tuple[str, list[np.ndarray | None]]]) -> list[Path]:
-    from catversion_jax.atomic_files import make_folder
-    from catversion_jax.grids import image_grid, save_png
+    from catversion_jax.runtime.atomic_files import make_folder
+    from catversion_jax.sampling.grids import image_grid, save_png
 
     paths = []
     make_folder(folder)
@@ -214,8 +214,8 @@ def _compare(
     """Print the overlap of made masks with given ones, beside what no model is needed for."""
     import numpy as np
 
-    from catversion_jax.mask_files import object_masks
-    from catversion_jax.object_masks import centred_disk, intersection_over_union
+    from catversion_jax.concepts.mask_files import object_masks
+    from catversion_jax.concepts.object_masks import centred_disk, intersection_over_union
 
     rows, scores = [], []
     for spec in concepts:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
-    from catversion_jax.config import TrainConfig
+    from catversion_jax.config.training import TrainConfig
     from catversion_jax.models.stable_diffusion import Backbone
-    from catversion_jax.planning.chips import Slice
+    from catversion_jax.training.planning.chips import Slice
 
 GB = 1e9
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    from catversion_jax.config import load_config
+    from catversion_jax.config.training import load_config
 
     config = load_config(args.config, [*args.overrides, "concepts=planned"])
     for name, value in (("--concepts", args.concepts), ("--images", args.images)):
@@ -70,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
-    from catversion_jax.planning.chips import parse_slice
-    from catversion_jax.planning.compiled import tpu_mesh
-    from catversion_jax.planning.fitting import find_fit, usual_slots, whole_tiles
-    from catversion_jax.sharding import CONCEPT_AXIS
+    from catversion_jax.runtime.sharding import CONCEPT_AXIS
+    from catversion_jax.training.planning.chips import parse_slice
+    from catversion_jax.training.planning.compiled import tpu_mesh
+    from catversion_jax.training.planning.fitting import find_fit, usual_slots, whole_tiles
 
     target = parse_slice(args.tpu)
     mesh = tpu_mesh(target, config.data_parallel)
@@ -117,9 +117,9 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
 
 
 def _gpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
-    from catversion_jax.planning.chips import GPUS, Slice
-    from catversion_jax.planning.compiled import counted_flops
-    from catversion_jax.planning.fitting import usual_slots
+    from catversion_jax.training.planning.chips import GPUS, Slice
+    from catversion_jax.training.planning.compiled import counted_flops
+    from catversion_jax.training.planning.fitting import usual_slots
 
     if args.gpu not in GPUS:
         raise CatVersionError(f"--gpu {args.gpu}: must be one of {', '.join(GPUS)}.")
@@ -147,7 +147,7 @@ def _jobs(
     flops: float,
     least_bytes: float,
 ) -> dict[str, Any]:
-    from catversion_jax.planning.estimate import job, step_seconds
+    from catversion_jax.training.planning.estimate import job, step_seconds
 
     jobs = []
     if slots:

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.bucket_paths import as_path
 from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.bucket_paths import as_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def read_status(root: Path) -> dict[str, Any]:
     Raises:
       CatVersionError: it is not a run.
     """
-    from catversion_jax.training.run_directory import is_locked
+    from catversion_jax.training.run.directory import is_locked
 
     index, manifest = root / "index.csv", root / "run.json"
     if not index.is_file() or not manifest.is_file():

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from catversion_jax.atomic_files import check_writable, make_folder, unwritable
-from catversion_jax.bucket_paths import as_path
-from catversion_jax.config import TrainConfig, load_config, option_table
+from catversion_jax.config.training import TrainConfig, load_config, option_table
+from catversion_jax.runtime.atomic_files import check_writable, make_folder, unwritable
+from catversion_jax.runtime.bucket_paths import as_path
 
 if TYPE_CHECKING:
     from catversion_jax.concepts import ConceptList
@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
-    from catversion_jax.planning.fitting import fitted
-    from catversion_jax.processes import join_processes
-    from catversion_jax.sharding import make_mesh, replicated
+    from catversion_jax.runtime.processes import join_processes
+    from catversion_jax.runtime.sharding import make_mesh, replicated
     from catversion_jax.training.loop import train
+    from catversion_jax.training.planning.fitting import fitted
 
     _use_compilation_cache(config)
     join_processes(config)

@@ -6,7 +6,7 @@ folder, ``datasets`` reads Hugging Face datasets, ``fields`` the values beside a
 ``prompts`` fills templates.
 """
 
-from catversion_jax.concepts.files import ImageSource
+from catversion_jax.concepts.folders import ImageSource
 from catversion_jax.concepts.reading import (
     ConceptList,
     ConceptProblem,

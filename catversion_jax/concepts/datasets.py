@@ -8,7 +8,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.concepts.files import ImageSource
+from catversion_jax.concepts.folders import ImageSource
 from catversion_jax.concepts.layouts import Entry, Layout
 from catversion_jax.errors import CatVersionError
 

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from catversion_jax.assets import embedded_folder
-from catversion_jax.concepts.files import (
+from catversion_jax.concepts.folders import (
     ImageSource,
     children,
     holds_images,

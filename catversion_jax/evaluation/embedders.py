@@ -19,11 +19,11 @@ from PIL import Image
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.clip_vision import load_clip
-from catversion_jax.models.hf_config import read_config
-from catversion_jax.models.network import Network
-from catversion_jax.models.tokenizer import Tokenizer
+from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.models.clip.vision import load_clip
 from catversion_jax.models.vit import load_vit
+from catversion_jax.models.weights.hf_config import read_config
+from catversion_jax.models.weights.network import Network
 
 BATCH = 16
 # Where preprocessor_config.json gives none: OpenAI's CLIP, and ImageNet for DINO.

@@ -17,18 +17,18 @@ import jax
 import numpy as np
 
 from catversion_jax import __version__
-from catversion_jax.atomic_files import make_folder
+from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.image_folders import image_name, mask_path
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.subjects import Subject
-from catversion_jax.export import Concept, load_concept
-from catversion_jax.grids import read_metadata, save_png
-from catversion_jax.image_requests import ConceptUse, ImageRequest
-from catversion_jax.learned import named_arrays, settings_of
+from catversion_jax.methods.concept_file import Concept, load_concept
+from catversion_jax.methods.learned import named_arrays, settings_of
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.sampling import generate
-from catversion_jax.sampling_settings import SamplingSettings
+from catversion_jax.runtime.atomic_files import make_folder
+from catversion_jax.sampling.denoising import generate
+from catversion_jax.sampling.grids import read_metadata, save_png
+from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 
 IMAGES_PER_PAGE = 64
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from catversion_jax.concepts.files import children
+from catversion_jax.concepts.folders import children
 from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.evaluation.alignment import matched_cosines
 from catversion_jax.evaluation.embedders import ClipEmbedder
@@ -28,7 +28,7 @@ from catversion_jax.evaluation.generation import PlannedImage, concept_use
 from catversion_jax.evaluation.image_folders import PLAIN_FOLDER, image_name, read_pixels, slug
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.subjects import Subject
-from catversion_jax.image_requests import ConceptUse, ImageRequest
+from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 
 ZERO_SHOT_PROMPT = "a {}"
 

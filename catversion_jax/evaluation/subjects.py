@@ -14,10 +14,15 @@ from PIL import Image
 
 from catversion_jax.array_types import Int
 from catversion_jax.concepts import ConceptList, ImageSource, read_configured_concepts
-from catversion_jax.config import load_config
+from catversion_jax.concepts.images import decode_upright
+from catversion_jax.config.training import load_config
 from catversion_jax.errors import CatVersionError
-from catversion_jax.export import CONCEPT_FILE_NAME, Concept, concept_folders, load_concept
-from catversion_jax.images import decode_upright
+from catversion_jax.methods.concept_file import (
+    CONCEPT_FILE_NAME,
+    Concept,
+    concept_folders,
+    load_concept,
+)
 
 Masker = Callable[[Int[np.ndarray, "n H W 3"], Sequence[str]], Int[np.ndarray, "n H W"]]
 """uint8 pictures and the class of each to uint8 masks, 255 on the object."""

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.atomic_files import write_atomically
 from catversion_jax.evaluation.intervals import Interval, bootstrap_interval
 from catversion_jax.evaluation.prior import PriorScores
 from catversion_jax.evaluation.scoring import METRICS, Scores, SubjectScores
+from catversion_jax.runtime.atomic_files import write_atomically
 
 TABLE_COLUMNS = {
     "image_alignment": "image",

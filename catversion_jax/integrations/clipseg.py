@@ -44,8 +44,9 @@ class CLIPSeg:
     def __call__(
         self, pixels: Int[np.ndarray, "n H W 3"], base_classes: Sequence[str]
     ) -> Int[np.ndarray, "n H W"]:
-        """Masks as :func:`~catversion_jax.cross_attention_masks.class_word_masks` gives them; an
-        object that is not found gives an empty mask.
+        """Masks as :func:`~catversion_jax.sampling.class_word_masks.class_word_masks` gives them.
+
+        An object that is not found gives an empty mask.
         """
         if len(base_classes) != len(pixels):
             raise CatVersionError(

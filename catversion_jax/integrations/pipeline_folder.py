@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.errors import CatVersionError
-from catversion_jax.export import Concept, write_concepts
+from catversion_jax.methods.concept_file import Concept, write_concepts
+from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 
 _SOURCES = ("concept_attention.py", "diffusers.py")
 _WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")

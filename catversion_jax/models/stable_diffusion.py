@@ -11,19 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from catversion_jax.diffusion import NoiseScheduleConfig
+from catversion_jax.diffusion.schedule import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.checkpoint import open_checkpoint
-from catversion_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from catversion_jax.models.clip_vision import sub_config
-from catversion_jax.models.convert import load_network
-from catversion_jax.models.fingerprint import text_encoder_sha256
-from catversion_jax.models.hf_config import read_config
-from catversion_jax.models.hub import locate_model
-from catversion_jax.models.network import Network, abstract_network
-from catversion_jax.models.tokenizer import Tokenizer
-from catversion_jax.models.unet import UNet2DConditionModel
+from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
+from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.models.clip.vision import sub_config
+from catversion_jax.models.unet.unet import UNet2DConditionModel
 from catversion_jax.models.vae import AutoencoderKL
+from catversion_jax.models.weights.convert import load_network
+from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+from catversion_jax.models.weights.hf_config import read_config
+from catversion_jax.models.weights.hub import locate_model
+from catversion_jax.models.weights.network import Network, abstract_network
+from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -22,8 +22,7 @@ from jax.typing import DTypeLike
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.hf_config import check_supported
-from catversion_jax.models.resnet import (
+from catversion_jax.models.layers.resnet import (
     ACTIVATIONS,
     PAD_BELOW_AND_RIGHT,
     Downsample2D,
@@ -32,7 +31,8 @@ from catversion_jax.models.resnet import (
     Upsample2D,
     check_groups,
 )
-from catversion_jax.models.transformer2d import Attention
+from catversion_jax.models.unet.transformer import Attention
+from catversion_jax.models.weights.hf_config import check_supported
 
 GROUP_NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)

@@ -20,11 +20,15 @@ from flax import nnx
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.checkpoint import open_checkpoint
-from catversion_jax.models.clip_encoder import CLIPEncoder, EncoderConfig, layer_norm
-from catversion_jax.models.convert import convert_state_dict
-from catversion_jax.models.hf_config import TRANSFORMERS_IGNORED, check_supported, read_config
-from catversion_jax.models.network import Network, abstract_network
+from catversion_jax.models.clip.encoder import CLIPEncoder, EncoderConfig, layer_norm
+from catversion_jax.models.weights.convert import convert_state_dict
+from catversion_jax.models.weights.hf_config import (
+    TRANSFORMERS_IGNORED,
+    check_supported,
+    read_config,
+)
+from catversion_jax.models.weights.network import Network, abstract_network
+from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
 # From the stored names to those of the encoder it shares with CLIP.
 RENAMES = (

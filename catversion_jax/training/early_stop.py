@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from catversion_jax.config import TrainConfig, early_stop_rule
+from catversion_jax.config.training import TrainConfig, early_stop_rule
 
 
 def should_stop(evaluations: Sequence[tuple[int, float]], config: TrainConfig) -> bool:

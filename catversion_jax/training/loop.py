@@ -21,17 +21,16 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from catversion_jax.atomic_files import make_folder
 from catversion_jax.concepts import ConceptList, ConceptSpec
-from catversion_jax.config import TrainConfig
-from catversion_jax.diffusion import noise_schedule
+from catversion_jax.config.training import TrainConfig
+from catversion_jax.diffusion.schedule import noise_schedule
 from catversion_jax.errors import ConceptError
-from catversion_jax.learned import Learned
+from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.processes import own_part, wait_for_others
-from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept, replicated
-from catversion_jax.training.checkpoint import Checkpoints, ConceptRecord
-from catversion_jax.training.compilation import watch_compilation
+from catversion_jax.runtime.atomic_files import make_folder
+from catversion_jax.runtime.compilation import watch_compilation
+from catversion_jax.runtime.processes import own_part, wait_for_others
+from catversion_jax.runtime.sharding import CONCEPT_AXIS, place_by_concept, replicated
 from catversion_jax.training.early_stop import should_stop
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.preparation import (
@@ -41,7 +40,8 @@ from catversion_jax.training.preparation import (
 )
 from catversion_jax.training.queue_plan import QueuePlan, plan_queue
 from catversion_jax.training.recorder import Dispatched, Recorder
-from catversion_jax.training.run_directory import RunDirectory
+from catversion_jax.training.run.checkpoint import Checkpoints, ConceptRecord
+from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.slots import Slot, Slots
 from catversion_jax.training.start_values import first_adapted_layer, template_state
 from catversion_jax.training.state import ConceptData, make_optimizer

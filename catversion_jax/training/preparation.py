@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
-from catversion_jax.config import TrainConfig, learning_options
-from catversion_jax.data import EncodedConcept, encode_concept, load_concept_images
+from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
+from catversion_jax.config.training import TrainConfig, learning_options
 from catversion_jax.errors import ConceptError
-from catversion_jax.learned import Learned, stack_learned
-from catversion_jax.models.network import Network
+from catversion_jax.methods.learned import Learned, stack_learned
+from catversion_jax.models.clip.tokenizer import PlacedPrompt
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.models.tokenizer import PlacedPrompt
-from catversion_jax.training.checkpoint import ConceptRecord
+from catversion_jax.models.weights.network import Network
+from catversion_jax.training.run.checkpoint import ConceptRecord
 from catversion_jax.training.start_values import init_learned
 from catversion_jax.training.state import ConceptData, concept_key
 

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.training import checkpoint
-from catversion_jax.training.checkpoint import ConceptRecord, SavedRow
-from catversion_jax.training.run_directory import RunDirectory
+from catversion_jax.training.run import checkpoint
+from catversion_jax.training.run.checkpoint import ConceptRecord, SavedRow
+from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from catversion_jax.config import TrainConfig
-from catversion_jax.learned import Learned
+from catversion_jax.config.training import TrainConfig
+from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.sharding import CONCEPT_AXIS, place_by_concept
-from catversion_jax.training.checkpoint import SavedRow
+from catversion_jax.runtime.sharding import CONCEPT_AXIS, place_by_concept
 from catversion_jax.training.preparation import PreparedConcept, assemble_rows
+from catversion_jax.training.run.checkpoint import SavedRow
 from catversion_jax.training.state import ConceptData, TrainState, create_train_state
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.array_types import Array, Float
-from catversion_jax.config import TrainConfig
-from catversion_jax.learned import Learned
-from catversion_jax.models.network import Network
+from catversion_jax.config.training import TrainConfig
+from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.residual import KVResidual, resolve_layers
+from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.residual import KVResidual, resolve_layers
-from catversion_jax.token_embeddings import TokenEmbeddings
+from catversion_jax.models.weights.network import Network
 from catversion_jax.training.state import (
     INIT_STREAM,
     TrainState,

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from catversion_jax.array_types import Array, Float, Int
-from catversion_jax.config import TrainConfig
-from catversion_jax.learned import Learned
+from catversion_jax.config.training import TrainConfig
+from catversion_jax.methods.learned import Learned
 
 # Streams of one concept's key. Steps fold in their number under TRAIN_STREAM.
 INIT_STREAM, TRAIN_STREAM, EVAL_STREAM, ORDER_STREAM, TIMESTEP_STREAM = 0, 1, 2, 3, 4

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from catversion_jax.atomic_files import make_folder
 from catversion_jax.concepts.prompts import fill_template
-from catversion_jax.config import TrainConfig
-from catversion_jax.grids import image_grid, save_png
-from catversion_jax.image_requests import ConceptUse, ImageRequest
-from catversion_jax.learned import Learned
+from catversion_jax.config.training import TrainConfig
+from catversion_jax.diffusion.samplers import make_sampler
+from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.samplers import make_sampler
-from catversion_jax.sampling import SamplingSettings, generate
+from catversion_jax.runtime.atomic_files import make_folder
+from catversion_jax.sampling.denoising import SamplingSettings, generate
+from catversion_jax.sampling.grids import image_grid, save_png
+from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 from catversion_jax.training.preparation import PreparedConcept
 
 

@@ -25,17 +25,17 @@ import numpy as np
 from comparison import interval, plain
 
 from catversion_jax.array_types import Float
-from catversion_jax.attention_mass import residual_attention_mass
 from catversion_jax.concepts.prompts import with_class_word
+from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.evaluation.alignment import matched_cosines
 from catversion_jax.evaluation.embedders import ClipEmbedder
 from catversion_jax.evaluation.prompts import PromptSet
-from catversion_jax.export import CONCEPT_FILE_NAME, Concept, load_concept
-from catversion_jax.image_requests import ConceptUse, ImageRequest, place_concepts
+from catversion_jax.methods.attention_mass import residual_attention_mass
+from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.residual import KVResidual
-from catversion_jax.sampling import generate
-from catversion_jax.sampling_settings import SamplingSettings
+from catversion_jax.sampling.denoising import generate
+from catversion_jax.sampling.requests import ConceptUse, ImageRequest, place_concepts
 
 ROLES = ("start token", "before the word", "class word", "after the word", "end token", "padding")
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from catversion_jax.presets import PRESETS
+from catversion_jax.config.presets import PRESETS
 
 Kind = Literal["plain", "trainer", "dreambooth"]
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from catversion_jax.concepts import ConceptSpec
-from catversion_jax.data import load_concept_images
+from catversion_jax.concepts.latents import load_concept_images
 
 
 @dataclasses.dataclass(frozen=True)

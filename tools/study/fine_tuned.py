@@ -7,9 +7,9 @@ import dataclasses
 import jax
 from diffusers import UNet2DConditionModel as TorchUNet
 
-from catversion_jax.models.convert import convert_state_dict
-from catversion_jax.models.network import Network
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.weights.convert import convert_state_dict
+from catversion_jax.models.weights.network import Network
 
 
 def backbone_with(backbone: Backbone, unet: TorchUNet, name: str) -> Backbone:

@@ -28,14 +28,14 @@ from comparison import compare, real_images
 from study import Protocol, Study, evenly_spread, write_json
 
 from catversion_jax import __version__
-from catversion_jax.atomic_files import make_folder, write_atomically
 from catversion_jax.concepts import read_concepts
+from catversion_jax.config.sampling import SAMPLERS, SamplingSettings
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.embedders import ClipEmbedder
 from catversion_jax.evaluation.prompts import load_prompt_set
 from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
-from catversion_jax.sampling_settings import SAMPLERS, SamplingSettings
-from catversion_jax.sharding import make_mesh, replicated
+from catversion_jax.runtime.atomic_files import make_folder, write_atomically
+from catversion_jax.runtime.sharding import make_mesh, replicated
 
 logger = logging.getLogger("study")
 

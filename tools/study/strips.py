@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.concepts import read_concepts
+from catversion_jax.concepts.images import decode_upright
 from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.evaluation.image_folders import image_name, read_pixels
-from catversion_jax.grids import image_grid, save_png
-from catversion_jax.images import decode_upright
+from catversion_jax.sampling.grids import image_grid, save_png
 
 COLUMNS = {
     "none": "class word",

@@ -25,11 +25,10 @@ import jax
 from arms import PROMPT, SHARED, Arm, base_of
 from jax.sharding import Mesh
 
-from catversion_jax.atomic_files import make_folder, write_atomically
 from catversion_jax.concepts import ConceptList
 from catversion_jax.concepts.prompts import with_class_word
-from catversion_jax.config import make_config
-from catversion_jax.cross_attention_masks import class_word_masks
+from catversion_jax.config.sampling import SamplingSettings
+from catversion_jax.config.training import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.embedders import ClipEmbedder, folder_sha256
 from catversion_jax.evaluation.generation import (
@@ -43,7 +42,8 @@ from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.scoring import Scorer
 from catversion_jax.evaluation.subjects import Subject, read_references, read_run
 from catversion_jax.models.stable_diffusion import Backbone, default_dtype
-from catversion_jax.sampling_settings import SamplingSettings
+from catversion_jax.runtime.atomic_files import make_folder, write_atomically
+from catversion_jax.sampling.class_word_masks import class_word_masks
 from catversion_jax.training.loop import train
 
 logger = logging.getLogger("study")
@@ -298,7 +298,7 @@ class Study:
                 make_folder(image.path.parent)
                 if not image.path.is_file():
                     shutil.copyfile(known, image.path)
-        logging.getLogger("catversion_jax.sampling").setLevel(logging.ERROR)
+        logging.getLogger("catversion_jax.sampling.denoising").setLevel(logging.ERROR)
         draw_missing(backbone, planned, self.protocol.sampling)
         make_folder(shared)
         for image in planned:

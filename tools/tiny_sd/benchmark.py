@@ -15,8 +15,9 @@ import torch
 from train_unet import UNET, make_unet
 from train_vae import make_vae
 
-from catversion_jax.models import unet, vae
-from catversion_jax.models.network import random_network
+from catversion_jax.models import vae
+from catversion_jax.models.unet import unet
+from catversion_jax.models.weights.network import random_network
 
 UNET_BATCH, VAE_BATCH, TOKENS = 48, 16, 32
 

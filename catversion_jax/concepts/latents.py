@@ -1,0 +1,134 @@
+"""A concept's images -> VAE latents, computed once before training.
+
+The encoder's posterior of an image x is a Gaussian with mean mu(x) and standard deviation sigma(x).
+Both are cached, times the model's ``latent_scale`` s, so that a training step only draws
+
+    (1)  z = s mu(x) + s sigma(x) n,   n ~ N(0, I)
+
+The flipped image is encoded too: the encoder is not equivariant, so flipped latents would not be
+the latents of the flipped image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from catversion_jax.array_types import Array, Float
+from catversion_jax.concepts import ConceptSpec
+from catversion_jax.concepts.images import Alpha, Crop, LoadedImage, load_image
+from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.models.weights.network import Network
+
+# One compiled program whatever a concept's number of images: its latents depend on nothing but the
+# image.
+ENCODE_BATCH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedConcept:
+    """Latents of one concept's M images; axis 1 is (as it is, flipped horizontally). Host arrays.
+
+    Attributes:
+      mean: ``[M 2 h w c]`` float32, posterior mean, times ``latent_scale``.
+      std: ``[M 2 h w c]`` float32, posterior standard deviation, times ``latent_scale``.
+      mask: ``[M 2 h w]`` float32 in [0, 1], share of the object in each latent pixel; 1 without a
+        mask.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    mask: np.ndarray
+
+
+def load_concept_images(
+    spec: ConceptSpec, *, resolution: int, crop: Crop = "center", alpha: Alpha = "white"
+) -> list[LoadedImage]:
+    """Decode all images of a concept.
+
+    Raises:
+      ConceptError: one or more cannot be used; the message lists all of them.
+    """
+    images: list[LoadedImage] = []
+    problems: list[str] = []
+    for source in spec.images:
+        try:
+            images.append(load_image(source, resolution=resolution, crop=crop, alpha=alpha))
+        except ConceptError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConceptError("\n".join(problems))
+    return images
+
+
+def encode_concept(
+    images: Sequence[LoadedImage], vae: Network, *, latent_scale: float, latent_downsampling: int
+) -> EncodedConcept:
+    """Encode images and their mirror images (equation 1).
+
+    Args:
+      images: all of one size, a multiple of ``latent_downsampling``.
+      vae: its ``encode`` maps ``[B H W 3]`` to mean and standard deviation ``[B h w c]``.
+      latent_scale: the model's factor s.
+      latent_downsampling: pixels per latent pixel, 8 for Stable Diffusion.
+
+    Raises:
+      ConceptError: no image, or the encoder's output is not finite.
+      CatVersionError: the image size does not fit the model.
+    """
+    if not images:
+        raise ConceptError("no image to encode; a concept needs at least one.")
+    side = images[0].pixels.shape[0]
+    if side % latent_downsampling:
+        raise CatVersionError(
+            f"resolution={side}: must be a multiple of {latent_downsampling}, the model's latent "
+            "downsampling."
+        )
+    pixels = np.stack(
+        [flip for image in images for flip in (image.pixels, image.pixels[:, ::-1])]
+    )  # [2M H W 3]
+    chunks = [
+        _encode_padded(vae, pixels[i : i + ENCODE_BATCH])
+        for i in range(0, len(pixels), ENCODE_BATCH)
+    ]
+    scale = np.float32(latent_scale)
+    per_image = (len(images), 2, *chunks[0][0].shape[1:])  # [M 2 h w c]
+    mean, std = (
+        scale * np.concatenate(part).reshape(per_image) for part in zip(*chunks, strict=True)
+    )
+    if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+        raise ConceptError(
+            "the VAE gives values that are not finite for these images. Check that the model "
+            "folder's VAE is intact (some fp16 VAE files overflow; use the float32 file)."
+        )
+    return EncodedConcept(
+        mean, std, np.stack([_latent_masks(image, latent_downsampling) for image in images])
+    )
+
+
+def _encode_padded(vae: Network, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Encode up to ``ENCODE_BATCH`` images in a batch of exactly that many."""
+    count = len(pixels)
+    padded = np.zeros((ENCODE_BATCH, *pixels.shape[1:]), np.float32)
+    padded[:count] = pixels
+    mean, std = _encode(vae, padded)
+    return np.asarray(mean)[:count], np.asarray(std)[:count]
+
+
+@jax.jit
+def _encode(vae: Network, pixels: Float[Array, "B H W 3"]) -> tuple[Array, Array]:
+    mean, std = vae.call("encode", pixels)
+    return mean.astype(jnp.float32), std.astype(jnp.float32)
+
+
+def _latent_masks(image: LoadedImage, factor: int) -> np.ndarray:
+    """``[2 h w]``: the mask's mean over the pixels of each latent pixel, as it is and flipped."""
+    height, width = (side // factor for side in image.pixels.shape[:2])
+    if image.mask is None:
+        return np.ones((2, height, width), np.float32)
+    blocks = image.mask.reshape(height, factor, width, factor).mean(axis=(1, 3), dtype=np.float32)
+    return np.stack([blocks, blocks[:, ::-1]])

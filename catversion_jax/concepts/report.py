@@ -1,0 +1,163 @@
+"""What a user should know about a concept before training it: every image decoded, no accelerator,
+no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from catversion_jax.concepts import ConceptSpec, ImageSource, concept_prompts
+from catversion_jax.concepts.images import Alpha, decode_upright
+from catversion_jax.errors import ConceptError
+from catversion_jax.models.clip.tokenizer import Tokenizer
+
+# CatVersion and its peers train on this many images.
+USUAL_IMAGES = (3, 10)
+_THUMBNAIL_SIDE = 16
+# Mean colour difference of two thumbnails, relative to their own contrast. Rescaled and
+# recompressed copies of photos measure 0.02, crops by a few percent 0.2, different photos of one
+# object 0.45 and more.
+_NEARLY_SAME = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptReport:
+    """One line of ``catversion check``. A concept with ``problems`` would be quarantined in
+    training.
+    """
+
+    name: str
+    base_class: str
+    num_images: int
+    num_masks: int
+    smallest_side: int | None
+    prompts: tuple[str, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _ImageFacts:
+    label: str
+    size: tuple[int, int]
+    transparent: bool
+    has_mask: bool
+    digest: bytes
+    thumbnail: np.ndarray
+
+
+def report_concept(
+    spec: ConceptSpec,
+    *,
+    resolution: int,
+    alpha: Alpha = "white",
+    templates: str | Sequence[str] = "default",
+    default_when: str = "class_word",
+    tokenizer: Tokenizer | None = None,
+) -> ConceptReport:
+    """Decode a concept's images and look for what usually goes wrong.
+
+    Args:
+      spec: the concept.
+      resolution: training size in pixels; smaller images would be scaled up.
+      alpha: what transparency will be used for.
+      templates: the run's prompt templates.
+      default_when: the run's ``when``.
+      tokenizer: of the model, to see whether words and prompts fit; None leaves that out.
+    """
+    facts: list[_ImageFacts] = []
+    problems: list[str] = []
+    for source in spec.images:
+        try:
+            facts.append(_image_facts(source, alpha))
+        except ConceptError as error:
+            problems.append(str(error))
+    prompts: tuple[str, ...] = ()
+    warnings = [*spec.warnings, *_count_warnings(len(spec.images))]
+    try:
+        prompts = concept_prompts(spec, templates, default_when=default_when)
+    except ConceptError as error:
+        problems.append(str(error))
+    if tokenizer is not None:
+        warnings += _token_warnings(spec.base_class, prompts, tokenizer)
+    warnings += _image_warnings(facts, resolution, alpha)
+    return ConceptReport(
+        name=spec.name,
+        base_class=spec.base_class,
+        num_images=len(spec.images),
+        num_masks=sum(fact.has_mask for fact in facts),
+        smallest_side=min((min(fact.size) for fact in facts), default=None),
+        prompts=prompts,
+        warnings=tuple(warnings),
+        notes=spec.notes,
+        problems=tuple(problems),
+        skipped=spec.skipped,
+    )
+
+
+def _image_facts(source: ImageSource, alpha: Alpha) -> _ImageFacts:
+    opaque, transparency, mask = decode_upright(source, alpha=alpha)
+    small = opaque.resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
+    return _ImageFacts(
+        label=source.label,
+        size=opaque.size,
+        transparent=transparency is not None and transparency.getextrema() != (255, 255),
+        has_mask=mask is not None,
+        digest=hashlib.sha256(repr(opaque.size).encode() + opaque.tobytes()).digest(),
+        thumbnail=np.asarray(small, np.float64),
+    )
+
+
+def _count_warnings(count: int) -> list[str]:
+    low, high = USUAL_IMAGES
+    if count < low:
+        return [f"only {count} image{'s' if count > 1 else ''}; {low} to {high} are usual"]
+    return [f"{count} images; {low} to {high} are usual"] if count > high else []
+
+
+def _image_warnings(facts: Sequence[_ImageFacts], resolution: int, alpha: Alpha) -> list[str]:
+    warnings = []
+    if small := [f"{f.label} {f.size[0]}x{f.size[1]}" for f in facts if min(f.size) < resolution]:
+        warnings.append(f"smaller than {resolution}, will be scaled up: {', '.join(small)}")
+    for first, second in itertools.combinations(facts, 2):
+        if first.digest == second.digest:
+            warnings.append(f"{first.label} and {second.label} are the same picture")
+        elif _relative_difference(first.thumbnail, second.thumbnail) < _NEARLY_SAME:
+            warnings.append(f"{first.label} and {second.label} are nearly the same picture")
+    masked = sum(fact.has_mask for fact in facts)
+    if 0 < masked < len(facts):
+        without = ", ".join(fact.label for fact in facts if not fact.has_mask)
+        warnings.append(f"masks for {masked} of {len(facts)} images only; without: {without}")
+    if alpha == "white" and (see_through := [fact.label for fact in facts if fact.transparent]):
+        warnings.append(
+            f"transparent parts become white (alpha=mask also masks them): {', '.join(see_through)}"
+        )
+    return warnings
+
+
+def _relative_difference(first: np.ndarray, second: np.ndarray) -> float:
+    contrast = np.mean([np.abs(t - t.mean(axis=(0, 1))).mean() for t in (first, second)])
+    # + 1 grey level: blank pictures have none
+    return float(np.abs(first - second).mean() / (contrast + 1.0))
+
+
+def _token_warnings(base_class: str, prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    warnings = []
+    # start and end token
+    length, room = len(tokenizer.word_ids(base_class)), tokenizer.model_max_length - 2
+    if length > room:
+        warnings.append(
+            f"base class {base_class!r} has {length} tokens, the model reads only {room}"
+        )
+    for prompt in prompts:
+        if cut := tokenizer.cut_off(prompt):
+            warnings.append(f"prompt {prompt!r} is longer than the model reads; cut off: {cut!r}")
+    return warnings

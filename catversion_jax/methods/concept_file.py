@@ -1,0 +1,358 @@
+r"""Concept files: one trained concept as one small safetensors file, and back.
+
+What was learned lies in the tensors (``learned_tensors.py``). Everything needed to use the concept
+rightly (base class, logit bias, fingerprint of the text encoder it was trained with) is in the
+metadata, whose values are strings as the format asks.
+
+The bytes are a function of the content alone: no dates, keys sorted. The safetensors library writes
+its metadata in the order of a randomly seeded hash map, so the header (8-byte little-endian length,
+JSON, then the data) is written here; ``tests/test_export.py`` reads it back with the library.
+``modelspec.*`` follows Stability AI's ModelSpec 1.0.1; its ``hash_sha256`` covers the data and lets
+:func:`load_concept` notice a damaged file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from catversion_jax.concepts.fields import WHEN
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.foreign_files import describe_bytes, describe_folder, describe_tensors
+from catversion_jax.methods.learned import Learned, method_of
+from catversion_jax.methods.tensors import (
+    facts_of,
+    format_version,
+    learned_from,
+    tensors_of,
+    width_of,
+)
+from catversion_jax.runtime.atomic_files import make_folder, write_atomically
+from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
+
+FORMAT_VERSION = 2
+CONCEPT_FILE_NAME = "catversion.safetensors"
+
+# by width of the text encoder
+_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}
+# ModelSpec's word for the kind of adapter, and a description
+_ADAPTERS = {
+    "catversion": (
+        "catversion",
+        "CatVersion concept '{name}': keys and values for the text encoder's self-attention",
+    ),
+    "textual_inversion": ("textual-inversion", "Textual inversion '{name}': token embeddings"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Concept:
+    """One trained concept with all that its file says about it.
+
+    Attributes:
+      residual: what was learned, numpy leaves ``[L P N H]`` or ``[V D]``, float32.
+      base_class: the word or words of the prompt that call the concept.
+      name: the concept's own name, for people and for choosing between concepts.
+      when: ``class_word``: acts on prompts that contain ``base_class``; ``always``: on every
+        conditional prompt.
+      base_model: model folder or hub id it was trained on, as the user gave it; '' when unknown.
+      text_encoder_sha256: fingerprint of that model's text encoder; '' when unknown.
+      step: optimizer updates done.
+      images: names of the training images.
+      train_config: the resolved training configuration, {} when unknown.
+      metrics: final measurements, {} when there are none.
+      metadata: the file's metadata as read, {} for a concept that was never in a file.
+    """
+
+    residual: Learned
+    base_class: str
+    name: str
+    when: str = "class_word"
+    base_model: str = ""
+    text_encoder_sha256: str = ""
+    step: int = 0
+    images: tuple[str, ...] = ()
+    train_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the concept to ``path``; see :func:`save_concept`."""
+        path = as_path(path)
+        tensors = tensors_of(path, self.residual, self.name)
+        if not self.base_class.strip():
+            raise CatVersionError(
+                f"base_class={self.base_class!r}: must be the word or words that call the concept."
+            )
+        if self.when not in WHEN:
+            raise CatVersionError(f"when={self.when!r}: must be one of {', '.join(WHEN)}.")
+        make_folder(path.parent)
+        write_atomically(path, serialize_safetensors(tensors, _metadata_of(self)))
+        return path
+
+
+def save_concept(
+    path: str | Path,
+    residual: Learned,
+    *,
+    base_class: str,
+    name: str | None = None,
+    when: str = "class_word",
+    base_model: str = "",
+    text_encoder_sha256: str = "",
+    step: int = 0,
+    config: Mapping[str, Any] | None = None,
+    images: Sequence[str] = (),
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one concept, atomically and with bytes that depend on nothing but the arguments.
+
+    Args:
+      path: the file to write; missing folders are made.
+      residual: what one concept learned, leaves ``[L P N H]`` or ``[V D]``.
+      base_class: the word or words that call the concept.
+      name: defaults to ``base_class``.
+      when: ``class_word`` or ``always``, see :class:`Concept`.
+      base_model: folder or hub id of the model it was trained on.
+      text_encoder_sha256: fingerprint of that model's text encoder.
+      step: optimizer updates done.
+      config: resolved training configuration; must be expressible in JSON.
+      images: names of the training images.
+      metrics: final measurements; must be expressible in JSON.
+
+    Returns:
+      ``path``.
+
+    Raises:
+      CatVersionError: the residual is not one finite concept, an argument is out of its rule, or
+        the file cannot be written (an older file of that name then stays as it was).
+    """
+    concept = Concept(
+        residual,
+        base_class,
+        name or base_class,
+        when,
+        base_model,
+        text_encoder_sha256,
+        step=int(step),
+        images=tuple(images),
+        train_config=dict(config or {}),
+        metrics=dict(metrics or {}),
+    )
+    return concept.save(path)
+
+
+def _metadata_of(concept: Concept) -> dict[str, str]:
+    """The file's metadata, every value a string."""
+    own = {
+        "format_version": str(format_version(concept.residual)),
+        "base_class": concept.base_class,
+        "name": concept.name,
+        "when": concept.when,
+        **facts_of(concept.residual, concept.name),
+        "base_model": concept.base_model,
+        "text_encoder_sha256": concept.text_encoder_sha256,
+        "step": str(concept.step),
+        "num_images": str(len(concept.images)),
+        "images": _json(concept.images),
+        "train_config": _json(concept.train_config),
+    }
+    if concept.metrics:
+        own["metrics"] = _json(concept.metrics)
+    metadata = {"format": "pt"} | {f"catversion.{k}": v for k, v in own.items()}
+    return metadata | _modelspec(concept)
+
+
+def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path]:
+    """One ``<name>.safetensors`` per concept in ``folder``; returns the files in the order of
+    ``concepts``.
+
+    Raises:
+      CatVersionError: two concepts would get the same file, or a file cannot be written.
+    """
+    files: dict[Path, Concept] = {}
+    for concept in concepts:
+        stem = re.sub(r"[^\w.-]+", "_", concept.name).strip("._") or "concept"
+        path = as_path(folder) / f"{stem}.safetensors"
+        if path in files:
+            raise CatVersionError(
+                f"{path}: would hold both {files[path].name!r} and {concept.name!r}. Export them "
+                "into two folders."
+            )
+        files[path] = concept
+    return [concept.save(path) for path, concept in files.items()]
+
+
+def load_concept(path: str | Path) -> Concept:
+    """Read a concept file, the inverse of :func:`save_concept`.
+
+    Args:
+      path: the file, or a folder that contains ``catversion.safetensors``.
+
+    Raises:
+      CatVersionError: missing, damaged, written by a newer version, or not a concept file.
+    """
+    path = as_path(path)
+    if path.is_dir():
+        folder, path = path, path / CONCEPT_FILE_NAME
+        if not path.exists() and (what := describe_folder(folder)):
+            raise CatVersionError(f"{folder}: this is not a concept but {what}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CatVersionError(
+            f"{path}: cannot be read ({error.strerror}). Give a concept file written by training "
+            f"or by `catversion export`, or a folder with {CONCEPT_FILE_NAME} in it."
+        ) from error
+    metadata, tensors = read_safetensors(data, path)
+    _check_is_concept(path, metadata, tensors)
+    try:
+        return _concept_from(metadata, tensors)
+    except (KeyError, ValueError, TypeError) as error:
+        detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise CatVersionError(
+            f"{path}: the concept file is damaged ({detail}). Export it again from its training "
+            "run."
+        ) from error
+
+
+def concept_folders(folder: str | Path) -> list[Path]:
+    """The folders below ``folder`` that hold a concept file, such as those of a run directory; in
+    a bucket, those not more than two levels down.
+    """
+    folder = as_path(folder)
+    if not is_in_bucket(folder):
+        return sorted(file.parent for file in folder.rglob(CONCEPT_FILE_NAME))
+    files = (
+        file for levels in ("", "*/", "*/*/") for file in folder.glob(levels + CONCEPT_FILE_NAME)
+    )
+    return sorted(file.parent for file in files)
+
+
+def serialize_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Safetensors bytes that are the same in every process; tensors (float32) keep the given order.
+
+    Adds ``modelspec.hash_sha256`` of the data to the metadata.
+    """
+    header: dict[str, Any] = {}
+    data = b""
+    for name, tensor in tensors.items():
+        raw = np.ascontiguousarray(tensor, dtype="<f4").tobytes()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    signed = dict(metadata) | {"modelspec.hash_sha256": "0x" + hashlib.sha256(data).hexdigest()}
+    header = {"__metadata__": {k: _utf8(signed[k]) for k in sorted(signed)}} | header
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned, as the format asks
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def read_safetensors(data: bytes, path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Metadata and tensors of safetensors bytes; ``path`` only names them in the error message."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    damaged = f"{path}: the file is damaged or incomplete (%s). Copy or export it again."
+    what = describe_bytes(data)
+    if what:
+        raise CatVersionError(f"{path}: this is not a concept file but {what}")
+    try:
+        tensors = load(data)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CatVersionError(damaged % error) from error
+    (length,) = struct.unpack("<Q", data[:8])
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
+    if (
+        "catversion.format_version" in metadata
+        and metadata.get("modelspec.hash_sha256", digest) != digest
+    ):
+        raise CatVersionError(
+            damaged % "its tensors do not have the checksum that its header states"
+        )
+    return metadata, tensors
+
+
+def _check_is_concept(
+    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> None:
+    version = metadata.get("catversion.format_version")
+    if version is None:
+        what = describe_tensors({name: tensor.shape for name, tensor in tensors.items()})
+        raise CatVersionError(f"{path}: this is not a concept file but {what}")
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise CatVersionError(
+            f"{path}: format version {version}; this program reads up to {FORMAT_VERSION}. "
+            "Update it: pip install --upgrade catversion-jax."
+        )
+
+
+def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -> Concept:
+    own = {
+        k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
+    }
+    residual = learned_from(own, tensors)
+    if own["when"] not in WHEN:
+        raise ValueError(f"when={own['when']!r}, must be one of {', '.join(WHEN)}")
+    return Concept(
+        residual=residual,
+        base_class=own["base_class"],
+        name=own["name"],
+        when=own["when"],
+        base_model=own["base_model"],
+        text_encoder_sha256=own["text_encoder_sha256"],
+        step=int(own["step"]),
+        images=tuple(json.loads(own["images"])),
+        train_config=json.loads(own["train_config"]),
+        metrics=json.loads(own.get("metrics", "{}")),
+        metadata=metadata,
+    )
+
+
+def _modelspec(concept: Concept) -> dict[str, str]:
+    """The keys of Stability AI's ModelSpec that do not change from one writing to the next."""
+    name, config = concept.name, concept.train_config
+    hint = (
+        f"write '{concept.base_class}' in the prompt"
+        if concept.when == "class_word"
+        else "acts on every conditional prompt"
+    )
+    adapter, what = _ADAPTERS[method_of(concept.residual)]
+    base = _ARCHITECTURES.get(width_of(concept.residual), "stable-diffusion")
+    keys = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{base}/{adapter}",
+        "implementation": "catversion_jax",
+        "title": name,
+        "description": f"{what.format(name=name)}.",
+        "trigger_phrase": concept.base_class,
+        "usage_hint": hint,
+        "tags": f"{adapter}, text-to-image, personalization",
+    }
+    for key in ("resolution", "prediction_type"):
+        if config.get(key):
+            keys[key] = str(config[key])
+    if str(config.get("resolution", "")).isdigit():
+        keys["resolution"] = f"{config['resolution']}x{config['resolution']}"
+    return {f"modelspec.{k}": v for k, v in keys.items()}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _utf8(text: str) -> str:
+    """File names may hold bytes that are not UTF-8 (surrogates here), which JSON readers refuse."""
+    return text.encode("utf-8", "replace").decode("utf-8")

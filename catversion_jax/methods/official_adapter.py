@@ -1,0 +1,270 @@
+r"""Concepts trained with the authors' own code (github.com/RoyZhao926/CatVersion), read without
+torch.
+
+Their ``pytorch_adapter.bin`` is a zip with a pickle that names one flat float32 vector several
+times: once per adapted layer (the layer number is in the key) and once in the pool. The vector is
+
+    (1)  control_trans.view(P, 2 L, N, H)      position slowest;
+                                               slot 2 l is the key, 2 l + 1 the value of layer l
+
+so ``key[l, p, n, h] = flat[p, 2 l, n, h]``. Their additive causal mask is padded with ones:
+``logit_bias`` is 1.
+
+A pickle is a program. This reader runs none of it: an unpickler that knows only the three names a
+file of plain tensors needs, each replaced by an inert record; any other name is refused before
+anything is called.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import json
+import math
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.residual import KVResidual
+
+ADAPTER_FILE_NAME = "pytorch_adapter.bin"
+_LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?control_trans$")
+_HEAD_DIM = 64  # of every published CLIP text encoder; used only where nothing else tells the width
+# of one zip member: a guard against decompression bombs, far above any real adapter
+_MAX_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """What ``torch._utils._rebuild_tensor_v2`` would have built: a view of a stored vector."""
+
+    storage: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def import_official_concept(
+    path: str | Path, num_heads: int = 12, *, prefix_length: int | None = None
+) -> KVResidual:
+    """Read a concept trained with the authors' code.
+
+    Args:
+      path: a folder with ``pytorch_adapter.bin`` (and ``adapter_config.json``), or the ``.bin``
+        itself; the configuration is looked for beside it.
+      num_heads: attention heads of the text encoder, which the file does not state (12 for SD 1.x,
+        16 for SD 2.x).
+      prefix_length: concatenated positions P. Default: what ``adapter_config.json`` says; without
+        that file, what the vector's length gives for heads of 64 numbers, else 1.
+
+    Returns:
+      numpy leaves ``[L P N H]`` float32, layers as in the key names, ``logit_bias`` 1.0.
+
+    Raises:
+      CatVersionError: not such an adapter, damaged, or its lengths do not fit; nothing in it is
+        executed.
+    """
+    path = Path(path)
+    file = path / ADAPTER_FILE_NAME if path.is_dir() else path
+    vectors = _read_vectors(file)
+    layers, flat = _layers_and_vector(file, vectors)
+    positions, width = _positions_and_width(file, flat.size, len(layers), num_heads, prefix_length)
+    # (1)
+    grid = flat.reshape(positions, len(layers), 2, num_heads, width // num_heads)  # [P L 2 N H]
+    # [L P N H]
+    key, value = (np.ascontiguousarray(grid[:, :, slot].swapaxes(0, 1)) for slot in (0, 1))
+    return KVResidual(key, value, layers, logit_bias=1.0)  # type: ignore[arg-type]  # numpy leaves
+
+
+def _layers_and_vector(
+    file: Path, vectors: dict[str, np.ndarray]
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """Adapted layers, ascending, and the one vector that all entries repeat."""
+    unknown = [key for key in vectors if not key.endswith("control_trans")]
+    matches = {key: match for key in vectors if (match := _LAYER_KEY.search(key))}
+    layers = [int(match.group(1)) for match in matches.values()]
+    if unknown or not layers or len(set(layers)) != len(layers):
+        listed = ", ".join(unknown or list(vectors) or ["nothing"])[:300]
+        raise CatVersionError(
+            f"{file}: holds {listed}; must hold one flat `...layers.<i>...control_trans` vector "
+            "per adapted layer and nothing else (one adapter, `flat=True`, no gates), as the "
+            "authors' training script writes it."
+        )
+    flat = vectors[next(iter(matches))].reshape(-1)
+    for key, vector in vectors.items():
+        if not np.array_equal(vector.reshape(-1), flat, equal_nan=True):
+            raise CatVersionError(
+                f"{file}: the vector of {key} differs from that of {next(iter(matches))}; the "
+                "authors' code writes the same pool vector under every key. The file was altered: "
+                "get the original."
+            )
+    if not np.isfinite(flat).all():
+        raise CatVersionError(
+            f"{file}: holds NaN or infinite numbers; get another checkpoint of that training."
+        )
+    return tuple(sorted(layers)), flat
+
+
+def _positions_and_width(
+    file: Path, size: int, num_layers: int, num_heads: int, prefix_length: int | None
+) -> tuple[int, int]:
+    """P and the encoder's width D from the configuration, or from ``size = P * 2 L * D``."""
+    config_file = file.with_name("adapter_config.json")
+    config: dict[str, Any] = {}
+    if config_file.is_file():
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CatVersionError(
+                f"{config_file}: not readable as JSON ({error}). Restore the file."
+            ) from error
+    width = config.get("hidden_size")
+    positions = prefix_length or config.get("config", config).get("prefix_length")
+    if positions is None:
+        known_width = width or num_heads * _HEAD_DIM
+        positions = max(1, size // (2 * num_layers * known_width))
+        if size != positions * 2 * num_layers * known_width:
+            positions = 1
+    found, rest = divmod(size, positions * 2 * num_layers)
+    if rest or found % num_heads or (width is not None and found != width) or found == 0:
+        raise CatVersionError(
+            f"{file}: a vector of {size} numbers for {num_layers} layers, "
+            f"prefix_length={positions}, hidden_size={width or 'unknown'}, num_heads={num_heads}; "
+            "must be prefix_length * 2 * layers * hidden_size, with hidden_size a multiple of "
+            "num_heads. Give the right num_heads and keep adapter_config.json beside the file."
+        )
+    return positions, found
+
+
+def _read_vectors(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a torch zip file by its key, float32."""
+    try:
+        head = file.open("rb").read(4)
+    except OSError as error:
+        raise CatVersionError(
+            f"{file}: cannot be read ({error.strerror}). Give the folder with {ADAPTER_FILE_NAME} "
+            "in it, or that file."
+        ) from error
+    if head[:1] == b"\x80" and head != b"PK\x03\x04":
+        raise CatVersionError(
+            f"{file}: saved by PyTorch before 1.6, which is one bare pickle. Save it again with a "
+            "newer PyTorch: torch.save(torch.load(file, weights_only=True, map_location='cpu'), "
+            "file)."
+        )
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _read_archive(file, archive)
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        raise CatVersionError(
+            f"{file}: not a complete PyTorch zip file ({error}). Download or copy it again."
+        ) from error
+
+
+def _read_archive(file: Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    pickles = [
+        name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")
+    ]
+    if len(pickles) != 1:
+        raise CatVersionError(
+            f"{file}: a zip file without PyTorch's data.pkl. Give a {ADAPTER_FILE_NAME}."
+        )
+    root = pickles[0].removesuffix("data.pkl")
+    if (
+        f"{root}byteorder" in archive.namelist()
+        and _member(file, archive, f"{root}byteorder") != b"little"
+    ):
+        raise CatVersionError(
+            f"{file}: big-endian numbers. Save it again on a little-endian machine."
+        )
+    try:
+        content = _TensorUnpickler(file, _member(file, archive, pickles[0])).load()
+    except CatVersionError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything, and none of it is ours
+        raise CatVersionError(
+            f"{file}: its pickle is damaged ({error!r}). Download it again."
+        ) from error
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, _Tensor) for k, v in content.items()
+    ):
+        raise CatVersionError(
+            f"{file}: not a table of named tensors. Give the adapter's {ADAPTER_FILE_NAME}."
+        )
+    return {key: _view(file, archive, f"{root}data/", tensor) for key, tensor in content.items()}
+
+
+def _view(file: Path, archive: zipfile.ZipFile, folder: str, tensor: _Tensor) -> np.ndarray:
+    stored = np.frombuffer(_member(file, archive, folder + tensor.storage), dtype="<f4")
+    count = math.prod(tensor.shape)
+    dense = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape)))
+    if tensor.stride != dense or not 0 <= tensor.offset <= stored.size - count:
+        raise CatVersionError(
+            f"{file}: a tensor of shape {tensor.shape}, stride {tensor.stride} at {tensor.offset} "
+            f"of {stored.size} stored numbers; must be contiguous and inside. The file was "
+            "altered: get the original."
+        )
+    return stored[tensor.offset : tensor.offset + count].reshape(tensor.shape)
+
+
+def _member(file: Path, archive: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        raise CatVersionError(
+            f"{file}: {name} is missing in the archive. Download it again."
+        ) from None
+    if info.file_size > _MAX_BYTES:
+        raise CatVersionError(
+            f"{file}: {name} is {info.file_size} bytes, an adapter at most {_MAX_BYTES}. Not an "
+            "adapter file."
+        )
+    return archive.read(info)
+
+
+class _FloatStorage:
+    """Stands for ``torch.FloatStorage``; never constructed."""
+
+
+def _rebuild_tensor(storage: str, offset: int, shape: tuple, stride: tuple, *_: object) -> _Tensor:
+    return _Tensor(str(storage), int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    _KNOWN: dict[tuple[str, str], Any] = {  # noqa: RUF012 - a constant
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch", "FloatStorage"): _FloatStorage,
+    }
+
+    def __init__(self, file: Path, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = self._KNOWN.get((module, name))
+        if known is not None:
+            return known
+        if module == "torch" and name.endswith("Storage"):
+            raise CatVersionError(
+                f"{self._file}: numbers stored as torch.{name}; must be float32. Convert them with "
+                ".float()."
+            )
+        raise CatVersionError(
+            f"{self._file}: the pickle asks for {module}.{name}, which a file of plain tensors "
+            "never needs; refused, nothing was run. Do not open this file with torch.load either "
+            "unless you trust its source."
+        )
+
+    def persistent_load(self, pid: Any) -> str:
+        kind, storage, key = pid[0], pid[1], pid[2]
+        if kind != "storage" or storage is not _FloatStorage:
+            raise CatVersionError(
+                f"{self._file}: {pid!r} is not a float32 storage. Not an adapter file."
+            )
+        return str(key)

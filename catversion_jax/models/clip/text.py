@@ -1,0 +1,253 @@
+"""CLIP's text encoder, with what a concept learned as an argument.
+
+    (1)  h_0 = token_embedding[ids] + position_embedding[0..T-1], learned vectors in their slots
+    (2)  h_{i+1} = layer_i(h_i; causal mask;
+                           [residual keys; own keys], [residual values; own values])
+    (3)  last = final_layer_norm(h_L),   penultimate = h_{L-1} (``hidden_states[-2]``, no norm)
+
+Without a concept this is plain CLIP, bit for bit. Padding tokens are not masked, as in Stable
+Diffusion. Source: transformers ``CLIPTextModel``; the residual of (2) is in ``residual.py``, the
+vectors of (1) in ``token_embeddings.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from catversion_jax.array_types import Array, Float, Int
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.residual import KVResidual
+from catversion_jax.methods.token_embeddings import TokenEmbeddings
+from catversion_jax.models.clip.encoder import (
+    CLIPEncoder,
+    EncoderConfig,
+    ExtraKeys,
+    layer_norm,
+)
+
+Output = Literal["last", "penultimate"]
+LearnedArgument = Learned | Sequence[Learned] | None
+SlotsArgument = Int[Array, "B T"] | Sequence[Int[Array, "B T"]] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(EncoderConfig):
+    """A text encoder's ``config.json``; the defaults are transformers' own, for keys a file leaves
+    out.
+    """
+
+    model_type: ClassVar[str] = "clip_text_model"
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
+
+
+class CLIPTextEmbeddings(nnx.Module):
+    """Equation (1)."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes)
+        self.position_embedding = nnx.Embed(
+            config.max_position_embeddings, config.hidden_size, **dtypes
+        )
+
+    def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embed tokens and add positions.
+
+        Raises:
+          CatVersionError: more tokens than the encoder has positions.
+        """
+        num_tokens = token_ids.shape[-1]
+        if num_tokens > self.position_embedding.num_embeddings:
+            raise CatVersionError(
+                f"{num_tokens} tokens: this text encoder has "
+                f"{self.position_embedding.num_embeddings} positions. Truncate the prompt; "
+                "Tokenizer does so."
+            )
+        return self.token_embedding(token_ids) + self.position_embedding(jnp.arange(num_tokens))
+
+    def with_vectors(
+        self,
+        embedded: Float[Array, "B T D"],
+        vectors: Float[Array, "V D"],
+        slots: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        """``embedded`` (equation 1) with ``vectors`` as the embeddings of the tokens in slots."""
+        positions = self.position_embedding(jnp.arange(embedded.shape[1]))
+        learned = vectors[jnp.maximum(slots, 0)] + positions
+        return jnp.where((slots >= 0)[..., None], learned.astype(embedded.dtype), embedded)
+
+
+class CLIPTextModel(nnx.Module):
+    """The text encoder."""
+
+    def __init__(
+        self, config: CLIPTextConfig, *, dtype: Any = jnp.float32, param_dtype: Any, rngs: nnx.Rngs
+    ):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = CLIPTextEmbeddings(config, **dtypes)
+        self.encoder = CLIPEncoder(config, **dtypes)
+        self.final_layer_norm = layer_norm(config, **dtypes)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B T"],
+        residual: LearnedArgument = None,
+        slots: SlotsArgument = None,
+        *,
+        output: Output = "last",
+    ) -> Float[Array, "B T D"]:
+        """Encode prompts.
+
+        Args:
+          token_ids: ``[B T]``, padded.
+          residual: what one concept learned (``[L P N H]`` or ``[V D]``), several that act
+            together, or none.
+          slots: where its class word stands, ``[B T]`` of ``Tokenizer.place``; one for each of
+            several. Needed where ``residual.reads_slots``.
+          output: which hidden state, equation (3).
+
+        Raises:
+          CatVersionError: a concept that does not fit this encoder, or lacks its slots.
+        """
+        return self.upper(self.lower(token_ids, 0), residual, 0, slots, output=output)
+
+    def lower(self, token_ids: Int[Array, "B T"], layer: int) -> Float[Array, "B T D"]:
+        """The plain hidden state that enters layer ``layer``: what no residual from there on can
+        change.
+        """
+        hidden = self.embeddings(jnp.asarray(token_ids))
+        bias = causal_bias(hidden.shape[1])
+        for block in self.encoder.layers[:layer]:
+            hidden = block(hidden, bias)
+        return hidden
+
+    def upper(
+        self,
+        hidden: Float[Array, "B T D"],
+        residual: LearnedArgument,
+        layer: int,
+        slots: SlotsArgument = None,
+        *,
+        output: Output = "last",
+    ) -> Float[Array, "B T D"]:
+        """The layers from ``layer`` on, equations (2) and (3); from 0 on, learned vectors too.
+
+        Raises:
+          CatVersionError: a concept that does not fit this encoder, adapts a layer below
+            ``layer``, or lacks its slots.
+        """
+        num_layers = len(self.encoder.layers)
+        stop = {"last": num_layers, "penultimate": num_layers - 1}[output]
+        acting = self._acting(residual, slots, range(layer, stop))
+        for one, where in acting:
+            if isinstance(one, TokenEmbeddings) and where is not None:
+                hidden = self.embeddings.with_vectors(hidden, one.vectors, where)
+        bias = causal_bias(hidden.shape[1])
+        for index in range(layer, stop):
+            hidden = self.encoder.layers[index](hidden, bias, extra_keys(acting, index))
+        return self.final_layer_norm(hidden) if output == "last" else hidden
+
+    def token_embeddings(self, token_ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """The tokens' own embeddings, without positions."""
+        return self.embeddings.token_embedding(jnp.asarray(token_ids))
+
+    def keys_values(
+        self, token_ids: Int[Array, "B T"], layers: Sequence[int]
+    ) -> tuple[Float[Array, "L B T N H"], Float[Array, "L B T N H"]]:
+        """The plain encoder's own keys and values at ``layers``, in a residual's layout."""
+        hidden = self.lower(token_ids, 0)
+        bias = causal_bias(hidden.shape[1])
+        keys, values = [], []
+        for index, block in enumerate(self.encoder.layers):
+            if index in layers:
+                normalized = block.layer_norm1(hidden)
+                keys.append(block.self_attn.heads(block.self_attn.k_proj(normalized)))
+                values.append(block.self_attn.heads(block.self_attn.v_proj(normalized)))
+            hidden = block(hidden, bias)
+        return jnp.stack(keys), jnp.stack(values)
+
+    def pooled(
+        self, last: Float[Array, "B T D"], token_ids: Int[Array, "B T"]
+    ) -> Float[Array, "B D"]:
+        """The state at the end-of-text token, which summarizes a prompt.
+
+        Configurations written before transformers 4.31 say ``eos_token_id = 2``, which is wrong;
+        the highest id of the row is meant there.
+        """
+        ids = jnp.asarray(token_ids)
+        where = ids.argmax(-1) if self.eos_token_id == 2 else (ids == self.eos_token_id).argmax(-1)
+        return jnp.take_along_axis(last, where[:, None, None], axis=1)[:, 0]
+
+    def residual_mass(
+        self,
+        token_ids: Int[Array, "B T"],
+        residual: KVResidual,
+        slots: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "L B N T"]:
+        """Lambda of ``residual.py``'s equation (2), summed over positions, at each adapted
+        layer.
+        """
+        hidden = self.lower(token_ids, 0)
+        acting = self._acting(residual, slots, range(len(self.encoder.layers)))
+        bias = causal_bias(hidden.shape[1])
+        masses = []
+        for index, block in enumerate(self.encoder.layers):
+            extra = extra_keys(acting, index)
+            masses += [
+                block.self_attn.extra_mass(block.layer_norm1(hidden), bias, e) for e in extra
+            ]
+            hidden = block(hidden, bias, extra)
+        return jnp.stack(masses)
+
+    def _acting(
+        self, learned: LearnedArgument, slots: SlotsArgument, layers: range
+    ) -> list[tuple[Learned, Array | None]]:
+        """Every concept with its slots, checked."""
+        concepts: list[Learned]
+        places: list[Any]
+        if isinstance(learned, KVResidual | TokenEmbeddings):
+            concepts, places = [learned], [slots]
+        else:
+            concepts = list(learned or ())
+            places = [None] * len(concepts) if slots is None else list(slots)
+        attention = self.encoder.layers[0].self_attn
+        head_dim = attention.k_proj.out_features // attention.num_heads
+        for one, where in zip(concepts, places, strict=True):
+            one.check_fits(attention.num_heads, head_dim, layers)
+            if one.reads_slots and where is None:
+                raise CatVersionError(
+                    "slots=None: this concept needs to know where its class word stands. Give the "
+                    "slots of Tokenizer.place."
+                )
+        return list(zip(concepts, places, strict=True))
+
+
+def extra_keys(acting: Sequence[tuple[Learned, Array | None]], layer: int) -> list[ExtraKeys]:
+    """What each concept concatenates at one layer; empty where none adapts it."""
+    extra = []
+    for one, slots in acting:
+        if isinstance(one, KVResidual) and (pair := one.at_layer(layer)) is not None:
+            extra.append(ExtraKeys(*pair, one.logit_bias, one.visible(slots)))
+    return extra
+
+
+def causal_bias(num_tokens: int) -> Float[Array, "1 1 T T"]:
+    """0 where a query may look, ``-inf`` at later positions."""
+    visible = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))
+    return jnp.where(visible, 0.0, -jnp.inf)[None, None]

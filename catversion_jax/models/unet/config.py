@@ -1,0 +1,199 @@
+"""A UNet's ``config.json`` as a checked, hashable value with one entry per block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.layers.resnet import ACTIVATIONS, check_groups
+from catversion_jax.models.weights.hf_config import check_supported
+
+DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+MID_BLOCK = "UNetMidBlock2DCrossAttn"
+
+# diffusers' own defaults: published SD 1.x files lack every key that was added after version 0.6.
+DEFAULTS: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "mid_block_type": MID_BLOCK,
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "only_cross_attention": False,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "use_linear_projection": False,
+}
+
+ONLY: dict[str, tuple[Any, ...]] = {
+    "act_fn": tuple(ACTIVATIONS),
+    "attention_type": ("default",),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1, 1.0),
+    "mid_block_type": (MID_BLOCK, None),
+    "resnet_out_scale_factor": (1.0, 1),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+}
+
+SCALARS: dict[str, tuple[type, ...]] = {
+    "in_channels": (int,),
+    "out_channels": (int,),
+    "norm_num_groups": (int,),
+    "norm_eps": (float, int),
+    "freq_shift": (int, float),
+    "flip_sin_to_cos": (bool,),
+    "use_linear_projection": (bool,),
+}
+
+IGNORED = frozenset(
+    {
+        "addition_embed_type_num_heads",  # acts with addition_embed_type only, which is refused
+        "dropout",  # acts while the UNet itself is trained
+        "mid_block_only_cross_attention",  # never reaches the one mid block that is supported
+        "sample_size",  # the default resolution, not a part of the computation
+        "upcast_attention",  # attention() always computes logits and softmax in float32
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """What decides a UNet's computation; tuples run from the outermost block to the innermost.
+
+    ``num_heads`` is what the files call ``attention_head_dim``: since SD 1.x it has meant the
+    number of heads.
+    """
+
+    in_channels: int
+    out_channels: int
+    flip_sin_to_cos: bool
+    freq_shift: float
+    act_fn: str
+    norm_num_groups: int
+    norm_eps: float
+    use_linear_projection: bool
+    has_mid_block: bool
+    block_out_channels: tuple[int, ...]
+    down_cross_attention: tuple[bool, ...]
+    up_cross_attention: tuple[bool, ...]
+    layers_per_block: tuple[int, ...]
+    transformer_layers_per_block: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    cross_attention_dim: tuple[int, ...]
+    only_cross_attention: tuple[bool, ...]
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, source: str = "unet/config.json") -> UNetConfig:
+        """Read a diffusers ``UNet2DConditionModel`` configuration; absent keys take diffusers'
+        defaults.
+
+        Raises:
+          CatVersionError: a key asks for something unsupported, or the keys contradict each other.
+        """
+        check_supported(config, source=source, used=DEFAULTS.keys(), ignored=IGNORED, only=ONLY)
+        values = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+        widths = _integers(values["block_out_channels"], "block_out_channels", source=source)
+        count = len(widths)
+
+        def per_block(key: str, kind: type) -> tuple[Any, ...]:
+            return _per_block(values[key], key, kind, count, source=source)
+
+        for key, kinds in SCALARS.items():
+            if type(values[key]) not in kinds:
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise CatVersionError(
+                    f"{source}: {key}={values[key]!r} must be a single {expected}. Correct the "
+                    "configuration."
+                )
+        parsed = cls(
+            **{key: values[key] for key in SCALARS},
+            act_fn=values["act_fn"],
+            has_mid_block=values["mid_block_type"] is not None,
+            block_out_channels=widths,
+            down_cross_attention=_block_types(
+                values["down_block_types"], DOWN_BLOCKS, count, source=source
+            ),
+            up_cross_attention=_block_types(
+                values["up_block_types"], UP_BLOCKS, count, source=source
+            ),
+            layers_per_block=per_block("layers_per_block", int),
+            transformer_layers_per_block=per_block("transformer_layers_per_block", int),
+            num_heads=per_block("attention_head_dim", int),
+            cross_attention_dim=per_block("cross_attention_dim", int),
+            only_cross_attention=per_block("only_cross_attention", bool),
+        )
+        parsed._check_divisions(source)
+        return parsed
+
+    def _check_divisions(self, source: str) -> None:
+        check_groups(self.norm_num_groups, self.block_out_channels, source=source)
+        uses_heads = [
+            down or up
+            for down, up in zip(
+                self.down_cross_attention, reversed(self.up_cross_attention), strict=True
+            )
+        ]
+        uses_heads[-1] = uses_heads[-1] or self.has_mid_block
+        for width, heads, used in zip(
+            self.block_out_channels, self.num_heads, uses_heads, strict=True
+        ):
+            if used and (heads < 1 or width % heads):
+                raise CatVersionError(
+                    f"{source}: attention_head_dim={list(self.num_heads)} is the number of heads "
+                    f"of each block and must divide its width; {heads} does not divide {width}. "
+                    "Correct the configuration."
+                )
+
+
+def _integers(value: Any, key: str, *, source: str) -> tuple[int, ...]:
+    if (
+        not isinstance(value, Sequence)
+        or not value
+        or not all(isinstance(v, int) and v > 0 for v in value)
+    ):
+        raise CatVersionError(
+            f"{source}: {key}={value!r} must be a list of positive integers. Correct the "
+            "configuration."
+        )
+    return tuple(value)
+
+
+def _per_block(value: Any, key: str, kind: type, count: int, *, source: str) -> tuple[Any, ...]:
+    """One value for all blocks, or a list with one for each."""
+    entries = (value,) * count if isinstance(value, kind) else value
+    fits = isinstance(entries, Sequence) and len(entries) == count
+    # bool is a subclass of int: a flag where a number belongs is refused too.
+    if not fits or not all(type(entry) is kind for entry in entries):
+        raise CatVersionError(
+            f"{source}: {key}={value!r} must be one {kind.__name__} or a list of {count} (one for "
+            "each entry of block_out_channels). Another layout is not supported; correct the "
+            "configuration."
+        )
+    return tuple(entries)
+
+
+def _block_types(
+    value: Sequence[str], supported: Mapping[str, bool], count: int, *, source: str
+) -> tuple[bool, ...]:
+    """Whether each block has cross-attention."""
+    unknown = [name for name in value if name not in supported]
+    if unknown or len(value) != count:
+        raise CatVersionError(
+            f"{source}: block types {list(value)} must be {count} (one for each entry of "
+            f"block_out_channels) out of {sorted(supported)}. Use a Stable Diffusion 1.x or 2.x "
+            "model."
+        )
+    return tuple(supported[name] for name in value)

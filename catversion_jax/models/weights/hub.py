@@ -1,0 +1,169 @@
+"""Where a model's folder is: a path on this machine, the embedded model's name, or a Hugging Face
+hub id that is downloaded once.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from catversion_jax.assets import EMBEDDED_MODEL, embedded_folder
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.weights.hf_config import read_config
+from catversion_jax.models.weights.safetensors_files import (
+    STEMS,
+    missing_weights,
+    shard_patterns,
+    weight_files,
+)
+
+COMPONENTS = {
+    "text_encoder": "CLIPTextModel",
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+}
+"""What has weights in a Stable Diffusion folder, and the class each must be of."""
+
+FILES_EXPECTED = "model_index.json, text_encoder/, unet/, vae/, tokenizer/ and scheduler/"
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+RENAMED = {
+    "runwayml": "runwayml/stable-diffusion-v1-5 is now stable-diffusion-v1-5/stable-diffusion-v1-5"
+}
+"""Hub owners who took their models down, and where these are."""
+
+
+def locate_model(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    weights: bool = True,
+) -> Path:
+    """The local folder of a Stable Diffusion; ``tiny-sd`` ships with the package, a hub id is
+    downloaded, without its weights where these are not asked for.
+
+    Raises:
+      CatVersionError: no such folder, not a diffusers folder, or it cannot be downloaded.
+    """
+    path = embedded_folder(model) or Path(model).expanduser()
+    if path.is_file():
+        raise CatVersionError(
+            f"{model}: is a single file; a diffusers folder ({FILES_EXPECTED}) is needed. Convert "
+            "it once in PyTorch: "
+            "diffusers.StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)."
+        )
+    if path.is_dir():
+        folder = path
+    elif isinstance(model, str) and HUB_ID.fullmatch(model):
+        folder = _download(model, revision, variant, weights)
+    else:
+        raise CatVersionError(
+            f"{model}: the folder does not exist, and this is not a hub id such as "
+            f"'stable-diffusion-v1-5/stable-diffusion-v1-5' nor {EMBEDDED_MODEL!r}. Check the path."
+        )
+    _check_components(folder)
+    return folder
+
+
+def _check_components(folder: Path) -> None:
+    found = sorted(path.name for path in folder.iterdir())
+    if "model_index.json" not in found:
+        raise CatVersionError(
+            f"{folder}: is not a diffusers folder; expected {FILES_EXPECTED}, found {found}. Give "
+            "the folder that holds model_index.json."
+        )
+    index = read_config(folder, "model_index.json")
+    if index.get("text_encoder_2", [None])[0] is not None:
+        raise CatVersionError(
+            f"{folder}: {index.get('_class_name')} has two text encoders; supported are Stable "
+            "Diffusion 1.x and 2.x. Use such a model."
+        )
+    missing = [
+        name for name in (*COMPONENTS, "tokenizer", "scheduler") if not (folder / name).is_dir()
+    ]
+    if missing:
+        raise CatVersionError(
+            f"{folder}: missing component {', '.join(missing)}; expected {FILES_EXPECTED}, found "
+            f"{found}. Download the model again."
+        )
+    for name, expected in COMPONENTS.items():
+        actual = (index.get(name) or [None, None])[-1]
+        if actual not in (None, expected, f"Flax{expected}"):
+            raise CatVersionError(
+                f"{folder}: its {name} is a {actual}, must be a {expected}. Use a Stable Diffusion "
+                "1.x or 2.x model."
+            )
+
+
+def _download(model: str, revision: str | None, variant: str | None, weights: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
+    for name in COMPONENTS:
+        files = [
+            f
+            for stem in STEMS
+            for f in (*weight_files(stem, variant), *shard_patterns(stem, variant))
+        ]
+        patterns += [f"{name}/{file}" for file in ("config.json", *(files if weights else ()))]
+    owner = model.split("/")[0]
+    hint = f" {RENAMED[owner]}." if owner in RENAMED else ""
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
+        )
+    except errors.GatedRepoError as error:
+        raise CatVersionError(
+            f"{model}: access is restricted. Accept the terms on https://huggingface.co/{model} "
+            "and log in with 'hf auth login'."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CatVersionError(
+            f"{model}: has no revision {revision!r}. See https://huggingface.co/{model}/tree/main "
+            "for branches."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CatVersionError(
+            f"{model}: neither a folder here nor a model on the Hugging Face hub.{hint} Check the "
+            "spelling; for a private model log in with 'hf auth login'."
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise CatVersionError(
+            f"{model}: neither a folder here nor a complete download in the Hugging Face cache, "
+            f"and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set).{hint} Connect "
+            "once, or give a local folder."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CatVersionError(
+            f"{model}: cannot be downloaded ({error}).{hint} Try again, or give a local folder."
+        ) from error
+    if weights:
+        _check_downloaded(model, folder, revision, variant)
+    return folder
+
+
+def _check_downloaded(model: str, folder: Path, revision: str | None, variant: str | None) -> None:
+    """Say what the hub has where the wanted weights were not among it."""
+    wanted = {file for stem in STEMS for file in weight_files(stem, variant)}
+    for name in COMPONENTS:
+        here = {path.name for path in (folder / name).glob("*")}
+        if (folder / name).is_dir() and not here & wanted:
+            paths = [PurePosixPath(path) for path in _hub_listing(model, revision)]
+            listed = {path.name for path in paths if path.parent == PurePosixPath(name)}
+            raise CatVersionError(
+                missing_weights(f"{model}, {name}", sorted(listed | here), variant)
+            )
+
+
+def _hub_listing(model: str, revision: str | None) -> list[str]:
+    """All files of a hub model; empty where the hub cannot be asked."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return huggingface_hub.HfApi().list_repo_files(model, revision=revision)
+    except (OSError, errors.OfflineModeIsEnabled):
+        return []

@@ -1,1 +1,0 @@
-"""What was found, for people: self-contained HTML pages."""

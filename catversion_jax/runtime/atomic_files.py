@@ -1,0 +1,85 @@
+"""Write a file whole or not at all: a reader, a full disk or a killed process never meets half a
+file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.bucket_paths import is_in_bucket
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to a temporary file beside ``path``, flush it to disk, and rename it into
+    place.
+
+    Raises:
+      CatVersionError: the folder is missing or unwritable, or the disk is full. An older file stays
+        as it was.
+    """
+    temporary: str | None = None
+    try:
+        if is_in_bucket(path):
+            path.write_bytes(data)  # an object appears whole
+            return
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        )
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise unwritable(path, error) from error
+
+
+def make_folder(path: Path) -> None:
+    """Create ``path`` and its parents; in a bucket there are no folders to create.
+
+    Raises:
+      CatVersionError: it cannot be created or is not a folder.
+    """
+    if is_in_bucket(path):
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that the folder ``path`` could be created, before work is done for it.
+
+    Nothing is created on this machine: other processes of the same run look there too.
+
+    Raises:
+      CatVersionError: it cannot.
+    """
+    if is_in_bucket(path):
+        write_atomically(path / ".writable", b"")
+        (path / ".writable").unlink(missing_ok=True)
+        return
+    try:
+        nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if not nearest.is_dir():
+        raise unwritable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def unwritable(path: Path, error: OSError) -> CatVersionError:
+    """The message for an output that cannot be written."""
+    return CatVersionError(
+        f"{path}: cannot be written ({error.strerror or error}). What was there before is intact; "
+        "free some space or give a writable folder, then run the same command again."
+    )

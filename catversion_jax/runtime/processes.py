@@ -1,0 +1,68 @@
+"""Several processes, one list of concepts: JAX's own runtime joins them.
+
+Each process trains its own part of the list on its own devices, with a program of its own: nothing
+is exchanged while training, so no host ever waits for another one's refills, and the results do not
+depend on how many there are. What joins them is ``jax.distributed``: it tells each which part is
+its own, ends all when one dies, and lets them wait for each other at the start and at the end.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+
+from catversion_jax.config.training import TrainConfig
+from catversion_jax.errors import CatVersionError
+
+T = TypeVar("T")
+HEARTBEAT_SECONDS = 30
+"""A process that has been silent for so long is dead, and the others end."""
+
+
+def join_processes(config: TrainConfig) -> None:
+    """Join the others, if there are any; before anything else touches a device.
+
+    Raises:
+      CatVersionError: they cannot be reached.
+    """
+    if config.coordinator_address is None and not _on_tpu_slice():
+        return
+    try:
+        jax.distributed.initialize(
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,  # after an error in one of them
+        )
+    except Exception as error:
+        raise CatVersionError(
+            f"the processes of this run cannot find each other ({str(error).splitlines()[0]}). "
+            "Start the same command on every host; elsewhere than on Cloud TPU with "
+            "coordinator_address=HOST:PORT num_processes=N process_id=0..N-1."
+        ) from error
+
+
+def own_part(items: Sequence[T]) -> Sequence[T]:
+    """Those this process does."""
+    return items[jax.process_index() :: jax.process_count()]
+
+
+def wait_for_others(what: str) -> None:
+    """Until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _on_tpu_slice() -> bool:
+    """Whether this machine is a host of a Cloud TPU."""
+    if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    has_chips = bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+    return has_chips and importlib.util.find_spec("libtpu") is not None

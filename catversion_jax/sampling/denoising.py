@@ -1,0 +1,338 @@
+"""Prompts to images with one frozen backbone and any concepts.
+
+Which concepts act on a prompt is decided in ``image_requests.py``. The unconditional branch of
+classifier-free guidance (arXiv 2207.12598), that is the negative prompt, is always the plain
+encoding:
+
+    (1)  output = plain + guidance_scale (prompted - plain)  above 1; no second branch at or below 1
+
+What makes an image repeatable: its prompt is encoded alone, its noise comes from its own seed,
+batches have a fixed size (padded), and images are decoded one by one. The same seed gives the same
+bits whatever else is in the batch. Every device that holds the networks draws images of its own,
+without communication. One program serves every sampler and every number of steps: the row of the
+sampler's table and the guidance scale are traced scalars, the frozen networks are arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from catversion_jax.array_types import Array, Float, Int, Key
+from catversion_jax.config.sampling import SamplingSettings
+from catversion_jax.diffusion.samplers import Sampler, SamplerRow, make_sampler
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.learned import Learned
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.sharding import (
+    by_device,
+    mesh_of,
+    on_every_device,
+    place_by_device,
+    replicated,
+)
+from catversion_jax.sampling.requests import (
+    ConceptUse,
+    ImageRequest,
+    active_concepts,
+    place_concepts,
+    prompt_warnings,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedImages:
+    """What :func:`generate` returns.
+
+    Attributes:
+      pixels: ``[n height width 3]`` float32 within 0..1.
+      latents: ``[n h w channels]`` float32, the last ``x`` before decoding.
+      warnings: what the user should know about the prompts; also logged.
+    """
+
+    pixels: Float[np.ndarray, "n height width 3"]
+    latents: Float[np.ndarray, "n h w channels"]
+    warnings: tuple[str, ...]
+
+    @property
+    def images(self) -> np.ndarray:
+        """``[n height width 3]`` uint8, rounded as diffusers' ``numpy_to_pil`` does."""
+        return (self.pixels * 255).round().astype(np.uint8)
+
+
+def generate(
+    backbone: Backbone,
+    requests: Sequence[ImageRequest],
+    settings: SamplingSettings | None = None,
+    *,
+    latents: Float[np.ndarray, "n channels h w"] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> GeneratedImages:
+    """Draw every request.
+
+    Args:
+      backbone: the frozen networks.
+      requests: at least one.
+      settings: None is the defaults.
+      latents: standard-normal initial latents in diffusers' NCHW layout, one per request, instead
+        of the seeds'.
+      on_step: called with (steps done, steps in all) of the whole call.
+
+    Raises:
+      CatVersionError: a setting, a size or a latent shape that cannot be.
+    """
+    settings = settings or SamplingSettings()
+    if not requests:
+        raise CatVersionError("requests is empty: give at least one prompt.")
+    sampler = make_sampler(
+        settings.sampler,
+        backbone.noise_schedule,
+        settings.num_inference_steps,
+        eta=settings.eta,
+        karras=settings.karras,
+    )
+    shape = latent_shape(backbone, settings)
+    start = checked_latents(backbone, settings, latents, len(requests))
+    warnings = prompt_warnings(backbone.tokenizer, requests)
+    for message in warnings:
+        logger.warning(message)
+    texts = _encode_all(backbone, requests, settings.guidance_scale)
+    mesh = mesh_of(backbone.unet)
+    per_device = settings.batch_size or (1 if jax.default_backend() == "cpu" else 4)
+    batch_size = per_device * mesh.size
+    # the last batch is filled up with copies of the last image
+    filled = [*range(len(requests)), *[len(requests) - 1] * (-len(requests) % batch_size)]
+    batches = [filled[i : i + batch_size] for i in range(0, len(filled), batch_size)]
+    report = _reporter(on_step, len(batches) * len(sampler.rows))
+    final = []
+    for rows in batches:
+        seeds = np.array([requests[i].seed for i in rows], np.uint32)
+        keys, x = _initial_noise(place_by_device(seeds, mesh), shape)
+        if start is not None:
+            x = place_by_device(start[rows], mesh)
+        branches = [place_by_device(np.stack([branch[i] for i in rows]), mesh) for branch in texts]
+        final.append(
+            _denoise(backbone.unet, sampler, settings.guidance_scale, x, branches, keys, report)
+        )
+    last = np.concatenate(final)[: len(requests)]
+    return GeneratedImages(decode_latents(backbone, last), last, warnings)
+
+
+def _reporter(on_step: Callable[[int, int], None] | None, total: int) -> Callable[[Array], None]:
+    """Calls ``on_step`` with the number of states it was given so far."""
+    progress = iter(range(1, total + 1))
+
+    def report(x: Array) -> None:
+        if on_step is not None:
+            jax.block_until_ready(x)  # dispatch runs ahead of the device, a progress bar should not
+            on_step(next(progress), total)
+
+    return report
+
+
+def latent_shape(backbone: Backbone, settings: SamplingSettings) -> tuple[int, int, int]:
+    """``(h, w, channels)`` of one image's latents.
+
+    Raises:
+      CatVersionError: height or width is not a positive multiple of the VAE's factor.
+    """
+    factor = backbone.latent_downsampling
+    sides = []
+    for name in ("height", "width"):
+        side = getattr(settings, name)
+        side = backbone.default_resolution if side is None else side
+        if side < factor or side % factor:
+            raise CatVersionError(
+                f"{name}={side}: must be a positive multiple of {factor}, the VAE's factor of this "
+                f"model; {max(round(side / factor), 1) * factor} is the nearest."
+            )
+        sides.append(side // factor)
+    return sides[0], sides[1], backbone.latent_channels
+
+
+def encode_prompt(
+    backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse]
+) -> Float[np.ndarray, "T D"]:
+    """One prompt's text states with the concepts that act on it; encoded alone, so nothing else
+    matters.
+    """
+    acting = active_concepts(backbone.tokenizer, prompt, concepts)
+    residuals = tuple(jax.device_put(use.residual.scaled(use.scale)) for use in acting)
+    placed = place_concepts(backbone.tokenizer, prompt, acting)
+    token_ids, slots = jax.device_put((placed.token_ids[None], placed.slots[:, None]))
+    states = _encode(backbone.text_encoder, token_ids, residuals, slots)
+    return np.asarray(jax.device_get(states))[0]
+
+
+def _encode_all(
+    backbone: Backbone, requests: Sequence[ImageRequest], guidance_scale: float
+) -> list[list[np.ndarray]]:
+    """Text states of every prompt and, where guidance needs them, of every negative prompt."""
+    known: dict[tuple[object, ...], np.ndarray] = {}
+
+    def encoded(prompt: str, concepts: tuple[ConceptUse, ...]) -> np.ndarray:
+        key = (
+            prompt,
+            *((id(use.residual), use.scale, use.when, use.base_class) for use in concepts),
+        )
+        if key not in known:
+            known[key] = encode_prompt(backbone, prompt, concepts)
+        return known[key]
+
+    prompted = [encoded(request.prompt, request.concepts) for request in requests]
+    if guidance_scale <= 1:
+        return [prompted]
+    return [prompted, [encoded(request.negative_prompt, ()) for request in requests]]
+
+
+def _denoise(
+    unet: Network,
+    sampler: Sampler,
+    guidance_scale: float,
+    noise: Float[Array, "B h w channels"],
+    texts: list[Array],
+    keys: Key[Array, " B"],
+    report: Callable[[Array], None],
+) -> Float[np.ndarray, "B h w channels"]:
+    """The loop of one batch: one dispatch per step, nothing comes back to the host until the
+    end.
+    """
+    mesh = mesh_of(unet)
+    sigma, guidance = jax.device_put(
+        (np.float32(sampler.init_noise_sigma), np.float32(guidance_scale)), replicated(mesh)
+    )
+    x, x0 = _first_state(noise, sigma)
+    for step, row in enumerate(sampler.rows):
+        row, number = jax.device_put((row, np.uint32(step)), replicated(mesh))
+        x, x0 = _denoise_step(mesh, unet, row, guidance, x, x0, texts, keys, number)
+        report(x)
+    return jax.device_get(x)
+
+
+def decode_latents(
+    backbone: Backbone, latents: Float[np.ndarray, "n h w channels"]
+) -> Float[np.ndarray, "n height width 3"]:
+    """Pixels within 0..1, one image at a time on each device: float32 at full size is where the
+    memory goes.
+    """
+    mesh, count = mesh_of(backbone.vae), len(latents)
+    scale = jax.device_put(np.float32(backbone.latent_scale), replicated(mesh))
+    filled = np.concatenate([latents, *[latents[-1:]] * (-count % mesh.size)])
+    images = [
+        jax.device_get(_decode(mesh, backbone.vae, place_by_device(rows, mesh), scale))
+        for rows in np.split(filled, len(filled) // mesh.size)
+    ]
+    return np.concatenate(images)[:count]
+
+
+def checked_latents(
+    backbone: Backbone, settings: SamplingSettings, latents: np.ndarray | None, count: int
+) -> Float[np.ndarray, "n h w channels"] | None:
+    """Initial latents of ``count`` images from diffusers' NCHW layout; None stays None.
+
+    Raises:
+      CatVersionError: wrong shape, wrong type, or numbers that are not finite.
+    """
+    if latents is None:
+        return None
+    height, width, channels = latent_shape(backbone, settings)
+    expected = (count, channels, height, width)
+    if latents.shape != expected:
+        raise CatVersionError(
+            f"latents of shape {latents.shape}: must be {expected}, one [channels height width] "
+            "per image as in diffusers. Change --height/--width or the number of images, or draw "
+            f"them with np.random.default_rng(0).normal(size={expected})."
+        )
+    if not np.issubdtype(latents.dtype, np.floating) or not np.isfinite(latents).all():
+        raise CatVersionError(
+            f"latents of type {latents.dtype}: must be finite floating-point numbers."
+        )
+    return np.ascontiguousarray(latents.transpose(0, 2, 3, 1), dtype=np.float32)
+
+
+# ---- compiled functions --------------------------------------------------------------------------
+
+
+@jax.jit
+def _encode(
+    text_encoder: Network,
+    token_ids: Int[Array, "B T"],
+    residuals: tuple[Learned, ...],
+    slots: Int[Array, "U B T"],
+) -> Float[Array, "B T D"]:
+    return text_encoder(token_ids, residuals, list(slots)).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _initial_noise(
+    seeds: Int[Array, " B"], shape: tuple[int, int, int]
+) -> tuple[Key[Array, " B"], Float[Array, "B h w channels"]]:
+    """Each image's key and the noise of its fold 0; step ``i`` of a stochastic sampler uses fold
+    ``i + 1``.
+    """
+    keys = jax.vmap(jax.random.key)(seeds)
+    return keys, _noise(keys, 0, shape)
+
+
+def _noise(keys: Key[Array, " B"], fold: Array | int, shape: tuple[int, ...]) -> Array:
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape))(keys)
+
+
+@jax.jit
+def _first_state(noise: Array, init_noise_sigma: Array) -> tuple[Array, Array]:
+    return noise * init_noise_sigma, jnp.zeros_like(noise)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _denoise_step(mesh: Mesh, *arguments: Any) -> tuple[Array, Array]:
+    """:func:`_advance` with its arguments, the images split over the devices."""
+    everywhere, images = PartitionSpec(), by_device(mesh).spec
+    specs = (everywhere, everywhere, everywhere, images, images, images, images, everywhere)
+    return on_every_device(_advance, mesh, specs, (images, images))(*arguments)
+
+
+def _advance(
+    unet: Network,
+    row: SamplerRow,
+    guidance_scale: Float[Array, ""],
+    x: Float[Array, "B h w channels"],
+    previous_x0: Float[Array, "B h w channels"],
+    texts: list[Array],
+    keys: Key[Array, " B"],
+    step: Int[Array, ""],
+) -> tuple[Array, Array]:
+    """``texts``: the prompts' states ``[B T D]``, and with guidance the negative prompts'."""
+    model_input = row.input_scale * x
+    output = unet(
+        jnp.concatenate([model_input] * len(texts)), row.timestep, jnp.concatenate(texts)
+    ).astype(jnp.float32)
+    if len(texts) == 2:
+        prompted, plain = jnp.split(output, 2)
+        output = plain + guidance_scale * (prompted - plain)  # (1)
+    return row.advance(x, output, previous_x0, _noise(keys, step + 1, x.shape[1:]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(mesh: Mesh, *arguments: Any) -> Float[Array, "B height width 3"]:
+    """:func:`_pixels` with its arguments, the images split over the devices."""
+    images = by_device(mesh).spec
+    specs = (PartitionSpec(), images, PartitionSpec())
+    return on_every_device(_pixels, mesh, specs, images)(*arguments)
+
+
+def _pixels(
+    vae: Network, latents: Float[Array, "B h w channels"], latent_scale: Float[Array, ""]
+) -> Float[Array, "B height width 3"]:
+    images = vae.call("decode", latents / latent_scale).astype(jnp.float32)
+    return jnp.clip(images / 2 + 0.5, 0, 1)

@@ -1,0 +1,196 @@
+"""Pictures on disk: PNG files that carry how they were made, and labelled grids of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from catversion_jax.array_types import Int
+from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.atomic_files import write_atomically
+
+# Key of the text entry, the one other image tools read.
+METADATA_KEY = "parameters"
+_MARGIN = 8
+_FONT_SIZE = 14
+_LABEL_WIDTH = 160
+_MAX_LABEL_LINES = 4
+_INK, _PAPER, _BLANK = (32, 32, 32), (255, 255, 255), (232, 232, 232)
+
+
+def save_png(
+    path: Path,
+    image: Int[np.ndarray, "height width 3"] | Image.Image,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one PNG atomically, with ``metadata`` as JSON in its ``parameters`` text entry.
+
+    Raises:
+      CatVersionError: the file cannot be written.
+    """
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    info = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        # ASCII JSON fits the plain tEXt chunk, whatever the prompt's language
+        info.add_text(METADATA_KEY, json.dumps(metadata, ensure_ascii=True))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=info)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata :func:`save_png` wrote.
+
+    Raises:
+      CatVersionError: the file is no PNG of ours.
+    """
+    try:
+        with Image.open(path) as picture:
+            return json.loads(picture.info[METADATA_KEY])
+    except (OSError, KeyError, ValueError) as error:
+        raise CatVersionError(
+            f"{path}: carries no settings of ours ({error}). Give a PNG that catversion generate "
+            "wrote."
+        ) from None
+
+
+def image_grid(
+    rows: Sequence[Sequence[Int[np.ndarray, "height width 3"] | None]],
+    *,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    references: Sequence[Int[np.ndarray, "height width 3"]] = (),
+    min_cell: int = 128,
+    max_cell: int = 512,
+) -> Image.Image:
+    """Draw uint8 images in a labelled grid.
+
+    Args:
+      rows: the images, row by row, of one size; None leaves a cell blank.
+      row_labels: one per row, drawn on the left.
+      column_labels: one per column, drawn on top.
+      references: shown in a column of their own at the left (a concept's photos), any size.
+      min_cell: smaller images are enlarged by a whole factor until their shorter side has this many
+        pixels.
+      max_cell: larger images are reduced to this.
+    """
+    if len(rows) != len(row_labels) or any(len(row) != len(column_labels) for row in rows):
+        raise CatVersionError(
+            f"a grid of rows {[len(row) for row in rows]}: needs {len(row_labels)} rows of "
+            f"{len(column_labels)} images, one for each label."
+        )
+    cell = _cell_size(
+        [image for row in rows for image in row if image is not None], min_cell, max_cell
+    )
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    line_height = int(font.getbbox("Agjp")[3]) + 3
+    reference_column = _reference_column(references, cell, len(rows))
+    column_lines = [_wrap(label, font, cell[0]) for label in column_labels]
+    top = max((len(lines) for lines in column_lines), default=0) * line_height + 2 * _MARGIN
+    reference_width = cell[0] + 2 * _MARGIN if reference_column else 0
+    left = reference_width + _label_width(row_labels, font) + 2 * _MARGIN
+    step_x, step_y = cell[0] + _MARGIN, cell[1] + _MARGIN
+    canvas = Image.new(
+        "RGB", (left + len(column_labels) * step_x, top + len(rows) * step_y), _PAPER
+    )
+    draw = ImageDraw.Draw(canvas)
+
+    def text(lines: Sequence[str], x: int, y: int) -> None:
+        for number, line in enumerate(lines):
+            draw.text((x, y + number * line_height), line, fill=_INK, font=font)
+
+    if reference_column:
+        text(["references"], _MARGIN, _MARGIN)
+        for number, picture in enumerate(reference_column):
+            canvas.paste(picture, (_MARGIN, top + number * step_y))
+    for column, lines in enumerate(column_lines):
+        text(lines, left + column * step_x, _MARGIN)
+    for index, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+        y = top + index * step_y
+        text(_wrap(label, font, _LABEL_WIDTH, cell[1] // line_height), reference_width + _MARGIN, y)
+        for column, image in enumerate(row):
+            blank = Image.new("RGB", cell, _BLANK)
+            canvas.paste(
+                blank if image is None else _resized(image, cell), (left + column * step_x, y)
+            )
+    return canvas
+
+
+def _cell_size(images: Sequence[np.ndarray], min_cell: int, max_cell: int) -> tuple[int, int]:
+    """(width, height) of a cell."""
+    if not images:
+        return min_cell, min_cell
+    height, width = images[0].shape[:2]
+    short, long = min(height, width), max(height, width)
+    if short < min_cell:
+        factor = float(-(-min_cell // short))
+    else:
+        factor = min(1.0, max_cell / long)
+    return round(width * factor), round(height * factor)
+
+
+def _resized(image: np.ndarray, cell: tuple[int, int]) -> Image.Image:
+    picture = Image.fromarray(image)
+    if picture.size == cell:
+        return picture
+    # small pictures keep their pixels visible; large ones are smoothed
+    enlarging = cell[0] >= picture.width
+    return picture.resize(cell, Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS)
+
+
+def _reference_column(
+    references: Sequence[np.ndarray], cell: tuple[int, int], num_rows: int
+) -> list[Image.Image]:
+    """Reference photos fitted into cells without distortion; as many as there is height for."""
+    column = []
+    for image in references[: max(num_rows, 1)]:
+        picture = Image.fromarray(image).convert("RGB")
+        ratio = min(cell[0] / picture.width, cell[1] / picture.height)
+        size = (max(round(picture.width * ratio), 1), max(round(picture.height * ratio), 1))
+        fitted = Image.new("RGB", cell, _PAPER)
+        fitted.paste(picture.resize(size, Image.Resampling.LANCZOS), (0, 0))
+        column.append(fitted)
+    return column
+
+
+def _label_width(labels: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    widest = max((font.getlength(label) for label in labels), default=0)
+    return min(int(widest) + 1, _LABEL_WIDTH)
+
+
+def _wrap(
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width: int,
+    max_lines: int = _MAX_LABEL_LINES,
+) -> list[str]:
+    """Break a label into lines of at most ``width`` pixels; what does not fit ends in an
+    ellipsis.
+    """
+    max_lines = max(max_lines, 1)
+    lines = [""]
+    for word in text.split():
+        candidate = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(candidate) > width:
+            lines.append(word)
+        else:
+            lines[-1] = candidate
+    shown, hidden = lines[:max_lines], len(lines) > max_lines
+    fitted = [_shortened(line, font, width, force=hidden and line is shown[-1]) for line in shown]
+    return fitted
+
+
+def _shortened(
+    line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, *, force: bool
+) -> str:
+    if not force and font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "...") > width:
+        line = line[:-1]
+    return line + "..."

@@ -1,0 +1,168 @@
+"""Which concept acts on which prompt.
+
+Rules (METHOD, "What we decide"): a concept acts on the prompts that contain its base-class words
+(``when="class_word"``) or on every prompt (``"always"``); a concept of scale 0 is left out. What
+the model reads decides: words that are cut off call nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from catversion_jax.concepts.fields import WHEN
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.learned import Learned
+from catversion_jax.models.clip.tokenizer import PlacedPrompt, Tokenizer
+from catversion_jax.models.stable_diffusion import Backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptUse:
+    """One concept in one image.
+
+    Attributes:
+      name: for messages and metadata.
+      base_class: the words that call the concept.
+      residual: what was learned, leaves ``[L P N H]`` or ``[V D]``.
+      scale: strength; 0 is the plain model exactly, 1 as trained (:meth:`KVResidual.scaled`).
+      when: ``class_word`` or ``always``.
+    """
+
+    name: str
+    base_class: str
+    residual: Learned
+    scale: float = 1.0
+    when: str = "class_word"
+
+    def __post_init__(self) -> None:
+        if self.when not in WHEN:
+            raise CatVersionError(f"when={self.when!r}: must be one of {', '.join(WHEN)}.")
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise CatVersionError(
+                f"scale={self.scale} of concept {self.name!r}: must be a finite number >= 0 (0 = "
+                "plain model, 1 = as trained)."
+            )
+        if self.scale > 0:
+            self.residual.scaled(self.scale)  # not every kind has a strength
+        if self.when == "always" and self.residual.num_slots is not None:
+            raise CatVersionError(
+                f"when=always of concept {self.name!r}: its vectors stand for the class word, so "
+                "it acts only where that is written. Use when=class_word."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRequest:
+    """One image to draw. Prompts of one call may use different concepts, or several at once."""
+
+    prompt: str
+    concepts: tuple[ConceptUse, ...] = ()
+    seed: int = 0
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise CatVersionError(f"seed={self.seed}: must be within 0..{2**32 - 1}.")
+
+
+def active_concepts(
+    tokenizer: Tokenizer, prompt: str, concepts: Sequence[ConceptUse]
+) -> tuple[ConceptUse, ...]:
+    """The concepts that act on ``prompt``.
+
+    Raises:
+      CatVersionError: the vectors of two of them would take the place of one word.
+    """
+    acting = tuple(
+        use
+        for use in concepts
+        if use.scale > 0 and (use.when == "always" or tokenizer.contains(prompt, use.base_class))
+    )
+    replaced: dict[tuple[int, ...], str] = {}
+    for use in acting:
+        word = tokenizer.word_ids(use.base_class)
+        if use.residual.num_slots is None:
+            continue
+        if word in replaced:
+            raise CatVersionError(
+                f"concepts {replaced[word]!r} and {use.name!r}: the vectors of both would stand "
+                f"for {use.base_class!r} in {prompt!r}. Use one of them."
+            )
+        replaced[word] = use.name
+    return acting
+
+
+def place_concepts(tokenizer: Tokenizer, prompt: str, acting: Sequence[ConceptUse]) -> PlacedPrompt:
+    """A prompt's tokens with room for the vectors of the concepts that act on it."""
+    return tokenizer.place(
+        prompt,
+        [use.base_class for use in acting],
+        [use.residual.num_slots for use in acting],
+    )
+
+
+def prompt_warnings(tokenizer: Tokenizer, requests: Sequence[ImageRequest]) -> tuple[str, ...]:
+    """Prompts that are cut off, and concepts that no word of their prompt calls; each once."""
+    messages: dict[str, None] = {}
+    for request in requests:
+        for kind, text in (
+            ("prompt", request.prompt),
+            ("negative prompt", request.negative_prompt),
+        ):
+            if cut := tokenizer.cut_off(text):
+                messages[
+                    f"{kind} {text!r}: longer than the model's {tokenizer.model_max_length} "
+                    f"tokens; this end was cut off: {cut!r}"
+                ] = None
+        acting = active_concepts(tokenizer, request.prompt, request.concepts)
+        cut_tokens = place_concepts(tokenizer, request.prompt, acting).num_cut
+        if cut_tokens and not tokenizer.cut_off(request.prompt):
+            messages[
+                f"prompt {request.prompt!r}: with the vectors of its concepts {cut_tokens} tokens "
+                f"longer than the model's {tokenizer.model_max_length}; its end was cut off"
+            ] = None
+        for use in request.concepts:
+            if use.scale > 0 and not active_concepts(tokenizer, request.prompt, (use,)):
+                messages[
+                    f"prompt {request.prompt!r}: never names concept {use.name!r}, which is called "
+                    f"by {use.base_class!r}, so the plain model draws it; write {use.base_class!r} "
+                    "in the prompt, or use when=always"
+                ] = None
+    return tuple(messages)
+
+
+def check_concept(
+    backbone: Backbone, use: ConceptUse, text_encoder_sha256: str, *, force: bool = False
+) -> None:
+    """Check that a concept was made for this text encoder.
+
+    Args:
+      backbone: the model about to be used.
+      use: the concept.
+      text_encoder_sha256: of the encoder it was trained with; empty when the file does not say.
+      force: use it although the weights differ (a finetuned encoder, say). Shapes must fit all the
+        same.
+
+    Raises:
+      CatVersionError: the shapes do not fit, or the weights differ and ``force`` is off.
+    """
+    heads, head_dim, num_layers = backbone.num_heads, backbone.head_dim, backbone.num_text_layers
+    try:
+        use.residual.check_fits(heads, head_dim, range(num_layers))
+    except CatVersionError as error:
+        raise CatVersionError(
+            f"concept {use.name!r}: has {use.residual.shape_text}, but the encoder of "
+            f"{backbone.name} has {heads} heads x {head_dim} (width {heads * head_dim}) and layers "
+            f"0..{num_layers - 1}: it was trained for another model. Give --model the one it was "
+            "trained with (catversion inspect shows it)."
+        ) from error
+    ours = backbone.text_encoder_sha256
+    if text_encoder_sha256 and ours and text_encoder_sha256 != ours and not force:
+        raise CatVersionError(
+            f"concept {use.name!r}: was trained with a text encoder of hash "
+            f"{text_encoder_sha256[:12]}, but {backbone.name} has {ours[:12]}: the weights differ. "
+            "Give --model the one it was trained with (catversion inspect shows it), or --force to "
+            "use it anyway."
+        )

@@ -1,0 +1,110 @@
+"""The arguments of the real training step as shapes: no weight is read, no array is made."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from catversion_jax.config.training import TrainConfig
+from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.residual import KVResidual, resolve_layers
+from catversion_jax.methods.token_embeddings import TokenEmbeddings
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.runtime.sharding import by_concept, replicated
+from catversion_jax.training.state import (
+    ConceptData,
+    TrainState,
+    concept_key,
+    create_train_state,
+    make_optimizer,
+)
+
+
+def abstract_arguments(
+    backbone: Backbone,
+    config: TrainConfig,
+    mesh: Mesh,
+    num_rows: int,
+    max_images: int,
+    max_prompts: int = 1,
+) -> tuple[TrainState, ConceptData, Any, Any, jax.ShapeDtypeStruct]:
+    """What :func:`~catversion_jax.training.step.make_train_step` takes, with shardings.
+
+    Args:
+      backbone: of :func:`~catversion_jax.models.stable_diffusion.abstract_backbone`.
+      config: training options.
+      mesh: of the devices to compile for.
+      num_rows: slots on all of them.
+      max_images: images of the largest concept.
+      max_prompts: training prompts of the one with most.
+    """
+    tx = make_optimizer(config)
+    create = functools.partial(create_train_state, tx=tx, averaged=config.ema_decay is not None)
+    state = jax.eval_shape(create, _abstract_learned(backbone, config, num_rows))
+    data = _abstract_data(backbone, config, num_rows, max_images, max_prompts)
+    rows, everywhere = by_concept(mesh), replicated(mesh)
+    return (
+        _placed(state, rows),
+        _placed(data, rows),
+        _placed(backbone.text_encoder, everywhere),
+        _placed(backbone.unet, everywhere),
+        _placed(jax.ShapeDtypeStruct((), jnp.int32), everywhere),
+    )
+
+
+def _abstract_learned(backbone: Backbone, config: TrainConfig, num_rows: int) -> Learned:
+    width = backbone.num_heads * backbone.head_dim
+    if config.method == "textual_inversion":
+        return TokenEmbeddings(_floats(num_rows, config.num_positions, width))
+    layers = resolve_layers(config.layers, backbone.num_text_layers)
+    shape = (num_rows, len(layers), config.num_positions, backbone.num_heads, backbone.head_dim)
+    return KVResidual(
+        key=_floats(*shape),
+        value=_floats(*shape),
+        layers=layers,
+        logit_bias=config.logit_bias,
+        scope=config.scope,
+    )
+
+
+def _abstract_data(
+    backbone: Backbone, config: TrainConfig, num_rows: int, max_images: int, max_prompts: int
+) -> ConceptData:
+    pixels = config.resolution or backbone.default_resolution
+    side = pixels // backbone.latent_downsampling
+    latents = _floats(num_rows, max_images, 2, side, side, backbone.latent_channels)
+    context = backbone.tokenizer.model_max_length
+    width = backbone.num_heads * backbone.head_dim
+    dtype = jax.tree.leaves(backbone.text_encoder)[0].dtype
+    integers: Any = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+
+    def hidden(*prompts: int) -> Any:
+        return jax.ShapeDtypeStruct((num_rows, *prompts, context, width), dtype)
+
+    slots: Any = jax.ShapeDtypeStruct((num_rows, max_prompts, context), jnp.int32)
+    return ConceptData(
+        rng=jax.eval_shape(lambda: jnp.stack([concept_key(0)] * num_rows)),
+        latent_mean=latents,
+        latent_std=latents,
+        mask=_floats(num_rows, max_images, 2, side, side) if config.masked_training else None,
+        num_images=integers,
+        flip=_floats(num_rows),
+        text_hidden=hidden(max_prompts),
+        num_prompts=integers,
+        empty_hidden=hidden() if config.caption_dropout > 0 else None,
+        slots=slots,
+    )
+
+
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )

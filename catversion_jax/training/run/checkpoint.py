@@ -1,0 +1,348 @@
+"""Orbax checkpoints of trained state only: residuals, moments, step counters. Nothing frozen is
+saved.
+
+A checkpoint holds the concepts that are under way (no padding), so it restores onto any number of
+devices. Beside the arrays lies what a concept file needs, so that a checkpoint alone can be
+exported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors.numpy
+from etils import epath
+
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.concept_file import Concept, save_concept
+from catversion_jax.methods.learned import Learned, named_arrays, rebuild, settings_of
+from catversion_jax.runtime.atomic_files import make_folder, unwritable
+from catversion_jax.runtime.bucket_paths import absolute, as_path
+from catversion_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+_STATE, _CONCEPTS, _AVERAGE = "state", "concepts", "average."
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptRecord:
+    """What is written into a concept file beside the numbers (plain JSON values)."""
+
+    name: str
+    base_class: str
+    when: str
+    base_model: str
+    text_encoder_sha256: str
+    images: tuple[str, ...]
+    prompts: tuple[str, ...]
+    random_flip: float
+    seed: int
+    config: dict[str, Any]
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> ConceptRecord:
+        """The inverse of :func:`dataclasses.asdict` after a passage through JSON."""
+        lists = {name: tuple(fields[name]) for name in ("images", "prompts")}
+        own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**own, **lists})
+
+    def train_config(self) -> dict[str, Any]:
+        """The run's options that decide the learned numbers, with the concept's own choices."""
+        own = {"seed": self.seed, "prompts": list(self.prompts), "random_flip": self.random_flip}
+        return {**self.config, **own}
+
+    def differences(self, concept: Concept) -> list[str]:
+        """What a finished concept's file says otherwise, as ``key: there -> here``."""
+        stored = {"base_class": concept.base_class, "when": concept.when, "images": concept.images}
+        return refused_changes({**stored, **concept.train_config}, self._decisive())
+
+    def changes_since(self, earlier: ConceptRecord) -> list[str]:
+        """The same against the record in a checkpoint."""
+        return refused_changes(earlier._decisive(), self._decisive())
+
+    def _decisive(self) -> dict[str, Any]:
+        own = {"base_class": self.base_class, "when": self.when, "images": self.images}
+        return {**own, **self.train_config()}
+
+    def save(self, path: Path, residual: Learned, step: int) -> None:
+        """Write the concept file of this record."""
+        save_concept(
+            path,
+            residual,
+            base_class=self.base_class,
+            name=self.name,
+            when=self.when,
+            base_model=self.base_model,
+            text_encoder_sha256=self.text_encoder_sha256,
+            step=step,
+            config=self.train_config(),
+            images=self.images,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRow:
+    """One concept under way.
+
+    Attributes:
+      record: what its file will say.
+      state: its state, numpy, without the concept axis.
+      evaluations: (step, evaluation loss), which early stopping goes by.
+    """
+
+    record: ConceptRecord
+    state: TrainState
+    evaluations: tuple[tuple[int, float], ...]
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.state.step)
+
+    @property
+    def failed(self) -> bool:
+        """Whether its loss or update was not finite once."""
+        return int(self.state.failed_step) >= 0
+
+
+class Checkpoints:
+    """Asynchronous, rotated checkpoints under ``folder/<step>/``; leaving the block completes them.
+
+    Raises (from :meth:`save` and at the end of the block):
+      CatVersionError: a checkpoint cannot be written.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder
+        make_folder(folder)
+        self._manager = _manager(
+            folder,
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            # Orbax would tell its threads that the folders are there by a key that all processes
+            # share, and number its operations in each: one would wait for another's.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+
+    def save(self, step: int, rows: Sequence[SavedRow]) -> None:
+        """Start saving; the files come later. A step that is there already stays as it is."""
+        if not rows or step in self._manager.all_steps():
+            return
+        state = jax.tree.map(lambda *leaves: np.stack(leaves), *(row.state for row in rows))
+        described = {
+            **settings_of(state.residual),
+            "concepts": [
+                {**dataclasses.asdict(row.record), "evaluations": row.evaluations} for row in rows
+            ],
+        }
+        args = ocp.args.Composite(
+            **{
+                _STATE: _ArraysSave(_arrays(state)),
+                _CONCEPTS: ocp.args.JsonSave(described),
+            }
+        )
+        with self._writing():
+            self._manager.save(step, args=args)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            with self._writing():
+                self._manager.wait_until_finished()
+                self._manager.close()
+            return
+        # Let running writes end; an error of theirs would only hide the one under way.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except CatVersionError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            # tensorstore reports a full disk as a ValueError
+            message = str(error).splitlines()[0]
+            cause = OSError(getattr(error, "errno", None), message)
+            raise unwritable(self._folder, cause) from error
+
+
+class _ArraysHandler(ocp.CheckpointHandler):
+    """One safetensors file. Orbax's own handlers write arrays of a process other than 0 only where
+    all processes save together.
+    """
+
+    _FILE = "arrays.safetensors"
+
+    def save(self, directory: epath.Path, args: _ArraysSave) -> None:
+        (directory / self._FILE).write_bytes(safetensors.numpy.save(args.arrays))
+
+    def restore(self, directory: epath.Path, args: _ArraysRestore) -> dict[str, np.ndarray]:
+        return safetensors.numpy.load((directory / self._FILE).read_bytes())
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_save=True)
+@dataclasses.dataclass
+class _ArraysSave(ocp.args.CheckpointArgs):
+    arrays: dict[str, np.ndarray]
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_restore=True)
+@dataclasses.dataclass
+class _ArraysRestore(ocp.args.CheckpointArgs):
+    pass
+
+
+def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    """Every process saves its own concepts, when it suits it: for orbax each is the only one."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
+    )
+    handlers = {
+        _STATE: _ArraysHandler(),
+        _CONCEPTS: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    }
+    return ocp.CheckpointManager(
+        absolute(folder),
+        item_handlers=handlers,
+        options=ocp.CheckpointManagerOptions(
+            create=False, multiprocessing_options=alone, **options
+        ),
+    )
+
+
+def restore_newest(folder: Path, template: TrainState) -> tuple[int, list[SavedRow]]:
+    """The number of the newest checkpoint in ``folder`` and the concepts of the newest intact one.
+
+    Args:
+      folder: of one process.
+      template: a state of any number of rows, for its structure.
+    """
+    with _manager(folder) as manager:
+        steps = sorted(manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                rows = _restore_rows(manager, step, template)
+            except Exception as error:  # whatever a damaged file makes of the readers
+                logger.warning(
+                    "%s: is damaged (%s); going on from the checkpoint before it",
+                    folder / str(step),
+                    str(error).splitlines()[0] if str(error) else type(error).__name__,
+                )
+                continue
+            return steps[0], rows
+        if steps:
+            logger.warning("%s: no checkpoint is intact; its concepts start again", folder)
+        return (steps[0] if steps else 0), []
+
+
+def _restore_rows(
+    manager: ocp.CheckpointManager, step: int, template: TrainState
+) -> list[SavedRow]:
+    described = _restore_description(manager, step)
+    saved = _restore_arrays(manager, step)
+    opt_leaves, opt_structure = jax.tree.flatten(template.opt_state)
+    opt_state = [saved[f"opt_state.{i}"] for i in range(len(opt_leaves))]
+    settings = settings_of(template.residual)
+    state = TrainState(
+        step=saved["step"],
+        residual=rebuild(saved, settings),
+        opt_state=jax.tree.unflatten(opt_structure, opt_state),
+        failed_step=saved["failed_step"],
+        average=None if template.average is None else rebuild(_average(saved), settings),
+    )
+    rows = []
+    for row, concept in enumerate(described["concepts"]):
+        evaluations = tuple((int(at), float(loss)) for at, loss in concept["evaluations"])
+        one = jax.tree.map(operator.itemgetter(row), state)
+        rows.append(SavedRow(ConceptRecord.from_json(concept), one, evaluations))
+    return rows
+
+
+def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Learned, int]]:
+    """Every healthy concept of one checkpoint step folder: (record, what it learned, step).
+
+    Raises:
+      CatVersionError: ``folder`` is not a checkpoint of this package.
+    """
+    folder = absolute(as_path(folder))
+    if not (folder / _CONCEPTS).is_dir() or not folder.name.isdigit():
+        raise CatVersionError(
+            f"{folder}: is not a training checkpoint. Give RUN/checkpoints/process-0000/<step>, or "
+            "RUN itself for its finished concepts."
+        )
+    step = int(folder.name)
+    with _manager(folder.parent) as manager:
+        saved = _restore_arrays(manager, step)
+        described = _restore_description(manager, step)
+    learned = rebuild(_average(saved) or saved, described)
+    return [
+        (
+            ConceptRecord.from_json(concept),
+            jax.tree.map(operator.itemgetter(row), learned),
+            int(saved["step"][row]),
+        )
+        for row, concept in enumerate(described["concepts"])
+        if saved["failed_step"][row] < 0
+    ]
+
+
+def _arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """Named arrays of a state. Optax's nested tuples do not survive a file: those by position."""
+    average = {} if state.average is None else named_arrays(state.average)
+    arrays = {
+        "step": state.step,
+        **named_arrays(state.residual),
+        **{_AVERAGE + name: leaf for name, leaf in average.items()},
+        **{f"opt_state.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))},
+        "failed_step": state.failed_step,
+    }
+    return {name: np.ascontiguousarray(leaf) for name, leaf in arrays.items()}
+
+
+def _average(saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The moving average among the arrays; empty when there is none."""
+    return {
+        name.removeprefix(_AVERAGE): array
+        for name, array in saved.items()
+        if name.startswith(_AVERAGE)
+    }
+
+
+def _restore_description(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(**{_CONCEPTS: ocp.args.JsonRestore()})
+    return manager.restore(step, args=args)[_CONCEPTS]
+
+
+def _restore_arrays(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What :func:`_arrays` gave."""
+    return manager.restore(step, args=ocp.args.Composite(**{_STATE: _ArraysRestore()}))[_STATE]
+
+
+def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ so that what was learned is no start, as ``key: before -> now``.
+
+    More steps are welcome where the steps done so far would have been the same.
+    """
+    more_steps = now.get("lr_scheduler") == "constant" and before.get(
+        "max_train_steps", 0
+    ) < now.get("max_train_steps", 0)
+    return [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not (key == "max_train_steps" and more_steps)
+    ]

@@ -1,0 +1,348 @@
+"""The output folder of a run: where each thing lies, what is done, and why a concept failed.
+
+out/
+  run.json  config.resolved.yaml  index.csv  timeline.csv  metrics.jsonl  process-0000.lock
+  STOP (somebody wants all processes of the run to save and end)
+  index-0001.csv timeline-0001.csv metrics-0001.jsonl ... (what the other processes do)
+  checkpoints/process-0000/<step>/  logs/<concept>/
+  concepts/<name>/  catversion.safetensors  catversion-000250.safetensors  metrics.csv  metrics.json
+                    samples/000250.png  FAILED.txt (only when quarantined)
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from catversion_jax import __version__
+from catversion_jax.config.training import TrainConfig, dump_config, learning_options
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
+from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
+from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
+from catversion_jax.training.run.checkpoint import refused_changes
+
+logger = logging.getLogger(__name__)
+
+FAILED_NAME, SUMMARY_NAME = "FAILED.txt", "metrics.json"
+STATES = ("queued", "running", "done", "stopped early", "quarantined")
+FINISHED = ("done", "stopped early")
+INDEX_SECONDS, STOP_SECONDS = 5.0, 2.0
+INDEX_COLUMNS = ("name", "state", "eval_loss", "plain_eval_loss", "file", "reason")
+
+
+READERS = 16
+"""Files that are read at once: in a bucket each takes its time."""
+
+
+def is_locked(root: Path) -> bool | None:
+    """Whether a process is training into ``root`` now, on this machine; None where that cannot be
+    known, in a bucket.
+    """
+    if is_in_bucket(root):
+        return None
+    for path in root.glob("process-*.lock"):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+    return False
+
+
+class RunDirectory:
+    """Paths and small state files of one run."""
+
+    def __init__(self, config: TrainConfig):
+        self.root = as_path(config.output_dir)
+        self.config = config
+        self.checkpoints = self.root / "checkpoints"
+        # Process 0 writes what is there once; of the others each has files of its own.
+        self.process = jax.process_index()
+        suffix = f"-{self.process:04d}" if self.process else ""
+        self.jsonl = self.root / f"metrics{suffix}.jsonl"
+        self.timeline = self.root / f"timeline{suffix}.csv"
+        self.index = self.root / f"index{suffix}.csv"
+        self.logs = self.root / "logs"
+        self._settings: Mapping[str, Any] = {}
+        self._index: dict[str, dict[str, str]] = {}
+        self._others: frozenset[str] = frozenset()
+        self._done: set[str] = set()
+        self._written, self._stale = 0.0, False
+        self._looked_for_stop = 0.0
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where this process saves."""
+        return self.checkpoints / f"process-{self.process:04d}"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing into the folder. The system takes the lock away from a
+        process that is killed. A bucket has no locks.
+
+        Raises:
+          CatVersionError: another process has it.
+        """
+        if is_in_bucket(self.root):
+            yield
+            return
+        make_folder(self.root)
+        path = self.root / f"process-{self.process:04d}.lock"
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise unwritable(path, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CatVersionError(
+                    f"output_dir={self.root}: another process is training into it. Wait for it, "
+                    "stop it, or give another output_dir."
+                ) from None
+            yield
+
+    # ------------------------------------------------------------------ stopping all processes
+
+    @property
+    def _stop_file(self) -> Path:
+        return self.root / "STOP"
+
+    def ask_to_stop(self) -> None:
+        """Let every process of the run save and end."""
+        write_atomically(self._stop_file, b"")
+
+    def clear_leftovers(self) -> None:
+        """Forget what the processes of an earlier run told each other; by process 0, at the
+        start.
+        """
+        if self.process == 0:
+            self._stop_file.unlink(missing_ok=True)
+            for path in self._indices_of_others():
+                path.unlink(missing_ok=True)
+
+    def is_asked_to_stop(self, *, now: bool = False) -> bool:
+        """Whether somebody asked; looks once in a while, or ``now``."""
+        if not now and time.monotonic() - self._looked_for_stop < STOP_SECONDS:
+            return False
+        self._looked_for_stop = time.monotonic()
+        return self._stop_file.exists()
+
+    # ------------------------------------------------------------------ where things lie
+
+    def concept(self, name: str) -> Path:
+        """Folder of one concept."""
+        return self.root / "concepts" / name
+
+    def concept_file(self, name: str, step: int | None = None) -> Path:
+        """The final concept file, or the one of an intermediate step."""
+        stem, suffix = CONCEPT_FILE_NAME.rsplit(".", 1)
+        return self.concept(name) / (
+            CONCEPT_FILE_NAME if step is None else f"{stem}-{step:06d}.{suffix}"
+        )
+
+    def open(self, base_model: str, text_encoder_sha256: str) -> None:
+        """Begin a run in the folder, or check that the run in it is this one.
+
+        Raises:
+          CatVersionError: unwritable; holds a run that learned with other options; holds results
+            and ``resume_from_checkpoint`` is none.
+        """
+        settings = {
+            "base_model": base_model,
+            "text_encoder_sha256": text_encoder_sha256,
+            "options": learning_options(self.config),
+        }
+        manifest = self.root / "run.json"
+        if manifest.exists() and self._holds_results():
+            self._check_same_run(manifest, settings)
+        self._settings = settings
+        if self.process == 0:
+            self._write_manifest()
+            resolved = dump_config(self.config).encode()
+            write_atomically(self.root / "config.resolved.yaml", resolved)
+
+    def _holds_results(self) -> bool:
+        """Whether anything was learned here: a mistyped first attempt leaves the folder free."""
+        patterns = (f"concepts/*/{CONCEPT_FILE_NAME}", "checkpoints/process-*/[0-9]*")
+        return any(next(self.root.glob(pattern), None) is not None for pattern in patterns)
+
+    def read_finals(self, names: Sequence[str]) -> Iterator[tuple[str, Concept]]:
+        """Those of ``names`` that are finished, with their files; damaged files do not count."""
+        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+            for name, concept in zip(names, pool.map(self._read_final, names), strict=True):
+                if concept is not None:
+                    self._done.add(name)
+                    yield name, concept
+
+    def _read_final(self, name: str) -> Concept | None:
+        path = self.concept_file(name)
+        if not path.exists():
+            return None
+        try:
+            concept = load_concept(path)
+        except CatVersionError as error:
+            logger.warning("%s; training it again", error)
+            return None
+        stopped = self.summary(name).get("stopped_early")
+        return concept if concept.step in (self.config.max_train_steps, stopped) else None
+
+    def is_done(self, name: str) -> bool:
+        """Whether :meth:`read_finals` found it finished."""
+        return name in self._done
+
+    def has_failed(self, name: str) -> bool:
+        """Whether the concept was quarantined."""
+        return (self.concept(name) / FAILED_NAME).exists()
+
+    def quarantine(self, name: str, reason: str) -> None:
+        """Say in the concept's folder why it was given up; nothing else of it is touched."""
+        make_folder(self.concept(name))
+        text = (
+            f"{reason}\n\nThe other concepts of the run went on. Correct the images or words and "
+            "run the same command again; other options need another output_dir.\n"
+        )
+        write_atomically(self.concept(name) / FAILED_NAME, text.encode())
+
+    def clear_failure(self, name: str) -> None:
+        """Forget an earlier quarantine: the concept is tried again."""
+        (self.concept(name) / FAILED_NAME).unlink(missing_ok=True)
+
+    def summary(self, name: str) -> dict[str, float]:
+        """What :meth:`write_summary` wrote; empty when it did not."""
+        path = self.concept(name) / SUMMARY_NAME
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def write_summary(self, name: str, summary: Mapping[str, float]) -> None:
+        """The concept's final evaluation losses, for people and for ``index.csv``."""
+        text = json.dumps(summary, indent=1) + "\n"
+        write_atomically(self.concept(name) / SUMMARY_NAME, text.encode())
+
+    # ------------------------------------------------------------------ the state of all concepts
+
+    @property
+    def finished(self) -> list[str]:
+        """Names of the concepts that have a file."""
+        return [name for name, row in self._index.items() if row["state"] in FINISHED]
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Names and reasons of the concepts that were given up."""
+        rows = self._index.items()
+        return {name: row["reason"] for name, row in rows if row["state"] == "quarantined"}
+
+    def start_index(self, names: Iterable[str], failures: Mapping[str, str]) -> None:
+        """Find out the state of every concept and write it."""
+        for name, reason in failures.items():
+            self.set_state(name, "quarantined", reason=reason)
+        for name in names:
+            if not self.is_done(name):
+                self.set_state(name, "queued")
+                continue
+            summary = self.summary(name)
+            self.set_state(name, "stopped early" if "stopped_early" in summary else "done", summary)
+        self.write_index()
+
+    def set_others(self, names: Iterable[str]) -> None:
+        """Concepts that other processes train; those say what becomes of them."""
+        self._others = frozenset(names)
+
+    def _indices_of_others(self) -> list[Path]:
+        return sorted(self.root.glob("index-[0-9]*.csv"))
+
+    def _look_at_others(self) -> None:
+        for path in self._indices_of_others():
+            rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+            self._index |= {row["name"]: row for row in rows if row["name"] in self._others}
+
+    def set_state(
+        self, name: str, state: str, summary: Mapping[str, float] | None = None, reason: str = ""
+    ) -> None:
+        """Note what became of a concept; :meth:`refresh_index` or :meth:`write_index` write it."""
+        row = {"name": name, "state": state, "reason": reason.split("\n")[0]}
+        if state in FINISHED:
+            row["file"] = self.concept_file(name).relative_to(self.root).as_posix()
+        for key in ("eval_loss", "plain_eval_loss"):
+            if summary and key in summary:
+                row[key] = f"{summary[key]:.6g}"
+        self._index[name] = row
+        self._stale = True
+
+    def refresh_index(self) -> None:
+        """Write what :meth:`set_state` noted, unless that was done a moment ago."""
+        if (self._stale or self._others) and time.monotonic() - self._written > INDEX_SECONDS:
+            self.write_index()
+
+    def write_index(self) -> None:
+        """``index.csv``, a line for each concept, and the counts in ``run.json``, by process 0; the
+        other processes tell it in files of their own.
+        """
+        self._written, self._stale = time.monotonic(), False
+        rows: Iterable[dict[str, str]] = self._index.values()
+        if self.process:
+            rows = [row for row in rows if row["name"] not in self._others]
+        elif self._others:
+            self._look_at_others()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, INDEX_COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.index, text.getvalue().encode())
+        if self.process:
+            return
+        counts = collections.Counter(row["state"] for row in self._index.values())
+        self._write_manifest({state: counts[state] for state in STATES})
+
+    def _write_manifest(self, counts: Mapping[str, int] | None = None) -> None:
+        content = {"catversion_jax": __version__, **self._settings}
+        if counts is not None:
+            content["concepts"] = counts
+        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        write_atomically(self.root / "run.json", text.encode())
+
+    def _check_same_run(self, manifest: Path, settings: Mapping[str, Any]) -> None:
+        if self.config.resume_from_checkpoint == "none":
+            raise CatVersionError(
+                f"output_dir={self.root}: already holds a run and resume_from_checkpoint=none "
+                "would overwrite it. Give another output_dir, or leave "
+                "resume_from_checkpoint=latest to continue."
+            )
+        try:
+            old = json.loads(manifest.read_text(encoding="utf-8"))
+            before = {
+                **old["options"],
+                "base model": old["base_model"],
+                "weights": old["text_encoder_sha256"],
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CatVersionError(
+                f"{manifest}: is not readable as a run ({error}). Give another output_dir."
+            ) from None
+        now = {
+            **settings["options"],
+            "base model": settings["base_model"],
+            "weights": settings["text_encoder_sha256"],
+        }
+        changed = refused_changes(before, now)
+        if changed:
+            raise CatVersionError(
+                f"output_dir={self.root}: holds a run that learned with other options "
+                f"({'; '.join(changed)}). Continue it with its own options (config.resolved.yaml) "
+                "or give another output_dir."
+            )

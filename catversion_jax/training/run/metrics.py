@@ -1,0 +1,100 @@
+"""What a run records: a CSV per concept, one JSONL for the run, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from catversion_jax.runtime.line_file import LineFile
+
+COLUMNS = ("step", "loss", "eval_loss")
+
+
+class ConceptMetrics:
+    """Losses of one concept.
+
+    ``loss`` is the mean training loss since the last row: noisy, dominated by its random timesteps.
+    ``eval_loss`` is the deterministic one, comparable over time; step 0 is the untrained residual.
+    """
+
+    def __init__(self, path: Path, tensorboard_dir: Path | None, start_step: int):
+        self._tensorboard_dir = tensorboard_dir
+        self._start_step, self._pending = start_step, list[float]()
+        self._writer: Any = None
+        rows = _rows_up_to(path, start_step)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+        self._file = LineFile(path, text.getvalue())
+
+    def add_losses(self, losses: Sequence[float]) -> None:
+        """Training losses of the newest steps, oldest first."""
+        self._pending.extend(losses)
+
+    def write_row(self, step: int, eval_loss: float | None) -> dict[str, float | None]:
+        """Close the current window at ``step``; returns what was written."""
+        window = [v for v in self._pending if math.isfinite(v)]
+        self._pending.clear()
+        values = {
+            "loss": sum(window) / len(window) if window else None,
+            # of a failed concept; JSON has no word for it
+            "eval_loss": eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
+        }
+        texts = ["" if v is None else f"{v:.6g}" for v in values.values()]
+        self._file.write(",".join([str(step), *texts]) + "\n")
+        self._write_tensorboard(step, {"train": values["loss"], "eval": values["eval_loss"]})
+        return values
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    def flush(self) -> None:
+        """Make sure that every row is in the file."""
+        self._file.flush()
+
+    def _write_tensorboard(self, step: int, values: Mapping[str, float | None]) -> None:
+        if self._tensorboard_dir is None:
+            return
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(self._tensorboard_dir),
+                flush_secs=30,
+                # What a killed process wrote beyond its checkpoint is shown once only.
+                purge_step=self._start_step + 1 if self._start_step else None,
+            )
+        for tag, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(f"loss/{tag}", value, step)
+
+
+class RunMetrics:
+    """The lines of the whole run."""
+
+    def __init__(self, jsonl: Path):
+        self._file = LineFile(jsonl)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Make sure that every line is in the file."""
+        self._file.flush()
+
+
+def _rows_up_to(path: Path, last_step: int) -> list[list[str]]:
+    """Rows up to ``last_step``: a resumed run writes the later ones anew."""
+    if last_step == 0 or not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [row for row in csv.reader(lines) if len(row) == len(COLUMNS)][1:]
+    return [row for row in rows if row[0].isdigit() and int(row[0]) <= last_step]

@@ -8,7 +8,6 @@ was asked to stop and has saved everything, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import logging
 import os
@@ -16,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from catversion_jax import __version__
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, did_you_mean
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train many concepts at once"),
@@ -46,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = argv[0]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, COMMANDS)
         print(f"error: {name!r}: no such command.{hint}\n\n{_usage()}", file=sys.stderr)
         return 2
     module_name, summary = COMMANDS[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +92,9 @@ def _row(path: Path, number: int, value: Any) -> PromptRow:
         )
     for key, item in value.items():
         if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise CatVersionError(
-                f"{where}: unknown key {key!r}, the keys are {', '.join(_KEYS)}.{hint}"
+                f"{where}: unknown key {key!r}, the keys are {', '.join(_KEYS)}."
+                f"{did_you_mean(str(key), _KEYS)}"
             )
         if isinstance(item, bool) or not isinstance(item, _KEYS[key]):
             raise CatVersionError(

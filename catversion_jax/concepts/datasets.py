@@ -4,13 +4,12 @@ id.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts.folders import ImageSource
 from catversion_jax.concepts.layouts import Entry, Layout
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, did_you_mean
 
 
 def read_dataset(
@@ -35,8 +34,7 @@ def read_dataset(
     }
     for option, column in wanted.items():
         if column is not None and column not in rows.column_names:
-            near = difflib.get_close_matches(column, rows.column_names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(column, rows.column_names)
             raise CatVersionError(
                 f"{source}: {option}={column!r}: no such column; there are "
                 f"{', '.join(rows.column_names)}.{hint}"

@@ -7,13 +7,12 @@ CatVersion's released training.
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean
 
 _PHOTOS = ("photo", "close-up photo", "cropped photo", "bright photo", "dark photo", "rendering")
 _PAINTINGS = ("painting", "close-up painting", "bright painting", "picture", "drawing")
@@ -45,11 +44,9 @@ def prompt_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(choice, str):
         if choice in TEMPLATE_SETS:
             return TEMPLATE_SETS[choice]
-        near = difflib.get_close_matches(choice, TEMPLATE_SETS, n=1)
-        if near and "{" not in choice:
-            raise CatVersionError(
-                f"prompt templates {choice!r}: no such set. Did you mean {near[0]!r}?"
-            )
+        hint = did_you_mean(choice, TEMPLATE_SETS)
+        if hint and "{" not in choice:
+            raise CatVersionError(f"prompt templates {choice!r}: no such set.{hint}")
         return (choice,)
     if not choice:
         raise CatVersionError("prompt templates: the list is empty; give at least '{base_class}'.")

@@ -9,7 +9,6 @@ raised, all at once. ``layouts.py`` knows the layouts, ``files.py`` tells images
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from catversion_jax.concepts.folders import ImageSource, list_images
 from catversion_jax.concepts.layouts import CONCEPT_FILES, Entry, read_entries
 from catversion_jax.concepts.prompts import fill_template, prompt_templates
 from catversion_jax.config.training import TrainConfig
-from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean
 
 KNOWN_KEYS = (
     "name",
@@ -258,8 +257,8 @@ def _checked_keys(entry: Entry, notes: list[str]) -> dict[str, Any]:
     unknown = [key for key in entry.fields if key not in KNOWN_KEYS]
     mistakes = []
     for key in unknown:
-        if near := difflib.get_close_matches(str(key).casefold(), KNOWN_KEYS, n=1, cutoff=0.75):
-            mistakes.append(f"{entry.where}: unknown key {key!r}. Did you mean {near[0]!r}?")
+        if hint := did_you_mean(str(key).casefold(), KNOWN_KEYS, cutoff=0.75):
+            mistakes.append(f"{entry.where}: unknown key {key!r}.{hint}")
     if mistakes:
         raise ConceptError("\n".join(mistakes))
     if unknown:

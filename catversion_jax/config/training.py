@@ -9,7 +9,6 @@ each default stands beside it: "official" is the authors' released code (RoyZhao
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import yaml
 
 from catversion_jax.config.presets import PRESETS
 from catversion_jax.config.ranges import range_problems
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, did_you_mean
 
 
 def _option(default: Any, text: str) -> Any:
@@ -373,8 +372,7 @@ def _parse_value(key: str, text: str) -> Any:
 
 
 def _unknown_key(key: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(key, names, cutoff=0.5)
     return f"{key!r}: no such option.{hint} `catversion train --help` lists all."
 
 
@@ -438,8 +436,7 @@ def _type_problem(config: TrainConfig, name: str) -> str | None:
                 return None
         elif isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
             return None
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(str(value), choices)
     if not kinds:
         return f"{name}={value!r}: must be one of {', '.join(choices)}.{hint}"
     names = ["null" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds]

@@ -31,7 +31,6 @@ EulerAncestralDiscreteScheduler and DPMSolverMultistepScheduler, which the tests
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +38,7 @@ import numpy as np
 from catversion_jax.array_types import Array, Float
 from catversion_jax.config.sampling import KARRAS_SAMPLERS, SAMPLERS
 from catversion_jax.diffusion.schedule import NoiseScheduleConfig, alphas_cumprod
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, did_you_mean
 
 _DEFAULT_SPACING = {
     "ddim": "leading",
@@ -131,8 +130,7 @@ def _check_request(
     karras: bool | None,
 ) -> None:
     if name not in SAMPLERS:
-        close = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.4)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, SAMPLERS, cutoff=0.4)
         raise CatVersionError(f"sampler={name!r}: must be one of {', '.join(SAMPLERS)}.{hint}")
     if not 1 <= num_inference_steps <= config.num_train_timesteps:
         raise CatVersionError(

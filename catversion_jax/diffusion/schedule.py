@@ -21,7 +21,6 @@ visible.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.array_types import Array, Float, Int
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, did_you_mean
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -175,10 +174,7 @@ def _check_choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def _unknown_key_message(key: str, class_name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(
-        key, sorted({*known, *_REQUIRED_VALUES, *_STEP_RULE_KEYS}), n=1
-    )
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(key, sorted({*known, *_REQUIRED_VALUES, *_STEP_RULE_KEYS}))
     return (
         f"scheduler config: unknown key {key!r} (scheduler class {class_name or 'not named'}): it "
         f"might change the result, so it is not ignored.{hint} Models that are not trained on "

@@ -24,7 +24,7 @@ from machine import describe_machine, interleaved, ratios, spread, write_results
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.runtime.sharding import make_mesh, replicated
-from catversion_jax.sampling.denoising import generate
+from catversion_jax.sampling.denoising import draw_requests
 from catversion_jax.sampling.requests import ImageRequest
 
 PROMPT = "a teapot on the beach"
@@ -65,7 +65,7 @@ def main() -> None:
         mesh = make_mesh(1, jax.devices()[:count])
         backbone = load_backbone(folder, dtype=args.dtype, sharding=replicated(mesh))
         requests = [ImageRequest(PROMPT, seed=seed) for seed in range(count)]
-        tasks[f"ours, {count}"] = lambda b=backbone, r=requests: generate(b, r, settings)
+        tasks[f"ours, {count}"] = lambda b=backbone, r=requests: draw_requests(b, r, settings)
         tasks[f"diffusers, {count}"] = lambda c=count: pipe(
             [PROMPT] * c, num_inference_steps=args.steps, guidance_scale=7.5
         )

@@ -25,7 +25,7 @@ from catversion_jax.evaluation.scoring import Scorer
 from catversion_jax.evaluation.subjects import Subject, read_references
 from catversion_jax.methods.concept_file import save_concept
 from catversion_jax.methods.residual import KVResidual
-from catversion_jax.sampling.grids import read_metadata
+from catversion_jax.sampling.png import read_metadata
 
 PROMPTS = ["a {} in the snow", "a wet {} & <script>document.title = 'owned'</script>"]
 NAMES = {"striped_ball": "ball", "teal_cup": "cup"}

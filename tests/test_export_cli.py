@@ -194,15 +194,16 @@ def test_prompt_embeds_warn_of_plain_and_cut_off_prompts(
 
 
 def test_whole_image_equals_our_sampler(run_folder: Path, tiny_sd_folder: Path) -> None:
+    from catversion_jax.config.sampling import SamplingSettings
     from catversion_jax.models.stable_diffusion import load_backbone
-    from catversion_jax.sampling.denoising import SamplingSettings, generate
+    from catversion_jax.sampling.denoising import draw_requests
     from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 
     path = run_folder / "concepts" / "tom" / "catversion.safetensors"
     concept = load_concept(path)
     use = ConceptUse(concept.name, concept.base_class, concept.residual)
     settings = SamplingSettings(sampler="ddim", num_inference_steps=3, guidance_scale=5.0)
-    ours = generate(
+    ours = draw_requests(
         load_backbone(tiny_sd_folder), [ImageRequest("a cat", (use,))], settings, latents=LATENTS
     )
     theirs = draw_with_loader(tiny_sd_folder, path, "a cat")

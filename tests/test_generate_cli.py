@@ -9,7 +9,7 @@ from PIL import Image
 from catversion_jax.cli import main
 from catversion_jax.methods.concept_file import save_concept
 from catversion_jax.methods.residual import KVResidual
-from catversion_jax.sampling.grids import read_metadata
+from catversion_jax.sampling.png import read_metadata
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.sampling.grids import image_grid, read_metadata, save_png
+from catversion_jax.sampling.grids import image_grid
+from catversion_jax.sampling.png import read_metadata, save_png
 
 
 def image(value, height=64, width=64):

@@ -27,7 +27,7 @@ from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.clip.encoder import ExtraKeys
 from catversion_jax.models.clip.text import causal_bias
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
-from catversion_jax.sampling.denoising import encode_prompt
+from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import ConceptUse
 from catversion_jax.training.state import TrainState, make_optimizer
 from catversion_jax.training.step import apply_update, sample_batch

@@ -14,7 +14,8 @@ from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.runtime.sharding import make_mesh, place_by_device, replicated
 from catversion_jax.sampling import denoising as sampling
-from catversion_jax.sampling.denoising import encode_prompt, generate, latent_shape
+from catversion_jax.sampling.denoising import draw_requests, latent_shape
+from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, check_concept
 from catversion_jax.training.planning.compiled import count_collectives
 
@@ -65,7 +66,7 @@ def compare_with_torch(folder, backbone, settings, shape=None):
     prompts, negative = ["a red cat", "two dogs, snow"], ["blurry", ""]
     expected = torch_images(folder, settings.sampler, prompts, negative, latents, settings)
     requests = [ImageRequest(p, negative_prompt=n) for p, n in zip(prompts, negative, strict=True)]
-    result = generate(backbone, requests, settings, latents=latents)
+    result = draw_requests(backbone, requests, settings, latents=latents)
     assert expected.std() > 0.05  # something is drawn
     assert np.abs(result.pixels - expected).max() < 1e-3
     return result, expected
@@ -95,7 +96,7 @@ def test_a_model_that_really_draws(trial_folder):
 
 def test_bytes_are_rounded_as_diffusers_does(backbone):
     pipeline_utils = pytest.importorskip("diffusers.utils.pil_utils")
-    result = generate(backbone, [ImageRequest("a cat")], QUICK)
+    result = draw_requests(backbone, [ImageRequest("a cat")], QUICK)
     expected = np.stack([np.asarray(image) for image in pipeline_utils.numpy_to_pil(result.pixels)])
     assert result.images.dtype == np.uint8
     np.testing.assert_array_equal(result.images, expected)
@@ -111,13 +112,13 @@ def test_an_image_is_the_same_bits_whatever_the_batch(backbone, sampler):
         ImageRequest("a dog and a cat", (dog, cat), seed=7, negative_prompt="ugly"),
         ImageRequest("", seed=9),
     ]
-    alone = generate(backbone, [wanted], settings)
+    alone = draw_requests(backbone, [wanted], settings)
     for requests in ([wanted, *others], [*others, wanted], [others[1], wanted]):
         index = requests.index(wanted)
-        together = generate(backbone, requests, settings)
+        together = draw_requests(backbone, requests, settings)
         np.testing.assert_array_equal(together.latents[index], alone.latents[0])
         np.testing.assert_array_equal(together.pixels[index], alone.pixels[0])
-    assert np.abs(generate(backbone, others, settings).pixels - alone.pixels).max() > 0.01
+    assert np.abs(draw_requests(backbone, others, settings).pixels - alone.pixels).max() > 0.01
 
 
 def test_every_device_draws_images_of_its_own(tiny_sd_folder, backbone):
@@ -126,7 +127,7 @@ def test_every_device_draws_images_of_its_own(tiny_sd_folder, backbone):
     dog = random_concept(backbone, "dog")
     requests = [ImageRequest("a dog", (dog,), seed=seed) for seed in range(5)]
     settings = SamplingSettings("euler_ancestral", num_inference_steps=3)
-    found, expected = (generate(one, requests, settings) for one in (spread, backbone))
+    found, expected = (draw_requests(one, requests, settings) for one in (spread, backbone))
     np.testing.assert_allclose(found.latents, expected.latents, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found.pixels, expected.pixels, rtol=0, atol=1e-5)
     x = place_by_device(np.zeros((3, *latent_shape(backbone, settings)), np.float32), mesh)
@@ -136,12 +137,14 @@ def test_every_device_draws_images_of_its_own(tiny_sd_folder, backbone):
 
 def test_seeds_differ_and_ancestral_noise_belongs_to_the_seed(backbone):
     settings = SamplingSettings("euler_ancestral", num_inference_steps=4)
-    images = generate(backbone, [ImageRequest("a cat", seed=s) for s in (1, 2, 1)], settings).pixels
+    images = draw_requests(
+        backbone, [ImageRequest("a cat", seed=s) for s in (1, 2, 1)], settings
+    ).pixels
     np.testing.assert_array_equal(images[0], images[2])
     assert np.abs(images[0] - images[1]).max() > 0.01
     # the same start: only the noise along the way differs
     latents = np.zeros((2, 4, 8, 8), np.float32)
-    images = generate(
+    images = draw_requests(
         backbone, [ImageRequest("a cat", seed=s) for s in (1, 2)], settings, latents=latents
     ).pixels
     assert np.abs(images[0] - images[1]).max() > 0.01
@@ -153,7 +156,7 @@ def test_a_concept_acts_where_its_word_is(backbone):
     zero = random_concept(backbone, "dog", scale=0.0)
 
     def drawn(prompt, *concepts, negative=""):
-        return generate(
+        return draw_requests(
             backbone, [ImageRequest(prompt, concepts, negative_prompt=negative)], QUICK
         ).pixels
 
@@ -194,28 +197,30 @@ def test_scale_is_the_odds_of_the_residual(backbone):
 
 def test_one_program_for_any_number_of_steps_guidance_and_sampler(backbone):
     requests = [ImageRequest("a cat", seed=1)]
-    generate(backbone, requests, QUICK)
+    draw_requests(backbone, requests, QUICK)
     before = sampling._denoise_step._cache_size()
     for settings in (
         SamplingSettings(num_inference_steps=5, guidance_scale=3.0),
         SamplingSettings("euler_ancestral", num_inference_steps=2),
         SamplingSettings("dpmsolver++", num_inference_steps=4, karras=True),
     ):
-        generate(backbone, requests, settings)
+        draw_requests(backbone, requests, settings)
     assert sampling._denoise_step._cache_size() == before
 
 
 def test_nothing_moves_to_the_device_behind_our_back(backbone):
     request = ImageRequest("a dog", (random_concept(backbone, "dog"),))
     with jax.transfer_guard("disallow"):
-        generate(backbone, [request], QUICK)
+        draw_requests(backbone, [request], QUICK)
 
 
 def test_progress_counts_every_step(backbone):
     seen = []
     requests = [ImageRequest("a cat", seed=s) for s in range(4)]
     settings = SamplingSettings(num_inference_steps=3, batch_size=3)
-    generate(backbone, requests, settings, on_step=lambda done, total: seen.append((done, total)))
+    draw_requests(
+        backbone, requests, settings, on_step=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(step, 6) for step in range(1, 7)]
 
 
@@ -227,7 +232,7 @@ def test_warnings_name_what_was_cut_and_who_was_not_called(backbone, caplog):
         for seed in (0, 1)
     ]
     with caplog.at_level(logging.WARNING):
-        result = generate(backbone, requests, QUICK)
+        result = draw_requests(backbone, requests, QUICK)
     ours = [r.getMessage() for r in caplog.records if r.name.startswith("catversion_jax")]
     assert ours == list(result.warnings)
     cut, negative_cut, unnamed = result.warnings  # each once, for two images
@@ -236,7 +241,7 @@ def test_warnings_name_what_was_cut_and_who_was_not_called(backbone, caplog):
     assert negative_cut.startswith("negative prompt")
     assert "'my house'" in unnamed
     assert "when=always" in unnamed
-    assert not generate(backbone, [ImageRequest("a dog", (dog,))], QUICK).warnings
+    assert not draw_requests(backbone, [ImageRequest("a dog", (dog,))], QUICK).warnings
 
 
 @pytest.mark.parametrize(
@@ -255,14 +260,16 @@ def test_warnings_name_what_was_cut_and_who_was_not_called(backbone, caplog):
 )
 def test_impossible_settings(backbone, settings, latents, words):
     with pytest.raises(CatVersionError) as caught:
-        generate(backbone, [ImageRequest("a cat")], SamplingSettings(**settings), latents=latents)
+        draw_requests(
+            backbone, [ImageRequest("a cat")], SamplingSettings(**settings), latents=latents
+        )
     for word in words:
         assert word in str(caught.value)
 
 
 def test_impossible_requests(backbone):
     with pytest.raises(CatVersionError, match="at least one prompt"):
-        generate(backbone, [])
+        draw_requests(backbone, [])
     with pytest.raises(CatVersionError, match="scale=-1"):
         random_concept(backbone, "dog", scale=-1.0)
     with pytest.raises(CatVersionError, match="when='sometimes'"):

@@ -11,7 +11,7 @@ from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import read_concepts
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.models.stable_diffusion import load_backbone
-from catversion_jax.sampling.denoising import generate
+from catversion_jax.sampling.denoising import draw_requests
 from catversion_jax.sampling.requests import ImageRequest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +66,7 @@ def test_the_same_image_as_diffusers_draws_from_the_unchanged_folder():
         width=64,
     ).images
     settings = SamplingSettings(sampler="ddim", num_inference_steps=12, guidance_scale=5.0)
-    images = generate(
+    images = draw_requests(
         load_backbone("tiny-sd"), [ImageRequest(PROMPT, (), 0)], settings, latents=latents
     ).pixels
     np.testing.assert_allclose(images, expected, atol=1e-4)

@@ -24,7 +24,7 @@ from catversion_jax.methods.residual import KVResidual
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.runtime.sharding import make_mesh
-from catversion_jax.sampling.denoising import encode_prompt
+from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import ConceptUse, check_concept
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.training.state import TrainState, create_train_state, make_optimizer

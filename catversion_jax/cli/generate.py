@@ -256,8 +256,8 @@ def _draw_pages(
     latents: np.ndarray | None,
 ) -> None:
     """Draw and write page by page, so that a long job keeps what it has."""
-    from catversion_jax.sampling.denoising import checked_latents, generate
-    from catversion_jax.sampling.grids import save_png
+    from catversion_jax.sampling.denoising import checked_latents, draw_requests
+    from catversion_jax.sampling.png import save_png
     from catversion_jax.sampling.requests import active_concepts
 
     # all of them, before the first page
@@ -269,7 +269,7 @@ def _draw_pages(
         page = requests[start : start + per_page]
         own_latents = None if latents is None else latents[start : start + per_page]
         with _progress(f"images {start + 1}-{start + len(page)} of {len(requests)}") as advance:
-            result = generate(backbone, page, settings, latents=own_latents, on_step=advance)
+            result = draw_requests(backbone, page, settings, latents=own_latents, on_step=advance)
         for offset, (image, request) in enumerate(zip(result.images, page, strict=True)):
             acting = active_concepts(backbone.tokenizer, request.prompt, request.concepts)
             metadata = _metadata(args, backbone, settings, request, acting)

@@ -192,7 +192,8 @@ def _sheet_rows(
 
 def _write_sheets(folder: Path, rows: Sequence[tuple[str, list[np.ndarray | None]]]) -> list[Path]:
     from catversion_jax.runtime.atomic_files import make_folder
-    from catversion_jax.sampling.grids import image_grid, save_png
+    from catversion_jax.sampling.grids import image_grid
+    from catversion_jax.sampling.png import save_png
 
     paths = []
     make_folder(folder)

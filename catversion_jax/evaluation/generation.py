@@ -26,8 +26,8 @@ from catversion_jax.methods.concept_file import Concept, load_concept
 from catversion_jax.methods.learned import named_arrays, settings_of
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder
-from catversion_jax.sampling.denoising import generate
-from catversion_jax.sampling.grids import read_metadata, save_png
+from catversion_jax.sampling.denoising import draw_requests
+from catversion_jax.sampling.png import read_metadata, save_png
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 
 IMAGES_PER_PAGE = 64
@@ -118,7 +118,7 @@ def draw_missing(
     todo = [(image, metadata) for image, metadata in wanted if not _is_there(image.path, metadata)]
     for start in range(0, len(todo), IMAGES_PER_PAGE):
         page = todo[start : start + IMAGES_PER_PAGE]
-        drawn = generate(backbone, [image.request for image, _ in page], settings).images
+        drawn = draw_requests(backbone, [image.request for image, _ in page], settings).images
         for pixels, (image, metadata) in zip(drawn, page, strict=True):
             make_folder(image.path.parent)
             mask_path(image.path).unlink(missing_ok=True)  # of the picture that was there before

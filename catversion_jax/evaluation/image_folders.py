@@ -25,7 +25,7 @@ from catversion_jax.array_types import Int
 from catversion_jax.concepts.folders import children, is_image_name
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.prompts import EvaluationPrompt
-from catversion_jax.sampling.grids import read_metadata, save_png
+from catversion_jax.sampling.png import read_metadata, save_png
 
 PLAIN_FOLDER = "_plain"
 _SEEDED = re.compile(r"^(?P<prompt>.+)_(?P<seed>\d+)$")

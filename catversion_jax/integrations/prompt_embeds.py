@@ -24,7 +24,7 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import serialize_safetensors
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
-from catversion_jax.sampling.denoising import encode_prompt
+from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import (
     ConceptUse,
     ImageRequest,
@@ -49,7 +49,7 @@ def export_prompt_embeds(
       path: the safetensors file to write.
       backbone: the model whose pipeline will use the file.
       prompts: at least one; each with the concepts that it calls.
-      concepts: as for :func:`~catversion_jax.sampling.denoising.generate`.
+      concepts: as for :func:`~catversion_jax.sampling.denoising.draw_requests`.
       negative_prompt: encoded without any concept, repeated for every prompt.
 
     Returns:

@@ -25,7 +25,7 @@ from catversion_jax.diffusion.schedule import NoiseSchedule, noise_schedule
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.weights.network import Network
-from catversion_jax.sampling.denoising import encode_prompt
+from catversion_jax.sampling.encoding import encode_prompt
 
 PROMPT = "a photo of a {}"
 BATCH = 4

@@ -1,6 +1,6 @@
 """Prompts to images with one frozen backbone and any concepts.
 
-Which concepts act on a prompt is decided in ``image_requests.py``. The unconditional branch of
+Which concepts act on a prompt is decided in ``requests.py``. The unconditional branch of
 classifier-free guidance (arXiv 2207.12598), that is the negative prompt, is always the plain
 encoding:
 
@@ -30,7 +30,6 @@ from catversion_jax.array_types import Array, Float, Int, Key
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.diffusion.samplers import Sampler, SamplerRow, make_sampler
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.sharding import (
@@ -40,20 +39,15 @@ from catversion_jax.runtime.sharding import (
     place_by_device,
     replicated,
 )
-from catversion_jax.sampling.requests import (
-    ConceptUse,
-    ImageRequest,
-    active_concepts,
-    place_concepts,
-    prompt_warnings,
-)
+from catversion_jax.sampling.encoding import encode_requests
+from catversion_jax.sampling.requests import ImageRequest, prompt_warnings
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedImages:
-    """What :func:`generate` returns.
+    """What :func:`draw_requests` returns.
 
     Attributes:
       pixels: ``[n height width 3]`` float32 within 0..1.
@@ -71,7 +65,7 @@ class GeneratedImages:
         return (self.pixels * 255).round().astype(np.uint8)
 
 
-def generate(
+def draw_requests(
     backbone: Backbone,
     requests: Sequence[ImageRequest],
     settings: SamplingSettings | None = None,
@@ -107,7 +101,7 @@ def generate(
     warnings = prompt_warnings(backbone.tokenizer, requests)
     for message in warnings:
         logger.warning(message)
-    texts = _encode_all(backbone, requests, settings.guidance_scale)
+    texts = encode_requests(backbone, requests, settings.guidance_scale)
     mesh = mesh_of(backbone.unet)
     per_device = settings.batch_size or (1 if jax.default_backend() == "cpu" else 4)
     batch_size = per_device * mesh.size
@@ -159,41 +153,6 @@ def latent_shape(backbone: Backbone, settings: SamplingSettings) -> tuple[int, i
             )
         sides.append(side // factor)
     return sides[0], sides[1], backbone.latent_channels
-
-
-def encode_prompt(
-    backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse]
-) -> Float[np.ndarray, "T D"]:
-    """One prompt's text states with the concepts that act on it; encoded alone, so nothing else
-    matters.
-    """
-    acting = active_concepts(backbone.tokenizer, prompt, concepts)
-    residuals = tuple(jax.device_put(use.residual.scaled(use.scale)) for use in acting)
-    placed = place_concepts(backbone.tokenizer, prompt, acting)
-    token_ids, slots = jax.device_put((placed.token_ids[None], placed.slots[:, None]))
-    states = _encode(backbone.text_encoder, token_ids, residuals, slots)
-    return np.asarray(jax.device_get(states))[0]
-
-
-def _encode_all(
-    backbone: Backbone, requests: Sequence[ImageRequest], guidance_scale: float
-) -> list[list[np.ndarray]]:
-    """Text states of every prompt and, where guidance needs them, of every negative prompt."""
-    known: dict[tuple[object, ...], np.ndarray] = {}
-
-    def encoded(prompt: str, concepts: tuple[ConceptUse, ...]) -> np.ndarray:
-        key = (
-            prompt,
-            *((id(use.residual), use.scale, use.when, use.base_class) for use in concepts),
-        )
-        if key not in known:
-            known[key] = encode_prompt(backbone, prompt, concepts)
-        return known[key]
-
-    prompted = [encoded(request.prompt, request.concepts) for request in requests]
-    if guidance_scale <= 1:
-        return [prompted]
-    return [prompted, [encoded(request.negative_prompt, ()) for request in requests]]
 
 
 def _denoise(
@@ -262,16 +221,6 @@ def checked_latents(
 
 
 # ---- compiled functions --------------------------------------------------------------------------
-
-
-@jax.jit
-def _encode(
-    text_encoder: Network,
-    token_ids: Int[Array, "B T"],
-    residuals: tuple[Learned, ...],
-    slots: Int[Array, "U B T"],
-) -> Float[Array, "B T D"]:
-    return text_encoder(token_ids, residuals, list(slots)).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from catversion_jax.concepts.prompts import fill_template
+from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.config.training import TrainConfig
 from catversion_jax.diffusion.samplers import make_sampler
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder
-from catversion_jax.sampling.denoising import SamplingSettings, generate
-from catversion_jax.sampling.grids import image_grid, save_png
+from catversion_jax.sampling.denoising import draw_requests
+from catversion_jax.sampling.grids import image_grid
+from catversion_jax.sampling.png import save_png
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 from catversion_jax.training.preparation import PreparedConcept
 
@@ -59,7 +61,7 @@ class SampleGrids:
         missing = [column for column in columns if column not in self._plain]
         requests = [ImageRequest(prompt, (use,), seed) for prompt, seed in columns]
         requests += [ImageRequest(prompt, (), seed) for prompt, seed in missing]
-        images = generate(self._backbone, requests, self._settings).images
+        images = draw_requests(self._backbone, requests, self._settings).images
         self._plain |= dict(zip(missing, images[len(columns) :], strict=True))
         grid = image_grid(
             [[self._plain[column] for column in columns], list(images[: len(columns)])],

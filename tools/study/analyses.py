@@ -34,7 +34,7 @@ from catversion_jax.methods.attention_mass import residual_attention_mass
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.sampling.denoising import generate
+from catversion_jax.sampling.denoising import draw_requests
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, place_concepts
 
 ROLES = ("start token", "before the word", "class word", "after the word", "end token", "padding")
@@ -164,7 +164,7 @@ def _drawer(
 ) -> Callable[[Callable[[str], tuple[ConceptUse, ...]]], np.ndarray]:
     def draw(uses: Callable[[str], tuple[ConceptUse, ...]]) -> np.ndarray:
         requests = [ImageRequest(text, uses(word), seed) for word, text in texts.items()]
-        return clip.images(list(generate(backbone, requests, settings).images))
+        return clip.images(list(draw_requests(backbone, requests, settings).images))
 
     return draw
 

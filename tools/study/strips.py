@@ -14,7 +14,8 @@ from catversion_jax.concepts import read_concepts
 from catversion_jax.concepts.images import decode_upright
 from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.evaluation.image_folders import image_name, read_pixels
-from catversion_jax.sampling.grids import image_grid, save_png
+from catversion_jax.sampling.grids import image_grid
+from catversion_jax.sampling.png import save_png
 
 COLUMNS = {
     "none": "class word",

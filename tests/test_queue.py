@@ -135,7 +135,7 @@ def test_a_window_without_two_evaluations_is_refused() -> None:
 
 
 def test_what_is_left_open_is_calibrated() -> None:
-    """The table of docs/many_concepts.md."""
+    """The table of docs/how_to/many_concepts.md."""
     common = {"concepts": "x", "eval_steps": 10}
     losses = [(10 * n, 1 / (1 + n)) for n in range(60)]
     for rule, eps, window in (("dvar", 0.3, 120), ("plateau", 0.02, 80)):

@@ -234,12 +234,12 @@ def test_the_study_runs_resumes_and_writes_its_page(world, capsys):
     assert set(ours["total"]["against"]) == {"none", "dreambooth"}
     out = str(world / "out")
     assert page.main([out, "--named", out, "--docs", str(world / "docs")]) == 0
-    text = (world / "docs" / "study.md").read_text()
+    text = (world / "docs" / "results" / "study.md").read_text()
     for label in ("CatVersion (ours)", page.NAMED_ROW):
         row = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
         assert row.count("[") == len(page.METHOD_COLUMNS)  # no figure without its interval
     for link in (world / "docs" / "images").glob("*.png"):
-        assert f"(images/{link.name})" in text
+        assert f"(../images/{link.name})" in text
     # another training under the same name is refused, with the remedy
     assert study(world, "none", "--train_steps", "3") == 2
     assert "was trained with other train_steps. Remove this folder" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Images of any method are scored from IMAGES/<concept>/<prompt>_<seed>.png (a prompt's "
         "words joined by '-',\nor its number in the set from 0; <prompt>_<seed>.mask.png beside "
         "it, object white) or as catversion generate\nwrote them, one --output_dir per concept. "
-        "docs/evaluation.md has the definitions."
+        "docs/results/evaluation.md has the definitions."
     )
     add = parser.add_argument
     add("source", metavar="RUN|IMAGES",

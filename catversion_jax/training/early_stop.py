@@ -7,7 +7,7 @@ images, noise and timesteps) does.
     (2)  plateau:  min(losses of the last W steps) > (1 - eps) min(all before)
 
 Both wait for ``early_stop_min_steps``. What the options leave open is calibrated
-(docs/many_concepts.md).
+(docs/how_to/many_concepts.md).
 """
 
 from __future__ import annotations

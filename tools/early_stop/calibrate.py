@@ -4,8 +4,8 @@
 
 Trains concepts (the package's examples, and recoloured ones) for longer than they need, scores the
 concept files of many steps, and asks every rule where it would have stopped. Writes
-OUT/calibration.json and prints the table of docs/many_concepts.md. A stage that is finished is not
-repeated; an interrupted one goes on.
+OUT/calibration.json and prints the table of docs/how_to/many_concepts.md. A stage that is finished
+is not repeated; an interrupted one goes on.
 """
 
 from __future__ import annotations

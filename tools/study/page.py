@@ -1,8 +1,8 @@
 """The page: ``python tools/study/page.py OUT [--named OUT] [--docs docs]``.
 
-Reads OUT/results.json and analyses.json, writes docs/study.md and docs/images/study-*.png. Every
-figure of the page is written here from the results: it is never edited by hand. ``--named`` is the
-result of the arm ``none`` on individuals that the model was trained to draw by name.
+Reads OUT/results.json and analyses.json, writes docs/results/study.md and docs/images/study-*.png.
+Every figure of the page is written here from the results: it is never edited by hand. ``--named``
+is the result of the arm ``none`` on individuals that the model was trained to draw by name.
 """
 
 from __future__ import annotations
@@ -306,12 +306,14 @@ def main(argv: list[str]) -> int:
         folder = args.docs / "images"
         make_folder(folder)
         strips = write_strips(args.out, folder, results["arms"], args.pictures)
-        links = [path.relative_to(args.docs).as_posix() for path in strips]
-        write_atomically(args.docs / "study.md", page(results, analyses, links, named).encode())
+        links = [f"../{path.relative_to(args.docs).as_posix()}" for path in strips]
+        path = args.docs / "results" / "study.md"
+        make_folder(path.parent)
+        write_atomically(path, page(results, analyses, links, named).encode())
     except CatVersionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(args.docs / "study.md")
+    print(path)
     return 0
 
 

@@ -10,7 +10,7 @@ online softmax and the recomputation of P in the backward pass are flash attenti
 (FlashAttention, splash attention) heads of 40 are padded to 128 in every array of the forward and
 the backward pass, and in the matrix unit. Here the products whose result has the head dimension in
 it (O, dV, dK, dQ) stream 40 rows instead of filling 128 columns, and nothing is stored padded.
-``docs/performance.md`` has what the compiler says of both.
+``docs/results/performance.md`` has what the compiler says of both.
 
 All keys and values of a head stay in the fast memory: 4096 positions of 40 are a third of a MB. The
 programs of the backward pass go over a head's blocks of keys and add up dQ there. A number of keys
@@ -35,7 +35,7 @@ LOG2_E = math.log2(math.e)
 LANES = 128
 BLOCKS = (512, 256, LANES)
 """Positions of a block of queries or keys, the largest that divides. The logits of 512 x 512 are
-1 MB; 1024 is no faster (docs/performance.md)."""
+1 MB; 1024 is no faster (docs/results/performance.md)."""
 MAX_RESIDENT = 9216 * 64
 """Positions x head dimension of one head, as far as was compiled: 768 pixels in SD 2.x."""
 

@@ -5,7 +5,7 @@
     (3)  hours = ceil(N / (S chips)) steps seconds / 3600
 
 ``u`` is the share of the chip's peak that the step reaches. Nothing here has measured it: the
-default is what published trainings of this UNet reach (docs/many_concepts.md).
+default is what published trainings of this UNet reach (docs/how_to/many_concepts.md).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What ``auto`` means on the devices at hand: ``concepts_per_device`` and
 ``gradient_checkpointing``.
 
-Recomputing costs time (``docs/performance.md``), and beyond a few concepts a larger pack is no
-faster. So as little is computed again as lets a useful number of concepts fit, and then as many are
-taken as fit.
+Recomputing costs time (``docs/results/performance.md``), and beyond a few concepts a larger pack is
+no faster. So as little is computed again as lets a useful number of concepts fit, and then as many
+are taken as fit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ the device names no limit of its memory, as CPUs do.
 
 TILE_ROWS = 8
 """Images that fill a TPU's tiles. A batch of a multiple of it moves up to a seventh less memory per
-image than others (docs/performance.md).
+image than others (docs/results/performance.md).
 """
 
 

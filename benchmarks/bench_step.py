@@ -97,10 +97,10 @@ def compare(backbone: Backbone, peer: CatVersion) -> dict[str, float]:
     residual = KVResidual(*pair, layers=layers, logit_bias=0.0, scope="from_class_word")
     ids = peer.ids.cpu().numpy()
     word = np.isin(ids[0], peer.word)
-    slots = np.tile(np.where(word, np.cumsum(word) - 1, -1).astype(np.int32), (BATCH, 1))
+    word_places = np.tile(np.where(word, np.cumsum(word) - 1, -1).astype(np.int32), (BATCH, 1))
     hidden = backbone.text_encoder.call("lower", ids, layers[0])
     batch = DiffusionBatch(
-        nhwc(clean), nhwc(noise), timesteps.int().cpu().numpy(), hidden, slots=slots
+        nhwc(clean), nhwc(noise), timesteps.int().cpu().numpy(), hidden, word_places=word_places
     )
     schedule = noise_schedule(backbone.noise_schedule)
 

@@ -371,7 +371,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_training(full_disk, tmp_path: Pat
     kept = list(output.glob("concepts/*/catversion-*.safetensors"))
     assert kept
     for path in kept:
-        assert np.isfinite(load_concept(path).residual.key).all()
+        assert np.isfinite(load_concept(path).learned.key).all()
     assert (
         main(["export", str(checkpoints(output)[0]), "--output_dir", str(tmp_path / "rescued")])
         == 0

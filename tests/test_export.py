@@ -54,9 +54,9 @@ def test_load_is_the_inverse_of_save(tmp_path: Path) -> None:
     residual = make_residual()
     path = save_concept(tmp_path / "new" / "folder" / "x.safetensors", residual, **DESCRIPTION)
     concept = load_concept(path)
-    np.testing.assert_array_equal(concept.residual.key, residual.key)
-    np.testing.assert_array_equal(concept.residual.value, residual.value)
-    assert (concept.residual.layers, concept.residual.logit_bias) == ((3, 11), 0.5)
+    np.testing.assert_array_equal(concept.learned.key, residual.key)
+    np.testing.assert_array_equal(concept.learned.value, residual.value)
+    assert (concept.learned.layers, concept.learned.logit_bias) == ((3, 11), 0.5)
     for field in (
         "base_class",
         "name",
@@ -236,7 +236,7 @@ def test_only_what_an_older_reader_would_misread_has_the_newer_version(
     path = save_concept(tmp_path / "x.safetensors", residual, base_class="car")
     concept = load_concept(path)
     assert concept.metadata["catversion.format_version"] == str(version)
-    assert concept.residual.scope == residual.scope
+    assert concept.learned.scope == residual.scope
 
 
 @pytest.mark.parametrize(

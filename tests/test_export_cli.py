@@ -121,7 +121,7 @@ def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, c
             record,
             TrainState(
                 step=np.int32(4),
-                residual=residual,
+                learned=residual,
                 opt_state=(),
                 failed_step=np.int32(failed),
             ),
@@ -201,7 +201,7 @@ def test_whole_image_equals_our_sampler(run_folder: Path, tiny_sd_folder: Path) 
 
     path = run_folder / "concepts" / "tom" / "catversion.safetensors"
     concept = load_concept(path)
-    use = ConceptUse(concept.name, concept.base_class, concept.residual)
+    use = ConceptUse(concept.name, concept.base_class, concept.learned)
     settings = SamplingSettings(sampler="ddim", num_inference_steps=3, guidance_scale=5.0)
     ours = draw_requests(
         load_backbone(tiny_sd_folder), [ImageRequest("a cat", (use,))], settings, latents=LATENTS
@@ -340,9 +340,9 @@ def test_import_an_official_adapter(tmp_path: Path, tiny_sd_folder: Path, capsys
     assert code == 0, text
     concept = load_concept(tmp_path / "out" / "my_teapot")
     assert (concept.name, concept.base_class, concept.when) == ("my_teapot", "teapot", "class_word")
-    assert concept.residual.logit_bias == 1.0
+    assert concept.learned.logit_bias == 1.0
     assert len(concept.text_encoder_sha256) == 64
-    np.testing.assert_array_equal(concept.residual.key[1], flat.view(2, 4, 4, 8)[:, 2].numpy())
+    np.testing.assert_array_equal(concept.learned.key[1], flat.view(2, 4, 4, 8)[:, 2].numpy())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_with_loader(tiny_sd_folder, tmp_path / "out" / "my_teapot", "a teapot")
@@ -409,7 +409,7 @@ def test_inspect(run_folder: Path, tmp_path: Path, capsys) -> None:
         capsys, "inspect", run_folder / "concepts" / "tom" / "catversion.safetensors", "--json"
     )
     facts = json.loads(text)
-    residual = load_concept(run_folder / "concepts" / "tom").residual
+    residual = load_concept(run_folder / "concepts" / "tom").learned
     expected = [float(torch.tensor(residual.key[i]).norm(dim=-1).mean()) for i in range(3)]
     np.testing.assert_allclose(facts["key_norms"], expected, atol=1e-4)
     assert (facts["base_class"], facts["num_parameters"], facts["logit_bias"]) == ("cat", 192, 1.0)

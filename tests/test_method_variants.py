@@ -78,7 +78,7 @@ def test_scope_in_sampling_and_in_the_torch_loader(
         ours = encode_prompt(backbone, prompt, uses)
         assert relative_error(ours, theirs[row].detach()) < 1e-4, prompt
     # Without its word a prompt is seen whole; what stands before the word stays plain.
-    unscoped = [dataclasses.replace(uses[1], residual=dataclasses.replace(dog, scope="all"))]
+    unscoped = [dataclasses.replace(uses[1], learned=dataclasses.replace(dog, scope="all"))]
     np.testing.assert_allclose(
         encode_prompt(backbone, "nothing of it", uses),
         encode_prompt(backbone, "nothing of it", unscoped),
@@ -93,9 +93,9 @@ def test_scope_in_sampling_and_in_the_torch_loader(
 def test_the_narrowest_scope_is_read_by_the_word_alone() -> None:
     """One layer: the plain output but at the word, each time it stands there."""
     residual = tiny_residual("class_word")
-    slots = np.array([[-1, -1, 0, 1, -1, 0, 1, -1], [-1] * 8], np.int32)
-    seeing = np.asarray(residual.visible(slots))
-    np.testing.assert_array_equal(seeing[0], slots[0] >= 0)
+    word_places = np.array([[-1, -1, 0, 1, -1, 0, 1, -1], [-1] * 8], np.int32)
+    seeing = np.asarray(residual.visible(word_places))
+    np.testing.assert_array_equal(seeing[0], word_places[0] >= 0)
     assert seeing[1].all()
 
 
@@ -110,15 +110,17 @@ def test_another_place_of_the_word_compiles_nothing_new(backbone: Backbone) -> N
 
 
 def test_scope_needs_the_place_of_the_word(backbone: Backbone) -> None:
-    with pytest.raises(CatVersionError, match="slots=None"):
+    with pytest.raises(CatVersionError, match="word_places=None"):
         backbone.text_encoder(backbone.tokenizer(["a cat"]), tiny_residual("from_class_word"))
 
 
 def test_a_dropped_caption_has_no_word(backbone: Backbone) -> None:
     _, data = concept_data(backbone)
-    slots = np.full((8, 2, 24), -1, np.int32)
-    slots[:, :, 3] = 0
-    one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], dataclasses.replace(data, slots=slots))
+    word_places = np.full((8, 2, 24), -1, np.int32)
+    word_places[:, :, 3] = 0
+    one = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf)[0], dataclasses.replace(data, word_places=word_places)
+    )
     one = dataclasses.replace(one, empty_hidden=jnp.full_like(one.text_hidden[0], 7.0))
     options = config(caption_dropout=0.5)
     batch = jax.jit(lambda data: sample_batch(data, jnp.int32(3), jnp.int32(0), 64, options, 1000))(
@@ -126,7 +128,7 @@ def test_a_dropped_caption_has_no_word(backbone: Backbone) -> None:
     )
     dropped = np.all(np.asarray(batch.text_hidden) == 7.0, axis=(1, 2))
     assert 16 < dropped.sum() < 48
-    np.testing.assert_array_equal((np.asarray(batch.slots) >= 0).any(1), ~dropped)
+    np.testing.assert_array_equal((np.asarray(batch.word_places) >= 0).any(1), ~dropped)
 
 
 # ---- attention mass ------------------------------------------------------------------------------
@@ -248,11 +250,11 @@ def test_average_is_diffusers_ema() -> None:
     for step in range(12):
         grads = jax.tree.map(lambda leaf, s=step: jnp.sin(leaf + s), start)
         state = apply_update(state, jnp.float32(1.0), grads, tx, 0.5)
-        parameter.data = torch.tensor(np.asarray(state.residual.key))
+        parameter.data = torch.tensor(np.asarray(state.learned.key))
         ema.step([parameter])
         np.testing.assert_allclose(state.average.key, ema.shadow_params[0].numpy(), atol=1e-6)
     assert state.exported is state.average
-    assert np.abs(state.average.key - state.residual.key).max() > 1e-4
+    assert np.abs(state.average.key - state.learned.key).max() > 1e-4
 
 
 # ---- options -------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_the_abstract_step_has_the_shapes_of_the_real_one() -> None:
         assert all(one.shape == other.shape and one.dtype == other.dtype for one, other in pairs)
     mesh = make_mesh(1, jax.devices()[:1])
     state, data, *_ = abstract_arguments(shapes, CONFIG, mesh, num_rows=3, max_images=5)
-    assert state.residual.key.shape == (3, 3, 1, real.num_heads, real.head_dim)
+    assert state.learned.key.shape == (3, 3, 1, real.num_heads, real.head_dim)
     assert data.latent_mean.shape == (3, 5, 2, 16, 16, 4)
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves((state, data)))
 

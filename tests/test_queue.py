@@ -100,7 +100,7 @@ def test_results_do_not_depend_on_order_slot_or_company(
     for name, data in final_files(stopped_early).items():
         one, other = (load_concept(f / "concepts" / name) for f in (stopped_early, output))
         assert one.step == other.step
-        np.testing.assert_array_equal(one.residual.key, other.residual.key), data
+        np.testing.assert_array_equal(one.learned.key, other.learned.key), data
 
 
 def test_an_early_stopped_concept_is_done(

@@ -187,7 +187,7 @@ def test_scale_is_the_odds_of_the_residual(backbone):
     branch plain.
     """
     dog, strong = random_concept(backbone, "dog"), random_concept(backbone, "dog", scale=2.0)
-    residual = dog.residual
+    residual = dog.learned
     token_ids = backbone.tokenizer(["a dog"])
     for use, bias in ((dog, 0.5), (strong, 0.5 + np.log(2.0))):
         moved = KVResidual(residual.key, residual.value, residual.layers, float(bias))
@@ -288,7 +288,7 @@ def test_a_concept_of_another_model(backbone):
     sd1 = np.zeros((3, 1, 12, 64), np.float32)
     for residual in (
         KVResidual(sd1, sd1, (9, 10, 11)),
-        KVResidual(dog.residual.key, dog.residual.value, (3, 4)),
+        KVResidual(dog.learned.key, dog.learned.value, (3, 4)),
     ):
         wrong = ConceptUse("wrong", "dog", residual)
         with pytest.raises(CatVersionError, match="another model"):

@@ -180,8 +180,10 @@ def test_class_share_is_one_where_only_the_class_speaks_and_zero_where_only_the_
 
 def test_token_roles():
     ids = np.array([[90, 1, 5, 6, 2, 91, 91, 91], [90, 5, 6, 91, 0, 0, 0, 0]])
-    slots = np.array([[-1, -1, 0, 1, -1, -1, -1, -1], [-1, 0, 1, -1, -1, -1, -1, -1]])
-    roles = [[analyses.ROLES[i][:3] for i in row] for row in analyses.token_roles(ids, slots, 91)]
+    word_places = np.array([[-1, -1, 0, 1, -1, -1, -1, -1], [-1, 0, 1, -1, -1, -1, -1, -1]])
+    roles = [
+        [analyses.ROLES[i][:3] for i in row] for row in analyses.token_roles(ids, word_places, 91)
+    ]
     assert roles[0] == ["sta", "bef", "cla", "cla", "aft", "end", "pad", "pad"]
     assert roles[1] == ["sta", "cla", "cla", "end", "pad", "pad", "pad", "pad"]
 

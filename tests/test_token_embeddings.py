@@ -50,10 +50,10 @@ def test_a_prompt_without_learned_tokens_is_the_tokenizers_own(backbone: Backbon
     for prompt in ("", "a cat", "a cat and a cat", "cat " * 30, "a toy car, red"):
         placed = tokenizer.place(prompt, ["cat", "toy car"], [None, None])
         np.testing.assert_array_equal(placed.token_ids, tokenizer([prompt])[0])
-        for word, slots in zip(("cat", "toy car"), placed.slots, strict=True):
+        for word, word_places in zip(("cat", "toy car"), placed.word_places, strict=True):
             first = tokenizer.word_positions(placed.token_ids, word)
-            assert tuple(np.flatnonzero(slots >= 0)[: len(first)]) == first
-            assert slots[list(first)].tolist() == list(range(len(first)))
+            assert tuple(np.flatnonzero(word_places >= 0)[: len(first)]) == first
+            assert word_places[list(first)].tolist() == list(range(len(first)))
 
 
 def test_more_tokens_than_the_word_has_move_the_rest(backbone: Backbone) -> None:
@@ -61,8 +61,8 @@ def test_more_tokens_than_the_word_has_move_the_rest(backbone: Backbone) -> None
     word = len(tokenizer.word_ids("cat"))
     plain = tokenizer(["a cat on me"])[0]
     placed = tokenizer.place("a cat on me", ["cat"], [word + 2])
-    where = np.flatnonzero(placed.slots[0] >= 0)
-    assert placed.slots[0][where].tolist() == list(range(word + 2))
+    where = np.flatnonzero(placed.word_places[0] >= 0)
+    assert placed.word_places[0][where].tolist() == list(range(word + 2))
     start, after = where[0], where[-1] + 1
     np.testing.assert_array_equal(placed.token_ids[:start], plain[:start])
     np.testing.assert_array_equal(placed.token_ids[after:], plain[after - 2 : -2])
@@ -80,7 +80,7 @@ def test_diffusers_loads_the_concept_file(
     file = save_concept(
         tmp_path / "x.safetensors", TokenEmbeddings(vectors), base_class="cat", name="my cat"
     )
-    np.testing.assert_array_equal(load_concept(file).residual.vectors, vectors)
+    np.testing.assert_array_equal(load_concept(file).learned.vectors, vectors)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
     pipe.load_textual_inversion(str(file))
     for prompt in ("a cat on me", "cat", "a cat, a cat", "so many of these cat words"):
@@ -95,14 +95,16 @@ def test_loss_and_gradient_equal_torch(backbone: Backbone, tiny_sd_folder: Path)
     timesteps = np.array([17, 801], np.int32)
     placed = [backbone.tokenizer.place(p, ["cat"], [2]) for p in ("a cat", "the cat on a hill")]
     token_ids = np.stack([one.token_ids for one in placed])
-    slots = np.stack([one.slots[0] for one in placed])
+    word_places = np.stack([one.word_places[0] for one in placed])
 
     text_encoder = CLIPTextModel.from_pretrained(tiny_sd_folder / "text_encoder")
     vocabulary = text_encoder.get_input_embeddings().num_embeddings
     text_encoder.resize_token_embeddings(vocabulary + 2, mean_resizing=False)
     table = text_encoder.get_input_embeddings().weight
     table.data[vocabulary:] = torch.tensor(vectors)
-    ids = torch.tensor(np.where(slots >= 0, vocabulary + slots, token_ids).astype(np.int64))
+    ids = torch.tensor(
+        np.where(word_places >= 0, vocabulary + word_places, token_ids).astype(np.int64)
+    )
     unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet")
     scheduler = DDPMScheduler.from_pretrained(tiny_sd_folder, subfolder="scheduler")
     steps = torch.tensor(timesteps, dtype=torch.long)
@@ -113,7 +115,12 @@ def test_loss_and_gradient_equal_torch(backbone: Backbone, tiny_sd_folder: Path)
 
     hidden = backbone.text_encoder.call("lower", token_ids, 0)
     batch = DiffusionBatch(
-        latents.transpose(0, 2, 3, 1), noise.transpose(0, 2, 3, 1), timesteps, hidden, None, slots
+        latents.transpose(0, 2, 3, 1),
+        noise.transpose(0, 2, 3, 1),
+        timesteps,
+        hidden,
+        None,
+        word_places,
     )
 
     @jax.jit
@@ -141,7 +148,7 @@ def train_pack(backbone: Backbone, rows: slice) -> TrainState:
     data = dataclasses.replace(
         data,
         text_hidden=np.stack([np.asarray(hidden)] * 8),
-        slots=np.stack([np.stack([p.slots[0] for p in placed])] * 8),
+        word_places=np.stack([np.stack([p.word_places[0] for p in placed])] * 8),
     )
     learned, data = jax.tree.map(
         lambda leaf: leaf[rows], (TokenEmbeddings(draw(8, 2, 32, seed=9)), data)
@@ -156,8 +163,8 @@ def train_pack(backbone: Backbone, rows: slice) -> TrainState:
 @pytest.mark.slow
 def test_alone_it_learns_what_it_learns_in_a_pack(backbone: Backbone) -> None:
     packed, alone = train_pack(backbone, slice(4, 6)), train_pack(backbone, slice(5, 6))
-    assert np.all(packed.residual.vectors != draw(8, 2, 32, seed=9)[4:6])
-    assert distance(alone.residual, TokenEmbeddings(packed.residual.vectors[1:])) < 1e-3
+    assert np.all(packed.learned.vectors != draw(8, 2, 32, seed=9)[4:6])
+    assert distance(alone.learned, TokenEmbeddings(packed.learned.vectors[1:])) < 1e-3
 
 
 def test_the_command_trains_resumes_and_exports(
@@ -180,7 +187,7 @@ def test_the_command_trains_resumes_and_exports(
     finished = final_files(run)
     concept = load_concept(run / "concepts" / "teal_cup")
     assert concept.train_config["learning_rate"] == 5e-4  # the preset came with the method
-    assert concept.residual.vectors.shape == (2, 32)
+    assert concept.learned.vectors.shape == (2, 32)
     # As if it had been killed after step 2.
     shutil.copytree(run, again)
     for file in again.glob("concepts/*/catversion.safetensors"):
@@ -221,7 +228,7 @@ def test_what_cannot_be_is_said(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(CatVersionError, match="another model"):
         check_concept(backbone, use(draw(2, 48)), "")
     ids = backbone.tokenizer(["a cat"])
-    with pytest.raises(CatVersionError, match="slots=None"):
+    with pytest.raises(CatVersionError, match="word_places=None"):
         backbone.text_encoder(ids, TokenEmbeddings(vectors))
     with pytest.raises(CatVersionError, match="entering layer 0"):
         backbone.text_encoder.call("upper", draw(1, 24, 32), TokenEmbeddings(vectors), 1)
@@ -242,7 +249,7 @@ def test_beside_a_residual_of_another_word(backbone: Backbone) -> None:
     hidden = backbone.text_encoder.call("lower", placed.token_ids[None], 0)
     positions = hidden[0] - backbone.text_encoder.call("token_embeddings", placed.token_ids)
     for index in range(3):
-        where = int(np.flatnonzero(placed.slots[1] == index)[0])
+        where = int(np.flatnonzero(placed.word_places[1] == index)[0])
         hidden = hidden.at[0, where].set(vectors[index] + positions[where])
-    expected = backbone.text_encoder.call("upper", hidden, residual, 0, placed.slots[0][None])
+    expected = backbone.text_encoder.call("upper", hidden, residual, 0, placed.word_places[0][None])
     assert relative_error(both, expected[0]) < 1e-5

@@ -224,7 +224,7 @@ def assert_close(output: Path, reference: Path) -> None:
     """Equal up to the order of sums: within 0.1 % of the distance that 12 steps of 1e-2 can go."""
     for path in reference.glob("concepts/*/catversion.safetensors"):
         one, other = load_concept(path), load_concept(output / path.relative_to(reference))
-        assert np.abs(one.residual.key - other.residual.key).max() < 1e-3 * 12 * 1e-2
+        assert np.abs(one.learned.key - other.learned.key).max() < 1e-3 * 12 * 1e-2
 
 
 def test_a_finished_run_is_recognised(tiny_sd_folder: Path, toys: Path, finished: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_loss_that_is_not_finite_quarantines_and_keeps_the_last_finite_state(
     folder = output / "concepts" / "teal_cup"
     assert "not finite at step" in (folder / "FAILED.txt").read_text()
     kept = load_concept(next(folder.glob("catversion-*.safetensors")))
-    assert np.isfinite(kept.residual.key).all()
+    assert np.isfinite(kept.learned.key).all()
 
 
 def test_a_run_with_other_options_is_not_continued(

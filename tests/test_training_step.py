@@ -110,7 +110,7 @@ def distance(a: KVResidual, b: KVResidual) -> float:
 
 def test_training_moves_every_number(backbone: Backbone, packed: TrainState) -> None:
     start, _ = concept_data(backbone)
-    for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(packed.residual), strict=True):
+    for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(packed.learned), strict=True):
         assert np.all(before != after)
     assert np.all(packed.step == 6)
     assert np.all(packed.failed_step == -1)
@@ -121,8 +121,8 @@ def test_a_concept_alone_learns_what_it_learns_in_a_pack(
     backbone: Backbone, packed: TrainState, concept: int
 ) -> None:
     alone, _ = run(backbone, config(), devices=1, rows=slice(concept, concept + 1))
-    expected = jax.tree.map(lambda leaf: leaf[concept : concept + 1], packed.residual)
-    assert distance(alone.residual, expected) < 1e-3
+    expected = jax.tree.map(lambda leaf: leaf[concept : concept + 1], packed.learned)
+    assert distance(alone.learned, expected) < 1e-3
 
 
 @pytest.mark.parametrize(("devices", "data_parallel"), [(8, 1), (8, 2)])
@@ -130,7 +130,7 @@ def test_the_mesh_does_not_change_the_result(
     backbone: Backbone, packed: TrainState, devices: int, data_parallel: int
 ) -> None:
     sharded, _ = run(backbone, config(data_parallel=data_parallel), devices=devices)
-    assert distance(sharded.residual, packed.residual) < 1e-3
+    assert distance(sharded.learned, packed.learned) < 1e-3
 
 
 def test_how_steps_are_dispatched_does_not_change_a_bit(
@@ -148,14 +148,14 @@ def test_one_step_a_call_learns_what_the_loop_learns(
 ) -> None:
     options = config(steps_per_dispatch=1)
     single, metrics = run(backbone, options, devices=1, dispatches=(1,) * 6)
-    assert distance(single.residual, packed.residual) < 1e-3
+    assert distance(single.learned, packed.learned) < 1e-3
     assert metrics.losses.shape == (1, NUM_CONCEPTS)
     assert np.isfinite(metrics.losses).all()
 
 
 def test_what_is_computed_again_is_the_same(backbone: Backbone, packed: TrainState) -> None:
     again, _ = run(backbone, config(gradient_checkpointing="attention"), devices=1)
-    assert distance(again.residual, packed.residual) < 1e-3
+    assert distance(again.learned, packed.learned) < 1e-3
 
 
 def test_a_concept_that_is_not_finite_stops_and_leaves_the_others_as_they_are(
@@ -168,9 +168,9 @@ def test_a_concept_that_is_not_finite_stops_and_leaves_the_others_as_they_are(
     state, _ = run(backbone, config(), devices=1, edit=spoil)
     start, _ = concept_data(backbone)
     assert state.failed_step.tolist() == [-1, -1, -1, 0, -1, -1, -1, -1]
-    np.testing.assert_array_equal(state.residual.key[3], start.key[3])
+    np.testing.assert_array_equal(state.learned.key[3], start.key[3])
     healthy = [i for i in range(NUM_CONCEPTS) if i != 3]
-    np.testing.assert_array_equal(state.residual.key[healthy], packed.residual.key[healthy])
+    np.testing.assert_array_equal(state.learned.key[healthy], packed.learned.key[healthy])
 
 
 def test_one_axis_needs_no_communication_and_two_axes_only_sums(backbone: Backbone) -> None:
@@ -231,7 +231,7 @@ def test_updates_are_torch_adamw(backbone: Backbone) -> None:
         for parameter, gradient in zip(parameters, grads, strict=True):
             parameter.grad = torch.tensor(gradient)
         optimizer.step()
-    for ours, theirs in zip(jax.tree.leaves(state.residual), parameters, strict=True):
+    for ours, theirs in zip(jax.tree.leaves(state.learned), parameters, strict=True):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
 
 

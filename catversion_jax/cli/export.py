@@ -107,9 +107,9 @@ def _from_checkpoint(folder: Path) -> list[Concept]:
 
     concepts = []
     with tempfile.TemporaryDirectory() as temporary:
-        for record, residual, step in concepts_from_checkpoint(folder):
+        for record, learned, step in concepts_from_checkpoint(folder):
             path = Path(temporary) / "concept.safetensors"
-            record.save(path, residual, step)  # exactly what training would have written
+            record.save(path, learned, step)  # exactly what training would have written
             concepts.append(load_concept(path))
     return concepts
 
@@ -134,7 +134,7 @@ def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], 
     backbone = load_backbone(
         _model_of(args, concepts), revision=args.revision, variant=args.variant
     )
-    uses = [ConceptUse(c.name, c.base_class, c.residual, args.scale, c.when) for c in concepts]
+    uses = [ConceptUse(c.name, c.base_class, c.learned, args.scale, c.when) for c in concepts]
     for concept, use in zip(concepts, uses, strict=True):
         check_concept(backbone, use, concept.text_encoder_sha256, force=args.force)
     return export_prompt_embeds(
@@ -150,7 +150,7 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
     from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
     for concept in concepts:
-        if not isinstance(concept.residual, KVResidual):
+        if not isinstance(concept.learned, KVResidual):
             raise CatVersionError(
                 f"--format pipeline: concept {concept.name!r} holds token embeddings, which stock "
                 "pipelines load by themselves. Use --format safetensors and diffusers' "

@@ -205,7 +205,7 @@ class _ConceptShelf:
         from catversion_jax.sampling.requests import ConceptUse
 
         use = ConceptUse(
-            concept.name, concept.base_class, concept.residual, scale, self._when or concept.when
+            concept.name, concept.base_class, concept.learned, scale, self._when or concept.when
         )
         self._uses.setdefault(id(concept), (concept, use))
         return use

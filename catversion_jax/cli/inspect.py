@@ -71,17 +71,17 @@ def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str
     from catversion_jax.sampling.requests import ConceptUse, check_concept, place_concepts
 
     concept = load_concept(path)
-    if not isinstance(concept.residual, KVResidual):
+    if not isinstance(concept.learned, KVResidual):
         raise CatVersionError(
             f"--prompt: {path} holds token embeddings, which take no attention of their own. Give "
             "a CatVersion concept."
         )
     backbone = load_backbone(_given(model or concept.base_model))
-    use = ConceptUse(concept.name, concept.base_class, concept.residual, when=concept.when)
+    use = ConceptUse(concept.name, concept.base_class, concept.learned, when=concept.when)
     check_concept(backbone, use, concept.text_encoder_sha256)
     placed = place_concepts(backbone.tokenizer, prompt, [use])
     mass = residual_attention_mass(
-        backbone.text_encoder, placed.token_ids[None], concept.residual, placed.slots[0][None]
+        backbone.text_encoder, placed.token_ids[None], concept.learned, placed.word_places[0][None]
     )  # [L 1 N T]
     mean = np.asarray(mass).mean(axis=2)[:, 0]  # [L T]
     texts = backbone.tokenizer.texts(placed.token_ids)
@@ -103,7 +103,7 @@ def _concept_facts(path: Path) -> dict[str, Any]:
 
     concept = load_concept(path)
     return {
-        "what": _KINDS[method_of(concept.residual)],
+        "what": _KINDS[method_of(concept.learned)],
         "name": concept.name,
         "base_class": concept.base_class,
         "when": concept.when,
@@ -133,13 +133,13 @@ def _learned_facts(concept: Concept) -> dict[str, Any]:
     from catversion_jax.methods.residual import KVResidual
     from catversion_jax.methods.token_embeddings import placeholder_token
 
-    learned = concept.residual
+    learned = concept.learned
     if isinstance(learned, KVResidual):
         return _residual_facts(learned)
     norms = np.linalg.norm(np.asarray(learned.vectors), axis=-1)
     return {
         "placeholder_token": placeholder_token(concept.name),
-        "num_vectors": learned.num_slots,
+        "num_vectors": learned.num_word_places,
         "num_parameters": learned.vectors.size,
         "vector_norms": [round(float(x), 4) for x in norms],
     }

@@ -44,7 +44,7 @@ class PlannedImage:
 def concept_use(concept: Concept, *, scale: float = 1.0, when: str | None = None) -> ConceptUse:
     """A trained concept as its file says, unless told otherwise."""
     return ConceptUse(
-        concept.name, concept.base_class, concept.residual, scale, when or concept.when
+        concept.name, concept.base_class, concept.learned, scale, when or concept.when
     )
 
 
@@ -113,8 +113,8 @@ def draw_missing(
             "two images of this evaluation would get the same file: prompts of the set that differ "
             "only in punctuation, or a repeated seed. Keep one of them."
         )
-    residuals: dict[int, str] = {}
-    wanted = [(image, _metadata(backbone, settings, image.request, residuals)) for image in planned]
+    digests: dict[int, str] = {}
+    wanted = [(image, _metadata(backbone, settings, image.request, digests)) for image in planned]
     todo = [(image, metadata) for image, metadata in wanted if not _is_there(image.path, metadata)]
     for start in range(0, len(todo), IMAGES_PER_PAGE):
         page = todo[start : start + IMAGES_PER_PAGE]
@@ -139,7 +139,7 @@ def _metadata(
     backbone: Backbone,
     settings: SamplingSettings,
     request: ImageRequest,
-    residuals: dict[int, str],
+    digests: dict[int, str],
 ) -> dict[str, Any]:
     """Everything that decides the image."""
     return {
@@ -151,7 +151,7 @@ def _metadata(
                 "base_class": use.base_class,
                 "scale": use.scale,
                 "when": use.when,
-                "sha256": residuals.setdefault(id(use.residual), _residual_sha256(use)),
+                "sha256": digests.setdefault(id(use.learned), _learned_sha256(use)),
             }
             for use in request.concepts
         ],
@@ -163,10 +163,10 @@ def _metadata(
     }
 
 
-def _residual_sha256(use: ConceptUse) -> str:
+def _learned_sha256(use: ConceptUse) -> str:
     """Of everything that was learned, whatever its kind."""
-    settings = json.dumps(settings_of(use.residual), sort_keys=True)
+    settings = json.dumps(settings_of(use.learned), sort_keys=True)
     digest = hashlib.sha256(settings.encode())
-    for leaf in named_arrays(use.residual).values():
+    for leaf in named_arrays(use.learned).values():
         digest.update(np.ascontiguousarray(np.asarray(leaf, "<f4")).tobytes())
     return digest.hexdigest()

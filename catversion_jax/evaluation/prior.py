@@ -85,7 +85,7 @@ def plan_prior(
             continue
         as_used = concept_use(subject.concept)
         planned += _with_plain(folder, own / "other", prompt_set, others[0], seed, 0, as_used)
-        if subject.concept.residual.num_slots is not None:
+        if subject.concept.learned.num_word_places is not None:
             continue  # it stands for its class word, so it cannot act where that is not written
         forced = concept_use(subject.concept, when="always")
         planned += plan_drift(folder, subject, prompt_set, classes, seed, num_images, forced)

@@ -15,7 +15,7 @@ def residual_attention_mass(
     text_encoder: Network,
     token_ids: Int[Array, "B T"],
     residual: KVResidual,
-    slots: Int[Array, "B T"] | None = None,
+    word_places: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "L B N T"]:
     """Lambda of equation (2), summed over the P positions.
 
@@ -23,10 +23,10 @@ def residual_attention_mass(
       text_encoder: frozen CLIP text encoder.
       token_ids: ``[B T]``.
       residual: one concept, leaves ``[L P N H]``; it acts on every prompt.
-      slots: ``[B T]`` where its class word stands; needed unless ``scope="all"``.
+      word_places: ``[B T]`` where its class word stands; needed unless ``scope="all"``.
 
     Returns:
       ``[L B N T]`` float32 in 0..1: for each adapted layer, prompt, head and query token.
     """
-    mass = text_encoder.call("residual_mass", token_ids, residual, slots)
+    mass = text_encoder.call("residual_mass", token_ids, residual, word_places)
     return mass.astype(jnp.float32)

@@ -58,7 +58,7 @@ class Concept:
     """One trained concept with all that its file says about it.
 
     Attributes:
-      residual: what was learned, numpy leaves ``[L P N H]`` or ``[V D]``, float32.
+      learned: what was learned, numpy leaves ``[L P N H]`` or ``[V D]``, float32.
       base_class: the word or words of the prompt that call the concept.
       name: the concept's own name, for people and for choosing between concepts.
       when: ``class_word``: acts on prompts that contain ``base_class``; ``always``: on every
@@ -72,7 +72,7 @@ class Concept:
       metadata: the file's metadata as read, {} for a concept that was never in a file.
     """
 
-    residual: Learned
+    learned: Learned
     base_class: str
     name: str
     when: str = "class_word"
@@ -84,10 +84,15 @@ class Concept:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def residual(self) -> Learned:
+        """The earlier name of ``learned``, which scripts of users read."""
+        return self.learned
+
     def save(self, path: str | Path) -> Path:
         """Write the concept to ``path``; see :func:`save_concept`."""
         path = as_path(path)
-        tensors = tensors_of(path, self.residual, self.name)
+        tensors = tensors_of(path, self.learned, self.name)
         if not self.base_class.strip():
             raise CatVersionError(
                 f"base_class={self.base_class!r}: must be the word or words that call the concept."
@@ -101,7 +106,7 @@ class Concept:
 
 def save_concept(
     path: str | Path,
-    residual: Learned,
+    learned: Learned,
     *,
     base_class: str,
     name: str | None = None,
@@ -117,7 +122,7 @@ def save_concept(
 
     Args:
       path: the file to write; missing folders are made.
-      residual: what one concept learned, leaves ``[L P N H]`` or ``[V D]``.
+      learned: what one concept learned, leaves ``[L P N H]`` or ``[V D]``.
       base_class: the word or words that call the concept.
       name: defaults to ``base_class``.
       when: ``class_word`` or ``always``, see :class:`Concept`.
@@ -132,11 +137,11 @@ def save_concept(
       ``path``.
 
     Raises:
-      CatVersionError: the residual is not one finite concept, an argument is out of its rule, or
-        the file cannot be written (an older file of that name then stays as it was).
+      CatVersionError: what was learned is not one finite concept, an argument is out of its rule,
+        or the file cannot be written (an older file of that name then stays as it was).
     """
     concept = Concept(
-        residual,
+        learned,
         base_class,
         name or base_class,
         when,
@@ -153,11 +158,11 @@ def save_concept(
 def _metadata_of(concept: Concept) -> dict[str, str]:
     """The file's metadata, every value a string."""
     own = {
-        "format_version": str(format_version(concept.residual)),
+        "format_version": str(format_version(concept.learned)),
         "base_class": concept.base_class,
         "name": concept.name,
         "when": concept.when,
-        **facts_of(concept.residual, concept.name),
+        **facts_of(concept.learned, concept.name),
         "base_model": concept.base_model,
         "text_encoder_sha256": concept.text_encoder_sha256,
         "step": str(concept.step),
@@ -303,11 +308,11 @@ def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -
     own = {
         k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
     }
-    residual = learned_from(own, tensors)
+    learned = learned_from(own, tensors)
     if own["when"] not in WHEN:
         raise ValueError(f"when={own['when']!r}, must be one of {', '.join(WHEN)}")
     return Concept(
-        residual=residual,
+        learned=learned,
         base_class=own["base_class"],
         name=own["name"],
         when=own["when"],
@@ -329,8 +334,8 @@ def _modelspec(concept: Concept) -> dict[str, str]:
         if concept.when == "class_word"
         else "acts on every conditional prompt"
     )
-    adapter, what = _ADAPTERS[method_of(concept.residual)]
-    base = _ARCHITECTURES.get(width_of(concept.residual), "stable-diffusion")
+    adapter, what = _ADAPTERS[method_of(concept.learned)]
+    base = _ARCHITECTURES.get(width_of(concept.learned), "stable-diffusion")
     keys = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{base}/{adapter}",

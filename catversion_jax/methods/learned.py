@@ -2,8 +2,8 @@
 
 :class:`KVResidual` (CatVersion) and :class:`TokenEmbeddings` (Textual Inversion) answer the same
 questions, and nothing between their start values and the text encoder asks which of them it holds:
-``first_layer`` (what lies below can be cached), ``num_slots`` and ``reads_slots`` (what the
-tokenizer prepares), ``scaled``, ``check_fits`` and ``shape_text``.
+``first_layer`` (what lies below can be cached), ``num_word_places`` and ``reads_word_places``
+(what the tokenizer prepares), ``scaled``, ``check_fits`` and ``shape_text``.
 """
 
 from __future__ import annotations

@@ -74,12 +74,12 @@ class KVResidual:
         return f"{heads} heads x {head_dim} on {layers} layers up to number {max(self.layers)}"
 
     @property
-    def num_slots(self) -> None:
+    def num_word_places(self) -> None:
         """The class word keeps its own tokens."""
         return None
 
     @property
-    def reads_slots(self) -> bool:
+    def reads_word_places(self) -> bool:
         """Whether the encoder must be told where the class word stands."""
         return self.scope != "all"
 
@@ -92,16 +92,16 @@ class KVResidual:
         index = self.layers.index(layer)
         return self.key[..., index, :, :, :], self.value[..., index, :, :, :]
 
-    def visible(self, slots: Int[Array, "B T"] | None) -> Bool[Array, "B T"] | None:
+    def visible(self, word_places: Int[Array, "B T"] | None) -> Bool[Array, "B T"] | None:
         """Which query tokens see the pair; None where all do.
 
         Args:
-          slots: ``[B T]``, at least 0 on the tokens of the class word. A prompt without the word
-            (an empty one in training, or any with ``when=always``) is seen whole.
+          word_places: ``[B T]``, at least 0 on the tokens of the class word. A prompt without
+            the word (an empty one in training, or any with ``when=always``) is seen whole.
         """
-        if slots is None or not self.reads_slots:
+        if word_places is None or not self.reads_word_places:
             return None
-        is_word = slots >= 0
+        is_word = word_places >= 0
         seeing = is_word if self.scope == "class_word" else jnp.cumsum(is_word, axis=-1) > 0
         return seeing | ~jnp.any(is_word, axis=-1, keepdims=True)
 

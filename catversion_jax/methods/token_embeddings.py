@@ -4,11 +4,11 @@ Textual Inversion (arXiv 2208.01618) learns the embeddings of new tokens and lea
 as it is. Here a concept is called by its class word, so the learned vectors take the places of the
 class word's tokens; what follows moves when their number is another:
 
-    (1)  h_0[t] = vectors[slots[t]] + position_embedding[t]   where slots[t] >= 0,
-         token_embedding[ids[t]] + position_embedding[t]      elsewhere
+    (1)  h_0[t] = vectors[word_places[t]] + position_embedding[t]    where word_places[t] >= 0,
+                  token_embedding[ids[t]] + position_embedding[t]    elsewhere
 
-``slots`` comes from :meth:`~catversion_jax.models.clip.tokenizer.Tokenizer.place`. In diffusers the
-same vectors are those of an added token: :func:`placeholder_token` names it.
+``word_places`` comes from :meth:`~catversion_jax.models.clip.tokenizer.Tokenizer.place`. In
+diffusers the same vectors are those of an added token: :func:`placeholder_token` names it.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class TokenEmbeddings:
         return f"vectors of width {self.vectors.shape[-1]}"
 
     @property
-    def num_slots(self) -> int:
+    def num_word_places(self) -> int:
         """Tokens of the prompt that stand for the class word, ``V``."""
         return self.vectors.shape[-2]
 
     @property
-    def reads_slots(self) -> bool:
+    def reads_word_places(self) -> bool:
         """Whether the encoder must be told where the class word stands."""
         return True
 

@@ -40,7 +40,7 @@ class Backbone:
     functions.
 
     Attributes:
-      text_encoder: ``(token_ids [B T], residual=None) -> [B T D]``; see
+      text_encoder: ``(token_ids [B T], learned=None) -> [B T D]``; see
         :class:`~.clip_text.CLIPTextModel`.
       unet: ``(sample [B h w 4], timesteps, encoder_hidden_states [B T D]) -> [B h w 4]``.
       vae: ``call("encode", images [B H W 3] in [-1, 1])`` gives mean and standard deviation,
@@ -187,7 +187,7 @@ def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Network:
     """Load the text encoder alone, from a transformers folder (``config.json`` and safetensors).
 
     Returns:
-      A callable ``(token_ids [B T], residual=None) -> [B T D]``; the final layer norm is applied.
+      A callable ``(token_ids [B T], learned=None) -> [B T D]``; the final layer norm is applied.
 
     Raises:
       CatVersionError: the folder is not a CLIP's, or its weights do not fit.

@@ -31,10 +31,10 @@ def encode_prompt(
     matters.
     """
     acting = active_concepts(backbone.tokenizer, prompt, concepts)
-    residuals = tuple(jax.device_put(use.residual.scaled(use.scale)) for use in acting)
+    learned = tuple(jax.device_put(use.learned.scaled(use.scale)) for use in acting)
     placed = place_concepts(backbone.tokenizer, prompt, acting)
-    token_ids, slots = jax.device_put((placed.token_ids[None], placed.slots[:, None]))
-    states = _encode(backbone.text_encoder, token_ids, residuals, slots)
+    token_ids, word_places = jax.device_put((placed.token_ids[None], placed.word_places[:, None]))
+    states = _encode(backbone.text_encoder, token_ids, learned, word_places)
     return np.asarray(jax.device_get(states))[0]
 
 
@@ -47,7 +47,7 @@ def encode_requests(
     def encoded(prompt: str, concepts: tuple[ConceptUse, ...]) -> np.ndarray:
         key = (
             prompt,
-            *((id(use.residual), use.scale, use.when, use.base_class) for use in concepts),
+            *((id(use.learned), use.scale, use.when, use.base_class) for use in concepts),
         )
         if key not in known:
             known[key] = encode_prompt(backbone, prompt, concepts)
@@ -63,7 +63,7 @@ def encode_requests(
 def _encode(
     text_encoder: Network,
     token_ids: Int[Array, "B T"],
-    residuals: tuple[Learned, ...],
-    slots: Int[Array, "U B T"],
+    learned: tuple[Learned, ...],
+    word_places: Int[Array, "U B T"],
 ) -> Float[Array, "B T D"]:
-    return text_encoder(token_ids, residuals, list(slots)).astype(jnp.float32)
+    return text_encoder(token_ids, learned, list(word_places)).astype(jnp.float32)

@@ -25,14 +25,14 @@ class ConceptUse:
     Attributes:
       name: for messages and metadata.
       base_class: the words that call the concept.
-      residual: what was learned, leaves ``[L P N H]`` or ``[V D]``.
+      learned: what was learned, leaves ``[L P N H]`` or ``[V D]``.
       scale: strength; 0 is the plain model exactly, 1 as trained (:meth:`KVResidual.scaled`).
       when: ``class_word`` or ``always``.
     """
 
     name: str
     base_class: str
-    residual: Learned
+    learned: Learned
     scale: float = 1.0
     when: str = "class_word"
 
@@ -45,8 +45,8 @@ class ConceptUse:
                 "plain model, 1 = as trained)."
             )
         if self.scale > 0:
-            self.residual.scaled(self.scale)  # not every kind has a strength
-        if self.when == "always" and self.residual.num_slots is not None:
+            self.learned.scaled(self.scale)  # not every kind has a strength
+        if self.when == "always" and self.learned.num_word_places is not None:
             raise CatVersionError(
                 f"when=always of concept {self.name!r}: its vectors stand for the class word, so "
                 "it acts only where that is written. Use when=class_word."
@@ -83,7 +83,7 @@ def active_concepts(
     replaced: dict[tuple[int, ...], str] = {}
     for use in acting:
         word = tokenizer.word_ids(use.base_class)
-        if use.residual.num_slots is None:
+        if use.learned.num_word_places is None:
             continue
         if word in replaced:
             raise CatVersionError(
@@ -99,7 +99,7 @@ def place_concepts(tokenizer: Tokenizer, prompt: str, acting: Sequence[ConceptUs
     return tokenizer.place(
         prompt,
         [use.base_class for use in acting],
-        [use.residual.num_slots for use in acting],
+        [use.learned.num_word_places for use in acting],
     )
 
 
@@ -150,10 +150,10 @@ def check_concept(
     """
     heads, head_dim, num_layers = backbone.num_heads, backbone.head_dim, backbone.num_text_layers
     try:
-        use.residual.check_fits(heads, head_dim, range(num_layers))
+        use.learned.check_fits(heads, head_dim, range(num_layers))
     except CatVersionError as error:
         raise CatVersionError(
-            f"concept {use.name!r}: has {use.residual.shape_text}, but the encoder of "
+            f"concept {use.name!r}: has {use.learned.shape_text}, but the encoder of "
             f"{backbone.name} has {heads} heads x {head_dim} (width {heads * head_dim}) and layers "
             f"0..{num_layers - 1}: it was trained for another model. Give --model the one it was "
             "trained with (catversion inspect shows it)."

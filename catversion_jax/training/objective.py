@@ -1,9 +1,9 @@
 r"""The loss of a concept: the frozen model's denoising objective, seen through its text encoder.
 
     (1)  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,        t ~ U{0 .. 999},  eps ~ N(0, I)
-    (2)  L(residual) = mean_images  w(t) mean_pixels m |unet(x_t, t, c(residual)) - target|^2
+    (2)  L(learned) = mean_images  w(t) mean_pixels m |unet(x_t, t, c(learned)) - target|^2
 
-``c(residual)`` is the text encoder's output with the residual attached, ``target`` is eps, v or x_0
+``c(learned)`` is the text encoder's output with what a concept learned, ``target`` is eps, v or x_0
 as the scheduler's ``prediction_type`` says. The official objective is w = m = 1 (plain epsilon
 MSE). Options:
 
@@ -36,9 +36,10 @@ class DiffusionBatch:
       noise: ``[C B h w c]``.
       timesteps: ``[C B]`` int32 in ``0..num_train_timesteps-1``.
       text_hidden: ``[C B T D]`` text states entering the first adapted layer (they do not depend
-        on the residual).
+        on what is learned).
       mask: ``[C B h w]`` object mask in 0..1, or None where the loss is not masked.
-      slots: ``[C B T]`` where the class word stands, or None where what is learned need not know.
+      word_places: ``[C B T]`` where the class word stands, or None where what is learned need not
+        know.
     """
 
     latents: Float[Array, "C B h w c"]
@@ -46,11 +47,11 @@ class DiffusionBatch:
     timesteps: Int[Array, "C B"]
     text_hidden: Float[Array, "C B T D"]
     mask: Float[Array, "C B h w"] | None = None
-    slots: Int[Array, "C B T"] | None = None
+    word_places: Int[Array, "C B T"] | None = None
 
 
 def diffusion_losses(
-    residual: Learned | None,
+    learned: Learned | None,
     text_encoder: Network,
     unet: Network,
     batch: DiffusionBatch,
@@ -63,13 +64,14 @@ def diffusion_losses(
 ) -> Float[Array, "C"]:
     """Equation (2) for each of C concepts; float32 whatever the networks compute in.
 
-    A concept's loss depends on its own residual only, so the gradient of the sum over concepts is
-    each one's own. The UNet, which is the same for all, sees the images of all concepts as *one*
-    batch: under ``vmap`` its arrays would have two batch axes, neither of which alone fills a TPU's
-    tiles, and the compiler would copy the result of every convolution into another layout.
+    A concept's loss depends only on what it learned itself, so the gradient of the sum over
+    concepts is each one's own. The UNet, which is the same for all, sees the images of all
+    concepts as *one* batch: under ``vmap`` its arrays would have two batch axes, neither of which
+    alone fills a TPU's tiles, and the compiler would copy the result of every
+    convolution into another layout.
 
     Args:
-      residual: what the concepts learn (leaves ``[C L P N H]`` or ``[C V D]``), or None for the
+      learned: what the concepts learn (leaves ``[C L P N H]`` or ``[C V D]``), or None for the
         plain model's loss.
       text_encoder: frozen CLIP text encoder.
       unet: frozen UNet.
@@ -81,11 +83,13 @@ def diffusion_losses(
       recompute: what the UNet's backward pass computes again instead of keeping it.
     """
 
-    def context_of(hidden: Array, learned: Learned | None, slots: Array | None) -> Array:
-        return text_encoder.call("upper", hidden, learned, layer=first_layer, slots=slots)
+    def context_of(hidden: Array, learned: Learned | None, word_places: Array | None) -> Array:
+        return text_encoder.call(
+            "upper", hidden, learned, layer=first_layer, word_places=word_places
+        )
 
-    slots = None if residual is None else batch.slots
-    context = jax.vmap(context_of)(batch.text_hidden, residual, slots)
+    word_places = None if learned is None else batch.word_places
+    context = jax.vmap(context_of)(batch.text_hidden, learned, word_places)
     concepts, images = batch.timesteps.shape
     batch, context = jax.tree.map(
         lambda leaf: leaf.reshape(concepts * images, *leaf.shape[2:]), (batch, context)

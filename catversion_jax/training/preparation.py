@@ -1,5 +1,5 @@
-"""From concepts on disk to rows of the program: images encoded, prompts encoded, residuals
-started.
+"""From concepts on disk to rows of the program: images encoded, prompts encoded, start
+values made.
 
 Everything here happens per concept, with programs of fixed shape, so that a row never depends on
 its neighbours.
@@ -39,22 +39,22 @@ class PreparedConcept:
     Attributes:
       spec: what the user gave.
       record: what its concept file will say.
-      residual: start values, leaves ``[L P N H]`` or ``[V D]``.
+      learned: start values, leaves ``[L P N H]`` or ``[V D]``.
       encoded: VAE posterior of its images.
       text_hidden: ``[K T D]`` states of its prompts entering the first adapted layer.
       plain_hidden: ``[K T D]`` the same of the prompts without room for learned vectors.
-      slots: ``[K T]`` where the class word stands in them.
+      word_places: ``[K T]`` where the class word stands in them.
       prompts: the K training prompts.
       references: a few of its images, ``[H W 3]`` uint8, for the sample grids.
     """
 
     spec: ConceptSpec
     record: ConceptRecord
-    residual: Learned
+    learned: Learned
     encoded: EncodedConcept
     text_hidden: np.ndarray
     plain_hidden: np.ndarray
-    slots: np.ndarray
+    word_places: np.ndarray
     prompts: tuple[str, ...]
     references: tuple[np.ndarray, ...]
 
@@ -128,7 +128,7 @@ def prepare_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) 
         )
     token_ids = backbone.tokenizer(prompts)
     word_positions = backbone.tokenizer.word_positions(token_ids[0], spec.base_class)
-    residual = init_learned(
+    learned = init_learned(
         config,
         backbone.text_encoder,
         backbone.num_text_layers,
@@ -136,27 +136,27 @@ def prepare_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) 
         word_positions or (0,),
         record.seed,
     )
-    placed = _place_prompts(record, backbone, residual)
-    lower = functools.partial(lower_text_states, backbone.text_encoder, layer=residual.first_layer)
+    placed = _place_prompts(record, backbone, learned)
+    lower = functools.partial(lower_text_states, backbone.text_encoder, layer=learned.first_layer)
     references = tuple(
         np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2]
     )
-    residual = jax.tree.map(np.asarray, residual)
+    learned = jax.tree.map(np.asarray, learned)
     return PreparedConcept(
         spec=spec,
         record=record,
-        residual=residual,
+        learned=learned,
         encoded=encoded,
         text_hidden=np.stack([lower(one.token_ids) for one in placed]),
         plain_hidden=np.stack([lower(ids) for ids in token_ids]),
-        slots=np.stack([one.slots[0] for one in placed]),
+        word_places=np.stack([one.word_places[0] for one in placed]),
         prompts=prompts,
         references=references,
     )
 
 
 def _place_prompts(
-    record: ConceptRecord, backbone: Backbone, residual: Learned
+    record: ConceptRecord, backbone: Backbone, learned: Learned
 ) -> list[PlacedPrompt]:
     """The training prompts with room for what is learned.
 
@@ -164,12 +164,12 @@ def _place_prompts(
       ConceptError: a prompt has no room for all learned vectors.
     """
     placed = [
-        backbone.tokenizer.place(prompt, [record.base_class], [residual.num_slots])
+        backbone.tokenizer.place(prompt, [record.base_class], [learned.num_word_places])
         for prompt in record.prompts
     ]
-    needed = residual.num_slots or 0
+    needed = learned.num_word_places or 0
     for prompt, one in zip(record.prompts, placed, strict=True):
-        if one.slots.max(initial=-1) + 1 < needed:
+        if one.word_places.max(initial=-1) + 1 < needed:
             raise ConceptError(
                 f"{record.name}: prompt {prompt!r} has no room for {needed} vectors in the model's "
                 f"context of {backbone.tokenizer.model_max_length} tokens. Use fewer "
@@ -196,7 +196,7 @@ def assemble_rows(
     num_rows = len(rows)
     empty_hidden = None
     if config.caption_dropout > 0:
-        layer = rows[0].residual.first_layer
+        layer = rows[0].learned.first_layer
         empty = lower_text_states(backbone.text_encoder, backbone.tokenizer([""])[0], layer)
         empty_hidden = np.stack([empty] * num_rows)
     arrays: dict[str, Any] = dict(
@@ -211,12 +211,12 @@ def assemble_rows(
         text_hidden=np.stack([_padded(row.text_hidden, max_prompts) for row in rows]),
         num_prompts=np.array([len(row.prompts) for row in rows], np.int32),
         empty_hidden=empty_hidden,
-        slots=np.stack([_padded(row.slots, max_prompts) for row in rows]),
+        word_places=np.stack([_padded(row.word_places, max_prompts) for row in rows]),
     )
     data = ConceptData(**arrays)
     plain_hidden = np.stack([_padded(row.plain_hidden, max_prompts) for row in rows])
     plain = ConceptData(**{**arrays, "text_hidden": plain_hidden})
-    return stack_learned([row.residual for row in rows]), data, plain
+    return stack_learned([row.learned for row in rows]), data, plain
 
 
 def lower_text_states(text_encoder: Network, token_ids: np.ndarray, layer: int) -> np.ndarray:

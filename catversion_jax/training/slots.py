@@ -1,7 +1,7 @@
 """The rows of the compiled program and the concepts in them.
 
 A slot is one row. When its concept is done, the next one takes the row: what changes is data
-(residual, moments, step counter, latents, text states, key), never a shape, so nothing is compiled
+(learned, moments, step counter, latents, text states, key), never a shape, so nothing is compiled
 again. Rows without a concept repeat another one's work; nobody reads their results.
 """
 
@@ -107,8 +107,8 @@ class Slots:
         """
         first = next(iter(newcomers.values()))
         rows = [newcomers.get(row, first) for row in range(self.num_rows)]
-        residual, data, plain = self._assemble(rows)
-        state = jax.tree.map(np.array, self._start(residual))
+        learned, data, plain = self._assemble(rows)
+        state = jax.tree.map(np.array, self._start(learned))
         for row, concept in newcomers.items():
             known = saved.get(concept.spec.name)
             if known is not None:

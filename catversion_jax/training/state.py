@@ -29,15 +29,15 @@ class TrainState:
 
     Attributes:
       step: ``[C]`` int32, updates done.
-      residual: what is learned, leaves ``[C L P N H]`` or ``[C V D]`` float32.
+      learned: what is learned, leaves ``[C L P N H]`` or ``[C V D]`` float32.
       opt_state: optax state, one per concept.
       failed_step: ``[C]`` int32, the step whose loss or update was not finite, -1 while healthy. A
         failed concept keeps its last finite state and no longer changes.
-      average: moving average of ``residual``, or None where it is not asked for.
+      average: moving average of ``learned``, or None where it is not asked for.
     """
 
     step: Int[Array, "C"]
-    residual: Learned
+    learned: Learned
     opt_state: Any
     failed_step: Int[Array, "C"]
     average: Learned | None = None
@@ -45,7 +45,7 @@ class TrainState:
     @property
     def exported(self) -> Learned:
         """What is evaluated, drawn with and written: the average where there is one."""
-        return self.residual if self.average is None else self.average
+        return self.learned if self.average is None else self.average
 
 
 @jax.tree_util.register_dataclass
@@ -62,8 +62,8 @@ class ConceptData:
       text_hidden: ``[C K T D]`` states entering the first adapted layer, one per training prompt.
       num_prompts: ``[C]`` real entries of K.
       empty_hidden: ``[C T D]`` the same for the empty prompt, or None without caption dropout.
-      slots: ``[C K T]`` int32 where the class word stands in each prompt (``Tokenizer.place``), or
-        None where what is learned need not know.
+      word_places: ``[C K T]`` int32 where the class word stands in each prompt
+        (``Tokenizer.place``), or None where what is learned need not know.
     """
 
     rng: Array
@@ -75,7 +75,7 @@ class ConceptData:
     text_hidden: Float[Array, "C K T D"]
     num_prompts: Int[Array, "C"]
     empty_hidden: Float[Array, "C T D"] | None
-    slots: Int[Array, "C K T"] | None = None
+    word_places: Int[Array, "C K T"] | None = None
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -104,9 +104,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         return tx
     frozen = "value" if config.adapt == "key" else "key"
 
-    def labels(residual: Learned) -> Any:
+    def labels(learned: Learned) -> Any:
         names: Any = {config.adapt: "trained", frozen: "frozen"}
-        return dataclasses.replace(residual, **names)
+        return dataclasses.replace(learned, **names)
 
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
@@ -117,14 +117,14 @@ def concept_key(seed: int) -> Array:
 
 
 def create_train_state(
-    residual: Learned, tx: optax.GradientTransformation, *, averaged: bool = False
+    learned: Learned, tx: optax.GradientTransformation, *, averaged: bool = False
 ) -> TrainState:
     """Step-0 state of stacked concepts (leaves lead with C)."""
-    num_concepts = jax.tree.leaves(residual)[0].shape[0]
+    num_concepts = jax.tree.leaves(learned)[0].shape[0]
     return TrainState(
         step=jnp.zeros(num_concepts, jnp.int32),
-        residual=residual,
-        opt_state=jax.vmap(tx.init)(residual),
+        learned=learned,
+        opt_state=jax.vmap(tx.init)(learned),
         failed_step=jnp.full(num_concepts, -1, jnp.int32),
-        average=residual if averaged else None,
+        average=learned if averaged else None,
     )

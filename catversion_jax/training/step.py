@@ -91,21 +91,21 @@ def make_train_step(
         )
         batch = jax.vmap(sample)(data, state.step)
 
-        def loss_fn(residual: Learned) -> tuple[Array, Array]:
+        def loss_fn(learned: Learned) -> tuple[Array, Array]:
             losses = diffusion_losses(
-                residual,
+                learned,
                 text_encoder,
                 unet,
                 batch,
                 schedule,
-                first_layer=residual.first_layer,
+                first_layer=learned.first_layer,
                 snr_gamma=config.snr_gamma,
                 unmasked_weight=config.unmasked_weight,
                 recompute=recompute,
             )
             return losses.sum(), losses  # a concept's gradient is that of its own loss
 
-        grads, losses = jax.grad(loss_fn, has_aux=True)(state.residual)
+        grads, losses = jax.grad(loss_fn, has_aux=True)(state.learned)
         if splits_batch:
             losses, grads = jax.lax.pmean((losses, grads), DATA_AXIS)
         update = functools.partial(apply_update, tx=tx, ema_decay=config.ema_decay)
@@ -154,18 +154,18 @@ def apply_update(
 
     When anything is not finite: its old state, with the failing step noted.
     """
-    updates, opt_state = tx.update(grads, state.opt_state, state.residual)
-    residual = optax.apply_updates(state.residual, updates)
+    updates, opt_state = tx.update(grads, state.opt_state, state.learned)
+    learned = optax.apply_updates(state.learned, updates)
     finite = jnp.isfinite(loss)
-    for leaf in jax.tree.leaves((grads, residual)):
+    for leaf in jax.tree.leaves((grads, learned)):
         finite &= jnp.all(jnp.isfinite(leaf))
     healthy = state.failed_step < 0
     keep = finite & healthy
     average = None
     if ema_decay is not None:
         share = 1 - _decay_at(state.step, ema_decay)
-        average = jax.tree.map(lambda a, new: a + share * (new - a), state.average, residual)
-    new = TrainState(state.step + 1, residual, opt_state, state.failed_step, average)
+        average = jax.tree.map(lambda a, new: a + share * (new - a), state.average, learned)
+    new = TrainState(state.step + 1, learned, opt_state, state.failed_step, average)
     chosen = jax.tree.map(functools.partial(jnp.where, keep), new, state)
     failed = jnp.where(healthy & ~finite, state.step, state.failed_step)
     return dataclasses.replace(chosen, failed_step=failed)
@@ -205,13 +205,13 @@ def sample_batch(
             timestep = jax.random.randint(rngs[3], (), 0, num_train_timesteps)
         prompt = jax.random.randint(rngs[4], (), 0, data.num_prompts)
         hidden = data.text_hidden[prompt]
-        slots = None if data.slots is None else data.slots[prompt]
+        word_places = None if data.word_places is None else data.word_places[prompt]
         if data.empty_hidden is not None:
             dropped = jax.random.bernoulli(rngs[5], config.caption_dropout)
             hidden = jnp.where(dropped, data.empty_hidden, hidden)
-            slots = None if slots is None else jnp.where(dropped, -1, slots)
+            word_places = None if word_places is None else jnp.where(dropped, -1, word_places)
         mask = None if data.mask is None else data.mask[image, flipped]
-        return DiffusionBatch(latents, noise, timestep, hidden, mask, slots)
+        return DiffusionBatch(latents, noise, timestep, hidden, mask, word_places)
 
     return jax.vmap(draw)(first_slot + jnp.arange(batch_size))
 
@@ -250,18 +250,18 @@ def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:
 def make_eval_step(
     schedule: NoiseSchedule, mesh: Mesh, config: TrainConfig, first_layer: int
 ) -> Callable[..., Float[Array, "C"]]:
-    """``(residual, data, due [C], text_encoder, unet) -> losses [C]`` with fixed noise and fixed
+    """``(learned, data, due [C], text_encoder, unet) -> losses [C]`` with fixed noise and fixed
     timesteps.
 
     The training loss is dominated by its random timesteps; this one (plain MSE over
     ``config.num_eval_samples`` stratified timesteps, no flip, the posterior's mean) is comparable
-    over time. With ``residual=None`` it is the plain model's loss. Rows that are not ``due`` cost
+    over time. With ``learned=None`` it is the plain model's loss. Rows that are not ``due`` cost
     nothing and give NaN: concepts that began at different moments are evaluated at different ones.
     """
     count = config.num_eval_samples
 
     def one_concept(
-        residual: Learned | None, data: ConceptData, text_encoder: Network, unet: Network
+        learned: Learned | None, data: ConceptData, text_encoder: Network, unet: Network
     ):
         rng = jax.random.fold_in(data.rng, EVAL_STREAM)
 
@@ -271,35 +271,36 @@ def make_eval_step(
             noise = jax.random.normal(jax.random.fold_in(rng, index), latents.shape, jnp.float32)
             timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * count)
             prompt = index % data.num_prompts
-            slots = None if data.slots is None else data.slots[prompt]
-            return DiffusionBatch(latents, noise, timestep, data.text_hidden[prompt], slots=slots)
+            word_places = None if data.word_places is None else data.word_places[prompt]
+            return DiffusionBatch(
+                latents, noise, timestep, data.text_hidden[prompt], word_places=word_places
+            )
 
         def some_samples(indices: Int[Array, "B"]) -> Float[Array, "1"]:
-            one = jax.tree.map(lambda leaf: leaf[None], (residual, jax.vmap(draw)(indices)))
-            learned, batch = one  # of a single concept
+            one, batch = jax.tree.map(lambda leaf: leaf[None], (learned, jax.vmap(draw)(indices)))
             return diffusion_losses(
-                learned, text_encoder, unet, batch, schedule, first_layer=first_layer
+                one, text_encoder, unet, batch, schedule, first_layer=first_layer
             )
 
         at_once = max(n for n in range(1, config.train_batch_size + 1) if count % n == 0)
         return jnp.mean(jax.lax.map(some_samples, jnp.arange(count).reshape(-1, at_once)))
 
     def all_concepts(
-        residual: Learned | None,
+        learned: Learned | None,
         data: ConceptData,
         due: Bool[Array, "C"],
         text_encoder: Network,
         unet: Network,
     ):
         def one_row(row: tuple[Learned | None, ConceptData, Array]) -> Array:
-            residual, data, is_due = row
+            learned, data, is_due = row
             return jax.lax.cond(
                 is_due,
-                lambda: one_concept(residual, data, text_encoder, unet),
+                lambda: one_concept(learned, data, text_encoder, unet),
                 lambda: jnp.nan * data.flip,
             )
 
-        return jax.lax.map(one_row, (residual, data, due))
+        return jax.lax.map(one_row, (learned, data, due))
 
     by_concept = PartitionSpec(CONCEPT_AXIS)
     sharded = on_every_device(

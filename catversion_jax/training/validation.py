@@ -41,8 +41,8 @@ class SampleGrids:
             self._settings.sampler, backbone.noise_schedule, config.validation_inference_steps
         )
 
-    def write(self, path: Path, concept: PreparedConcept, residual: Learned, step: int) -> None:
-        """Write the grid of one concept, ``residual`` without a concept axis."""
+    def write(self, path: Path, concept: PreparedConcept, learned: Learned, step: int) -> None:
+        """Write the grid of one concept, ``learned`` without a concept axis."""
         columns = [
             (
                 fill_template(
@@ -57,7 +57,7 @@ class SampleGrids:
             for seed in range(self._config.num_validation_images)
         ]
         record = concept.record
-        use = ConceptUse(record.name, record.base_class, residual, when=record.when)
+        use = ConceptUse(record.name, record.base_class, learned, when=record.when)
         missing = [column for column in columns if column not in self._plain]
         requests = [ImageRequest(prompt, (use,), seed) for prompt, seed in columns]
         requests += [ImageRequest(prompt, (), seed) for prompt, seed in missing]

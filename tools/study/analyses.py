@@ -44,7 +44,7 @@ def attention_mass(backbone: Backbone, run: Path, prompt_set: PromptSet) -> list
     """Of every concept of a run: one row for each layer and role, means over concepts."""
     concepts = [load_concept(path) for path in sorted(run.glob(f"concepts/*/{CONCEPT_FILE_NAME}"))]
     by_concept = [_mass_by_role(backbone, concept, prompt_set) for concept in concepts]
-    layers = concepts[0].residual.layers if concepts else ()
+    layers = concepts[0].learned.layers if concepts else ()
     rows = []
     for number, layer in enumerate(layers):
         for role_number, role in enumerate(ROLES):
@@ -60,14 +60,14 @@ def _mass_by_role(
     backbone: Backbone, concept: Concept, prompt_set: PromptSet
 ) -> Float[np.ndarray, "L roles"]:
     """Mean over heads, tokens and prompts; NaN where no prompt has such a token."""
-    use = ConceptUse(concept.name, concept.base_class, concept.residual, when=concept.when)
+    use = ConceptUse(concept.name, concept.base_class, concept.learned, when=concept.when)
     texts = [prompt.filled(concept.base_class) for prompt in prompt_set.of(concept.base_class)]
     placed = [place_concepts(backbone.tokenizer, text, [use]) for text in texts]
     ids = np.stack([one.token_ids for one in placed])
-    slots = np.stack([one.slots[0] for one in placed])
-    mass = residual_attention_mass(backbone.text_encoder, ids, concept.residual, slots)
+    word_places = np.stack([one.word_places[0] for one in placed])
+    mass = residual_attention_mass(backbone.text_encoder, ids, concept.learned, word_places)
     by_token = np.asarray(mass).mean(axis=2)  # [L B T]
-    roles = token_roles(ids, slots, _end_id(backbone))
+    roles = token_roles(ids, word_places, _end_id(backbone))
     return np.stack(
         [
             by_token[:, roles == role].mean(axis=1)
@@ -79,17 +79,17 @@ def _mass_by_role(
     )
 
 
-def token_roles(ids: np.ndarray, slots: np.ndarray, end_id: int) -> np.ndarray:
+def token_roles(ids: np.ndarray, word_places: np.ndarray, end_id: int) -> np.ndarray:
     """``[B T]``: the index in :data:`ROLES` of every token.
 
     Args:
       ids: ``[B T]``; padding may repeat the end token.
-      slots: ``[B T]``, at least 0 on the class word's tokens.
+      word_places: ``[B T]``, at least 0 on the class word's tokens.
       end_id: of the end token.
     """
     positions = np.arange(ids.shape[1])
     roles = np.empty(ids.shape, int)
-    for row, (end, word) in enumerate(zip(end_positions(ids, end_id), slots, strict=True)):
+    for row, (end, word) in enumerate(zip(end_positions(ids, end_id), word_places, strict=True)):
         where = np.flatnonzero(word >= 0)
         first, last = (where[0], where[-1]) if len(where) else (end, end)
         roles[row] = ROLES.index("padding")

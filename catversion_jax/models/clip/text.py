@@ -1,6 +1,6 @@
 """CLIP's text encoder, with what a concept learned as an argument.
 
-    (1)  h_0 = token_embedding[ids] + position_embedding[0..T-1], learned vectors in their slots
+    (1)  h_0 = token_embedding[ids] + position_embedding[0..T-1], learned vectors for the class word
     (2)  h_{i+1} = layer_i(h_i; causal mask;
                            [residual keys; own keys], [residual values; own values])
     (3)  last = final_layer_norm(h_L),   penultimate = h_{L-1} (``hidden_states[-2]``, no norm)
@@ -33,7 +33,7 @@ from catversion_jax.models.clip.encoder import (
 
 Output = Literal["last", "penultimate"]
 LearnedArgument = Learned | Sequence[Learned] | None
-SlotsArgument = Int[Array, "B T"] | Sequence[Int[Array, "B T"]] | None
+WordPlaces = Int[Array, "B T"] | Sequence[Int[Array, "B T"]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +84,12 @@ class CLIPTextEmbeddings(nnx.Module):
         self,
         embedded: Float[Array, "B T D"],
         vectors: Float[Array, "V D"],
-        slots: Int[Array, "B T"],
+        word_places: Int[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        """``embedded`` (equation 1) with ``vectors`` as the embeddings of the tokens in slots."""
+        """``embedded`` (equation 1) with ``vectors`` in the word's places."""
         positions = self.position_embedding(jnp.arange(embedded.shape[1]))
-        learned = vectors[jnp.maximum(slots, 0)] + positions
-        return jnp.where((slots >= 0)[..., None], learned.astype(embedded.dtype), embedded)
+        learned = vectors[jnp.maximum(word_places, 0)] + positions
+        return jnp.where((word_places >= 0)[..., None], learned.astype(embedded.dtype), embedded)
 
 
 class CLIPTextModel(nnx.Module):
@@ -107,8 +107,8 @@ class CLIPTextModel(nnx.Module):
     def __call__(
         self,
         token_ids: Int[Array, "B T"],
-        residual: LearnedArgument = None,
-        slots: SlotsArgument = None,
+        learned: LearnedArgument = None,
+        word_places: WordPlaces = None,
         *,
         output: Output = "last",
     ) -> Float[Array, "B T D"]:
@@ -116,16 +116,16 @@ class CLIPTextModel(nnx.Module):
 
         Args:
           token_ids: ``[B T]``, padded.
-          residual: what one concept learned (``[L P N H]`` or ``[V D]``), several that act
+          learned: what one concept learned (``[L P N H]`` or ``[V D]``), several that act
             together, or none.
-          slots: where its class word stands, ``[B T]`` of ``Tokenizer.place``; one for each of
-            several. Needed where ``residual.reads_slots``.
+          word_places: where its class word stands, ``[B T]`` of ``Tokenizer.place``; one for
+            each of several. Needed where ``learned.reads_word_places``.
           output: which hidden state, equation (3).
 
         Raises:
-          CatVersionError: a concept that does not fit this encoder, or lacks its slots.
+          CatVersionError: a concept that does not fit this encoder, or lacks its word's places.
         """
-        return self.upper(self.lower(token_ids, 0), residual, 0, slots, output=output)
+        return self.upper(self.lower(token_ids, 0), learned, 0, word_places, output=output)
 
     def lower(self, token_ids: Int[Array, "B T"], layer: int) -> Float[Array, "B T D"]:
         """The plain hidden state that enters layer ``layer``: what no residual from there on can
@@ -140,9 +140,9 @@ class CLIPTextModel(nnx.Module):
     def upper(
         self,
         hidden: Float[Array, "B T D"],
-        residual: LearnedArgument,
+        learned: LearnedArgument,
         layer: int,
-        slots: SlotsArgument = None,
+        word_places: WordPlaces = None,
         *,
         output: Output = "last",
     ) -> Float[Array, "B T D"]:
@@ -150,11 +150,11 @@ class CLIPTextModel(nnx.Module):
 
         Raises:
           CatVersionError: a concept that does not fit this encoder, adapts a layer below
-            ``layer``, or lacks its slots.
+            ``layer``, or lacks its word's places.
         """
         num_layers = len(self.encoder.layers)
         stop = {"last": num_layers, "penultimate": num_layers - 1}[output]
-        acting = self._acting(residual, slots, range(layer, stop))
+        acting = self._acting(learned, word_places, range(layer, stop))
         for one, where in acting:
             if isinstance(one, TokenEmbeddings) and where is not None:
                 hidden = self.embeddings.with_vectors(hidden, one.vectors, where)
@@ -198,13 +198,13 @@ class CLIPTextModel(nnx.Module):
         self,
         token_ids: Int[Array, "B T"],
         residual: KVResidual,
-        slots: Int[Array, "B T"] | None = None,
+        word_places: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "L B N T"]:
         """Lambda of ``residual.py``'s equation (2), summed over positions, at each adapted
         layer.
         """
         hidden = self.lower(token_ids, 0)
-        acting = self._acting(residual, slots, range(len(self.encoder.layers)))
+        acting = self._acting(residual, word_places, range(len(self.encoder.layers)))
         bias = causal_bias(hidden.shape[1])
         masses = []
         for index, block in enumerate(self.encoder.layers):
@@ -216,24 +216,24 @@ class CLIPTextModel(nnx.Module):
         return jnp.stack(masses)
 
     def _acting(
-        self, learned: LearnedArgument, slots: SlotsArgument, layers: range
+        self, learned: LearnedArgument, word_places: WordPlaces, layers: range
     ) -> list[tuple[Learned, Array | None]]:
-        """Every concept with its slots, checked."""
+        """Every concept with its word's places, checked."""
         concepts: list[Learned]
         places: list[Any]
         if isinstance(learned, KVResidual | TokenEmbeddings):
-            concepts, places = [learned], [slots]
+            concepts, places = [learned], [word_places]
         else:
             concepts = list(learned or ())
-            places = [None] * len(concepts) if slots is None else list(slots)
+            places = [None] * len(concepts) if word_places is None else list(word_places)
         attention = self.encoder.layers[0].self_attn
         head_dim = attention.k_proj.out_features // attention.num_heads
         for one, where in zip(concepts, places, strict=True):
             one.check_fits(attention.num_heads, head_dim, layers)
-            if one.reads_slots and where is None:
+            if one.reads_word_places and where is None:
                 raise CatVersionError(
-                    "slots=None: this concept needs to know where its class word stands. Give the "
-                    "slots of Tokenizer.place."
+                    "word_places=None: this concept needs to know where its class word stands. "
+                    "Give the word_places of Tokenizer.place."
                 )
         return list(zip(concepts, places, strict=True))
 
@@ -241,9 +241,9 @@ class CLIPTextModel(nnx.Module):
 def extra_keys(acting: Sequence[tuple[Learned, Array | None]], layer: int) -> list[ExtraKeys]:
     """What each concept concatenates at one layer; empty where none adapts it."""
     extra = []
-    for one, slots in acting:
+    for one, word_places in acting:
         if isinstance(one, KVResidual) and (pair := one.at_layer(layer)) is not None:
-            extra.append(ExtraKeys(*pair, one.logit_bias, one.visible(slots)))
+            extra.append(ExtraKeys(*pair, one.logit_bias, one.visible(word_places)))
     return extra
 
 

@@ -21,12 +21,13 @@ class PlacedPrompt:
 
     Attributes:
       token_ids: ``[T]`` int32, as the encoder reads them.
-      slots: ``[U T]`` int32: -1 outside a concept's word, else the number of the token in the word.
+      word_places: ``[U T]`` int32: -1 outside a concept's word, on it the number of the token
+        within the word, from 0.
       num_cut: tokens at the prompt's end that the context has no room for.
     """
 
     token_ids: np.ndarray
-    slots: np.ndarray
+    word_places: np.ndarray
     num_cut: int
 
 
@@ -119,19 +120,19 @@ class Tokenizer:
         return ()
 
     def place(
-        self, prompt: str, words: Sequence[str] = (), num_slots: Sequence[int | None] = ()
+        self, prompt: str, words: Sequence[str] = (), num_word_places: Sequence[int | None] = ()
     ) -> PlacedPrompt:
         """Tokenize a prompt and find every occurrence of each concept's class word in it.
 
         Args:
           prompt: the text.
           words: the class words of the concepts.
-          num_slots: for each, how many tokens stand for its word from now on: None keeps the
+          num_word_places: for each, how many tokens stand for its word from now on: None keeps the
             word's own. More tokens move the rest of the prompt; the first keep the word's own ids.
         """
         tokens = [(i, (-1,) * len(words)) for i in self.word_ids(prompt)]
-        for concept, (word, slots) in enumerate(zip(words, num_slots, strict=True)):
-            tokens = _with_slots(tokens, self.word_ids(word), slots, concept)
+        for concept, (word, word_places) in enumerate(zip(words, num_word_places, strict=True)):
+            tokens = _with_word_places(tokens, self.word_ids(word), word_places, concept)
         kept = tokens[: self._room]
         token_ids = self([""])[0]  # start, end, padding
         end = token_ids[1]
@@ -166,10 +167,10 @@ class Tokenizer:
 _MarkedToken = tuple[int, tuple[int, ...]]  # an id, and its number in the word of each concept
 
 
-def _with_slots(
-    tokens: Sequence[_MarkedToken], word: Sequence[int], num_slots: int | None, concept: int
+def _with_word_places(
+    tokens: Sequence[_MarkedToken], word: Sequence[int], num_word_places: int | None, concept: int
 ) -> list[_MarkedToken]:
-    """Mark the occurrences of ``word``, as ``num_slots`` tokens or as those it has."""
+    """Mark the occurrences of ``word``, as ``num_word_places`` tokens or as those it has."""
     placed: list[_MarkedToken] = []
     position = 0
     while position < len(tokens):
@@ -178,7 +179,7 @@ def _with_slots(
             placed.append(tokens[position])
             position += 1
             continue
-        for slot in range(len(word) if num_slots is None else num_slots):
+        for slot in range(len(word) if num_word_places is None else num_word_places):
             identity, marks = tokens[position + slot % len(word)]
             placed.append((identity, (*marks[:concept], slot, *marks[concept + 1 :])))
         position += len(word)

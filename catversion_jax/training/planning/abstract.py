@@ -85,7 +85,7 @@ def _abstract_data(
     def hidden(*prompts: int) -> Any:
         return jax.ShapeDtypeStruct((num_rows, *prompts, context, width), dtype)
 
-    slots: Any = jax.ShapeDtypeStruct((num_rows, max_prompts, context), jnp.int32)
+    word_places: Any = jax.ShapeDtypeStruct((num_rows, max_prompts, context), jnp.int32)
     return ConceptData(
         rng=jax.eval_shape(lambda: jnp.stack([concept_key(0)] * num_rows)),
         latent_mean=latents,
@@ -96,7 +96,7 @@ def _abstract_data(
         text_hidden=hidden(max_prompts),
         num_prompts=integers,
         empty_hidden=hidden() if config.caption_dropout > 0 else None,
-        slots=slots,
+        word_places=word_places,
     )
 
 

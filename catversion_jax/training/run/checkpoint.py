@@ -1,5 +1,5 @@
-"""Orbax checkpoints of trained state only: residuals, moments, step counters. Nothing frozen is
-saved.
+"""Orbax checkpoints of trained state only: what is learned, moments, step counters. Nothing frozen
+is saved.
 
 A checkpoint holds the concepts that are under way (no padding), so it restores onto any number of
 devices. Beside the arrays lies what a concept file needs, so that a checkpoint alone can be
@@ -74,11 +74,11 @@ class ConceptRecord:
         own = {"base_class": self.base_class, "when": self.when, "images": self.images}
         return {**own, **self.train_config()}
 
-    def save(self, path: Path, residual: Learned, step: int) -> None:
+    def save(self, path: Path, learned: Learned, step: int) -> None:
         """Write the concept file of this record."""
         save_concept(
             path,
-            residual,
+            learned,
             base_class=self.base_class,
             name=self.name,
             when=self.when,
@@ -140,7 +140,7 @@ class Checkpoints:
             return
         state = jax.tree.map(lambda *leaves: np.stack(leaves), *(row.state for row in rows))
         described = {
-            **settings_of(state.residual),
+            **settings_of(state.learned),
             "concepts": [
                 {**dataclasses.asdict(row.record), "evaluations": row.evaluations} for row in rows
             ],
@@ -257,10 +257,10 @@ def _restore_rows(
     saved = _restore_arrays(manager, step)
     opt_leaves, opt_structure = jax.tree.flatten(template.opt_state)
     opt_state = [saved[f"opt_state.{i}"] for i in range(len(opt_leaves))]
-    settings = settings_of(template.residual)
+    settings = settings_of(template.learned)
     state = TrainState(
         step=saved["step"],
-        residual=rebuild(saved, settings),
+        learned=rebuild(saved, settings),
         opt_state=jax.tree.unflatten(opt_structure, opt_state),
         failed_step=saved["failed_step"],
         average=None if template.average is None else rebuild(_average(saved), settings),
@@ -306,7 +306,7 @@ def _arrays(state: TrainState) -> dict[str, np.ndarray]:
     average = {} if state.average is None else named_arrays(state.average)
     arrays = {
         "step": state.step,
-        **named_arrays(state.residual),
+        **named_arrays(state.learned),
         **{_AVERAGE + name: leaf for name, leaf in average.items()},
         **{f"opt_state.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))},
         "failed_step": state.failed_step,

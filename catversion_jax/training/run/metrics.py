@@ -19,7 +19,7 @@ class ConceptMetrics:
     """Losses of one concept.
 
     ``loss`` is the mean training loss since the last row: noisy, dominated by its random timesteps.
-    ``eval_loss`` is the deterministic one, comparable over time; step 0 is the untrained residual.
+    ``eval_loss`` is the deterministic one, comparable over time; step 0 is before any update.
     """
 
     def __init__(self, path: Path, tensorboard_dir: Path | None, start_step: int):

@@ -102,7 +102,8 @@ class _Command:
         prompt_set: PromptSet,
         seeds: range,
     ):
-        from catversion_jax.evaluation.subjects import is_run, read_run, subjects_of_images
+        from catversion_jax.evaluation.subjects import read_run, subjects_of_images
+        from catversion_jax.training.run.reader import is_run
 
         self.args, self.settings, self.prompt_set, self.seeds = args, settings, prompt_set, seeds
         self.source = Path(args.source)
@@ -141,6 +142,7 @@ class _Command:
         from catversion_jax.evaluation.tables import table_lines, write_scores
         from catversion_jax.runtime.atomic_files import make_folder
         from catversion_jax.sampling.class_word_masks import class_word_masks
+        from catversion_jax.training.run.reader import failed_concepts
 
         backbone = self._load_model() if self.draws or self.args.model else None
         clip = ClipEmbedder(self._clip_folder(backbone))
@@ -161,7 +163,7 @@ class _Command:
         paths.append(write_evaluation_page(self.output / "report.html", evaluation, material))
         print("\n".join(table_lines(evaluation)))
         print("\n" + "\n".join(map(str, paths)))
-        failed = sorted(self.source.glob("concepts/*/FAILED.txt"))
+        failed = failed_concepts(self.source)
         for path in failed:
             print(f"{path.parent.name}: left out, its training failed: {path}", file=sys.stderr)
         return 3 if failed else 0
@@ -172,10 +174,10 @@ class _Command:
         import jax
 
         from catversion_jax.evaluation.generation import concept_use
-        from catversion_jax.evaluation.subjects import recorded_model
         from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
         from catversion_jax.runtime.sharding import make_mesh, replicated
         from catversion_jax.sampling.requests import check_concept
+        from catversion_jax.training.run.reader import recorded_model
 
         args = self.args
         name = args.model or recorded_model(self.source)

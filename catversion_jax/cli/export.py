@@ -5,19 +5,16 @@ folder. The file of a Textual Inversion concept is what diffusers' ``load_textua
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.runtime.bucket_paths import as_path
 
 if TYPE_CHECKING:
     from catversion_jax.methods.concept_file import Concept
 
 FORMATS = ("safetensors", "prompt_embeds", "pipeline")
-_CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
         raise CatVersionError(
             "--format prompt_embeds: embeddings are of fixed prompts. Give at least one --prompt."
         )
-    concepts = _chosen(collect_concepts(args.source), args.concept, args.source)
+    from catversion_jax.training.run.reader import read_trained
+
+    concepts = _chosen(read_trained(args.source), args.concept, args.source)
     if args.format == "safetensors":
         from catversion_jax.methods.concept_file import write_concepts
 
@@ -65,53 +64,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_write_pipeline(args, concepts, output))
     return 0
-
-
-def collect_concepts(source: str | Path) -> list[Concept]:
-    """Every concept of a run directory, a checkpoint, a folder of concepts, or one concept file.
-
-    Raises:
-      CatVersionError: there is none, or one is damaged.
-    """
-    from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, load_concept
-    from catversion_jax.methods.foreign_files import describe_folder
-
-    source = as_path(source)
-    if source.is_file() or (source / CONCEPT_FILE_NAME).is_file():
-        return [load_concept(source)]
-    if not source.is_dir():
-        raise CatVersionError(
-            f"{source}: no such file or folder. Give a run directory, a checkpoint or a concept."
-        )
-    if (source / _CHECKPOINT_MARK).is_file():
-        return _from_checkpoint(source)
-    folder = source / "concepts" if (source / "concepts").is_dir() else source
-    files = sorted(folder.glob(f"*/{CONCEPT_FILE_NAME}")) or sorted(folder.glob("*.safetensors"))
-    if files:
-        return [load_concept(file) for file in files]
-    if what := describe_folder(source):
-        raise CatVersionError(f"{source}: this is not a concept but {what}")
-    steps = sorted(
-        mark.parent for mark in source.rglob(_CHECKPOINT_MARK) if mark.parent.name.isdigit()
-    )
-    hint = f" It has checkpoints: export {steps[-1]}, for instance." if steps else ""
-    raise CatVersionError(
-        f"{source}: no finished concept in it (looked for {folder / '*' / CONCEPT_FILE_NAME})."
-        f"{hint or ' Give a run directory.'}"
-    )
-
-
-def _from_checkpoint(folder: Path) -> list[Concept]:
-    from catversion_jax.methods.concept_file import load_concept
-    from catversion_jax.training.run.checkpoint import concepts_from_checkpoint
-
-    concepts = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for record, learned, step in concepts_from_checkpoint(folder):
-            path = Path(temporary) / "concept.safetensors"
-            record.save(path, learned, step)  # exactly what training would have written
-            concepts.append(load_concept(path))
-    return concepts
 
 
 def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: str) -> list[Concept]:

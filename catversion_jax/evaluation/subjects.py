@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,9 +10,8 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.array_types import Int
-from catversion_jax.concepts import ConceptList, ImageSource, read_configured_concepts
+from catversion_jax.concepts import ConceptList, ImageSource
 from catversion_jax.concepts.images import decode_upright
-from catversion_jax.config.training import load_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import (
     CONCEPT_FILE_NAME,
@@ -23,11 +19,15 @@ from catversion_jax.methods.concept_file import (
     concept_folders,
     load_concept,
 )
+from catversion_jax.training.run.reader import (
+    evaluation_losses,
+    plain_loss,
+    recorded_concepts,
+    step_files,
+)
 
 Masker = Callable[[Int[np.ndarray, "n H W 3"], Sequence[str]], Int[np.ndarray, "n H W"]]
 """uint8 pictures and the class of each to uint8 masks, 255 on the object."""
-
-_STEP_FILE = re.compile(r"^catversion-(\d+)\.safetensors$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,25 +50,17 @@ class Subject:
 
     def steps(self) -> dict[int, Path]:
         """Concept files of intermediate steps, in order."""
-        found = {} if self.folder is None else _step_files(self.folder)
-        return {step: path for step, path in sorted(found.items())}
+        return {} if self.folder is None else step_files(self.folder)
 
     def eval_losses(self) -> dict[str, list[tuple[float, float | None]]]:
         """Evaluation loss over the training step, and the plain model's, as the run recorded
         them.
         """
-        path = None if self.folder is None else self.folder / "metrics.csv"
-        if path is None or not path.is_file():
+        points = [] if self.folder is None else list(evaluation_losses(self.folder))
+        if self.folder is None or not points:
             return {}
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [r for r in csv.DictReader(file) if r["eval_loss"]]
-        points: list[tuple[float, float | None]] = [
-            (float(row["step"]), float(row["eval_loss"])) for row in rows
-        ]
-        curves = {"concept": points}
-        summary = path.with_name("metrics.json")
-        if points and summary.is_file():
-            plain = json.loads(summary.read_text(encoding="utf-8"))["plain_eval_loss"]
+        curves: dict[str, list[tuple[float, float | None]]] = {"concept": [*points]}
+        if (plain := plain_loss(self.folder)) is not None:
             curves["plain model"] = [(points[0][0], plain), (points[-1][0], plain)]
         return curves
 
@@ -79,11 +71,6 @@ class References:
 
     pictures: list[Int[np.ndarray, "H W 3"]]
     masks: list[Int[np.ndarray, "H W"] | None]
-
-
-def is_run(folder: Path) -> bool:
-    """Whether ``folder`` holds trained concepts (a run, or one concept's folder)."""
-    return next(folder.rglob(CONCEPT_FILE_NAME), None) is not None
 
 
 def read_run(folder: Path, concepts: ConceptList | None) -> list[Subject]:
@@ -98,7 +85,7 @@ def read_run(folder: Path, concepts: ConceptList | None) -> list[Subject]:
     """
     trained = [(path, load_concept(path)) for path in concept_folders(folder)]
     if concepts is None:
-        concepts = _recorded_concepts(folder)
+        concepts = recorded_concepts(folder)
     known = {spec.name: spec for spec in concepts.concepts}
     missing = [concept.name for _, concept in trained if concept.name not in known]
     if missing:
@@ -132,17 +119,6 @@ def subjects_of_images(folder: Path, concepts: ConceptList) -> list[Subject]:
     return subjects
 
 
-def recorded_model(folder: Path) -> str | None:
-    """The model a run was trained on, as its ``run.json`` says."""
-    path = _up(folder, "run.json")
-    if path is None:
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["base_model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def read_references(subject: Subject, masker: Masker | None, resolution: int) -> References:
     """Decode a concept's training images and masks (files, else alpha, else ``masker``).
 
@@ -171,32 +147,3 @@ def read_references(subject: Subject, masker: Masker | None, resolution: int) ->
         pictures.append(np.asarray(opaque))
         masks.append(None if mask is None else np.asarray(mask))
     return References(pictures, masks)
-
-
-def _recorded_concepts(folder: Path) -> ConceptList:
-    path = _up(folder, "config.resolved.yaml")
-    if path is None:
-        raise CatVersionError(
-            f"{folder}: records no training images (no config.resolved.yaml). Give them with "
-            "--concepts."
-        )
-    config = load_config(path)
-    try:
-        return read_configured_concepts(config)
-    except CatVersionError as error:
-        raise CatVersionError(
-            f"{error}\n{path} names {config.concepts!r} as the training images; where they lie "
-            "now, say with --concepts."
-        ) from None
-
-
-def _up(folder: Path, name: str) -> Path | None:
-    """A run's file from the run's folder or one of a concept in it (``concepts/<name>``)."""
-    candidates = [folder / name, folder.absolute().parent.parent / name]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _step_files(folder: Path) -> dict[int, Path]:
-    return {
-        int(match[1]): path for path in folder.iterdir() if (match := _STEP_FILE.match(path.name))
-    }

@@ -32,11 +32,11 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
+from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import refused_changes
 
 logger = logging.getLogger(__name__)
 
-FAILED_NAME, SUMMARY_NAME = "FAILED.txt", "metrics.json"
 STATES = ("queued", "running", "done", "stopped early", "quarantined")
 FINISHED = ("done", "stopped early")
 INDEX_SECONDS, STOP_SECONDS = 5.0, 2.0
@@ -68,14 +68,14 @@ class RunDirectory:
     def __init__(self, config: TrainConfig):
         self.root = as_path(config.output_dir)
         self.config = config
-        self.checkpoints = self.root / "checkpoints"
+        self.checkpoints = self.root / names.CHECKPOINTS_FOLDER
         # Process 0 writes what is there once; of the others each has files of its own.
         self.process = jax.process_index()
         suffix = f"-{self.process:04d}" if self.process else ""
         self.jsonl = self.root / f"metrics{suffix}.jsonl"
         self.timeline = self.root / f"timeline{suffix}.csv"
         self.index = self.root / f"index{suffix}.csv"
-        self.logs = self.root / "logs"
+        self.logs = self.root / names.LOGS_FOLDER
         self._settings: Mapping[str, Any] = {}
         self._index: dict[str, dict[str, str]] = {}
         self._others: frozenset[str] = frozenset()
@@ -119,7 +119,7 @@ class RunDirectory:
 
     @property
     def _stop_file(self) -> Path:
-        return self.root / "STOP"
+        return self.root / names.STOP_FILE
 
     def ask_to_stop(self) -> None:
         """Let every process of the run save and end."""
@@ -145,13 +145,12 @@ class RunDirectory:
 
     def concept(self, name: str) -> Path:
         """Folder of one concept."""
-        return self.root / "concepts" / name
+        return self.root / names.CONCEPTS_FOLDER / name
 
     def concept_file(self, name: str, step: int | None = None) -> Path:
         """The final concept file, or the one of an intermediate step."""
-        stem, suffix = CONCEPT_FILE_NAME.rsplit(".", 1)
         return self.concept(name) / (
-            CONCEPT_FILE_NAME if step is None else f"{stem}-{step:06d}.{suffix}"
+            CONCEPT_FILE_NAME if step is None else names.step_file_name(step)
         )
 
     def open(self, base_model: str, text_encoder_sha256: str) -> None:
@@ -166,18 +165,21 @@ class RunDirectory:
             "text_encoder_sha256": text_encoder_sha256,
             "options": learning_options(self.config),
         }
-        manifest = self.root / "run.json"
+        manifest = self.root / names.RUN_FILE
         if manifest.exists() and self._holds_results():
             self._check_same_run(manifest, settings)
         self._settings = settings
         if self.process == 0:
             self._write_manifest()
             resolved = dump_config(self.config).encode()
-            write_atomically(self.root / "config.resolved.yaml", resolved)
+            write_atomically(self.root / names.CONFIG_FILE, resolved)
 
     def _holds_results(self) -> bool:
         """Whether anything was learned here: a mistyped first attempt leaves the folder free."""
-        patterns = (f"concepts/*/{CONCEPT_FILE_NAME}", "checkpoints/process-*/[0-9]*")
+        patterns = (
+            f"{names.CONCEPTS_FOLDER}/*/{CONCEPT_FILE_NAME}",
+            f"{names.CHECKPOINTS_FOLDER}/process-*/[0-9]*",
+        )
         return any(next(self.root.glob(pattern), None) is not None for pattern in patterns)
 
     def read_finals(self, names: Sequence[str]) -> Iterator[tuple[str, Concept]]:
@@ -206,7 +208,7 @@ class RunDirectory:
 
     def has_failed(self, name: str) -> bool:
         """Whether the concept was quarantined."""
-        return (self.concept(name) / FAILED_NAME).exists()
+        return (self.concept(name) / names.FAILED_FILE).exists()
 
     def quarantine(self, name: str, reason: str) -> None:
         """Say in the concept's folder why it was given up; nothing else of it is touched."""
@@ -215,15 +217,15 @@ class RunDirectory:
             f"{reason}\n\nThe other concepts of the run went on. Correct the images or words and "
             "run the same command again; other options need another output_dir.\n"
         )
-        write_atomically(self.concept(name) / FAILED_NAME, text.encode())
+        write_atomically(self.concept(name) / names.FAILED_FILE, text.encode())
 
     def clear_failure(self, name: str) -> None:
         """Forget an earlier quarantine: the concept is tried again."""
-        (self.concept(name) / FAILED_NAME).unlink(missing_ok=True)
+        (self.concept(name) / names.FAILED_FILE).unlink(missing_ok=True)
 
     def summary(self, name: str) -> dict[str, float]:
         """What :meth:`write_summary` wrote; empty when it did not."""
-        path = self.concept(name) / SUMMARY_NAME
+        path = self.concept(name) / names.SUMMARY_FILE
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -232,7 +234,7 @@ class RunDirectory:
     def write_summary(self, name: str, summary: Mapping[str, float]) -> None:
         """The concept's final evaluation losses, for people and for ``index.csv``."""
         text = json.dumps(summary, indent=1) + "\n"
-        write_atomically(self.concept(name) / SUMMARY_NAME, text.encode())
+        write_atomically(self.concept(name) / names.SUMMARY_FILE, text.encode())
 
     # ------------------------------------------------------------------ the state of all concepts
 
@@ -314,7 +316,7 @@ class RunDirectory:
         if counts is not None:
             content["concepts"] = counts
         text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-        write_atomically(self.root / "run.json", text.encode())
+        write_atomically(self.root / names.RUN_FILE, text.encode())
 
     def _check_same_run(self, manifest: Path, settings: Mapping[str, Any]) -> None:
         if self.config.resume_from_checkpoint == "none":

@@ -1,0 +1,41 @@
+"""The names of what lies in a run folder, for those who write it and for those who read it.
+
+``directory.py`` shows the folder as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.resolved.yaml"
+INDEX_FILE = "index.csv"
+TIMELINE_FILE = "timeline.csv"
+RUN_METRICS_FILE = "metrics.jsonl"
+STOP_FILE = "STOP"
+CHECKPOINTS_FOLDER = "checkpoints"
+LOGS_FOLDER = "logs"
+CONCEPTS_FOLDER = "concepts"
+
+# in the folder of a concept
+METRICS_FILE = "metrics.csv"
+SUMMARY_FILE = "metrics.json"
+FAILED_FILE = "FAILED.txt"
+SAMPLES_FOLDER = "samples"
+
+_STEM, _SUFFIX = CONCEPT_FILE_NAME.rsplit(".", 1)
+_STEP_FILE = re.compile(rf"^{_STEM}-(\d+)\.{_SUFFIX}$")
+
+
+def step_file_name(step: int) -> str:
+    """The concept file of an intermediate step, such as ``catversion-000250.safetensors``."""
+    return f"{_STEM}-{step:06d}.{_SUFFIX}"
+
+
+def step_of_file(path: Path) -> int | None:
+    """The inverse of :func:`step_file_name`; None for every other file."""
+    match = _STEP_FILE.match(path.name)
+    return int(match[1]) if match else None

@@ -1,0 +1,204 @@
+"""Reading a run folder: its state, its losses, its concepts, and what it was trained on.
+
+The commands status, evaluate, export and inspect ask here. Nothing in this module writes.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from catversion_jax.concepts import ConceptList, read_configured_concepts
+from catversion_jax.config.training import load_config
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
+from catversion_jax.methods.foreign_files import describe_folder
+from catversion_jax.runtime.bucket_paths import absolute, as_path
+from catversion_jax.training.run import names
+from catversion_jax.training.run.checkpoint import concepts_from_checkpoint
+from catversion_jax.training.run.directory import is_locked
+
+_CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete step
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` holds trained concepts: a run, or the folder of one concept."""
+    return next(folder.rglob(CONCEPT_FILE_NAME), None) is not None
+
+
+# ---- what is under way ---------------------------------------------------------------------------
+
+
+def read_status(root: Path) -> dict[str, Any]:
+    """How far a run is; readable while it goes on.
+
+    Returns:
+      ``counts`` of concepts by state, ``locked`` (whether a process is training there; None where
+      that cannot be known), ``max_train_steps``, ``concepts_per_hour``, and ``concepts``: the rows
+      of ``index.csv``, those that are running with their ``step``.
+
+    Raises:
+      CatVersionError: the folder is no run.
+    """
+    index, manifest = root / names.INDEX_FILE, root / names.RUN_FILE
+    if not index.is_file() or not manifest.is_file():
+        raise CatVersionError(
+            f"{root}: is not a training run: it has no {names.INDEX_FILE}. Give the output_dir of "
+            "one."
+        )
+    lines = index.read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = list(csv.DictReader(lines))
+    for row in rows:
+        if row["state"] == "running":
+            row["step"] = _last_step(root / names.CONCEPTS_FOLDER / row["name"])
+    options = json.loads(manifest.read_text(encoding="utf-8"))["options"]
+    return {
+        "counts": dict(collections.Counter(row["state"] for row in rows)),
+        "locked": is_locked(root),
+        "max_train_steps": options["max_train_steps"],
+        "concepts_per_hour": _rate(root / names.RUN_METRICS_FILE),
+        "concepts": rows,
+    }
+
+
+def _last_step(folder: Path) -> int:
+    """The step of the last row of a concept's losses; 0 where there is none yet."""
+    path = folder / names.METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    first = lines[-1].split(",")[0] if lines else ""
+    return int(first) if first.isdigit() else 0
+
+
+def _rate(path: Path) -> float:
+    """Concepts per hour, as the newest line that has the number says."""
+    if not path.is_file():
+        return 0.0
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        if '"concepts_per_hour"' in line:
+            try:
+                return float(json.loads(line)["concepts_per_hour"])
+            except ValueError:
+                continue  # half a line, still being written
+    return 0.0
+
+
+# ---- one concept ---------------------------------------------------------------------------------
+
+
+def evaluation_losses(folder: Path) -> tuple[tuple[int, float], ...]:
+    """(step, evaluation loss) of a concept's folder, in order; empty where nothing is recorded."""
+    path = folder / names.METRICS_FILE
+    if not path.is_file():
+        return ()
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    return tuple((int(r["step"]), float(r["eval_loss"])) for r in rows if r["eval_loss"])
+
+
+def plain_loss(folder: Path) -> float | None:
+    """The evaluation loss of the model without the concept, as a concept's folder records it."""
+    path = folder / names.SUMMARY_FILE
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("plain_eval_loss")
+
+
+def step_files(folder: Path) -> dict[int, Path]:
+    """Concept files of intermediate steps in a concept's folder, by step, in order."""
+    found = {names.step_of_file(path): path for path in folder.iterdir()}
+    return {step: found[step] for step in sorted(step for step in found if step is not None)}
+
+
+# ---- all concepts --------------------------------------------------------------------------------
+
+
+def failed_concepts(root: Path) -> list[Path]:
+    """The ``FAILED.txt`` of every concept of a run that was quarantined, sorted."""
+    return sorted(root.glob(f"{names.CONCEPTS_FOLDER}/*/{names.FAILED_FILE}"))
+
+
+def read_trained(source: str | Path) -> list[Concept]:
+    """Every concept of a run folder, a checkpoint, a folder of concepts, or one concept file.
+
+    Raises:
+      CatVersionError: there is none, or one is damaged.
+    """
+    source = as_path(source)
+    if source.is_file() or (source / CONCEPT_FILE_NAME).is_file():
+        return [load_concept(source)]
+    if not source.is_dir():
+        raise CatVersionError(
+            f"{source}: no such file or folder. Give a run directory, a checkpoint or a concept."
+        )
+    if (source / _CHECKPOINT_MARK).is_file():
+        return _from_checkpoint(source)
+    folder = source / names.CONCEPTS_FOLDER
+    folder = folder if folder.is_dir() else source
+    files = sorted(folder.glob(f"*/{CONCEPT_FILE_NAME}")) or sorted(folder.glob("*.safetensors"))
+    if files:
+        return [load_concept(file) for file in files]
+    if what := describe_folder(source):
+        raise CatVersionError(f"{source}: this is not a concept but {what}")
+    steps = sorted(
+        mark.parent for mark in source.rglob(_CHECKPOINT_MARK) if mark.parent.name.isdigit()
+    )
+    hint = f" It has checkpoints: export {steps[-1]}, for instance." if steps else ""
+    raise CatVersionError(
+        f"{source}: no finished concept in it (looked for {folder / '*' / CONCEPT_FILE_NAME})."
+        f"{hint or ' Give a run directory.'}"
+    )
+
+
+def _from_checkpoint(folder: Path) -> list[Concept]:
+    concepts = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for record, learned, step in concepts_from_checkpoint(folder):
+            path = Path(temporary) / "concept.safetensors"
+            record.save(path, learned, step)  # exactly what training would have written
+            concepts.append(load_concept(path))
+    return concepts
+
+
+# ---- what it was trained on ----------------------------------------------------------------------
+
+
+def recorded_model(folder: Path) -> str | None:
+    """The model a run was trained on, as its ``run.json`` says; None where it does not."""
+    path = _file_of_run(folder, names.RUN_FILE)
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["base_model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def recorded_concepts(folder: Path) -> ConceptList:
+    """The training images of a run, read where its ``config.resolved.yaml`` says they are.
+
+    Raises:
+      CatVersionError: the run does not say, or they are not there any more.
+    """
+    path = _file_of_run(folder, names.CONFIG_FILE)
+    if path is None:
+        raise CatVersionError(
+            f"{folder}: records no training images (no {names.CONFIG_FILE}). Give them with "
+            "--concepts."
+        )
+    config = load_config(path)
+    try:
+        return read_configured_concepts(config)
+    except CatVersionError as error:
+        raise CatVersionError(
+            f"{error}\n{path} names {config.concepts!r} as the training images. Say with "
+            "--concepts where they lie now."
+        ) from None
+
+
+def _file_of_run(folder: Path, name: str) -> Path | None:
+    """A file of the run, sought from its own folder or from ``concepts/<name>`` in it."""
+    candidates = [folder / name, absolute(folder).parent.parent / name]
+    return next((path for path in candidates if path.is_file()), None)

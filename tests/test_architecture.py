@@ -141,6 +141,17 @@ def test_files_stay_readable() -> None:
     assert sorted(lengths.values())[len(lengths) // 2] <= 150
 
 
+def test_test_files_borrow_nothing_from_each_other() -> None:
+    """What several of them need stands in a file of its own, such as ``tests/running.py``."""
+    borrowed = [
+        f"{path.name} imports {name}"
+        for path in (ROOT / "tests").glob("*.py")
+        for name in imported(path)
+        if name.startswith(("test_", "conftest"))
+    ]
+    assert not borrowed
+
+
 def test_import_is_light() -> None:
     program = (
         "import os, sys; before = dict(os.environ); import catversion_jax; "

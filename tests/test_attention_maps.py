@@ -11,33 +11,10 @@ torch = pytest.importorskip(
 )
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install '.[test]'")
 
-from test_unet import FORWARD, QUICK, SD1_LIKE, SD2_LIKE, build, forward  # noqa: E402
+from small_networks import FORWARD, QUICK, SD1_LIKE, SD2_LIKE, StoreProbabilities, build, forward  # noqa: E402
 from torch_reference import draw, nchw, relative_error  # noqa: E402
 
 CONFIGS = {"sd1": SD1_LIKE, "sd2": SD2_LIKE, "only-cross": FORWARD["only-cross"]}
-
-
-class StoreProbabilities:
-    """diffusers' classic processor, which also keeps what it attends to in the text."""
-
-    def __init__(self, kept):
-        self.kept = kept
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        cross = encoder_hidden_states is not None
-        context = encoder_hidden_states if cross else hidden_states
-        query, key, value = (
-            attn.head_to_batch_dim(layer(states))
-            for layer, states in (
-                (attn.to_q, hidden_states),
-                (attn.to_k, context),
-                (attn.to_v, context),
-            )
-        )
-        probabilities = attn.get_attention_scores(query, key)  # [B*N S T]
-        if cross:
-            self.kept.append(probabilities.unflatten(0, (-1, attn.heads)).numpy())
-        return attn.to_out[0](attn.batch_to_head_dim(probabilities @ value))
 
 
 @jax.jit(compiler_options=QUICK)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMPILATION_CACHE
 from PIL import Image
 from random_model import write_toy_concepts
+from running import COMPILATION_CACHE
 
 from catversion_jax import KVResidual, load_concept, save_concept
 from catversion_jax.cli import main

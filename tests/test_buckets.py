@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from random_model import write_toy_concepts
-from test_train_cli import arguments, final_files, run_to_end, start
+from running import arguments, final_files, run_to_end, start
 
 from catversion_jax import load_concept
 from catversion_jax.cli import main

@@ -1,14 +1,19 @@
 """CLIP's text encoder against transformers' CLIPTextModel."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
-from torch_reference import as_network, draw, randomise, relative_error
+from small_networks import (
+    SIZES,
+    default_encoders,
+    our_config,
+    our_encoder,
+    token_ids,
+    torch_encoder,
+)
+from torch_reference import draw, relative_error
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.encoder import CLIPEncoderLayer
@@ -16,44 +21,6 @@ from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.layers.attention import attention
 from catversion_jax.models.weights.convert import convert_state_dict
 from catversion_jax.models.weights.network import Network, abstract_network, random_network
-
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 20,
-    "bos_token_id": 97,
-    "eos_token_id": 98,
-}
-
-
-def torch_encoder(**changes) -> transformers.CLIPTextModel:
-    config = transformers.CLIPTextConfig(**(SIZES | changes), attn_implementation="eager")
-    return randomise(transformers.CLIPTextModel(config))
-
-
-def our_config(reference: torch.nn.Module) -> CLIPTextConfig:
-    return CLIPTextConfig.from_hf(reference.config.to_dict(), source="config.json")
-
-
-def our_encoder(reference: torch.nn.Module) -> Network:
-    config = our_config(reference)
-    return as_network(
-        reference, lambda rngs: CLIPTextModel(config, param_dtype=jnp.float32, rngs=rngs)
-    )
-
-
-@functools.cache
-def default_encoders() -> tuple[transformers.CLIPTextModel, Network]:
-    """The torch encoder of SIZES and ours, for tests that change neither."""
-    reference = torch_encoder()
-    return reference, our_encoder(reference)
-
-
-def token_ids(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 97, shape, dtype=np.int32)
 
 
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])

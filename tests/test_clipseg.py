@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from conftest import tiny_tokenizer
 from PIL import Image
 
 torch = pytest.importorskip("torch", reason="CLIPSeg is torch: pip install '.[test]'")
+
+from tiny_pipelines import tiny_tokenizer  # noqa: E402
 
 from catversion_jax.cli import main  # noqa: E402
 from catversion_jax.errors import CatVersionError  # noqa: E402

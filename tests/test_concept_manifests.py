@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_concepts import labels, put_images
+from concept_folders import labels, put_images
 
 from catversion_jax.concepts import read_concepts
 from catversion_jax.errors import CatVersionError

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from concept_folders import labels, put_images
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts, read_concepts
 from catversion_jax.concepts.prompts import contains_words, prompt_templates
@@ -54,18 +54,6 @@ CUSTOM_CONCEPT_101 = [
         "prompt_filename": "prompts/sunglasses.txt",
     },
 ]
-
-
-def put_images(folder: Path, *names: str) -> Path:
-    """Small PNGs, whatever the suffix: only names matter to these tests."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        Image.new("RGB", (8, 8)).save(folder / name, "PNG")
-    return folder
-
-
-def labels(spec: ConceptSpec) -> list[str]:
-    return [image.label for image in spec.images]
 
 
 def test_flat_folder_orders_naturally_and_lists_what_it_skips(tmp_path: Path) -> None:

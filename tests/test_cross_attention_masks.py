@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference is torch: pip install '.[test]'")
 pytest.importorskip("diffusers", reason="the reference is diffusers: pip install '.[test]'")
 
-from test_attention_maps import StoreProbabilities  # noqa: E402
+from small_networks import StoreProbabilities  # noqa: E402
 from torch_reference import nchw, relative_error  # noqa: E402
 
 from catversion_jax.config.masks import MaskSettings  # noqa: E402

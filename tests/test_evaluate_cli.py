@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from random_model import byte_vocabulary, write_random_model, write_toy_concepts
-from torch_reference import randomise
+from random_model import write_random_model, write_toy_concepts
+from tiny_pipelines import save_clip, save_vit
 
 from catversion_jax.cli import main
 from catversion_jax.concepts import ImageSource
@@ -31,37 +31,6 @@ PROMPTS = ["a {} in the snow", "a wet {} & <script>document.title = 'owned'</scr
 NAMES = {"striped_ball": "ball", "teal_cup": "cup"}
 WITHOUT_MASKS = shutil.ignore_patterns("*.mask.png")
 QUICK = ["--num_inference_steps", "2", "--num_images_per_prompt", "2", "--num_prior_images", "2"]
-
-
-def save_clip(folder, tokenizer):
-    """A random CLIP that reads bytes and sees 32 pixels."""
-    vocabulary = byte_vocabulary()
-    end = vocabulary["<|endoftext|>"]
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    text = sizes | {
-        "num_attention_heads": 4,
-        "vocab_size": len(vocabulary),
-        "max_position_embeddings": 48,
-        "bos_token_id": vocabulary["<|startoftext|>"],
-        "eos_token_id": end,
-    }
-    vision = sizes | {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
-    randomise(transformers.CLIPModel(config)).save_pretrained(folder)
-    for file in tokenizer.iterdir():
-        shutil.copy(file, folder)
-
-
-def save_vit(folder):
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
-    randomise(transformers.ViTModel(config), seed=1).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -229,6 +229,7 @@ class NotInstalled(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, NotInstalled())
 import numpy as np, torch
 torch.set_num_threads(1)
+from tiny_pipelines import save_tiny_sd  # noqa: E402
 from diffusers import DiffusionPipeline
 folder, latents, result = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
@@ -304,7 +305,7 @@ def test_export_says_what_is_wrong(run_folder: Path, tmp_path: Path, capsys) -> 
 def test_export_for_another_text_encoder_is_refused(
     run_folder: Path, tmp_path: Path, capsys, form: str
 ) -> None:
-    from conftest import save_tiny_sd
+    from tiny_pipelines import save_tiny_sd
 
     other = save_tiny_sd(tmp_path / "other", seed=1)
     arguments = ("export", run_folder, "--format", form, "--model", other, "--prompt", "a cat")

@@ -15,43 +15,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch_reference import as_network, draw, nchw, randomise, relative_error
+from torch_reference import TEXT_ENCODERS, as_network, draw, nchw, randomise, relative_error
 
 from catversion_jax.models.clip.encoder import CLIPEncoderLayer
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel, causal_bias
 from catversion_jax.models.clip.vision import CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.weights.network import Network, abstract_network
 
-# text_encoder/config.json of stable-diffusion-v1-5 and stable-diffusion-2-1
-PUBLISHED = {
-    "SD 1.5": {
-        "hidden_act": "quick_gelu",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-        "eos_token_id": 2,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-    },
-    "SD 2.1": {
-        "hidden_act": "gelu",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 23,
-        "eos_token_id": 2,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-    },
-}
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", TEXT_ENCODERS)
 def test_text_encoder(name, capsys):
     reference = randomise(
-        transformers.CLIPTextModel(transformers.CLIPTextConfig(**PUBLISHED[name]))
+        transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT_ENCODERS[name]))
     )
     config = CLIPTextConfig.from_hf(reference.config.to_dict(), source=name)
     ours = as_network(
@@ -73,7 +49,7 @@ def test_text_encoder(name, capsys):
     penultimate = relative_error(encode(ours, ids, output="penultimate"), states[-2])
     with capsys.disabled():
         report(f"{name} text encoder", max(layers), last, penultimate)
-    assert len(layers) == PUBLISHED[name]["num_hidden_layers"]
+    assert len(layers) == TEXT_ENCODERS[name]["num_hidden_layers"]
     assert max(layers) < 1e-5
     assert last < 1e-4
     assert penultimate < 1e-4

@@ -11,9 +11,8 @@ torch = pytest.importorskip("torch", reason="the folder is made with torch: pip 
 pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
 import diffusers  # noqa: E402
 import transformers  # noqa: E402
-from conftest import SD1_SCHEDULE, tiny_tokenizer  # noqa: E402
-from test_full_size_clip import PUBLISHED  # noqa: E402
-from torch_reference import SD15_UNET, SD15_VAE  # noqa: E402
+from tiny_pipelines import tiny_tokenizer  # noqa: E402
+from torch_reference import SD1_SCHEDULE, SD15_UNET, SD15_VAE, TEXT_ENCODERS  # noqa: E402
 
 from catversion_jax.cli import main  # noqa: E402
 
@@ -27,7 +26,7 @@ def write_sd15_configs(folder: Path) -> None:
         diffusers.UNet2DConditionModel.from_config(SD15_UNET).save_config(folder / "unet")
         diffusers.AutoencoderKL.from_config(SD15_VAE).save_config(folder / "vae")
     diffusers.DDIMScheduler(**SD1_SCHEDULE).save_config(folder / "scheduler")
-    transformers.CLIPTextConfig(**PUBLISHED["SD 1.5"]).save_pretrained(folder / "text_encoder")
+    transformers.CLIPTextConfig(**TEXT_ENCODERS["SD 1.5"]).save_pretrained(folder / "text_encoder")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
 
 

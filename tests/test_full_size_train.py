@@ -20,9 +20,8 @@ pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch", reason="the folder is made with torch: pip install '.[test]'")
 import diffusers  # noqa: E402
 import transformers  # noqa: E402
-from conftest import SD1_SCHEDULE, tiny_tokenizer  # noqa: E402
-from test_full_size_clip import PUBLISHED  # noqa: E402
-from torch_reference import SD15_UNET, SD15_VAE  # noqa: E402
+from tiny_pipelines import tiny_tokenizer  # noqa: E402
+from torch_reference import SD1_SCHEDULE, SD15_UNET, SD15_VAE, TEXT_ENCODERS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_GB = 20.0
@@ -31,7 +30,7 @@ LIMIT_GB = 20.0
 def write_sd15(folder: Path) -> None:
     """Random weights in the published sizes, half precision on disk (2.1 GB)."""
     torch.manual_seed(0)
-    text_config = transformers.CLIPTextConfig(**PUBLISHED["SD 1.5"])
+    text_config = transformers.CLIPTextConfig(**TEXT_ENCODERS["SD 1.5"])
     pipeline = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL.from_config(SD15_VAE),
         text_encoder=transformers.CLIPTextModel(text_config),

@@ -1,7 +1,6 @@
 """The PyTorch loader against attention written by hand, the plain pipeline and our own encoder."""
 
 import copy
-import functools
 import math
 import warnings
 from pathlib import Path
@@ -9,59 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from catversion_jax.methods.concept_file import save_concept
-from catversion_jax.methods.residual import KVResidual
-
 torch = pytest.importorskip("torch", reason="the loader is a PyTorch one: pip install '.[torch]'")
 pytest.importorskip("diffusers", reason="the loader is for diffusers: pip install '.[torch]'")
 
-from diffusers import StableDiffusionPipeline  # noqa: E402
+from tiny_pipelines import HEAD_DIM, NUM_HEADS, NUM_LAYERS, load_pipe, make_residual, write  # noqa: E402
 
 from catversion_jax.integrations import diffusers as loader  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
-NUM_LAYERS, NUM_HEADS, HEAD_DIM = 4, 4, 8
-
-
-def make_residual(
-    seed: int, positions: int = 1, layers: tuple = (1, 2, 3), bias: float = 0.0
-) -> KVResidual:
-    rng = np.random.default_rng(seed)
-    shape = (len(layers), positions, NUM_HEADS, HEAD_DIM)
-    draw = lambda: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    return KVResidual(draw(), draw(), layers, bias)
-
-
-def write(folder: Path, name: str, base_class: str, residual: KVResidual, **kwargs) -> Path:
-    return save_concept(
-        folder / name / "catversion.safetensors",
-        residual,
-        base_class=base_class,
-        name=name,
-        **kwargs,
-    )
-
 
 @pytest.fixture(params=["eager", "sdpa"])
 def implementation(request) -> str:
     return request.param
-
-
-@functools.cache
-def loaded_once(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
-
-
-def load_pipe(
-    folder: Path, implementation: str = "sdpa", dtype=torch.float32
-) -> StableDiffusionPipeline:
-    pipe = copy.copy(loaded_once(folder, dtype))
-    pipe.text_encoder, pipe.unet = copy.deepcopy((pipe.text_encoder, pipe.unet))
-    pipe.text_encoder.set_attn_implementation(implementation)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def token_ids(pipe, *prompts: str):

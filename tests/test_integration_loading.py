@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_integration_diffusers import load_pipe, make_residual, write
 
 torch = pytest.importorskip("torch", reason="the loader is a PyTorch one: pip install '.[torch]'")
+
+from tiny_pipelines import load_pipe, make_residual, write  # noqa: E402
 
 from catversion_jax.integrations import diffusers as loader  # noqa: E402
 from catversion_jax.methods.residual import KVResidual  # noqa: E402

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from random_model import write_toy_concepts
-from test_train_cli import arguments, final_files, start
+from running import arguments, final_files, start
 
 NUM_CONCEPTS, NUM_KILLS = 50, 20
 OPTIONS = {"max_train_steps": 100, "checkpointing_steps": 5, "concepts_per_device": 4}

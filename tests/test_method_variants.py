@@ -11,11 +11,17 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from scipy.stats import qmc
-from test_clip_text import default_encoders, token_ids
-from test_integration_diffusers import load_pipe
-from test_residual import HEAD_DIM, HEADS, attention_layer, make_residual
-from test_training_step import LAYERS, concept_data, config
+from small_networks import (
+    HEAD_DIM,
+    HEADS,
+    attention_layer,
+    default_encoders,
+    make_residual,
+    token_ids,
+)
+from tiny_pipelines import load_pipe
 from torch_reference import draw, relative_error
+from training_cases import LAYERS, concept_data, config
 
 from catversion_jax.cli import main
 from catversion_jax.config.training import make_config

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from random_model import write_toy_concepts
-from test_train_cli import arguments, assert_close, final_files, run_to_end, start
+from running import arguments, assert_close, final_files, run_to_end, start
 
 from catversion_jax.config.training import make_config
 from catversion_jax.errors import CatVersionError

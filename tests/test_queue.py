@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from random_model import write_toy_concepts
-from test_train_cli import arguments, final_files, run_to_end, start
+from running import arguments, final_files, run_here, run_to_end, start, timeline, wait_for
 
 from catversion_jax import load_concept
 from catversion_jax.cli import main
@@ -28,16 +27,6 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toys")
     write_toy_concepts(folder)
     return folder
-
-
-def timeline(output: Path) -> list[dict[str, str]]:
-    with (output / "timeline.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def run_here(model: Path, concepts: Path, output: Path, **options: object) -> int:
-    """Two of the eight virtual devices' worth of slots would do; the mesh takes all."""
-    return main(["train", *arguments(model, concepts, output, **options)])
 
 
 # ---- refilling
@@ -172,11 +161,6 @@ def test_the_feeder_stays_a_few_ahead_and_hands_errors_over() -> None:
 
 
 # ---- faults
-
-
-def wait_for(process: subprocess.Popen, pattern: str, output: Path) -> None:
-    while process.poll() is None and not list(output.glob(pattern)):
-        time.sleep(0.02)
 
 
 LONG = {"max_train_steps": 150}

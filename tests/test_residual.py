@@ -8,34 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_clip_text import default_encoders, token_ids, torch_encoder
+from small_networks import (
+    HEAD_DIM,
+    HEADS,
+    attention_layer,
+    default_encoders,
+    make_residual,
+    token_ids,
+    torch_encoder,
+)
 from torch_reference import draw, relative_error
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.residual import KVResidual, resolve_layers
-from catversion_jax.models.clip.encoder import CLIPAttention, EncoderConfig, ExtraKeys
+from catversion_jax.models.clip.encoder import ExtraKeys
 from catversion_jax.models.clip.text import causal_bias
-from catversion_jax.models.weights.network import random_network
-
-HEADS, HEAD_DIM = 6, 8
-
-
-def make_residual(layers=(2, 3, 4), positions=1, logit_bias=0.0, seed=0) -> KVResidual:
-    shape = (len(layers), positions, HEADS, HEAD_DIM)
-    return KVResidual(
-        draw(*shape, seed=seed), draw(*shape, seed=seed + 100), tuple(layers), logit_bias
-    )
-
-
-def attention_layer() -> tuple:
-    config = EncoderConfig(48, 80, 1, HEADS, "quick_gelu", 1e-5)
-    layer = random_network(
-        lambda rngs: CLIPAttention(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
-    )
-    # The output projection is a matter of its own: make it the identity to see the heads' outputs.
-    layer.params["out_proj"] = {"kernel": jnp.eye(48), "bias": jnp.zeros(48)}
-    layer.params["q_proj"]["kernel"] *= 4.0
-    return layer, draw(2, 7, 48, seed=5)
 
 
 @pytest.mark.parametrize("logit_bias", [0.0, 1.0, -2.5])

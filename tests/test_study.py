@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from diffusers import UNet2DConditionModel
 from random_model import write_random_model, write_toy_concepts
-from test_evaluate_cli import save_clip
+from tiny_pipelines import save_clip
 
 from catversion_jax.concepts import read_concepts
 from catversion_jax.config.training import TrainConfig, make_config

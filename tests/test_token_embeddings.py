@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from random_model import write_toy_concepts
-from test_train_cli import arguments, final_files
-from test_training_step import LAYERS, concept_data, config, distance
+from running import arguments, final_files
 from torch_reference import draw, relative_error
+from training_cases import LAYERS, concept_data, config, distance
 from transformers import CLIPTextModel
 
 from catversion_jax.cli import main

@@ -2,39 +2,22 @@
 
 import csv
 import json
-import os
 import random
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMPILATION_CACHE
 from PIL import Image
 from random_model import write_toy_concepts
+from running import arguments, assert_close, final_files, run_to_end, start
 from safetensors import safe_open
 
 from catversion_jax import load_concept
 from catversion_jax.cli import main
-
-ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = {
-    "max_train_steps": 12,
-    "steps_per_dispatch": 2,
-    "checkpointing_steps": 4,
-    "eval_steps": 6,
-    "num_eval_samples": 2,
-    "logging_steps": 2,
-    "validation_steps": "null",
-    "report_to": "none",
-    "concepts_per_device": 2,
-    "compilation_cache_dir": COMPILATION_CACHE,
-}
 
 
 @pytest.fixture(scope="module")
@@ -43,43 +26,6 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toys")
     write_toy_concepts(folder)
     return folder
-
-
-def arguments(model: Path, concepts: Path, output: Path, **options: object) -> list[str]:
-    merged = {
-        "pretrained_model_name_or_path": model,
-        "concepts": concepts,
-        "output_dir": output,
-        **OPTIONS,
-        **options,
-    }
-    return [f"{key}={value}" for key, value in merged.items()]
-
-
-def start(args: list[str], **variables: str) -> subprocess.Popen:
-    """The real program in a process of its own, on one CPU device."""
-    # every program is shared with the other tests, also the quickly compiled ones
-    cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **cached, **variables}
-    command = [sys.executable, str(ROOT / "train_tpu.py"), *args]
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def run_to_end(args: list[str], **variables: str) -> str:
-    """What it printed, when it succeeded."""
-    process = start(args, **variables)
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text
-    return text
-
-
-def final_files(output: Path) -> dict[str, bytes]:
-    return {
-        p.parent.name: p.read_bytes()
-        for p in sorted(output.glob("concepts/*/catversion.safetensors"))
-    }
 
 
 @pytest.fixture(scope="module")
@@ -218,13 +164,6 @@ def test_an_interrupted_run_goes_on_without_a_concept_that_was_taken_out(
     text = run_to_end(arguments(tiny_sd_folder, concepts, output))
     assert "resumed 1 concepts at step" in text
     assert sorted(final_files(output)) == ["striped_ball", "teal_cup"]
-
-
-def assert_close(output: Path, reference: Path) -> None:
-    """Equal up to the order of sums: within 0.1 % of the distance that 12 steps of 1e-2 can go."""
-    for path in reference.glob("concepts/*/catversion.safetensors"):
-        one, other = load_concept(path), load_concept(output / path.relative_to(reference))
-        assert np.abs(one.learned.key - other.learned.key).max() < 1e-3 * 12 * 1e-2
 
 
 def test_a_finished_run_is_recognised(tiny_sd_folder: Path, toys: Path, finished: Path) -> None:

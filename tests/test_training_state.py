@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_training_step import concept_data
+from training_cases import concept_data
 from transformers import CLIPTextModel
 
 from catversion_jax.config.training import make_config

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 import torch
+from training_cases import LAYERS, NUM_CONCEPTS, concept_data, config, distance
 
-from catversion_jax.config.training import TrainConfig, make_config
+from catversion_jax.config.training import TrainConfig
 from catversion_jax.diffusion.schedule import NoiseSchedule, noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
@@ -18,7 +19,6 @@ from catversion_jax.runtime.sharding import make_mesh, place_by_concept, replica
 from catversion_jax.training.state import (
     ConceptData,
     TrainState,
-    concept_key,
     create_train_state,
     make_optimizer,
 )
@@ -30,47 +30,10 @@ from catversion_jax.training.step import (
     sample_batch,
 )
 
-LAYERS = (1, 2, 3)
-NUM_CONCEPTS = 8
-
 
 @pytest.fixture(scope="module")
 def backbone(tiny_sd_folder: Path) -> Backbone:
     return load_backbone(tiny_sd_folder)
-
-
-def config(**options: object) -> TrainConfig:
-    return make_config(
-        {"concepts": "unused", "steps_per_dispatch": 6, "learning_rate": 1e-3, **options}
-    )
-
-
-def concept_data(backbone: Backbone, seed: int = 0) -> tuple[KVResidual, ConceptData]:
-    """Eight concepts with 1..4 images and 1..2 prompts."""
-    rng = np.random.default_rng(seed)
-    hidden = backbone.text_encoder.call(
-        "lower", backbone.tokenizer(["a teapot", "the cat"]), LAYERS[0]
-    )
-    shape = (NUM_CONCEPTS, 4, 2, 8, 8, 4)
-    data = ConceptData(
-        rng=jnp.stack([concept_key(i) for i in range(NUM_CONCEPTS)]),
-        latent_mean=rng.normal(size=shape).astype(np.float32),
-        latent_std=np.full(shape, 0.1, np.float32),
-        mask=None,
-        num_images=1 + np.arange(NUM_CONCEPTS, dtype=np.int32) % 4,
-        flip=np.full(NUM_CONCEPTS, 0.5, np.float32),
-        text_hidden=np.stack([np.asarray(hidden)] * NUM_CONCEPTS),
-        num_prompts=1 + np.arange(NUM_CONCEPTS, dtype=np.int32) % 2,
-        empty_hidden=None,
-    )
-    leaf = (NUM_CONCEPTS, len(LAYERS), 2, 4, 8)
-    residual = KVResidual(
-        rng.normal(size=leaf).astype(np.float32),
-        rng.normal(size=leaf).astype(np.float32),
-        LAYERS,
-        0.0,
-    )
-    return residual, data
 
 
 def run(
@@ -100,12 +63,6 @@ def run(
 @pytest.fixture(scope="module")
 def packed(backbone: Backbone) -> TrainState:
     return run(backbone, config(), devices=1)[0]
-
-
-def distance(a: KVResidual, b: KVResidual) -> float:
-    """Largest difference, in units of the distance travelled in six steps of 1e-3."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return max(float(np.abs(x - y).max()) for x, y in pairs) / 6e-3
 
 
 def test_training_moves_every_number(backbone: Backbone, packed: TrainState) -> None:

@@ -14,10 +14,10 @@ torch = pytest.importorskip(
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install '.[test]'")
 
 from diffusers.models.embeddings import get_timestep_embedding  # noqa: E402
+from small_networks import FORWARD, QUICK, SD1_LIKE, SD2_KEYS, SD2_LIKE, build, forward  # noqa: E402
 from torch_reference import (  # noqa: E402
     SD15_UNET,
     SD21_UNET,
-    as_network,
     draw,
     nchw,
     nhwc,
@@ -36,65 +36,10 @@ from catversion_jax.models.unet.unet import UNet2DConditionModel, timestep_embed
 from catversion_jax.models.weights.convert import load_network  # noqa: E402
 from catversion_jax.models.weights.network import Network, abstract_network  # noqa: E402
 
-SD1_LIKE = SD15_UNET | {
-    "block_out_channels": [16, 24],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
-    "attention_head_dim": 4,
-    "cross_attention_dim": 24,
-    "norm_num_groups": 8,
-    "sample_size": 16,
-}
-SD2_KEYS = {"use_linear_projection": True, "upcast_attention": True, "dual_cross_attention": False}
-SD2_LIKE = (
-    SD1_LIKE
-    | SD2_KEYS
-    | {
-        "block_out_channels": [16, 32, 48],
-        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        "attention_head_dim": [2, 4, 6],
-    }
-)
 WITH_GRADIENT = {
     "sd1": SD1_LIKE,
     "sd2": SD1_LIKE | SD2_KEYS | {"attention_head_dim": [2, 3]},
 }
-FORWARD = {
-    "only-cross": SD1_LIKE
-    | {
-        "down_block_types": ["CrossAttnDownBlock2D"] * 2,
-        "up_block_types": ["CrossAttnUpBlock2D"] * 2,
-        "only_cross_attention": [False, True],
-    },
-    "deep-inside": SD1_LIKE
-    | {
-        "transformer_layers_per_block": [1, 2],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "cross_attention_dim": [24, 24],
-    },
-    "uneven-depth": SD1_LIKE | {"layers_per_block": [1, 2], "act_fn": "gelu"},
-    "inpainting-channels": SD1_LIKE
-    | {"in_channels": 9, "out_channels": 5, "flip_sin_to_cos": False},
-    "other-details": SD1_LIKE
-    | {"freq_shift": 1, "norm_eps": 1e-3, "only_cross_attention": True, "mid_block_type": None},
-    "one-block": SD1_LIKE
-    | {
-        "block_out_channels": [24],
-        "down_block_types": ["CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D"],
-    },
-}
-# Each of these programs runs once: compiling well would cost more than it saves.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-def build(config):
-    """A torch UNet with random weights and our network holding the same."""
-    reference = randomise(diffusers.UNet2DConditionModel.from_config(config))
-    return reference, as_network(reference, lambda rngs: UNet2DConditionModel(config, rngs=rngs))
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +50,6 @@ def one_block_pair():
 @pytest.fixture(scope="module")
 def sd2_pair():
     return build(SD2_LIKE)
-
-
-@jax.jit(compiler_options=QUICK)
-def forward(unet, *args):
-    return unet(*args)
 
 
 @jax.jit(compiler_options=QUICK)

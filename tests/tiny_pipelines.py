@@ -1,0 +1,166 @@
+"""A small random Stable Diffusion of the real classes of diffusers, and what belongs to it."""
+
+import copy
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from random_model import byte_vocabulary
+from torch_reference import SD1_SCHEDULE, randomise
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from catversion_jax.methods.concept_file import save_concept
+from catversion_jax.methods.residual import KVResidual
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM = 4, 4, 8
+
+
+def tiny_tokenizer(folder: Path, *, context: int):
+    """CLIP's tokenizer without merges: every byte is a token."""
+
+    # from files: the constructor's arguments changed with transformers 5
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(byte_vocabulary()))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=context)
+
+
+def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0) -> Path:
+    """Write a random Stable Diffusion of the real classes, 16x16 images, a few hundred kB."""
+    import torch
+    from diffusers import (
+        StableDiffusionPipeline,
+    )
+
+    vocabulary = byte_vocabulary()
+    tokenizer = tiny_tokenizer(folder / "tokenizer", context=context)
+    torch.manual_seed(seed)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=context,
+            projection_dim=32,
+            bos_token_id=vocabulary["<|startoftext|>"],
+            eos_token_id=vocabulary["<|endoftext|>"],
+            pad_token_id=vocabulary["<|endoftext|>"],
+        )
+    )
+    # The usual 0.02 gives near-zero attention logits: make the text matter, so that a wrong mask is
+    # seen.
+    with torch.no_grad():
+        for name, parameter in text_encoder.named_parameters():
+            if "norm" not in name and parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=16,
+    )
+    scheduler = DDIMScheduler(**SD1_SCHEDULE)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def loaded_once(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+
+
+def load_pipe(
+    folder: Path, implementation: str = "sdpa", dtype=torch.float32
+) -> StableDiffusionPipeline:
+    pipe = copy.copy(loaded_once(folder, dtype))
+    pipe.text_encoder, pipe.unet = copy.deepcopy((pipe.text_encoder, pipe.unet))
+    pipe.text_encoder.set_attn_implementation(implementation)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_residual(
+    seed: int, positions: int = 1, layers: tuple = (1, 2, 3), bias: float = 0.0
+) -> KVResidual:
+    rng = np.random.default_rng(seed)
+    shape = (len(layers), positions, NUM_HEADS, HEAD_DIM)
+    draw = lambda: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return KVResidual(draw(), draw(), layers, bias)
+
+
+def write(folder: Path, name: str, base_class: str, residual: KVResidual, **kwargs) -> Path:
+    return save_concept(
+        folder / name / "catversion.safetensors",
+        residual,
+        base_class=base_class,
+        name=name,
+        **kwargs,
+    )
+
+
+def save_clip(folder, tokenizer):
+    """A random CLIP that reads bytes and sees 32 pixels."""
+    vocabulary = byte_vocabulary()
+    end = vocabulary["<|endoftext|>"]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text = sizes | {
+        "num_attention_heads": 4,
+        "vocab_size": len(vocabulary),
+        "max_position_embeddings": 48,
+        "bos_token_id": vocabulary["<|startoftext|>"],
+        "eos_token_id": end,
+    }
+    vision = sizes | {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    randomise(transformers.CLIPModel(config)).save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder)
+
+
+def save_vit(folder):
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    randomise(transformers.ViTModel(config), seed=1).save_pretrained(folder)

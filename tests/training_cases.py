@@ -1,0 +1,53 @@
+"""Eight concepts for the compiled step, without files: random latents, real text states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from catversion_jax.config.training import TrainConfig, make_config
+from catversion_jax.methods.residual import KVResidual
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.training.state import ConceptData, concept_key
+
+LAYERS = (1, 2, 3)
+NUM_CONCEPTS = 8
+
+
+def config(**options: object) -> TrainConfig:
+    return make_config(
+        {"concepts": "unused", "steps_per_dispatch": 6, "learning_rate": 1e-3, **options}
+    )
+
+
+def concept_data(backbone: Backbone, seed: int = 0) -> tuple[KVResidual, ConceptData]:
+    """Eight concepts with 1..4 images and 1..2 prompts."""
+    rng = np.random.default_rng(seed)
+    hidden = backbone.text_encoder.call(
+        "lower", backbone.tokenizer(["a teapot", "the cat"]), LAYERS[0]
+    )
+    shape = (NUM_CONCEPTS, 4, 2, 8, 8, 4)
+    data = ConceptData(
+        rng=jnp.stack([concept_key(i) for i in range(NUM_CONCEPTS)]),
+        latent_mean=rng.normal(size=shape).astype(np.float32),
+        latent_std=np.full(shape, 0.1, np.float32),
+        mask=None,
+        num_images=1 + np.arange(NUM_CONCEPTS, dtype=np.int32) % 4,
+        flip=np.full(NUM_CONCEPTS, 0.5, np.float32),
+        text_hidden=np.stack([np.asarray(hidden)] * NUM_CONCEPTS),
+        num_prompts=1 + np.arange(NUM_CONCEPTS, dtype=np.int32) % 2,
+        empty_hidden=None,
+    )
+    leaf = (NUM_CONCEPTS, len(LAYERS), 2, 4, 8)
+    residual = KVResidual(
+        rng.normal(size=leaf).astype(np.float32),
+        rng.normal(size=leaf).astype(np.float32),
+        LAYERS,
+        0.0,
+    )
+    return residual, data
+
+
+def distance(a: KVResidual, b: KVResidual) -> float:
+    """Largest difference, in units of the distance travelled in six steps of 1e-3."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(x - y).max()) for x, y in pairs) / 6e-3

@@ -75,9 +75,15 @@ def test_images_grid_and_metadata(generate, concepts, tmp_path, tiny_sd_folder, 
     assert metadata["prompt"] == "a cat"
     assert metadata["negative_prompt"] == "ugly"
     assert metadata["seed"] == 6
-    assert metadata["concepts"] == [
-        {"name": "my_dog", "base_class": "dog", "scale": 1.5, "when": "class_word", "acts": False}
-    ]
+    (use,) = metadata["concepts"]
+    assert len(use.pop("sha256")) == 64
+    assert use == {
+        "name": "my_dog",
+        "base_class": "dog",
+        "scale": 1.5,
+        "when": "class_word",
+        "acts": False,
+    }
     assert (metadata["sampler"], metadata["num_inference_steps"], metadata["guidance_scale"]) == (
         "euler",
         2,

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catversion_jax import __version__
-from catversion_jax.cli.generate import add_sampling_arguments, sampling_settings
+from catversion_jax.cli.model_arguments import (
+    add_dtype_argument,
+    add_sampling_arguments,
+    given_sampling_settings,
+)
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
 
@@ -74,13 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", help="receives scores.csv, scores.json, report.html and images/ "
         "[RUN/evaluation, IMAGES/evaluation]")  # fmt: skip
     add_sampling_arguments(parser)
+    add_dtype_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; 0 when every concept was scored, 3 when the run has some that failed."""
     from catversion_jax.evaluation.prompts import load_prompt_set
 
-    settings = sampling_settings(args)
+    settings = given_sampling_settings(args)
     settings = dataclasses.replace(settings, batch_size=settings.batch_size or _BATCH_SIZE)
     prompt_set = load_prompt_set(args.prompts)
     count = args.num_images_per_prompt
@@ -173,10 +178,9 @@ class _Command:
     def _load_model(self) -> Backbone:
         import jax
 
-        from catversion_jax.evaluation.generation import concept_use
         from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
         from catversion_jax.runtime.sharding import make_mesh, replicated
-        from catversion_jax.sampling.requests import check_concept
+        from catversion_jax.sampling.requests import ConceptUse, check_concept
         from catversion_jax.training.run.reader import recorded_model
 
         args = self.args
@@ -197,7 +201,7 @@ class _Command:
             if subject.concept is not None:
                 check_concept(
                     backbone,
-                    concept_use(subject.concept),
+                    ConceptUse.of(subject.concept),
                     subject.concept.text_encoder_sha256,
                     force=args.force,
                 )

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from catversion_jax import __version__
-from catversion_jax.cli.prompt_files import PromptRow, read_prompts
+from catversion_jax.cli.model_arguments import (
+    add_dtype_argument,
+    add_sampling_arguments,
+    add_source_arguments,
+    given_sampling_settings,
+    load_model,
+)
+from catversion_jax.cli.paths import path_argument
+from catversion_jax.cli.prompt_files import read_prompts
 from catversion_jax.concepts.fields import WHEN
-from catversion_jax.config.sampling import SAMPLERS, SamplingSettings
 from catversion_jax.errors import CatVersionError
-from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.sampling.prompts import Prompt
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from catversion_jax.methods.concept_file import Concept
-    from catversion_jax.models.stable_diffusion import Backbone
-    from catversion_jax.sampling.requests import ConceptUse, ImageRequest
-
-_IMAGES_PER_PAGE = 64
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingSettings)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add = parser.add_argument
     add("--model", required=True, help="diffusers folder or Hugging Face hub id")
-    add("--revision", help="hub revision of the model")
-    add("--variant", help="weight file variant, for example fp16")
+    add_source_arguments(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="what to draw; repeatable")
     prompts.add_argument(
         "--prompts",
         metavar="FILE",
+        type=path_argument,
         help=(
             "text, one prompt a line; or JSONL/YAML rows of prompt, concepts, seed, negative_prompt"
         ),
@@ -69,38 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--latents",
         metavar="FILE.npy",
+        type=path_argument,
         help="initial latents [images channels h w], as diffusers takes them",
     )
     add(
         "--output_dir",
+        type=path_argument,
         default="catversion-images",
         help="receives the PNGs and the grid [catversion-images]",
     )
     add_sampling_arguments(parser)
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of :class:`SamplingSettings` and the number format."""
-    add = parser.add_argument
-    add("--sampler", help=f"one of {', '.join(SAMPLERS)} [{_DEFAULTS['sampler']}]")
-    add("--num_inference_steps", type=int, help=f"[{_DEFAULTS['num_inference_steps']}]")
-    add("--guidance_scale", type=float, help=f"[{_DEFAULTS['guidance_scale']}]")
-    add("--eta", type=float, help=f"ddim: 0 deterministic, 1 DDPM [{_DEFAULTS['eta']}]")
-    add(
-        "--karras",
-        action=argparse.BooleanOptionalAction,
-        help="Karras spacing [as the model's folder says]",
-    )
-    add("--height", type=int, help="pixels [the model's]")
-    add("--width", type=int, help="pixels [the model's]")
-    add("--batch_size", type=int, help="images denoised together on a device [CPU: 1, else 4]")
-    add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
-
-
-def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
-    """The options of :func:`add_sampling_arguments` that were given, over the defaults."""
-    given = {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
-    return SamplingSettings(**given)
+    add_dtype_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,133 +85,45 @@ def run(args: argparse.Namespace) -> int:
         raise CatVersionError(
             f"--num_images_per_prompt {args.num_images_per_prompt}: must be at least 1."
         )
-    settings = sampling_settings(args)
-    rows = [PromptRow(p) for p in args.prompt] if args.prompt else read_prompts(Path(args.prompts))
-    shelf = _ConceptShelf(args)
-    for row in rows:
-        shelf.of_row(row)  # a wrong name or path shows before the model is loaded
-    latents = None if args.latents is None else _read_latents(Path(args.latents))
+    settings = given_sampling_settings(args)
+    rows = [Prompt(p) for p in args.prompt] if args.prompt else read_prompts(args.prompts)
+    seeds = range(args.seed, args.seed + args.num_images_per_prompt)
+    latents = None if args.latents is None else _read_latents(args.latents)
 
-    import jax
-
-    from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
     from catversion_jax.runtime.atomic_files import make_folder
-    from catversion_jax.runtime.sharding import make_mesh, replicated
-    from catversion_jax.sampling.requests import check_concept
+    from catversion_jax.sampling.concept_shelf import ConceptShelf
+    from catversion_jax.sampling.generate import images_per_page
+    from catversion_jax.sampling.pages import ImageMetadata, PageFolder, draw_pages
 
-    make_folder(Path(args.output_dir))
-    num_images = len(rows) * args.num_images_per_prompt
-    dtype = args.dtype or default_dtype()
-    backbone = load_backbone(
-        args.model,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=dtype,
-        sharding=replicated(make_mesh(1, jax.local_devices()[:num_images])),
-    )
-    for concept, use in shelf.used():
-        check_concept(backbone, use, concept.text_encoder_sha256, force=args.force)
-    requests = [request for row in rows for request in _requests(args, row, shelf)]
-    _draw_pages(args, backbone, settings, requests, latents)
+    # A wrong concept, seed or folder shows before the model is loaded.
+    shelf = ConceptShelf(args.concept, scale=args.scale, when=args.when)
+    requests = shelf.requests(rows, seeds, args.negative_prompt)
+    make_folder(args.output_dir)
+    backbone = load_model(args, args.model, dtype=args.dtype, max_devices=len(requests))
+    shelf.check(backbone, force=args.force)
+    describe = ImageMetadata(backbone, settings, None if latents is None else str(args.latents))
+    folder = PageFolder(args.output_dir, len(seeds), describe)
+    with _progress(len(requests)) as advance:
+        for page in draw_pages(
+            backbone,
+            requests,
+            settings,
+            latents=latents,
+            images_per_page=images_per_page(len(seeds)),
+            on_step=advance,
+        ):
+            files, grid = folder.write(page)
+            plural = "" if len(files) == 1 else "s"
+            print(f"{len(files)} image{plural} and {grid}")
     return 0
-
-
-class _ConceptShelf:
-    """The concepts of the command line and of prompt rows, each file read once."""
-
-    def __init__(self, args: argparse.Namespace):
-        self._when, self._scale = args.when, args.scale
-        self._by_path: dict[Path, Concept] = {}
-        self._uses: dict[int, tuple[Concept, ConceptUse]] = {}
-        self._by_name: dict[str, tuple[Concept, float]] = {}
-        self._default: tuple[ConceptUse, ...] = ()
-        for text in args.concept:
-            path, scale = _split_scale(text, self._scale)
-            concept = self._load(as_path(path))
-            if concept.name in self._by_name:
-                raise CatVersionError(
-                    f"--concept {text}: another --concept is called {concept.name!r} too. Give "
-                    "each once."
-                )
-            self._by_name[concept.name] = (concept, scale)
-            self._default += (self._use(concept, scale),)
-
-    def of_row(self, row: PromptRow) -> tuple[ConceptUse, ...]:
-        """The concepts a prompt asks for; without its own, all of the command line."""
-        if row.concepts is None:
-            return self._default
-        return tuple(self._find(text) for text in row.concepts)
-
-    def used(self) -> list[tuple[Concept, ConceptUse]]:
-        """Every concept in use so far, with its file's content."""
-        return list(self._uses.values())
-
-    def _find(self, text: str) -> ConceptUse:
-        name, scale = _split_scale(text, None)
-        if name in self._by_name:
-            concept, default_scale = self._by_name[name]
-            return self._use(concept, default_scale if scale is None else scale)
-        if not as_path(name).exists():
-            known = ", ".join(map(repr, self._by_name)) or "none"
-            raise CatVersionError(
-                f"concept {name!r} of a prompt row: is neither a file nor the name of a --concept "
-                f"({known})."
-            )
-        return self._use(self._load(as_path(name)), self._scale if scale is None else scale)
-
-    def _load(self, path: Path) -> Concept:
-        from catversion_jax.methods.concept_file import (
-            CONCEPT_FILE_NAME,
-            concept_folders,
-            load_concept,
-        )
-
-        if path.is_dir() and not (path / CONCEPT_FILE_NAME).exists():
-            inside = concept_folders(path)[:8]
-            if inside:
-                raise CatVersionError(
-                    f"--concept {path}: holds several concepts; give one of "
-                    f"{', '.join(map(str, inside))}."
-                )
-        if path not in self._by_path:
-            self._by_path[path] = load_concept(path)
-        return self._by_path[path]
-
-    def _use(self, concept: Concept, scale: float) -> ConceptUse:
-        from catversion_jax.sampling.requests import ConceptUse
-
-        use = ConceptUse(
-            concept.name, concept.base_class, concept.learned, scale, self._when or concept.when
-        )
-        self._uses.setdefault(id(concept), (concept, use))
-        return use
-
-
-def _split_scale(text: str, default: Any) -> tuple[str, Any]:
-    """``path:0.8`` to path and scale; a colon that no number follows belongs to the path."""
-    head, colon, tail = text.rpartition(":")
-    try:
-        return (head, float(tail)) if colon and head else (text, default)
-    except ValueError:
-        return text, default
-
-
-def _requests(args: argparse.Namespace, row: PromptRow, shelf: _ConceptShelf) -> list[ImageRequest]:
-    from catversion_jax.sampling.requests import ImageRequest
-
-    seed = args.seed if row.seed is None else row.seed
-    negative = args.negative_prompt if row.negative_prompt is None else row.negative_prompt
-    return [
-        ImageRequest(row.prompt, shelf.of_row(row), seed + index, negative)
-        for index in range(args.num_images_per_prompt)
-    ]
 
 
 def _read_latents(path: Path) -> np.ndarray:
     import numpy as np
 
     try:
-        value = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            value = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise CatVersionError(
             f"--latents {path}: is not a readable .npy array ({error}). Write it with "
@@ -248,118 +136,24 @@ def _read_latents(path: Path) -> np.ndarray:
     return value
 
 
-def _draw_pages(
-    args: argparse.Namespace,
-    backbone: Backbone,
-    settings: SamplingSettings,
-    requests: Sequence[ImageRequest],
-    latents: np.ndarray | None,
-) -> None:
-    """Draw and write page by page, so that a long job keeps what it has."""
-    from catversion_jax.sampling.denoising import checked_latents, draw_requests
-    from catversion_jax.sampling.png import save_png
-    from catversion_jax.sampling.requests import active_concepts
-
-    # all of them, before the first page
-    checked_latents(backbone, settings, latents, len(requests))
-    folder, columns = Path(args.output_dir), args.num_images_per_prompt
-    per_page = max(_IMAGES_PER_PAGE // columns, 1) * columns
-    first = _next_number(folder)
-    for start in range(0, len(requests), per_page):
-        page = requests[start : start + per_page]
-        own_latents = None if latents is None else latents[start : start + per_page]
-        with _progress(f"images {start + 1}-{start + len(page)} of {len(requests)}") as advance:
-            result = draw_requests(backbone, page, settings, latents=own_latents, on_step=advance)
-        for offset, (image, request) in enumerate(zip(result.images, page, strict=True)):
-            acting = active_concepts(backbone.tokenizer, request.prompt, request.concepts)
-            metadata = _metadata(args, backbone, settings, request, acting)
-            name = f"{first + start + offset:05d}-{_slug(request.prompt)}-seed{request.seed}.png"
-            save_png(folder / name, image, metadata)
-        grid_path = folder / f"grid-{first + start:05d}.png"
-        save_png(grid_path, _grid(result.images, page, columns))
-        plural = "" if len(page) == 1 else "s"
-        print(f"{len(page)} image{plural} and {grid_path}")
-
-
 @contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that appears with the first step: warnings about the prompts come before
-    it.
+def _progress(num_images: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for each page. It appears with the page's first step: warnings about the
+    prompts come before it.
     """
     from tqdm import tqdm
 
     bars: list[Any] = []
 
     def advance(done: int, total: int) -> None:
-        if not bars:
-            bars.append(tqdm(desc=title, total=total, unit="step"))
-        bars[0].update(done - bars[0].n)
+        if done == 1:
+            bars.append(tqdm(desc=f"drawing {num_images} images", total=total, unit="step"))
+        bars[-1].update(done - bars[-1].n)
+        if done == total:
+            bars[-1].close()
 
     try:
         yield advance
     finally:
         for bar in bars:
             bar.close()
-
-
-def _grid(images: np.ndarray, page: Sequence[ImageRequest], columns: int) -> Any:
-    from catversion_jax.sampling.grids import image_grid
-
-    rows = [list(images[i : i + columns]) for i in range(0, len(page), columns)]
-    seeds = [
-        [request.seed for request in page[i : i + columns]] for i in range(0, len(page), columns)
-    ]
-    prompts = [page[i].prompt for i in range(0, len(page), columns)]
-    if all(row == seeds[0] for row in seeds):
-        return image_grid(
-            rows, row_labels=prompts, column_labels=[f"seed {seed}" for seed in seeds[0]]
-        )
-    labels = [f"{prompt} (from seed {row[0]})" for prompt, row in zip(prompts, seeds, strict=True)]
-    return image_grid(
-        rows, row_labels=labels, column_labels=[f"image {i + 1}" for i in range(columns)]
-    )
-
-
-def _metadata(
-    args: argparse.Namespace,
-    backbone: Backbone,
-    settings: SamplingSettings,
-    request: ImageRequest,
-    acting: Sequence[ConceptUse],
-) -> dict[str, Any]:
-    """Everything another run needs to draw the same image."""
-    concepts = [
-        {
-            "name": use.name,
-            "base_class": use.base_class,
-            "scale": use.scale,
-            "when": use.when,
-            "acts": any(use is one for one in acting),
-        }
-        for use in request.concepts
-    ]
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "seed": request.seed,
-        "concepts": concepts,
-        **{key: value for key, value in dataclasses.asdict(settings).items() if value is not None},
-        "latents": args.latents,
-        "model": backbone.name,
-        "text_encoder_sha256": backbone.text_encoder_sha256,
-        "software": f"catversion_jax {__version__}",
-    }
-
-
-def _next_number(folder: Path) -> int:
-    numbers = [
-        int(m.group(1))
-        for path in folder.iterdir()
-        if (m := re.match(r"(\d{5,})-.*\.png$", path.name))
-    ]
-    return max(numbers, default=-1) + 1
-
-
-def _slug(prompt: str) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:40].strip("-") or "image"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,27 +10,14 @@ from typing import Any
 import yaml
 
 from catversion_jax.errors import CatVersionError, did_you_mean
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptRow:
-    """One prompt; None means: as the command line says.
-
-    ``concepts`` are names of ``--concept`` or paths, each optionally with ``:scale``.
-    """
-
-    prompt: str
-    concepts: tuple[str, ...] | None = None
-    seed: int | None = None
-    negative_prompt: str | None = None
-
+from catversion_jax.sampling.prompts import Prompt
 
 _KEYS = {"prompt": str, "concepts": list, "seed": int, "negative_prompt": str}
 
 
-def read_prompts(path: Path) -> list[PromptRow]:
+def read_prompts(path: Path) -> list[Prompt]:
     """Read ``.txt`` (one prompt a line), ``.jsonl``, ``.json`` or ``.yaml`` (rows with the keys of
-    a PromptRow).
+    a Prompt).
 
     Raises:
       CatVersionError: unreadable, empty, or a row that is no prompt; the message names its number.
@@ -49,7 +35,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
     elif suffix in (".yaml", ".yml", ".json"):
         rows = [_row(path, n, value) for n, value in enumerate(_yaml_list(path, text), start=1)]
     else:
-        rows = [PromptRow(line) for _, line in _lines(text)]
+        rows = [Prompt(line) for _, line in _lines(text)]
     if not rows:
         raise CatVersionError(f"--prompts {path}: holds no prompt. Write one per line.")
     return rows
@@ -82,10 +68,10 @@ def _yaml_list(path: Path, text: str) -> list[Any]:
     return value
 
 
-def _row(path: Path, number: int, value: Any) -> PromptRow:
+def _row(path: Path, number: int, value: Any) -> Prompt:
     where = f"--prompts {path}, row {number}"
     if isinstance(value, str):
-        return PromptRow(value)
+        return Prompt(value)
     if not isinstance(value, Mapping) or "prompt" not in value:
         raise CatVersionError(
             f"{where}: {value!r} has no 'prompt'. The keys are {', '.join(_KEYS)}."
@@ -103,7 +89,7 @@ def _row(path: Path, number: int, value: Any) -> PromptRow:
     concepts = value.get("concepts")
     if concepts is not None and not all(isinstance(item, str) for item in concepts):
         raise CatVersionError(f"{where}: concepts={concepts!r}, must be a list of names or paths.")
-    return PromptRow(
+    return Prompt(
         value["prompt"],
         None if concepts is None else tuple(concepts),
         value.get("seed"),

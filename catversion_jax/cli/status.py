@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.cli.paths import path_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("run", type=as_path, metavar="RUN", help="output_dir of a training run")
+    parser.add_argument(
+        "run", type=path_argument, metavar="RUN", help="output_dir of a training run"
+    )
     parser.add_argument("--json", action="store_true", help="everything, one line per concept")
 
 

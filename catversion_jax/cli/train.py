@@ -69,9 +69,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"process {jax.process_index()} of {jax.process_count()}")
     devices = jax.local_devices()
     print(f"{len(devices)} device(s) of kind {devices[0].device_kind}, {dtype}")
-    if dtype == "float32":
-        # Accelerators would otherwise multiply float32 matrices with fewer bits.
-        jax.config.update("jax_default_matmul_precision", "highest")
     print(f"loading {config.pretrained_model_name_or_path}")
     backbone = load_backbone(
         config.pretrained_model_name_or_path,

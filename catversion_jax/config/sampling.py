@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from catversion_jax.errors import CatVersionError
 
@@ -37,3 +38,12 @@ class SamplingSettings:
             raise CatVersionError(
                 f"guidance_scale={self.guidance_scale}: must be a finite number; 7.5 is usual."
             )
+
+
+def sampling_settings(**given: Any) -> SamplingSettings:
+    """The settings that are not None, over the defaults.
+
+    Raises:
+      CatVersionError: a setting that cannot be.
+    """
+    return SamplingSettings(**{name: value for name, value in given.items() if value is not None})

@@ -25,7 +25,7 @@ from catversion_jax.array_types import Int
 from catversion_jax.concepts.folders import children, is_image_name
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.prompts import EvaluationPrompt
-from catversion_jax.sampling.png import read_metadata, save_png
+from catversion_jax.sampling.png import read_metadata, save_png, slug
 
 PLAIN_FOLDER = "_plain"
 _SEEDED = re.compile(r"^(?P<prompt>.+)_(?P<seed>\d+)$")
@@ -39,11 +39,6 @@ class GeneratedImage:
     path: Path
     prompt: int
     seed: int
-
-
-def slug(text: str) -> str:
-    """A text as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:150].strip("-") or "image"
 
 
 def image_name(prompt: str, seed: int) -> str:

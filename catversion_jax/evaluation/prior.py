@@ -24,10 +24,11 @@ from catversion_jax.concepts.folders import children
 from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.evaluation.alignment import matched_cosines
 from catversion_jax.evaluation.embedders import ClipEmbedder
-from catversion_jax.evaluation.generation import PlannedImage, concept_use
-from catversion_jax.evaluation.image_folders import PLAIN_FOLDER, image_name, read_pixels, slug
+from catversion_jax.evaluation.generation import PlannedImage
+from catversion_jax.evaluation.image_folders import PLAIN_FOLDER, image_name, read_pixels
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.subjects import Subject
+from catversion_jax.sampling.png import slug
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 
 ZERO_SHOT_PROMPT = "a {}"
@@ -78,16 +79,16 @@ def plan_prior(
         if subject.concept is None:
             continue
         own = folder / subject.name
-        off = concept_use(subject.concept, scale=0.0)
+        off = ConceptUse.of(subject.concept, scale=0.0)
         planned += _with_plain(folder, own / "off", prompt_set, subject.base_class, seed, 0, off)
         others = _others(classes, subject.base_class)
         if not others:
             continue
-        as_used = concept_use(subject.concept)
+        as_used = ConceptUse.of(subject.concept)
         planned += _with_plain(folder, own / "other", prompt_set, others[0], seed, 0, as_used)
         if subject.concept.learned.num_word_places is not None:
             continue  # it stands for its class word, so it cannot act where that is not written
-        forced = concept_use(subject.concept, when="always")
+        forced = ConceptUse.of(subject.concept, when="always")
         planned += plan_drift(folder, subject, prompt_set, classes, seed, num_images, forced)
     return list({image.path: image for image in planned}.values())
 

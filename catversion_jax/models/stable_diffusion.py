@@ -24,6 +24,8 @@ from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.hub import locate_model
 from catversion_jax.models.weights.network import Network, abstract_network
 from catversion_jax.models.weights.safetensors_files import open_checkpoint
+from catversion_jax.runtime.precision import use_full_float32
+from catversion_jax.runtime.sharding import make_mesh, replicated
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -90,7 +92,8 @@ def load_backbone(
       model: a diffusers folder, or a Hugging Face hub id.
       revision: branch, tag or commit of the hub id.
       variant: for instance ``"fp16"``: read ``*.fp16.safetensors``.
-      dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet.
+      dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet. With float32, products of
+        float32 matrices keep all their bits on accelerators too, in the whole process.
       sharding: where the weights go, as for ``jax.device_put``.
 
     Raises:
@@ -102,6 +105,37 @@ def load_backbone(
     backbone = _assemble(str(model), folder, _dtype(dtype), load)
     checkpoint = open_checkpoint(folder / "text_encoder", variant=variant)
     return dataclasses.replace(backbone, text_encoder_sha256=text_encoder_sha256(checkpoint))
+
+
+def load_model(
+    model: str | Path | Backbone,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: str | None = None,
+    max_devices: int | None = None,
+) -> Backbone:
+    """Load a model for drawing: a copy on every device of this machine.
+
+    Args:
+      model: as for :func:`load_backbone`; a backbone is returned as it is.
+      revision: branch, tag or commit of the hub id.
+      variant: variant of the weight files.
+      dtype: of text encoder and UNet; None is :func:`default_dtype`.
+      max_devices: so many devices at most receive a copy.
+
+    Raises:
+      CatVersionError: the model cannot be used; see :func:`load_backbone`.
+    """
+    if isinstance(model, Backbone):
+        return model
+    return load_backbone(
+        model,
+        revision=revision,
+        variant=variant,
+        dtype=dtype or default_dtype(),
+        sharding=replicated(make_mesh(1, jax.local_devices()[:max_devices])),
+    )
 
 
 def abstract_backbone(
@@ -123,6 +157,8 @@ def abstract_backbone(
 
 
 def _assemble(name: str, folder: Path, weights: Any, load: Callable[..., Network]) -> Backbone:
+    if weights == jnp.float32:
+        use_full_float32()
     configs = {name: read_config(folder / name) for name in ("text_encoder", "unet", "vae")}
     _check_components_fit(folder, configs)
     text_config = CLIPTextConfig.from_hf(

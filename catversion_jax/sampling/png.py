@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from catversion_jax.runtime.atomic_files import write_atomically
 
 METADATA_KEY = "parameters"
 """Key of the text entry: the one that other image tools read too."""
+
+
+def slug(text: str, max_length: int = 150) -> str:
+    """A text as part of a file name: "A dog, in snow" is ``a-dog-in-snow``."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:max_length].strip("-") or "image"
 
 
 def save_png(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.clip.tokenizer import PlacedPrompt, Tokenizer
 from catversion_jax.models.stable_diffusion import Backbone
@@ -51,6 +52,11 @@ class ConceptUse:
                 f"when=always of concept {self.name!r}: its vectors stand for the class word, so "
                 "it acts only where that is written. Use when=class_word."
             )
+
+    @classmethod
+    def of(cls, concept: Concept, *, scale: float = 1.0, when: str | None = None) -> ConceptUse:
+        """A trained concept as its file says, unless ``when`` says otherwise."""
+        return cls(concept.name, concept.base_class, concept.learned, scale, when or concept.when)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""The options that name a model, and loading it, for the commands that use one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from catversion_jax.config.sampling import SAMPLERS, SamplingSettings, sampling_settings
+
+if TYPE_CHECKING:
+    from catversion_jax.models.stable_diffusion import Backbone
+
+DEFAULTS = SamplingSettings()
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which files of a model are read: ``--revision`` and ``--variant``."""
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
+    parser.add_argument("--variant", help="variant of the weight files, for example fp16")
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """The numbers the model computes with."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="numbers of text encoder and UNet [float32 on CPU, else bfloat16]",
+    )
+
+
+def load_model(
+    args: argparse.Namespace, model: str, *, dtype: str | None = None, max_devices: int = 1
+) -> Backbone:
+    """Load ``model`` with the options of :func:`add_source_arguments`; ``dtype`` as there."""
+    from catversion_jax.models.stable_diffusion import load_model
+
+    return load_model(
+        model,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=dtype,
+        max_devices=max_devices,
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of :class:`SamplingSettings`."""
+    add = parser.add_argument
+    add("--sampler", help=f"one of {', '.join(SAMPLERS)} [{DEFAULTS.sampler}]")
+    add("--num_inference_steps", type=int, help=f"denoising steps [{DEFAULTS.num_inference_steps}]")
+    add(
+        "--guidance_scale",
+        type=float,
+        help=f"weight of classifier-free guidance [{DEFAULTS.guidance_scale}]",
+    )
+    add(
+        "--eta",
+        type=float,
+        help=f"noise of the ddim sampler: 0 deterministic, 1 DDPM [{DEFAULTS.eta}]",
+    )
+    add(
+        "--karras",
+        action=argparse.BooleanOptionalAction,
+        help="Karras spacing of the noise levels [as the model's folder says]",
+    )
+    add("--height", type=int, help="height of the images in pixels [the model's]")
+    add("--width", type=int, help="width of the images in pixels [the model's]")
+    add("--batch_size", type=int, help="images denoised together on a device [CPU: 1, else 4]")
+
+
+def given_sampling_settings(args: argparse.Namespace) -> SamplingSettings:
+    """The options of :func:`add_sampling_arguments` that were given, over the defaults."""
+    return sampling_settings(**given_sampling_options(args))
+
+
+def given_sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`add_sampling_arguments` by name; None where none was given."""
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingSettings)}

@@ -1,0 +1,174 @@
+"""The concepts of one call: paths, loaded concepts and prompt rows to :class:`ConceptUse`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias, TypeGuard, cast
+
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.concept_file import (
+    CONCEPT_FILE_NAME,
+    Concept,
+    concept_folders,
+    load_concept,
+)
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.sampling.prompts import Prompt
+from catversion_jax.sampling.requests import ConceptUse, ImageRequest, check_concept
+
+ConceptSource: TypeAlias = "str | os.PathLike[str] | Concept"
+ConceptArgument: TypeAlias = "ConceptSource | tuple[ConceptSource, float]"
+Concepts: TypeAlias = "ConceptArgument | Sequence[ConceptArgument] | Mapping[ConceptSource, float]"
+
+
+class ConceptShelf:
+    """The concepts that a call names, and those that single prompts name; each file is read once.
+
+    Args:
+      concepts: a path (optionally ``path:scale``), a :class:`Concept`, a pair of one of these and
+        its scale, a sequence of such, or a mapping from path to scale.
+      scale: strength of those without a scale of their own.
+      when: when concepts act; None is what their files say.
+
+    Raises:
+      CatVersionError: a file is no concept, or two concepts have one name.
+    """
+
+    def __init__(self, concepts: Concepts = (), *, scale: float = 1.0, when: str | None = None):
+        self._when, self._scale = when, scale
+        self._by_path: dict[Path, Concept] = {}
+        self._used: dict[int, tuple[Concept, ConceptUse]] = {}
+        self._by_name: dict[str, tuple[Concept, float]] = {}
+        self._all: tuple[ConceptUse, ...] = ()
+        for source, own_scale in _pairs(concepts):
+            concept, scale = self._concept(source, own_scale)
+            if concept.name in self._by_name:
+                raise CatVersionError(
+                    f"concept {source}: another concept of this call is called "
+                    f"{concept.name!r} too. Give each once."
+                )
+            self._by_name[concept.name] = (concept, scale)
+            self._all += (self._use(concept, scale),)
+
+    def requests(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], negative_prompt: str = ""
+    ) -> list[ImageRequest]:
+        """One request for each prompt and seed, prompt by prompt.
+
+        Raises:
+          CatVersionError: a prompt names an unknown concept, or a seed is out of range.
+        """
+        return [
+            ImageRequest(
+                row.prompt,
+                self._of(row),
+                seed if row.seed is None else row.seed + seed - seeds[0],
+                negative_prompt if row.negative_prompt is None else row.negative_prompt,
+            )
+            for row in prompts
+            for seed in seeds
+        ]
+
+    def base_model(self) -> str:
+        """The one model that all concepts in use were trained on.
+
+        Raises:
+          CatVersionError: they do not say, or name several.
+        """
+        return base_model([concept for concept, _ in self._used.values()])
+
+    def check(self, backbone: Backbone, *, force: bool = False) -> None:
+        """Make sure that every concept in use was made for this model.
+
+        Raises:
+          CatVersionError: one was not; see :func:`check_concept`.
+        """
+        for concept, use in self._used.values():
+            check_concept(backbone, use, concept.text_encoder_sha256, force=force)
+
+    def _of(self, row: Prompt) -> tuple[ConceptUse, ...]:
+        """The concepts of one prompt; where it names none, all of the call."""
+        if row.concepts is None:
+            return self._all
+        return tuple(self._find(text) for text in row.concepts)
+
+    def _find(self, text: str) -> ConceptUse:
+        name, scale = _split_scale(text)
+        if name in self._by_name:
+            concept, default_scale = self._by_name[name]
+            return self._use(concept, default_scale if scale is None else scale)
+        if not as_path(name).exists():
+            known = ", ".join(map(repr, self._by_name)) or "none"
+            raise CatVersionError(
+                f"concept {name!r} of a prompt row: is neither a file nor the name of a --concept "
+                f"({known})."
+            )
+        return self._use(self._load(as_path(name)), self._scale if scale is None else scale)
+
+    def _concept(self, source: ConceptSource, scale: float | None) -> tuple[Concept, float]:
+        if isinstance(source, Concept):
+            return source, self._scale if scale is None else scale
+        text, own_scale = os.fspath(source), scale
+        if own_scale is None:
+            text, own_scale = _split_scale(text)
+        return self._load(as_path(text)), self._scale if own_scale is None else own_scale
+
+    def _load(self, path: Path) -> Concept:
+        if path.is_dir() and not (path / CONCEPT_FILE_NAME).exists():
+            inside = concept_folders(path)[:8]
+            if inside:
+                raise CatVersionError(
+                    f"concept {path}: the folder holds several concepts; give one of "
+                    f"{', '.join(map(str, inside))}."
+                )
+        if path not in self._by_path:
+            self._by_path[path] = load_concept(path)
+        return self._by_path[path]
+
+    def _use(self, concept: Concept, scale: float) -> ConceptUse:
+        use = ConceptUse.of(concept, scale=scale, when=self._when)
+        self._used.setdefault(id(concept), (concept, use))
+        return use
+
+
+def base_model(concepts: Sequence[Concept]) -> str:
+    """The one model that ``concepts`` were trained on.
+
+    Raises:
+      CatVersionError: their files do not say, or name several.
+    """
+    models = {concept.base_model for concept in concepts}
+    if len(models) == 1 and "" not in models:
+        return models.pop()
+    raise CatVersionError(
+        f"the concepts name {', '.join(sorted(models - {''})) or 'no model'} as what they were "
+        "trained on. Give --model."
+    )
+
+
+def _pairs(concepts: Concepts) -> list[tuple[ConceptSource, float | None]]:
+    """Every form of the argument as (source, scale or None)."""
+    if isinstance(concepts, Mapping):
+        return list(concepts.items())
+    if isinstance(concepts, str | os.PathLike | Concept):
+        return [(concepts, None)]
+    if _is_pair(concepts):
+        return [concepts]
+    items = cast("Sequence[ConceptArgument]", concepts)
+    return [item if isinstance(item, tuple) else (item, None) for item in items]
+
+
+def _is_pair(value: object) -> TypeGuard[tuple[ConceptSource, float]]:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
+
+
+def _split_scale(text: str) -> tuple[str, float | None]:
+    """``path:0.8`` to path and scale; a colon that no number follows belongs to the path."""
+    head, colon, tail = text.rpartition(":")
+    try:
+        return (head, float(tail)) if colon and head else (text, None)
+    except ValueError:
+        return text, None

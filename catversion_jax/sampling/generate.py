@@ -1,0 +1,177 @@
+"""``catversion_jax.generate``: prompts and concepts to images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from catversion_jax.array_types import Float, Int
+from catversion_jax.config.sampling import sampling_settings
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.stable_diffusion import Backbone, load_model
+from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.sampling.concept_shelf import Concepts, ConceptShelf
+from catversion_jax.sampling.pages import IMAGES_PER_PAGE, ImageMetadata, PageFolder, draw_pages
+from catversion_jax.sampling.prompts import Prompt
+from catversion_jax.sampling.requests import ImageRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateResult:
+    """What :func:`generate` drew.
+
+    Attributes:
+      images: uint8 ``[B H W 3]``: prompts in order, the seeds of each next to each other.
+      requests: what each image shows: prompt, concepts, seed, negative prompt.
+      files: the PNG of each image; empty where no ``output_dir`` was given.
+      grids: one labelled grid for every page of 64 images; empty where no ``output_dir`` was given.
+      warnings: what the caller should know about the prompts, for instance that none of its words
+        calls a concept; also logged.
+    """
+
+    images: Int[np.ndarray, "B H W 3"]
+    requests: tuple[ImageRequest, ...]
+    files: tuple[Path, ...]
+    grids: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+
+def generate(
+    prompts: str | Sequence[str | Prompt],
+    concepts: Concepts = (),
+    *,
+    model: str | Path | Backbone | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: str | None = None,
+    seeds: int | Sequence[int] = 0,
+    negative_prompt: str = "",
+    scale: float = 1.0,
+    when: str | None = None,
+    force: bool = False,
+    latents: Float[np.ndarray, "B C h w"] | None = None,
+    output_dir: str | Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    sampler: str | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    eta: float | None = None,
+    karras: bool | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+) -> GenerateResult:
+    """Draw images with one frozen model and any trained concepts.
+
+    A concept acts on the prompts that contain its base-class words, and on no negative prompt. An
+    image depends on its own seed, not on what else is drawn with it.
+
+    Args:
+      prompts: what to draw, one prompt or several.
+      concepts: the path of a concept file or of its folder (``"path:0.8"`` gives a scale), a
+        ``Concept`` as ``load_concept`` returns it, a pair of one of these and its scale, a sequence
+        of such, or a mapping from path to scale.
+      model: a diffusers folder, a Hugging Face hub id, or a backbone that ``load_backbone``
+        returned, so that several calls load it once. None is the model that the concepts were
+        trained on.
+      revision: branch, tag or commit of the hub id.
+      variant: variant of the weight files, for instance ``"fp16"``.
+      dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet; None is float32 on CPU, else
+        bfloat16.
+      seeds: one image is drawn for every prompt and seed; each within 0..2**32 - 1.
+      negative_prompt: what to keep away from.
+      scale: strength of the concepts that have none of their own: 0 is the plain model exactly, 1
+        is as trained.
+      when: ``"class_word"`` or ``"always"``; None is what the concept files say.
+      force: use a concept though it was trained with another text encoder of the same shape.
+      latents: standard-normal initial latents in diffusers' layout, one per image, instead of those
+        of the seeds; ``h`` and ``w`` are pixels divided by the VAE's factor (8).
+      output_dir: receives a PNG per image, which carries its settings, and labelled grids. None
+        writes nothing.
+      on_step: is called with (steps done, steps in all) of the page of 64 images under way.
+      sampler: ``"ddim"``, ``"euler"``, ``"euler_ancestral"`` or ``"dpmsolver++"``. The defaults of
+        this and of the next options are those of ``SamplingSettings``.
+      num_inference_steps: denoising steps.
+      guidance_scale: weight of classifier-free guidance; none at 1 or below.
+      eta: of ddim: 0 is deterministic, 1 is DDPM.
+      karras: Karras spacing of the noise levels; None is what the model's folder says.
+      height: pixels, a multiple of the VAE's factor; None is the model's own.
+      width: as ``height``.
+      batch_size: images denoised together on each device; None is 1 on CPU, else 4.
+
+    Returns:
+      The images as uint8 ``[B H W 3]``, with what was asked for and the files that were written.
+
+    Raises:
+      CatVersionError: no prompt, a file that is no concept, a concept made for another model, a
+        model that cannot be read, or a setting that cannot be. The message says the value, the rule
+        and the remedy.
+
+    Example:
+      >>> import catversion_jax as cv
+      >>> drawn = cv.generate("a teapot on the beach", "runs/mine/concepts/my_teapot", seeds=[0, 1])
+      >>> drawn.images.shape
+      (2, 512, 512, 3)
+    """
+    settings = sampling_settings(
+        sampler=sampler,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        eta=eta,
+        karras=karras,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+    )
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    rows = [Prompt(text) if isinstance(text, str) else text for text in texts]
+    all_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    if not rows or not all_seeds:
+        raise CatVersionError(
+            f"prompts={prompts!r}, seeds={seeds!r}: give at least one prompt and one seed."
+        )
+    shelf = ConceptShelf(concepts, scale=scale, when=when)
+    requests = shelf.requests(rows, all_seeds, negative_prompt)
+    backbone = load_model(
+        shelf.base_model() if model is None else model,
+        revision=revision,
+        variant=variant,
+        dtype=dtype,
+        max_devices=len(requests),
+    )
+    shelf.check(backbone, force=force)
+    folder = None
+    if output_dir is not None:
+        describe = ImageMetadata(backbone, settings, None if latents is None else "given")
+        folder = PageFolder(as_path(output_dir), len(all_seeds), describe)
+    images, warnings = [], list[str]()
+    files, grids = list[Path](), list[Path]()
+    for page in draw_pages(
+        backbone,
+        requests,
+        settings,
+        latents=latents,
+        images_per_page=images_per_page(len(all_seeds)),
+        on_step=on_step,
+    ):
+        images.append(page.images)
+        warnings += page.warnings
+        if folder is not None:
+            written, grid = folder.write(page)
+            files += written
+            grids.append(grid)
+    return GenerateResult(
+        np.concatenate(images),
+        tuple(requests),
+        tuple(files),
+        tuple(grids),
+        tuple(dict.fromkeys(warnings)),
+    )
+
+
+def images_per_page(images_per_prompt: int) -> int:
+    """Images of one page: whole rows of its grid."""
+    return max(IMAGES_PER_PAGE // images_per_prompt, 1) * images_per_prompt

@@ -23,7 +23,7 @@ from hbm_traffic import hbm_bytes
 from machine import write_results
 from random_sd15 import write_sd15_configurations
 
-from catversion_jax.config.training import make_config
+from catversion_jax.config import make_config
 from catversion_jax.models.stable_diffusion import Backbone, abstract_backbone
 from catversion_jax.training.planning.abstract import abstract_arguments
 from catversion_jax.training.planning.chips import parse_slice

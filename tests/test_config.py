@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from catversion_jax.config.training import (
+from catversion_jax.config import (
     ALIASES,
     PRESETS,
-    RECORDING_OPTIONS,
     TrainConfig,
     dump_config,
     learning_options,
@@ -17,8 +16,17 @@ from catversion_jax.config.training import (
     make_config,
     option_table,
 )
+from catversion_jax.config.options import Options, option
 from catversion_jax.errors import CatVersionError
 
+DECIDING = """
+    pretrained_model_name_or_path revision variant method preset base_class dataset_split
+    image_column concept_column base_class_column resolution crop random_flip alpha instance_prompt
+    num_positions layers logit_bias init init_std adapt scope when snr_gamma masked_training
+    unmasked_weight timestep_sampling caption_dropout max_train_steps train_batch_size learning_rate
+    lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
+    ema_decay early_stop early_stop_eps early_stop_window early_stop_min_steps seed mixed_precision
+"""
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 
 
@@ -82,12 +90,56 @@ def test_a_written_config_reads_back() -> None:
 
 def test_names_are_consistent() -> None:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert names >= RECORDING_OPTIONS
     assert names >= set(ALIASES.values())
     assert not names & set(ALIASES)
     assert all(preset.keys() <= names for preset in PRESETS.values())
-    assert not learning_options(make_config({"concepts": "a"})).keys() & RECORDING_OPTIONS
-    assert all(text for _, _, text in option_table())
+    assert sorted(row.name for row in option_table()) == sorted(names)
+    assert all(row.help.endswith(".") or row.help.endswith(").") for row in option_table())
+    assert all(row.help[0].isupper() and row.group for row in option_table())
+
+
+def test_what_decides_the_result() -> None:
+    """Files of released versions hold these names; a run is refused when their values change."""
+    config = make_config({"concepts": "a"})
+    assert learning_options(config).keys() == set(DECIDING.split())
+    stopping = dataclasses.replace(config, early_stop="plateau", eval_steps=20)
+    assert learning_options(stopping).keys() - learning_options(config).keys() == {
+        "eval_steps",
+        "num_eval_samples",
+    }
+
+
+def test_an_option_says_whether_it_decides_the_result() -> None:
+    with pytest.raises(TypeError, match="decides_result"):
+
+        @dataclasses.dataclass(frozen=True)
+        class Silent(Options):
+            strength: float = option(1.0, "Strength of something.")  # type: ignore[call-arg]
+
+    with pytest.raises(TypeError, match=r"Bare\.strength: is not defined by option"):
+
+        @dataclasses.dataclass(frozen=True)
+        class Bare(Options):
+            strength: float = 1.0
+
+
+def test_groups_hold_the_values_of_the_whole() -> None:
+    config = make_config({"concepts": "a", "adapt": "key", "eval_steps": 7, "learning_rate": 0.5})
+    groups = {name: getattr(config, name) for name in dir(config) if name.endswith("_options")}
+    assert groups["method_options"].adapt == "key"
+    found = [vars(group) for group in groups.values()]
+    merged = {name: value for group in found for name, value in group.items()}
+    assert len(merged) == sum(map(len, found))
+    assert merged | {"preset": "none"} == dataclasses.asdict(config)
+
+
+def test_a_shipped_file_has_a_name() -> None:
+    named = load_config("quickstart")
+    assert named == load_config(next(path for path in CONFIGS if path.stem == "quickstart"))
+    with pytest.raises(
+        CatVersionError, match=r"ships with this package.*Did you mean 'quickstart'"
+    ):
+        load_config("quikstart")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +149,7 @@ def test_names_are_consistent() -> None:
         ({"random_flip": 1.5}, "within 0..1"),
         ({"adam_beta1": 1.0}, "below 1"),
         ({"seed": 2**32}, "below"),
+        ({"data_parallel": 0}, "data_parallel=0: must be at least 1"),
         ({"max_train_steps": 0}, "at least 1"),
         ({"learning_rate": "fast"}, "learning_rate='fast': must be float"),
         ({"max_train_steps": True}, "must be int"),

@@ -17,7 +17,7 @@ from tiny_pipelines import save_clip, save_vit
 
 from catversion_jax.cli import main
 from catversion_jax.concepts import ImageSource
-from catversion_jax.config.training import TrainConfig, dump_config
+from catversion_jax.config import TrainConfig, dump_config
 from catversion_jax.evaluation import load_prompt_set
 from catversion_jax.evaluation.embedders import CLIP_MEAN, ClipEmbedder
 from catversion_jax.evaluation.masked_crops import masked_crop

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from catversion_jax.config.training import load_config
+from catversion_jax.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "configs" / "launch"

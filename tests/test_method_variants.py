@@ -24,7 +24,7 @@ from torch_reference import draw, relative_error
 from training_cases import LAYERS, concept_data, config
 
 from catversion_jax.cli import main
-from catversion_jax.config.training import make_config
+from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.integrations.diffusers import load_catversion
 from catversion_jax.methods.attention_mass import residual_attention_mass

@@ -11,7 +11,7 @@ import pytest
 
 from catversion_jax.cli import main
 from catversion_jax.concepts import read_concepts
-from catversion_jax.config.training import make_config
+from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import abstract_backbone, load_backbone
 from catversion_jax.runtime.sharding import make_mesh

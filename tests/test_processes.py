@@ -13,7 +13,7 @@ import pytest
 from random_model import write_toy_concepts
 from running import arguments, assert_close, final_files, run_to_end, start
 
-from catversion_jax.config.training import make_config
+from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.atomic_files import check_writable
 from catversion_jax.runtime.processes import HEARTBEAT_SECONDS

@@ -16,7 +16,7 @@ from running import arguments, final_files, run_here, run_to_end, start, timelin
 
 from catversion_jax import load_concept
 from catversion_jax.cli import main
-from catversion_jax.config.training import make_config
+from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.training.early_stop import should_stop
 from catversion_jax.training.feeder import Feeder

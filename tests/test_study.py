@@ -14,7 +14,7 @@ from random_model import write_random_model, write_toy_concepts
 from tiny_pipelines import save_clip
 
 from catversion_jax.concepts import read_concepts
-from catversion_jax.config.training import TrainConfig, make_config
+from catversion_jax.config import TrainConfig, make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import load_backbone
 

@@ -11,7 +11,7 @@ import torch
 from training_cases import concept_data
 from transformers import CLIPTextModel
 
-from catversion_jax.config.training import make_config
+from catversion_jax.config import make_config
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.training.start_values import init_learned

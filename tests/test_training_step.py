@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_cases import LAYERS, NUM_CONCEPTS, concept_data, config, distance
 
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion.schedule import NoiseSchedule, noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.config.training import TrainConfig, make_config
+from catversion_jax.config import TrainConfig, make_config
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.training.state import ConceptData, concept_key

@@ -14,7 +14,7 @@ from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptProblem, read_concepts
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.concepts.report import ConceptReport, report_concept
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.tokenizer import Tokenizer
 

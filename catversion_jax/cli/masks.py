@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from catversion_jax.concepts import ConceptSpec, read_concepts
 from catversion_jax.concepts.fields import WHEN
+from catversion_jax.config import TrainConfig
 from catversion_jax.config.masks import MaskSettings
-from catversion_jax.config.training import TrainConfig
 from catversion_jax.errors import CatVersionError, ConceptError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
-    from catversion_jax.config.training import TrainConfig
+    from catversion_jax.config import TrainConfig
     from catversion_jax.models.stable_diffusion import Backbone
     from catversion_jax.training.planning.chips import Slice
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    from catversion_jax.config.training import load_config
+    from catversion_jax.config import load_config
 
     config = load_config(args.config, [*args.overrides, "concepts=planned"])
     for name, value in (("--concepts", args.concepts), ("--images", args.images)):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from catversion_jax.config.training import TrainConfig, load_config, option_table
+from catversion_jax.config import TrainConfig, load_config, option_table
 from catversion_jax.runtime.atomic_files import check_writable, make_folder, unwritable
 from catversion_jax.runtime.bucket_paths import as_path
 
@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="options that win over the file"
     )
-    for name, default, text in option_table():
-        shown = f"{text} [{default}]" if default else text
+    for option in option_table():
+        shown = f"{option.help} [{option.default}]" if option.default else option.help
         parser.add_argument(
-            f"--{name}", metavar="", default=argparse.SUPPRESS, help=shown.replace("%", "%%")
+            f"--{option.name}", metavar="", default=argparse.SUPPRESS, help=shown.replace("%", "%%")
         )
 
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; 0 when every concept succeeded, 3 when some were quarantined, 75 when SIGTERM (or
     Ctrl-C) came first: everything under way is saved, and the same command goes on.
     """
-    given = [f"{name}={vars(args)[name]}" for name, *_ in option_table() if name in vars(args)]
+    given = [f"{o.name}={vars(args)[o.name]}" for o in option_table() if o.name in vars(args)]
     config = load_config(args.config, [*args.overrides, *given])
     # Before jax is imported: the paths can be wrong, and that should show at once.
     from catversion_jax.concepts import read_configured_concepts
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.training.planning.fitting import fitted
 
     _use_compilation_cache(config)
-    join_processes(config)
+    join_processes(config.coordinator_address, config.num_processes, config.process_id)
     mesh = make_mesh(config.data_parallel, jax.local_devices())
     dtype = {"auto": default_dtype(), "bf16": "bfloat16", "no": "float32"}[config.mixed_precision]
     if jax.process_count() > 1:

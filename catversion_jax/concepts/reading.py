@@ -18,7 +18,7 @@ from catversion_jax.concepts.fields import prompts_field, random_flip_field, see
 from catversion_jax.concepts.folders import ImageSource, list_images
 from catversion_jax.concepts.layouts import CONCEPT_FILES, Entry, read_entries
 from catversion_jax.concepts.prompts import fill_template, prompt_templates
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean
 
 KNOWN_KEYS = (

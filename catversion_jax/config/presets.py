@@ -1,4 +1,4 @@
-"""Named sets of options, each with the origin of its values; ``config.py`` has the defaults."""
+"""Named sets of options, each with the origin of its values."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from typing import TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from catversion_jax.config.training import TrainConfig
 from catversion_jax.errors import CatVersionError
 
 T = TypeVar("T")
@@ -25,19 +24,27 @@ HEARTBEAT_SECONDS = 30
 """A process that has been silent for so long is dead, and the others end."""
 
 
-def join_processes(config: TrainConfig) -> None:
-    """Join the others, if there are any; before anything else touches a device.
+def join_processes(
+    address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Join the other processes of the run, if there are any; before anything touches a device.
+
+    Args:
+      address: ``host:port`` of process 0. On the hosts of a Cloud TPU slice JAX finds all three by
+        itself; elsewhere None means that this process is the only one.
+      num_processes: number of processes that train one list together.
+      process_id: number of this process among them, counted from 0.
 
     Raises:
       CatVersionError: they cannot be reached.
     """
-    if config.coordinator_address is None and not _on_tpu_slice():
+    if address is None and not _on_tpu_slice():
         return
     try:
         jax.distributed.initialize(
-            config.coordinator_address,
-            config.num_processes,
-            config.process_id,
+            address,
+            num_processes,
+            process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,  # after an error in one of them
         )

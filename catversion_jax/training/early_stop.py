@@ -16,22 +16,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from catversion_jax.config.training import TrainConfig, early_stop_rule
+from catversion_jax.config import OptimizerOptions
 
 
-def should_stop(evaluations: Sequence[tuple[int, float]], config: TrainConfig) -> bool:
-    """Whether a concept with these (step, evaluation loss), oldest first, is done.
+def should_stop(evaluations: Sequence[tuple[int, float]], options: OptimizerOptions) -> bool:
+    """Whether a concept has learned what it will.
 
-    The last one is of the current step. Values are rounded as the checkpoint stores them.
+    Args:
+      evaluations: (step, evaluation loss) of the concept, oldest first; the last one is of the
+        current step. Losses are rounded as the checkpoint stores them.
+      options: ``early_stop`` and what belongs to it.
     """
-    if config.early_stop == "none" or not evaluations:
+    if options.early_stop == "none" or not evaluations:
         return False
-    now, (eps, length) = evaluations[-1][0], early_stop_rule(config)
-    if now < max(config.early_stop_min_steps or 0, length):
+    now, (eps, length) = evaluations[-1][0], options.early_stop_rule
+    if now < max(options.early_stop_min_steps or 0, length):
         return False
     window = [loss for step, loss in evaluations if step > now - length]
     before = [loss for step, loss in evaluations if step <= now - length]
-    if config.early_stop == "dvar":
+    if options.early_stop == "dvar":
         # equation (1); a loss that does not move at all has nothing left to learn
         return bool(np.var(window) <= eps * np.var(window + before))
     return min(window) > (1 - eps) * min(before)  # equation (2)

@@ -19,7 +19,7 @@ import numpy as np
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
-from catversion_jax.config.training import TrainConfig, learning_options
+from catversion_jax.config import TrainConfig, learning_options
 from catversion_jax.errors import ConceptError
 from catversion_jax.methods.learned import Learned, stack_learned
 from catversion_jax.models.clip.tokenizer import PlacedPrompt

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.runtime.line_file import LineFile
 from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.run.metrics import ConceptMetrics, RunMetrics

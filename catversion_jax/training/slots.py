@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import CONCEPT_AXIS, place_by_concept

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from catversion_jax.array_types import Array, Float, Int
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.methods.learned import Learned
 
 # Streams of one concept's key. Steps fold in their number under TRAIN_STREAM.

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from catversion_jax.array_types import Array, Bool, Float, Int
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion.schedule import NoiseSchedule
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.weights.network import Network

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from catversion_jax.concepts.prompts import fill_template
-from catversion_jax.config.sampling import SamplingSettings
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import SamplingSettings, TrainConfig
 from catversion_jax.diffusion.samplers import make_sampler
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone

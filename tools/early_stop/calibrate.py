@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from catversion_jax.config.training import TrainConfig, make_config
+from catversion_jax.config import TrainConfig, make_config
 from catversion_jax.evaluation.intervals import bootstrap_interval
 from catversion_jax.training.early_stop import should_stop
 

@@ -18,7 +18,7 @@ from arms import QUESTIONS, ours, value_text
 from goals import goals
 from strips import write_strips
 
-from catversion_jax.config.training import learning_options, make_config
+from catversion_jax.config import learning_options, make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 

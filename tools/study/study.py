@@ -27,8 +27,8 @@ from jax.sharding import Mesh
 
 from catversion_jax.concepts import ConceptList
 from catversion_jax.concepts.prompts import with_class_word
+from catversion_jax.config import make_config
 from catversion_jax.config.sampling import SamplingSettings
-from catversion_jax.config.training import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.embedders import ClipEmbedder, folder_sha256
 from catversion_jax.evaluation.generation import (

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.methods.learned import Learned
 from catversion_jax.methods.residual import KVResidual, resolve_layers
 from catversion_jax.methods.token_embeddings import TokenEmbeddings

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion.schedule import noise_schedule
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
-from catversion_jax.config.training import TrainConfig
+from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError, ConceptError
 from catversion_jax.models.layers.recompute import Recompute
 from catversion_jax.models.stable_diffusion import Backbone

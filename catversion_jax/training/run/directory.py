@@ -27,7 +27,7 @@ from typing import Any
 import jax
 
 from catversion_jax import __version__
-from catversion_jax.config.training import TrainConfig, dump_config, learning_options
+from catversion_jax.config import TrainConfig, dump_config, learning_options
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically

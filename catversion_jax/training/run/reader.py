@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts import ConceptList, read_configured_concepts
-from catversion_jax.config.training import load_config
+from catversion_jax.config import load_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
 from catversion_jax.methods.foreign_files import describe_folder

@@ -1,0 +1,75 @@
+"""Which images and words a run trains on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from catversion_jax.config.options import Options, option
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(Options):
+    """Images and words."""
+
+    concepts: str = option(
+        "",
+        "What to personalize: a folder of images, a folder of such folders, a manifest, or a "
+        "Hugging Face dataset (required).",
+        decides_result=False,  # the concept files name the images themselves
+        aliases=("train_data_dir", "instance_data_dir", "concepts_list"),
+    )
+    base_class: str | None = option(
+        None,
+        "Word or words that say what a concept is a kind of, such as teapot; used for concepts "
+        "that do not name their own.",
+        decides_result=True,
+    )
+    dataset_split: str = option(
+        "train", "Split that is read of a Hugging Face dataset.", decides_result=True
+    )
+    image_column: str = option(
+        "image", "Dataset column that holds the images (diffusers).", decides_result=True
+    )
+    concept_column: str | None = option(
+        None,
+        "Dataset column that names the concept of each example; without it the whole dataset is "
+        "one concept.",
+        decides_result=True,
+    )
+    base_class_column: str | None = option(
+        None, "Dataset column that holds the base class of each example.", decides_result=True
+    )
+    resolution: int | None = option(
+        None,
+        "Side of the square training images in pixels; null takes the model's own (SD 1.x: 512, "
+        "official).",
+        decides_result=True,
+        at_least=8,
+    )
+    crop: Literal["center", "squash"] = option(
+        "center",
+        "How an image becomes square: center keeps the middle (diffusers), squash changes the "
+        "aspect ratio (official).",
+        decides_result=True,
+    )
+    random_flip: float = option(
+        0.5,
+        "Probability that a training step sees an image mirrored (official); concept.json can set "
+        "another one for its concept.",
+        decides_result=True,
+        at_least=0.0,
+        at_most=1.0,
+    )
+    alpha: Literal["white", "mask"] = option(
+        "white",
+        "What transparency in an image means: white composites the image on white, mask also "
+        "takes the opaque part as the object mask.",
+        decides_result=True,
+    )
+    instance_prompt: str = option(
+        "{base_class}",
+        "Template of the training prompts, in which {base_class} stands for the base class "
+        "(official: the bare word); object and style are the template lists of textual inversion.",
+        decides_result=True,
+    )

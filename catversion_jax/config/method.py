@@ -1,0 +1,87 @@
+"""What a concept learns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from catversion_jax.config.options import Options, option
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodOptions(Options):
+    """What is learned."""
+
+    method: Literal["catversion", "textual_inversion"] = option(
+        "catversion",
+        "What is learned: catversion adds keys and values to the text encoder's attention, "
+        "textual_inversion learns token embeddings in place of the class word.",
+        decides_result=True,
+    )
+    num_positions: int = option(
+        1,
+        "Number of key/value pairs in each adapted layer (official: prefix_length 1); with "
+        "textual_inversion the number of token embeddings.",
+        decides_result=True,
+        at_least=1,
+        aliases=("num_embeddings", "num_vectors"),
+    )
+    layers: str = option(
+        "last3",
+        "Text-encoder layers that get learned keys and values: last3 (official), last<k>, all, or "
+        "indices counted from 0, such as 9,10,11.",
+        decides_result=True,
+    )
+    logit_bias: float = option(
+        0.0,
+        "Number added to the attention logit of every learned key (0 is the paper's formula, the "
+        "official code adds 1).",
+        decides_result=True,
+        aliases=("prefix_logit_bias",),
+    )
+    init: Literal["normal", "zero", "class_word", "bos"] = option(
+        "normal",
+        "Start values of what is learned: normal draws them at random (official), zero sets them "
+        "to 0, class_word and bos copy the text encoder's own keys and values at the class word "
+        "or the start token (with textual_inversion: embeddings).",
+        decides_result=True,
+        aliases=("prefix_init",),
+    )
+    init_std: float = option(
+        1.0,
+        "Standard deviation of the start values of init=normal (official: torch.randn, so 1).",
+        decides_result=True,
+        at_least=0.0,
+        aliases=("prefix_init_std",),
+    )
+    adapt: Literal["key_value", "key", "value"] = option(
+        "key_value",
+        "Which part of each key/value pair is trained (official: both); the other part keeps its "
+        "start value, for which init=class_word is suitable.",
+        decides_result=True,
+    )
+    scope: Literal["all", "from_class_word", "class_word"] = option(
+        "all",
+        "Tokens that attend to the learned keys and values: all of them (official), the class "
+        "word and what follows it, or the class word alone.",
+        decides_result=True,
+    )
+    when: Literal["class_word", "always"] = option(
+        "class_word",
+        "Prompts that a concept acts on: those that contain its base class, or every prompt "
+        "(official).",
+        decides_result=True,
+    )
+
+    def contradictions(self) -> list[str]:
+        """Options that mean nothing for the method."""
+        problems = super().contradictions()
+        if self.method == "textual_inversion":
+            only = {"when": "class_word", "adapt": "key_value", "scope": "all"}
+            problems += [
+                f"{name}={getattr(self, name)}: must be {value} with method=textual_inversion, "
+                "whose vectors stand for the class word."
+                for name, value in only.items()
+                if getattr(self, name) != value
+            ]
+        return problems

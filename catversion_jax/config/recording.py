@@ -1,0 +1,91 @@
+"""What a run writes, how often, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from catversion_jax.config.options import Options, option
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordingOptions(Options):
+    """What is recorded."""
+
+    output_dir: str = option(
+        "catversion-out",
+        "Folder that receives everything a run writes; it may lie in a bucket (gs://...).",
+        decides_result=False,
+    )
+    logging_steps: int = option(
+        10,
+        "Number of steps between the rows of metrics.csv.",
+        decides_result=False,
+        at_least=1,
+    )
+    eval_steps: int = option(
+        100,
+        "Number of steps between evaluations of a concept's loss at fixed noise and fixed "
+        "timesteps.",
+        decides_result="with early_stop",
+        at_least=1,
+    )
+    num_eval_samples: int = option(
+        8,
+        "Number of pairs of noise and timestep in the evaluation loss.",
+        decides_result="with early_stop",
+        at_least=1,
+    )
+    validation_prompt: tuple[str, ...] = option(
+        ("a {base_class}", "a photo of a {base_class} on the beach"),
+        "Prompts of the sample grids, in which {base_class} stands for the base class.",
+        decides_result=False,
+    )
+    validation_steps: int | None = option(
+        500,
+        "Number of steps between sample grids (official); null draws none.",
+        decides_result=False,
+        at_least=1,
+    )
+    num_validation_images: int = option(
+        2,
+        "Number of seeds drawn for each prompt of the sample grids (diffusers: 4).",
+        decides_result=False,
+        at_least=1,
+    )
+    validation_inference_steps: int = option(
+        25,
+        "Number of DPM-Solver++ steps in which a sample grid's images are drawn (diffusers).",
+        decides_result=False,
+        at_least=1,
+    )
+    validation_guidance_scale: float = option(
+        7.5,
+        "Classifier-free guidance scale of the images in sample grids (diffusers).",
+        decides_result=False,
+        at_least=0.0,
+    )
+    checkpointing_steps: int = option(
+        250,
+        "Number of steps between Orbax checkpoints, from which an interrupted run continues "
+        "(official).",
+        decides_result=False,
+        at_least=1,
+    )
+    checkpoints_total_limit: int = option(
+        2,
+        "Number of checkpoints that are kept; older ones are deleted.",
+        decides_result=False,
+        at_least=1,
+    )
+    resume_from_checkpoint: Literal["latest", "none"] = option(
+        "latest",
+        "What happens to a run that output_dir already holds: latest continues it, none refuses "
+        "to write there.",
+        decides_result=False,
+    )
+    report_to: Literal["tensorboard", "none"] = option(
+        "tensorboard",
+        "Where losses are written besides the CSV and JSONL files (diffusers).",
+        decides_result=False,
+    )

@@ -29,7 +29,7 @@ from torch_trainers import BATCH, CatVersion, TextualInversion, Trainer
 from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptSpec, read_concepts
 from catversion_jax.config import make_config
-from catversion_jax.diffusion.schedule import noise_schedule
+from catversion_jax.diffusion import noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.models.weights.network import Network

@@ -5,7 +5,7 @@ scheduler_config.json.
 import numpy as np
 import pytest
 
-from catversion_jax.diffusion.schedule import NoiseScheduleConfig, alphas_cumprod, noise_schedule
+from catversion_jax.diffusion import NoiseScheduleConfig, alphas_cumprod, noise_schedule
 from catversion_jax.errors import CatVersionError
 
 torch = pytest.importorskip("torch")

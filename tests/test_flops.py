@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from catversion_jax.config import make_config
-from catversion_jax.diffusion.schedule import noise_schedule
+from catversion_jax.diffusion import noise_schedule
 from catversion_jax.models.layers.attention_pallas import transposed_attention
 from catversion_jax.models.stable_diffusion import abstract_backbone
 from catversion_jax.runtime.sharding import make_mesh

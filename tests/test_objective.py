@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from transformers import CLIPTextModel
 
-from catversion_jax.diffusion.schedule import NoiseScheduleConfig, noise_schedule
+from catversion_jax.diffusion import NoiseScheduleConfig, noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses, min_snr_weight

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from catversion_jax.config.sampling import SAMPLERS
-from catversion_jax.diffusion.samplers import SamplerRow, make_sampler
-from catversion_jax.diffusion.schedule import NoiseScheduleConfig
+from catversion_jax.diffusion import NoiseScheduleConfig, SamplerRow, make_sampler
 from catversion_jax.errors import CatVersionError
 
 torch = pytest.importorskip("torch")

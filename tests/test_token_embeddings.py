@@ -17,7 +17,7 @@ from training_cases import LAYERS, concept_data, config, distance
 from transformers import CLIPTextModel
 
 from catversion_jax.cli import main
-from catversion_jax.diffusion.schedule import noise_schedule
+from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.residual import KVResidual

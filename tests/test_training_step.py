@@ -12,7 +12,7 @@ import torch
 from training_cases import LAYERS, NUM_CONCEPTS, concept_data, config, distance
 
 from catversion_jax.config import TrainConfig
-from catversion_jax.diffusion.schedule import NoiseSchedule, noise_schedule
+from catversion_jax.diffusion import NoiseSchedule, noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.runtime.sharding import make_mesh, place_by_concept, replicated

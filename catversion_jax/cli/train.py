@@ -9,11 +9,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catversion_jax.config import TrainConfig, load_config, option_table
-from catversion_jax.runtime.atomic_files import check_writable, make_folder, unwritable
+from catversion_jax.runtime.atomic_files import check_writable, unwritable
 from catversion_jax.runtime.bucket_paths import as_path
 
 if TYPE_CHECKING:
@@ -56,12 +55,13 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
+    from catversion_jax.runtime.compilation import use_compilation_cache
     from catversion_jax.runtime.processes import join_processes
     from catversion_jax.runtime.sharding import make_mesh, replicated
     from catversion_jax.training.loop import train
     from catversion_jax.training.planning.fitting import fitted
 
-    _use_compilation_cache(config)
+    use_compilation_cache(config.compilation_cache_dir)
     join_processes(config.coordinator_address, config.num_processes, config.process_id)
     mesh = make_mesh(config.data_parallel, jax.local_devices())
     dtype = {"auto": default_dtype(), "bf16": "bfloat16", "no": "float32"}[config.mixed_precision]
@@ -137,15 +137,3 @@ def _report(config: TrainConfig, result: TrainResult) -> int:
     for name, reason in result.failures.items():
         print(f"  {name}: {reason.splitlines()[0]}", file=sys.stderr)
     return 3
-
-
-def _use_compilation_cache(config: TrainConfig) -> None:
-    import jax
-
-    if config.compilation_cache_dir is None:
-        return
-    folder = config.compilation_cache_dir
-    if "://" not in folder:
-        folder = str(Path(folder).expanduser())
-        make_folder(Path(folder))
-    jax.config.update("jax_compilation_cache_dir", folder)

@@ -7,8 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from catversion_jax.concepts.entries import Entry, Layout
 from catversion_jax.concepts.folders import ImageSource
-from catversion_jax.concepts.layouts import Entry, Layout
 from catversion_jax.errors import CatVersionError, did_you_mean
 
 

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from catversion_jax.concepts.entries import CONCEPT_FILES, Entry
 from catversion_jax.concepts.fields import prompts_field, random_flip_field, seed_field, when_field
 from catversion_jax.concepts.folders import ImageSource, list_images
-from catversion_jax.concepts.layouts import CONCEPT_FILES, Entry, read_entries
+from catversion_jax.concepts.layouts import read_entries
 from catversion_jax.concepts.prompts import fill_template, prompt_templates
 from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean

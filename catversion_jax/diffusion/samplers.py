@@ -37,7 +37,8 @@ import numpy as np
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.config.sampling import KARRAS_SAMPLERS, SAMPLERS
-from catversion_jax.diffusion.schedule import NoiseScheduleConfig, alphas_cumprod
+from catversion_jax.diffusion.schedule import alphas_cumprod
+from catversion_jax.diffusion.scheduler_config import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError, did_you_mean
 
 _DEFAULT_SPACING = {

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from catversion_jax.diffusion.schedule import NoiseScheduleConfig
+from catversion_jax.diffusion import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.clip.tokenizer import Tokenizer

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.errors import CatVersionError
+from catversion_jax.models.layers.multi_head import Attention
 from catversion_jax.models.layers.resnet import (
     ACTIVATIONS,
     PAD_BELOW_AND_RIGHT,
@@ -31,7 +32,6 @@ from catversion_jax.models.layers.resnet import (
     Upsample2D,
     check_groups,
 )
-from catversion_jax.models.unet.transformer import Attention
 from catversion_jax.models.weights.hf_config import check_supported
 
 GROUP_NORM_EPSILON = 1e-6

@@ -1,30 +1,51 @@
-"""What was compiled, and what was found in the persistent compilation cache."""
+"""The persistent compilation cache: where it is, and what was found in it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.monitoring
 
+from catversion_jax.runtime.atomic_files import make_folder
+
 _PROGRAM = "/jax/core/compile/backend_compile_duration"
 _HIT = "/jax/compilation_cache/cache_hits"
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Keep compiled programs in ``folder``, so that the next process reads them instead.
+
+    Args:
+      folder: a folder, which is created, or a URL that JAX can write to, such as ``gs://...``.
+        None leaves JAX as it is configured.
+
+    Raises:
+      CatVersionError: the folder cannot be created.
+    """
+    if folder is None:
+        return
+    if "://" not in folder:
+        folder = str(Path(folder).expanduser())
+        make_folder(Path(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 class Compilation:
     """What happened within :func:`watch_compilation`.
 
     Attributes:
-      programs: that were compiled or read from the cache.
-      hits: those that were read from it.
+      programs: how many programs were compiled or read from the cache.
+      hits: how many of them were read from the cache.
     """
 
     programs: int = 0
     hits: int = 0
 
     def __str__(self) -> str:
-        """For people."""
+        """Say whether programs were found in the cache, and in which folder it is."""
         folder = jax.config.values["jax_compilation_cache_dir"]
         if folder is None:
             return "no compilation cache"
@@ -33,7 +54,7 @@ class Compilation:
 
 @contextlib.contextmanager
 def watch_compilation() -> Iterator[Compilation]:
-    """Count the programs of the block."""
+    """Count the programs that are compiled while the block runs."""
     found = Compilation()
 
     def on_event(event: str, **_: object) -> None:

@@ -1,9 +1,10 @@
 """Several processes, one list of concepts: JAX's own runtime joins them.
 
 Each process trains its own part of the list on its own devices, with a program of its own: nothing
-is exchanged while training, so no host ever waits for another one's refills, and the results do not
-depend on how many there are. What joins them is ``jax.distributed``: it tells each which part is
-its own, ends all when one dies, and lets them wait for each other at the start and at the end.
+is exchanged while training, so no host ever waits for another host's refills, and the results do
+not depend on the number of processes. ``jax.distributed`` joins the processes: it tells each one
+which part is its own, ends all of them when one dies, and lets them wait for each other at the
+start and at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from catversion_jax.errors import CatVersionError
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 30
-"""A process that has been silent for so long is dead, and the others end."""
+"""After this silence a process counts as dead, and the other processes end."""
 
 
 def join_processes(
@@ -36,7 +37,7 @@ def join_processes(
       process_id: number of this process among them, counted from 0.
 
     Raises:
-      CatVersionError: they cannot be reached.
+      CatVersionError: the other processes cannot be reached.
     """
     if address is None and not _on_tpu_slice():
         return
@@ -46,7 +47,7 @@ def join_processes(
             num_processes,
             process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,  # after an error in one of them
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,  # after an error in one process
         )
     except Exception as error:
         raise CatVersionError(
@@ -57,12 +58,12 @@ def join_processes(
 
 
 def own_part(items: Sequence[T]) -> Sequence[T]:
-    """Those this process does."""
+    """The items that this process works on: every ``num_processes``-th, from its own number on."""
     return items[jax.process_index() :: jax.process_count()]
 
 
 def wait_for_others(what: str) -> None:
-    """Until every process has come here."""
+    """Block until every process has called this with the same ``what``."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 

@@ -21,7 +21,7 @@ from catversion_jax.array_types import Array, Float, Int, Key
 from catversion_jax.concepts.object_masks import mask_from_map
 from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.config.masks import MaskSettings
-from catversion_jax.diffusion.schedule import NoiseSchedule, noise_schedule
+from catversion_jax.diffusion import NoiseSchedule, noise_schedule
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.weights.network import Network

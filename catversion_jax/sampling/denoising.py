@@ -28,7 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from catversion_jax.array_types import Array, Float, Int, Key
 from catversion_jax.config.sampling import SamplingSettings
-from catversion_jax.diffusion.samplers import Sampler, SamplerRow, make_sampler
+from catversion_jax.diffusion import Sampler, SamplerRow, make_sampler
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.weights.network import Network

@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from catversion_jax.concepts import ConceptList, ConceptSpec
 from catversion_jax.config import TrainConfig
-from catversion_jax.diffusion.schedule import noise_schedule
+from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import ConceptError
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone

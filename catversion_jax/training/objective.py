@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from catversion_jax.array_types import Array, Float, Int
-from catversion_jax.diffusion.schedule import NoiseSchedule
+from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.layers.recompute import Recompute
 from catversion_jax.models.weights.network import Network

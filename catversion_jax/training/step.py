@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from catversion_jax.array_types import Array, Bool, Float, Int
 from catversion_jax.config import TrainConfig
-from catversion_jax.diffusion.schedule import NoiseSchedule
+from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.sharding import CONCEPT_AXIS, DATA_AXIS, on_every_device

@@ -8,7 +8,7 @@ import numpy as np
 
 from catversion_jax.concepts.prompts import fill_template
 from catversion_jax.config import SamplingSettings, TrainConfig
-from catversion_jax.diffusion.samplers import make_sampler
+from catversion_jax.diffusion import make_sampler
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from catversion_jax.config import TrainConfig
-from catversion_jax.diffusion.schedule import noise_schedule
+from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import make_mesh

@@ -1,8 +1,10 @@
-"""What ships with the package: the model ``tiny-sd`` and the concepts ``tiny-sd-examples``.
+"""What ships with the package: the model ``tiny-sd``, the concepts ``tiny-sd-examples``, and the
+YAML files of ``configs/``.
 
-Both names stand wherever a model or concepts are named. A folder of that name in the working
-directory wins, as for any path. ``tiny-sd/README.md`` is the model card; ``tools/tiny_sd`` in the
-repository made everything here.
+The names of the model and of the concepts can be given wherever a model or concepts are named. A
+folder of that name in the working directory wins, as for any path. ``tiny-sd/README.md`` is the
+model card; ``tools/tiny_sd`` in the repository made the model and the concepts. ``configs`` is a
+link to the repository's folder; a wheel and an sdist hold the files themselves.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 EMBEDDED_MODEL, EXAMPLE_CONCEPTS = "tiny-sd", "tiny-sd-examples"
+SHIPPED_CONFIGS = Path(__file__).parent / "configs"
+"""Folder of the YAML files that have a name, such as ``quickstart``."""
 
 
 def embedded_folder(name: str | Path) -> Path | None:

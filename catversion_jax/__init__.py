@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from catversion_jax.methods.residual import KVResidual
     from catversion_jax.models.stable_diffusion import load_backbone, load_text_encoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "KVResidual": "catversion_jax.methods.residual",

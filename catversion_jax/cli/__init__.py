@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from catversion_jax import __version__
 from catversion_jax.errors import CatVersionError, did_you_mean
+from catversion_jax.runtime.libtpu import leave_out_libtpu
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train many concepts at once"),
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = did_you_mean(name, COMMANDS)
         print(f"error: {name!r}: no such command.{hint}\n\n{_usage()}", file=sys.stderr)
         return 2
+    leave_out_libtpu()
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(f"catversion_jax.cli.{module_name}")
     parser = argparse.ArgumentParser(

@@ -9,7 +9,6 @@ start and at the end.
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.libtpu import has_tpu_chips
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 30
@@ -72,5 +72,4 @@ def _on_tpu_slice() -> bool:
     """Whether this machine is a host of a Cloud TPU."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return False
-    has_chips = bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
-    return has_chips and importlib.util.find_spec("libtpu") is not None
+    return has_tpu_chips() and importlib.util.find_spec("libtpu") is not None

@@ -21,7 +21,11 @@ from catversion_jax.errors import CatVersionError, ConceptError
 from catversion_jax.models.layers.recompute import Recompute
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import CONCEPT_AXIS
-from catversion_jax.training.planning.compiled import CompiledStep, compile_step
+from catversion_jax.training.planning.compiled import (
+    CompiledStep,
+    DoesNotFitError,
+    compile_step,
+)
 from catversion_jax.training.planning.estimate import USABLE_MEMORY, MemoryModel
 
 logger = logging.getLogger(__name__)
@@ -142,7 +146,8 @@ def find_fit(
     otherwise than many, and the first line may promise a tenth too much.
 
     Raises:
-      CatVersionError: the step does not compile, whatever is computed again.
+      DoesNotFitError: not one concept fits, whatever is computed again.
+      CatVersionError: the step does not compile for another reason than memory.
     """
     usable = USABLE_MEMORY * memory_bytes
 
@@ -155,7 +160,7 @@ def find_fit(
         try:
             one = compiled(tried, 1)
             some = compiled(tried, max(2, min(enough, USEFUL_SLOTS)))
-        except CatVersionError as error:
+        except DoesNotFitError as error:
             problem = error
             continue
         seconds += one.seconds + some.seconds
@@ -173,7 +178,7 @@ def find_fit(
         return dataclasses.replace(best, seconds=seconds)
     try:
         far = compiled(best.config, slots)
-    except CatVersionError:  # more than the device has: go by what is known to fit
+    except DoesNotFitError:  # go by what is known to fit
         return dataclasses.replace(best, largest=near.slots_per_chip, seconds=seconds)
     memory = MemoryModel.of(near, far)
     return dataclasses.replace(
@@ -196,7 +201,7 @@ def _least_recomputation(
         tried = dataclasses.replace(config, gradient_checkpointing=recompute)
         try:
             step = compile_step(backbone, tried, mesh, slots, images, prompts, fast=False)
-        except CatVersionError as error:
+        except DoesNotFitError as error:
             problem = error
             continue
         if step.total_bytes <= USABLE_MEMORY * memory_bytes:

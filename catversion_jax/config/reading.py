@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from catversion_jax.assets import SHIPPED_CONFIGS
 from catversion_jax.config.options import (
     DecidesResult,
     accepted_types,
@@ -21,9 +22,6 @@ from catversion_jax.config.options import (
 from catversion_jax.config.presets import PRESETS
 from catversion_jax.config.training import GROUPS, TrainConfig, plain_values
 from catversion_jax.errors import CatVersionError, did_you_mean
-
-SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-"""Folder of the YAML files that have a name, such as ``quickstart``."""
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 from commands import printed, start
 
-from catversion_jax.config.training import make_config
+from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import abstract_backbone
 from catversion_jax.runtime.sharding import make_mesh

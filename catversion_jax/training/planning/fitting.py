@@ -196,7 +196,7 @@ def _least_recomputation(
     prompts: int,
 ) -> TrainConfig:
     """Compiles what will be trained, so that training finds it in the compilation cache."""
-    problem = None
+    problem: CatVersionError | None = None
     for recompute in _policies(config):
         tried = dataclasses.replace(config, gradient_checkpointing=recompute)
         try:

@@ -62,8 +62,10 @@ VAE_CONFIG: dict[str, Any] = {
 def write_random_model(folder: Path, seed: int = 0) -> None:
     """A complete diffusers folder with random weights, about 5 MB."""
     from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
+    from catversion_jax.models.layers.resnet import LayerFactory
+    from catversion_jax.models.unet.config import UNetConfig
     from catversion_jax.models.unet.unet import UNet2DConditionModel
-    from catversion_jax.models.vae import AutoencoderKL
+    from catversion_jax.models.vae import AutoencoderKL, VAEConfig
     from catversion_jax.models.weights.network import random_network
 
     vocabulary = byte_vocabulary()
@@ -88,8 +90,14 @@ def write_random_model(folder: Path, seed: int = 0) -> None:
     text_encoder = random_network(
         lambda rngs: CLIPTextModel(parsed, param_dtype="float32", rngs=rngs), seed
     )
-    unet = random_network(lambda rngs: UNet2DConditionModel(UNET_CONFIG, rngs=rngs), seed + 1)
-    vae = random_network(lambda rngs: AutoencoderKL(VAE_CONFIG, rngs=rngs), seed + 2)
+    unet_config = UNetConfig.from_hf(UNET_CONFIG)
+    vae_config = VAEConfig.from_hf(VAE_CONFIG)
+    unet = random_network(
+        lambda rngs: UNet2DConditionModel(unet_config, layers=LayerFactory(rngs)), seed + 1
+    )
+    vae = random_network(
+        lambda rngs: AutoencoderKL(vae_config, layers=LayerFactory(rngs)), seed + 2
+    )
     _write_component(folder / "text_encoder", text_config, text_encoder, "model")
     _write_component(folder / "unet", UNET_CONFIG, unet, "diffusion_pytorch_model")
     _write_component(folder / "vae", VAE_CONFIG, vae, "diffusion_pytorch_model")

@@ -13,6 +13,8 @@ from torch_reference import SD15_UNET, as_network, draw, randomise
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.clip.encoder import CLIPAttention, EncoderConfig
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
+from catversion_jax.models.layers.resnet import LayerFactory
+from catversion_jax.models.unet.config import UNetConfig
 from catversion_jax.models.unet.unet import UNet2DConditionModel
 from catversion_jax.models.weights.network import Network, random_network
 
@@ -126,7 +128,10 @@ def attention_layer() -> tuple:
 def build(config):
     """A torch UNet with random weights and our network holding the same."""
     reference = randomise(diffusers.UNet2DConditionModel.from_config(config))
-    return reference, as_network(reference, lambda rngs: UNet2DConditionModel(config, rngs=rngs))
+    return reference, as_network(
+        reference,
+        lambda rngs: UNet2DConditionModel(UNetConfig.from_hf(config), layers=LayerFactory(rngs)),
+    )
 
 
 @jax.jit(compiler_options=QUICK)

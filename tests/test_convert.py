@@ -21,7 +21,8 @@ from torch_reference import draw, randomise, relative_error
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
-from catversion_jax.models.vae import AutoencoderKL
+from catversion_jax.models.layers.resnet import LayerFactory
+from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.models.weights.convert import convert_state_dict, load_network
 from catversion_jax.models.weights.fingerprint import text_encoder_sha256
 from catversion_jax.models.weights.network import abstract_network
@@ -143,7 +144,9 @@ def test_old_autoencoder_attention(conv):
     }
     reference = randomise(diffusers.AutoencoderKL(**sizes))
     weights = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    target = abstract_network(lambda rngs: AutoencoderKL(sizes, rngs=rngs))
+    target = abstract_network(
+        lambda rngs: AutoencoderKL(VAEConfig.from_hf(sizes), layers=LayerFactory(rngs))
+    )
     present = convert_state_dict(weights, target)
     renamed = old_attention(weights, conv=conv)
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in renamed

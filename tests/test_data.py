@@ -20,7 +20,8 @@ from catversion_jax.concepts.latents import (
     load_concept_images,
 )
 from catversion_jax.errors import CatVersionError, ConceptError
-from catversion_jax.models.vae import AutoencoderKL
+from catversion_jax.models.layers.resnet import LayerFactory
+from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.models.weights.convert import load_network
 from catversion_jax.models.weights.network import Network
 
@@ -30,7 +31,10 @@ SIZE, FACTOR, SCALE = 16, 2, 0.18215
 @pytest.fixture(scope="module")
 def vae(tiny_sd_folder: Path) -> Network:
     config = json.loads((tiny_sd_folder / "vae" / "config.json").read_text())
-    return load_network(lambda rngs: AutoencoderKL(config, rngs=rngs), tiny_sd_folder / "vae")
+    return load_network(
+        lambda rngs: AutoencoderKL(VAEConfig.from_hf(config), layers=LayerFactory(rngs)),
+        tiny_sd_folder / "vae",
+    )
 
 
 def random_images(count: int, seed: int = 0) -> list[LoadedImage]:

@@ -40,8 +40,10 @@ from torch_reference import (  # noqa: E402
     relative_error,
 )
 
+from catversion_jax.models.layers.resnet import LayerFactory  # noqa: E402
+from catversion_jax.models.unet.config import UNetConfig  # noqa: E402
 from catversion_jax.models.unet.unet import UNet2DConditionModel  # noqa: E402
-from catversion_jax.models.vae import AutoencoderKL  # noqa: E402
+from catversion_jax.models.vae import AutoencoderKL, VAEConfig, vae_decode, vae_encode  # noqa: E402
 from catversion_jax.models.weights.convert import load_network  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -69,7 +71,10 @@ def test_unet(name, config, tmp_path, record_property):
     text = draw(1, 77, config["cross_attention_dim"], seed=3)
     expected, expected_gradient = torch_unet(config, tmp_path, sample, text, weight)
     gc.collect()
-    unet = load_network(lambda rngs: UNet2DConditionModel(config, rngs=rngs), tmp_path)
+    unet = load_network(
+        lambda rngs: UNet2DConditionModel(UNetConfig.from_hf(config), layers=LayerFactory(rngs)),
+        tmp_path,
+    )
 
     @jax.jit
     def text_gradient(unet, text):
@@ -103,9 +108,11 @@ def test_vae(size, tmp_path, record_property):
         )
     del reference, posterior
     gc.collect()
-    vae = load_network(lambda rngs: AutoencoderKL(SD15_VAE, rngs=rngs), tmp_path)
-    mean, std = jax.jit(lambda vae, images: vae.call("encode", images))(vae, images)
-    decoded = jax.jit(lambda vae, latents: vae.call("decode", latents))(vae, jnp.asarray(latents))
+    vae = load_network(
+        lambda rngs: AutoencoderKL(VAEConfig.from_hf(SD15_VAE), layers=LayerFactory(rngs)), tmp_path
+    )
+    mean, std = jax.jit(vae_encode)(vae, images)
+    decoded = jax.jit(vae_decode)(vae, jnp.asarray(latents))
     errors = [relative_error(*pair) for pair in zip((mean, std, decoded), expected, strict=True)]
     record_property("errors", errors)
     print(f"\nVAE at {size} px: mean {errors[0]:.1e}, std {errors[1]:.1e}, image {errors[2]:.1e}")  # noqa: T201

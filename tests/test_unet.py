@@ -28,6 +28,7 @@ from torch_reference import (  # noqa: E402
 from catversion_jax.errors import CatVersionError  # noqa: E402
 from catversion_jax.models.layers.recompute import recomputed  # noqa: E402
 from catversion_jax.models.layers.resnet import LayerFactory  # noqa: E402
+from catversion_jax.models.unet.config import UNetConfig  # noqa: E402
 from catversion_jax.models.unet.transformer import (  # noqa: E402
     FEED_FORWARD_SLICE,
     BasicTransformerBlock,
@@ -229,7 +230,7 @@ def test_concept_axis_scan_and_rematerialisation_change_nothing(one_block_pair):
 
 @pytest.mark.slow
 def test_a_transformer_computed_again_in_slices_is_the_same():
-    layers = LayerFactory(jnp.float32, jnp.float32, nnx.Rngs(0))
+    layers = LayerFactory(nnx.Rngs(0))
     options = {"num_heads": 2, "context_dim": 12, "only_cross_attention": False, "layers": layers}
     block = BasicTransformerBlock(8, **options)
     hidden, text = draw(1, 2 * FEED_FORWARD_SLICE, 8), draw(1, 7, 12)
@@ -256,7 +257,7 @@ def test_bfloat16_is_as_close_to_float32_as_torchs(one_block_pair):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), unet.params)
     graphdef = abstract_network(
         lambda rngs: UNet2DConditionModel(
-            FORWARD["one-block"], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs
+            UNetConfig.from_hf(FORWARD["one-block"]), layers=LayerFactory(rngs, jnp.bfloat16)
         )
     ).graphdef
     ours = forward(Network(params, graphdef), sample, jnp.array([999, 998]), text)
@@ -266,13 +267,19 @@ def test_bfloat16_is_as_close_to_float32_as_torchs(one_block_pair):
 
 @pytest.mark.parametrize(("config", "count"), [(SD15_UNET, 859_520_964), (SD21_UNET, 865_910_724)])
 def test_published_configs_make_the_published_number_of_parameters(config, count):
-    unet = abstract_network(lambda rngs: UNet2DConditionModel(config, rngs=rngs))
+    unet = abstract_network(
+        lambda rngs: UNet2DConditionModel(UNetConfig.from_hf(config), layers=LayerFactory(rngs))
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(unet.params)) == count
 
 
 def test_equal_configs_make_equal_structures():
     first, second = (
-        abstract_network(lambda rngs: UNet2DConditionModel(dict(SD1_LIKE), rngs=rngs))
+        abstract_network(
+            lambda rngs: UNet2DConditionModel(
+                UNetConfig.from_hf(SD1_LIKE), layers=LayerFactory(rngs)
+            )
+        )
         for _ in range(2)
     )
     assert first.graphdef == second.graphdef
@@ -309,14 +316,17 @@ def test_equal_configs_make_equal_structures():
 )
 def test_unsupported_config_is_named(change, named):
     with pytest.raises(CatVersionError, match=named):
-        abstract_network(lambda rngs: UNet2DConditionModel(SD1_LIKE | change, rngs=rngs))
+        UNetConfig.from_hf(SD1_LIKE | change)
 
 
 def test_the_trial_model(trial_folder):
     folder = trial_folder / "unet"
     reference = diffusers.UNet2DConditionModel.from_pretrained(folder).eval()
     unet = load_network(
-        lambda rngs: UNet2DConditionModel(dict(reference.config), rngs=rngs), folder
+        lambda rngs: UNet2DConditionModel(
+            UNetConfig.from_hf(reference.config), layers=LayerFactory(rngs)
+        ),
+        folder,
     )
     sample, text = draw(2, 16, 16, 4), draw(2, 77, reference.config.cross_attention_dim)
     with torch.no_grad():

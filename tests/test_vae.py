@@ -13,7 +13,8 @@ diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip
 from torch_reference import SD15_VAE, as_network, draw, nchw, nhwc, randomise, relative_error  # noqa: E402
 
 from catversion_jax.errors import CatVersionError  # noqa: E402
-from catversion_jax.models.vae import AutoencoderKL  # noqa: E402
+from catversion_jax.models.layers.resnet import LayerFactory  # noqa: E402
+from catversion_jax.models.vae import AutoencoderKL, VAEConfig, vae_decode, vae_encode  # noqa: E402
 from catversion_jax.models.weights.convert import convert_state_dict, load_network  # noqa: E402
 from catversion_jax.models.weights.network import abstract_network  # noqa: E402
 
@@ -56,18 +57,20 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 @jax.jit(compiler_options=QUICK)
 def encode(vae, images):
-    return vae.call("encode", images)
+    return vae_encode(vae, images)
 
 
 @jax.jit(compiler_options=QUICK)
 def decode(vae, latents):
-    return vae.call("decode", latents)
+    return vae_decode(vae, latents)
 
 
 def build(config):
     """A torch autoencoder with random weights and our network holding the same."""
     reference = randomise(diffusers.AutoencoderKL.from_config(config))
-    return reference, as_network(reference, lambda rngs: AutoencoderKL(config, rngs=rngs))
+    return reference, as_network(
+        reference, lambda rngs: AutoencoderKL(VAEConfig.from_hf(config), layers=LayerFactory(rngs))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,10 @@ def test_published_names_of_the_old_attention_load(pair):
         tensors[name] = tensor
     assert "decoder.mid_block.attentions.0.proj_attn.weight" in tensors
     loaded = convert_state_dict(
-        tensors, abstract_network(lambda rngs: AutoencoderKL(SMALL, rngs=rngs))
+        tensors,
+        abstract_network(
+            lambda rngs: AutoencoderKL(VAEConfig.from_hf(SMALL), layers=LayerFactory(rngs))
+        ),
     )
     assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded.params, vae.params))
 
@@ -161,7 +167,9 @@ def test_concept_axis(pair):
 
 
 def test_the_published_config_makes_the_published_number_of_parameters():
-    vae = abstract_network(lambda rngs: AutoencoderKL(SD15_VAE, rngs=rngs))
+    vae = abstract_network(
+        lambda rngs: AutoencoderKL(VAEConfig.from_hf(SD15_VAE), layers=LayerFactory(rngs))
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(vae.params)) == 83_653_863
 
 
@@ -182,13 +190,16 @@ def test_the_published_config_makes_the_published_number_of_parameters():
 )
 def test_unsupported_config_is_named(change, named):
     with pytest.raises(CatVersionError, match=named):
-        abstract_network(lambda rngs: AutoencoderKL(SMALL | change, rngs=rngs))
+        VAEConfig.from_hf(SMALL | change)
 
 
 def test_the_trial_model(trial_folder):
     folder = trial_folder / "vae"
     reference = diffusers.AutoencoderKL.from_pretrained(folder).eval()
-    vae = load_network(lambda rngs: AutoencoderKL(dict(reference.config), rngs=rngs), folder)
+    vae = load_network(
+        lambda rngs: AutoencoderKL(VAEConfig.from_hf(reference.config), layers=LayerFactory(rngs)),
+        folder,
+    )
     images, latents = draw(1, 64, 64, 3), draw(1, 16, 16, 4)
     with torch.no_grad():
         posterior = reference.encode(nchw(images)).latent_dist

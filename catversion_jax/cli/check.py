@@ -72,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
             )
         tokenizer = Tokenizer.from_folder(folder / "tokenizer")
         if args.resolution is None:
-            resolution = _model_resolution(folder)
+            # imports jax, which the rest of this command does without
+            from catversion_jax.models.stable_diffusion import model_resolution
+
+            resolution = model_resolution(folder)
     found = read_concepts(
         args.concepts,
         base_class=args.base_class,
@@ -98,19 +101,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(reports, found.problems, found.skipped)
     return 3 if found.problems or any(report.problems for report in reports) else 0
-
-
-def _model_resolution(folder: Path) -> int:
-    """The size the model was trained at: latent size times the VAE's downsampling."""
-    try:
-        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CatVersionError(
-            f"--model {folder}: unet/config.json and vae/config.json do not tell its resolution "
-            f"({error!r}). Give a complete diffusers folder, or --resolution."
-        ) from None
 
 
 def _print_json(

@@ -22,11 +22,13 @@ from catversion_jax.array_types import Array, Float
 from catversion_jax.concepts import ConceptSpec
 from catversion_jax.concepts.images import Alpha, Crop, LoadedImage, load_image
 from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.models.vae import vae_encode
 from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.batches import full_batches
 
-# One compiled program whatever a concept's number of images: its latents depend on nothing but the
-# image.
 ENCODE_BATCH = 4
+"""One program is compiled whatever a concept's number of images, so that the latents of an image
+depend on nothing else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +94,14 @@ def encode_concept(
         [flip for image in images for flip in (image.pixels, image.pixels[:, ::-1])]
     )  # [2M H W 3]
     chunks = [
-        _encode_padded(vae, pixels[i : i + ENCODE_BATCH])
-        for i in range(0, len(pixels), ENCODE_BATCH)
+        jax.device_get(_encode(vae, pixels[rows]))
+        for rows in full_batches(len(pixels), ENCODE_BATCH)
     ]
     scale = np.float32(latent_scale)
     per_image = (len(images), 2, *chunks[0][0].shape[1:])  # [M 2 h w c]
     mean, std = (
-        scale * np.concatenate(part).reshape(per_image) for part in zip(*chunks, strict=True)
+        scale * np.concatenate(part)[: len(pixels)].reshape(per_image)
+        for part in zip(*chunks, strict=True)
     )
     if not (np.isfinite(mean).all() and np.isfinite(std).all()):
         raise ConceptError(
@@ -110,18 +113,9 @@ def encode_concept(
     )
 
 
-def _encode_padded(vae: Network, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Encode up to ``ENCODE_BATCH`` images in a batch of exactly that many."""
-    count = len(pixels)
-    padded = np.zeros((ENCODE_BATCH, *pixels.shape[1:]), np.float32)
-    padded[:count] = pixels
-    mean, std = _encode(vae, padded)
-    return np.asarray(mean)[:count], np.asarray(std)[:count]
-
-
 @jax.jit
 def _encode(vae: Network, pixels: Float[Array, "B H W 3"]) -> tuple[Array, Array]:
-    mean, std = vae.call("encode", pixels)
+    mean, std = vae_encode(vae, pixels)
     return mean.astype(jnp.float32), std.astype(jnp.float32)
 
 

@@ -24,6 +24,7 @@ from catversion_jax.models.clip.vision import load_clip
 from catversion_jax.models.vit import load_vit
 from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.batches import full_batches
 
 BATCH = 16
 # Where preprocessor_config.json gives none: OpenAI's CLIP, and ImageNet for DINO.
@@ -146,9 +147,9 @@ def _in_batches(
     """``embed`` over batches of exactly ``BATCH`` rows, the last filled up with its last row."""
     if not rows:
         return np.zeros((0, 1), np.float32)
-    filled = [*rows, *[rows[-1]] * (-len(rows) % BATCH)]
     parts = [
-        np.asarray(embed(np.stack(filled[i : i + BATCH]))) for i in range(0, len(filled), BATCH)
+        np.asarray(embed(np.stack([rows[i] for i in batch])))
+        for batch in full_batches(len(rows), BATCH)
     ]
     return np.concatenate(parts)[: len(rows)]
 

@@ -6,18 +6,21 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from catversion_jax.diffusion import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vision import sub_config
+from catversion_jax.models.layers.resnet import LayerFactory
+from catversion_jax.models.unet.config import UNetConfig
 from catversion_jax.models.unet.unet import UNet2DConditionModel
-from catversion_jax.models.vae import AutoencoderKL
+from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.models.weights.convert import load_network
 from catversion_jax.models.weights.fingerprint import text_encoder_sha256
 from catversion_jax.models.weights.hf_config import read_config
@@ -27,13 +30,8 @@ from catversion_jax.models.weights.safetensors_files import open_checkpoint
 from catversion_jax.runtime.precision import use_full_float32
 from catversion_jax.runtime.sharding import make_mesh, replicated
 
+T = TypeVar("T")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-SD1_LATENT_SCALE = 0.18215
-"""``scaling_factor`` of autoencoders whose configuration is older than that key."""
-
-DEFAULT_SAMPLE_SIZE = 64
-"""Latent positions per side where the UNet's configuration gives none, as in diffusers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +41,10 @@ class Backbone:
 
     Attributes:
       text_encoder: ``(token_ids [B T], learned=None) -> [B T D]``; see
-        :class:`~.clip_text.CLIPTextModel`.
+        :class:`~.clip.text.CLIPTextModel`.
       unet: ``(sample [B h w 4], timesteps, encoder_hidden_states [B T D]) -> [B h w 4]``.
-      vae: ``call("encode", images [B H W 3] in [-1, 1])`` gives mean and standard deviation,
-        ``call("decode", latents)`` gives images; latents are unscaled. Always float32.
+      vae: for :func:`~.vae.vae_encode` and :func:`~.vae.vae_decode`; its latents are
+        unscaled. Always float32.
       tokenizer: prompts to token ids.
       noise_schedule: what ``scheduler_config.json`` says.
       name: the folder or hub id as the user gave it.
@@ -149,9 +147,9 @@ def abstract_backbone(
     """
     folder = locate_model(model, revision=revision, weights=False)
 
-    def shapes(name: str, make: Callable[..., Any], config: Any, weights: Any) -> Network:
-        del name
-        return abstract_network(lambda rngs: _module(make, config, weights, rngs))
+    def shapes(name: str, module_fn: Callable[[nnx.Rngs], nnx.Module], weights: Any) -> Network:
+        del name, weights
+        return abstract_network(module_fn)
 
     return _assemble(str(model), folder, _dtype(dtype), shapes)
 
@@ -159,22 +157,30 @@ def abstract_backbone(
 def _assemble(name: str, folder: Path, weights: Any, load: Callable[..., Network]) -> Backbone:
     if weights == jnp.float32:
         use_full_float32()
-    configs = {name: read_config(folder / name) for name in ("text_encoder", "unet", "vae")}
-    _check_components_fit(folder, configs)
-    text_config = CLIPTextConfig.from_hf(
-        configs["text_encoder"], source=str(folder / "text_encoder" / "config.json")
-    )
+    text_config = _parsed(CLIPTextConfig.from_hf, folder, "text_encoder")
+    unet_config = _parsed(UNetConfig.from_hf, folder, "unet")
+    vae_config = _parsed(VAEConfig.from_hf, folder, "vae")
+    _check_components_fit(folder, text_config, unet_config, vae_config)
     noise_schedule = NoiseScheduleConfig.from_scheduler_config(
         read_config(folder / "scheduler", "scheduler_config.json")
     )
     tokenizer = Tokenizer.from_folder(
         folder / "tokenizer", context=text_config.max_position_embeddings
     )
-    downsampling = 2 ** (len(configs["vae"].get("block_out_channels", (64,))) - 1)
+
+    def text_encoder(rngs: nnx.Rngs) -> CLIPTextModel:
+        return CLIPTextModel(text_config, dtype=weights, param_dtype=weights, rngs=rngs)
+
+    def unet(rngs: nnx.Rngs) -> UNet2DConditionModel:
+        return UNet2DConditionModel(unet_config, layers=LayerFactory(rngs, weights))
+
+    def vae(rngs: nnx.Rngs) -> AutoencoderKL:
+        return AutoencoderKL(vae_config, layers=LayerFactory(rngs))
+
     return Backbone(
-        text_encoder=load("text_encoder", CLIPTextModel, text_config, weights),
-        unet=load("unet", UNet2DConditionModel, configs["unet"], weights),
-        vae=load("vae", AutoencoderKL, configs["vae"], jnp.float32),
+        text_encoder=load("text_encoder", text_encoder, weights),
+        unet=load("unet", unet, weights),
+        vae=load("vae", vae, jnp.float32),
         tokenizer=tokenizer,
         noise_schedule=noise_schedule,
         name=name,
@@ -183,35 +189,39 @@ def _assemble(name: str, folder: Path, weights: Any, load: Callable[..., Network
         num_text_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,
         head_dim=text_config.hidden_size // text_config.num_attention_heads,
-        latent_scale=configs["vae"].get("scaling_factor", SD1_LATENT_SCALE),
-        latent_downsampling=downsampling,
-        latent_channels=configs["vae"].get("latent_channels", 4),
-        default_resolution=(configs["unet"].get("sample_size") or DEFAULT_SAMPLE_SIZE)
-        * downsampling,
+        latent_scale=vae_config.scaling_factor,
+        latent_downsampling=vae_config.downsampling,
+        latent_channels=vae_config.latent_channels,
+        default_resolution=unet_config.sample_size * vae_config.downsampling,
     )
 
 
-def _module(make: Callable[..., Any], config: Any, dtype: Any, rngs: Any) -> Any:
-    return make(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
+def _parsed(from_hf: Callable[..., T], folder: Path, component: str) -> T:
+    """The ``config.json`` of one component."""
+    source = str(folder / component / "config.json")
+    return from_hf(read_config(folder / component), source=source)
+
+
+def model_resolution(folder: Path) -> int:
+    """Pixels per side that the model in ``folder`` was trained on; only configurations are read.
+
+    Raises:
+      CatVersionError: the configuration of the UNet or the autoencoder cannot be used.
+    """
+    unet_config = _parsed(UNetConfig.from_hf, folder, "unet")
+    return unet_config.sample_size * _parsed(VAEConfig.from_hf, folder, "vae").downsampling
 
 
 def _load_component(
     folder: Path,
     name: str,
-    make: Callable[..., Any],
-    config: Any,
+    module_fn: Callable[[nnx.Rngs], nnx.Module],
     dtype: Any,
     *,
     sharding: Any,
     variant: str | None,
 ) -> Network:
-    return load_network(
-        lambda rngs: _module(make, config, dtype, rngs),
-        folder / name,
-        dtype=dtype,
-        sharding=sharding,
-        variant=variant,
-    )
+    return load_network(module_fn, folder / name, dtype=dtype, sharding=sharding, variant=variant)
 
 
 def default_dtype() -> str:
@@ -257,34 +267,25 @@ def _dtype(name: str) -> Any:
     return DTYPES[name]
 
 
-def _check_components_fit(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
-    """Text encoder, UNet and autoencoder must speak of the same widths.
+def _check_components_fit(
+    folder: Path, text: CLIPTextConfig, unet: UNetConfig, vae: VAEConfig
+) -> None:
+    """Make sure that text encoder, UNet and autoencoder are of the same widths.
 
     Raises:
-      CatVersionError: they do not.
+      CatVersionError: the widths differ.
     """
-    unet, text = configs["unet"], configs["text_encoder"]
-    width, context = (
-        text.get("hidden_size", CLIPTextConfig.hidden_size),
-        unet.get("cross_attention_dim", 1280),
-    )
-    if context != width and context != [width] * len(context if isinstance(context, list) else ()):
+    contexts = sorted(set(unet.cross_attention_dim))
+    if contexts != [text.hidden_size]:
         raise CatVersionError(
-            f"{folder}: unet cross_attention_dim = {context} but text_encoder hidden_size = "
-            f"{width}; they must be equal. The components are of different models: download the "
-            "model again."
+            f"{folder}: unet cross_attention_dim = {' and '.join(map(str, contexts))} but "
+            f"text_encoder hidden_size = {text.hidden_size}; they must be equal. The components "
+            "are of different models: download the model again."
         )
-    channels, latent = unet.get("in_channels", 4), configs["vae"].get("latent_channels", 4)
-    if not channels == unet.get("out_channels", 4) == latent:
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise CatVersionError(
-            f"{folder}: unet in_channels = {channels}, out_channels = "
-            f"{unet.get('out_channels', 4)} and vae latent_channels = {latent} must be equal. "
+            f"{folder}: unet in_channels = {unet.in_channels}, out_channels = "
+            f"{unet.out_channels} and vae latent_channels = {vae.latent_channels} must be equal. "
             "Inpainting, depth and upscaling models are not supported: use the text-to-image model "
             "of the same family."
-        )
-    size = unet.get("sample_size")
-    if not isinstance(size, int | None):
-        raise CatVersionError(
-            f"{folder}: unet sample_size = {size!r}, must be one integer (square images). Use such "
-            "a model."
         )

@@ -12,13 +12,12 @@ below and right only, and every group norm has epsilon 1e-6.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.errors import CatVersionError
@@ -33,6 +32,7 @@ from catversion_jax.models.layers.resnet import (
     check_groups,
 )
 from catversion_jax.models.weights.hf_config import check_supported
+from catversion_jax.models.weights.network import Network
 
 GROUP_NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -49,14 +49,18 @@ DEFAULTS: dict[str, Any] = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
+    "scaling_factor": 0.18215,
 }
-IGNORED = frozenset({"force_upcast", "sample_size", "scaling_factor"})
+IGNORED = frozenset({"force_upcast", "sample_size"})
 DOWN_BLOCK, UP_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """What decides an autoencoder's computation; widths run from the image to the latent."""
+    """What decides an autoencoder's computation; widths run from the image to the latent.
+
+    ``scaling_factor`` multiplies the latents that the UNet sees; the autoencoder does not use it.
+    """
 
     in_channels: int
     out_channels: int
@@ -68,6 +72,12 @@ class VAEConfig:
     use_quant_conv: bool
     use_post_quant_conv: bool
     mid_block_add_attention: bool
+    scaling_factor: float
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position, each way."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, source: str = "vae/config.json") -> VAEConfig:
@@ -89,8 +99,8 @@ class VAEConfig:
         values = {key: config.get(key, default) for key, default in DEFAULTS.items()}
         for key, default in DEFAULTS.items():
             kind = type(default)
-            fits = isinstance(values[key], Sequence) if kind is tuple else type(values[key]) is kind
-            if not fits:
+            accepted = {tuple: (tuple, list), float: (float, int)}.get(kind, (kind,))
+            if type(values[key]) not in accepted:
                 raise CatVersionError(
                     f"{source}: {key}={values[key]!r} must be of type {kind.__name__}. Correct the "
                     "configuration."
@@ -269,35 +279,20 @@ class AutoencoderKL(nnx.Module):
     """Images to a Gaussian over latents and back.
 
     Args:
-      config: the folder's ``vae/config.json``.
-      dtype: of the computation. Softmax and the norms' statistics stay float32.
-      param_dtype: of the weights.
-      rngs: initial values.
-
-    Raises:
-      CatVersionError: the configuration asks for something unsupported; the message names every
-        such key.
+      config: the folder's ``vae/config.json``, config.
+      layers: makes the elementary layers; its dtype is that of the network.
     """
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        *,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        parsed = VAEConfig.from_hf(config)
-        layers = LayerFactory(dtype, param_dtype, rngs)
-        channels = parsed.latent_channels
-        self.dtype = dtype
-        self.encoder = Encoder(parsed, layers=layers)
-        self.decoder = Decoder(parsed, layers=layers)
+    def __init__(self, config: VAEConfig, *, layers: LayerFactory):
+        channels = config.latent_channels
+        self.dtype = layers.dtype
+        self.encoder = Encoder(config, layers=layers)
+        self.decoder = Decoder(config, layers=layers)
         self.quant_conv = (
-            layers.pointwise(2 * channels, 2 * channels) if parsed.use_quant_conv else None
+            layers.pointwise(2 * channels, 2 * channels) if config.use_quant_conv else None
         )
         self.post_quant_conv = (
-            layers.pointwise(channels, channels) if parsed.use_post_quant_conv else None
+            layers.pointwise(channels, channels) if config.use_post_quant_conv else None
         )
 
     def encode(
@@ -324,3 +319,15 @@ class AutoencoderKL(nnx.Module):
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """Reconstruction through the posterior's mean."""
         return self.decode(self.encode(images)[0])
+
+
+def vae_encode(
+    vae: Network, images: Float[Array, "B H W 3"]
+) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
+    """:meth:`AutoencoderKL.encode` of a network: mean and standard deviation, unscaled."""
+    return vae.call("encode", images)
+
+
+def vae_decode(vae: Network, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+    """:meth:`AutoencoderKL.decode` of a network: images from unscaled latents."""
+    return vae.call("decode", latents)

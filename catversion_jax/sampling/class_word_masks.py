@@ -24,7 +24,9 @@ from catversion_jax.config.masks import MaskSettings
 from catversion_jax.diffusion import NoiseSchedule, noise_schedule
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.vae import vae_encode
 from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.batches import full_batches
 from catversion_jax.sampling.encoding import encode_prompt
 
 PROMPT = "a photo of a {}"
@@ -75,11 +77,8 @@ def class_word_maps(
     schedule = noise_schedule(backbone.noise_schedule)
     timesteps, keys = _noises(settings, schedule.num_train_timesteps)
     scale = jax.device_put(np.float32(backbone.latent_scale))
-    # the last batch is filled up with copies of the last image
-    filled = [*range(len(pixels)), *[len(pixels) - 1] * (-len(pixels) % BATCH)]
     maps = []
-    for start in range(0, len(filled), BATCH):
-        rows = filled[start : start + BATCH]
+    for rows in full_batches(len(pixels), BATCH):
         texts, weights = (
             np.stack(part) for part in zip(*(read[base_classes[i]] for i in rows), strict=True)
         )
@@ -176,7 +175,7 @@ def _mean_maps(
     latent_scale: Float[Array, ""],
     min_map_side: int,
 ) -> Float[Array, "B H W"]:
-    mean, _ = vae.call("encode", pixels.astype(jnp.float32) / 127.5 - 1)
+    mean, _ = vae_encode(vae, pixels.astype(jnp.float32) / 127.5 - 1)
     latents = latent_scale * mean.astype(jnp.float32)
 
     def look(noise: tuple[Array, Array]) -> tuple[Array, ...]:

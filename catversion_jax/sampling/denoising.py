@@ -31,7 +31,9 @@ from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.diffusion import Sampler, SamplerRow, make_sampler
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.vae import vae_decode
 from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.batches import full_batches
 from catversion_jax.runtime.sharding import (
     by_device,
     mesh_of,
@@ -105,9 +107,7 @@ def draw_requests(
     mesh = mesh_of(backbone.unet)
     per_device = settings.batch_size or (1 if jax.default_backend() == "cpu" else 4)
     batch_size = per_device * mesh.size
-    # the last batch is filled up with copies of the last image
-    filled = [*range(len(requests)), *[len(requests) - 1] * (-len(requests) % batch_size)]
-    batches = [filled[i : i + batch_size] for i in range(0, len(filled), batch_size)]
+    batches = full_batches(len(requests), batch_size)
     report = _reporter(on_step, len(batches) * len(sampler.rows))
     final = []
     for rows in batches:
@@ -187,10 +187,9 @@ def decode_latents(
     """
     mesh, count = mesh_of(backbone.vae), len(latents)
     scale = jax.device_put(np.float32(backbone.latent_scale), replicated(mesh))
-    filled = np.concatenate([latents, *[latents[-1:]] * (-count % mesh.size)])
     images = [
-        jax.device_get(_decode(mesh, backbone.vae, place_by_device(rows, mesh), scale))
-        for rows in np.split(filled, len(filled) // mesh.size)
+        jax.device_get(_decode(mesh, backbone.vae, place_by_device(latents[rows], mesh), scale))
+        for rows in full_batches(count, mesh.size)
     ]
     return np.concatenate(images)[:count]
 
@@ -283,5 +282,5 @@ def _decode(mesh: Mesh, *arguments: Any) -> Float[Array, "B height width 3"]:
 def _pixels(
     vae: Network, latents: Float[Array, "B h w channels"], latent_scale: Float[Array, ""]
 ) -> Float[Array, "B height width 3"]:
-    images = vae.call("decode", latents / latent_scale).astype(jnp.float32)
+    images = vae_decode(vae, latents / latent_scale).astype(jnp.float32)
     return jnp.clip(images / 2 + 0.5, 0, 1)

@@ -16,7 +16,9 @@ from train_unet import UNET, make_unet
 from train_vae import make_vae
 
 from catversion_jax.models import vae
+from catversion_jax.models.layers.resnet import LayerFactory
 from catversion_jax.models.unet import unet
+from catversion_jax.models.unet.config import UNetConfig
 from catversion_jax.models.weights.network import random_network
 
 UNET_BATCH, VAE_BATCH, TOKENS = 48, 16, 32
@@ -50,7 +52,11 @@ def torch_unet(bfloat16: bool) -> float:
 def jax_unet() -> float:
     """The denoiser in JAX, float32: XLA's bfloat16 is slower on CPU."""
     config = {"_class_name": "UNet2DConditionModel", **UNET}
-    network = random_network(lambda rngs: unet.UNet2DConditionModel(config, rngs=rngs))
+    network = random_network(
+        lambda rngs: unet.UNet2DConditionModel(
+            UNetConfig.from_hf(config), layers=LayerFactory(rngs)
+        )
+    )
     x = np.random.randn(UNET_BATCH, 16, 16, 4).astype(np.float32)
     text = np.random.randn(UNET_BATCH, TOKENS, config["cross_attention_dim"]).astype(np.float32)
     t = np.random.randint(0, 1000, (UNET_BATCH,))
@@ -73,12 +79,14 @@ def torch_vae() -> float:
 def jax_vae() -> float:
     """Encoder and decoder in JAX."""
     config = {"_class_name": "AutoencoderKL", **make_vae().config}
-    network = random_network(lambda rngs: vae.AutoencoderKL(config, rngs=rngs))
+    network = random_network(
+        lambda rngs: vae.AutoencoderKL(vae.VAEConfig.from_hf(config), layers=LayerFactory(rngs))
+    )
     x = np.random.randn(VAE_BATCH, 64, 64, 3).astype(np.float32)
 
     def loss(network: object) -> jax.Array:
-        mean, std = network.call("encode", x)
-        return jnp.square(network.call("decode", mean + std) - x).mean()
+        mean, std = vae.vae_encode(network, x)
+        return jnp.square(vae.vae_decode(network, mean + std) - x).mean()
 
     step = jax.jit(jax.grad(loss))
     return best(lambda: jax.block_until_ready(step(network)), VAE_BATCH)

@@ -56,15 +56,14 @@ class LayerFactory:
     """Makes the elementary layers of one network in one precision.
 
     Args:
-      dtype: activations are computed in it; the norms' statistics are float32 whatever it is.
-      param_dtype: weights are stored in it.
       rngs: initial values. Checkpoints replace them, so modules are usually built under
         ``nnx.eval_shape``.
+      dtype: of the weights and of the computation. Softmax, the norms' statistics and the time
+        embedding are float32 whatever it is.
     """
 
-    def __init__(self, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.dtype = dtype
-        self.param_dtype = param_dtype
         self.rngs = cast(nnx.Rngs, KeyStream(rngs.params()))
 
     def linear(self, in_features: int, out_features: int, *, use_bias: bool = True) -> nnx.Linear:
@@ -74,7 +73,7 @@ class LayerFactory:
             out_features,
             use_bias=use_bias,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            param_dtype=self.dtype,
             rngs=self.rngs,
         )
 
@@ -95,7 +94,7 @@ class LayerFactory:
             strides=(strides, strides),
             padding=padding,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            param_dtype=self.dtype,
             rngs=self.rngs,
         )
 
@@ -105,7 +104,7 @@ class LayerFactory:
 
     def group_norm(self, channels: int, groups: int, epsilon: float) -> GroupNorm:
         """Group norm over everything but the batch."""
-        return GroupNorm(channels, groups, epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
+        return GroupNorm(channels, groups, epsilon, dtype=self.dtype, param_dtype=self.dtype)
 
     def layer_norm(self, features: int, epsilon: float = 1e-5) -> nnx.LayerNorm:
         """Layer norm over the last axis."""
@@ -114,7 +113,7 @@ class LayerFactory:
             epsilon=epsilon,
             use_fast_variance=False,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            param_dtype=self.dtype,
             rngs=self.rngs,
         )
 

@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "transformer_layers_per_block": 1,
     "attention_head_dim": 8,
     "use_linear_projection": False,
+    "sample_size": 64,
 }
 
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -63,7 +64,6 @@ IGNORED = frozenset(
         "addition_embed_type_num_heads",  # acts with addition_embed_type only, which is refused
         "dropout",  # acts while the UNet itself is trained
         "mid_block_only_cross_attention",  # never reaches the one mid block that is supported
-        "sample_size",  # the default resolution, not a part of the computation
         "upcast_attention",  # attention() always computes logits and softmax in float32
     }
 )
@@ -74,7 +74,8 @@ class UNetConfig:
     """What decides a UNet's computation; tuples run from the outermost block to the innermost.
 
     ``num_heads`` is what the files call ``attention_head_dim``: since SD 1.x it has meant the
-    number of heads.
+    number of heads. ``sample_size``, the latent positions per side that the UNet was trained on,
+    decides nothing but the default resolution.
     """
 
     in_channels: int
@@ -94,6 +95,7 @@ class UNetConfig:
     num_heads: tuple[int, ...]
     cross_attention_dim: tuple[int, ...]
     only_cross_attention: tuple[bool, ...]
+    sample_size: int
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, source: str = "unet/config.json") -> UNetConfig:
@@ -118,6 +120,12 @@ class UNetConfig:
                     f"{source}: {key}={values[key]!r} must be a single {expected}. Correct the "
                     "configuration."
                 )
+        sample_size = values["sample_size"] or DEFAULTS["sample_size"]
+        if not isinstance(sample_size, int):
+            raise CatVersionError(
+                f"{source}: sample_size = {sample_size!r}, must be one integer (square images). "
+                "Use such a model."
+            )
         parsed = cls(
             **{key: values[key] for key in SCALARS},
             act_fn=values["act_fn"],
@@ -134,6 +142,7 @@ class UNetConfig:
             num_heads=per_block("attention_head_dim", int),
             cross_attention_dim=per_block("cross_attention_dim", int),
             only_cross_attention=per_block("only_cross_attention", bool),
+            sample_size=sample_size,
         )
         parsed._check_divisions(source)
         return parsed

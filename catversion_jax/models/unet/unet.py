@@ -2,7 +2,7 @@ r"""The denoiser of Stable Diffusion 1.x and 2.x: ``UNet2DConditionModel`` of di
 
     (1)  e(t) = [cos(t w), sin(t w)] or sin first,  w_k = 10000^{-k / (E/2 - freq_shift)},  k < E/2
     (2)  temb = W_2 act(W_1 e(t))
-    (3)  down blocks -> mid block -> up blocks, each fed the skips of the down block at its depth
+    (3)  down blocks -> mid block -> up blocks, each fed the skips of the down block at its
          depth
 
 The prompt enters through cross-attention only, so this is where the gradient to the text encoder
@@ -12,13 +12,11 @@ comes from. Source: diffusers ``models/unets/unet_2d_condition.py`` and ``models
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.models.layers.recompute import Recompute
@@ -70,54 +68,39 @@ class UNet2DConditionModel(nnx.Module):
     prompt.
 
     Args:
-      config: the folder's ``unet/config.json``.
-      dtype: of the computation. Time embedding, softmax and the norms' statistics stay float32.
-      param_dtype: of the weights.
-      rngs: initial values.
-
-    Raises:
-      CatVersionError: the configuration asks for something unsupported; the message names every
-        such key.
+      config: the folder's ``unet/config.json``, config.
+      layers: makes the elementary layers; its dtype is that of the network.
     """
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        *,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        parsed = UNetConfig.from_hf(config)
-        layers = LayerFactory(dtype, param_dtype, rngs)
-        widths = parsed.block_out_channels
+    def __init__(self, config: UNetConfig, *, layers: LayerFactory):
+        widths = config.block_out_channels
         temb_channels = 4 * widths[0]
-        self.config = parsed
-        self.dtype = dtype
-        self.conv_in = layers.conv(parsed.in_channels, widths[0])
+        self.config = config
+        self.dtype = layers.dtype
+        self.conv_in = layers.conv(config.in_channels, widths[0])
         self.time_embedding = TimestepEmbedding(
-            widths[0], temb_channels, act_fn=parsed.act_fn, layers=layers
+            widths[0], temb_channels, act_fn=config.act_fn, layers=layers
         )
         levels = range(len(widths))
         self.down_blocks = nnx.List(
             [
-                DownBlock(parsed, level, temb_channels=temb_channels, layers=layers)
+                DownBlock(config, level, temb_channels=temb_channels, layers=layers)
                 for level in levels
             ]
         )
-        has_mid = parsed.has_mid_block
+        has_mid = config.has_mid_block
         self.mid_block = (
-            MidBlock(parsed, temb_channels=temb_channels, layers=layers) if has_mid else None
+            MidBlock(config, temb_channels=temb_channels, layers=layers) if has_mid else None
         )
         self.up_blocks = nnx.List(
             [
-                UpBlock(parsed, level, temb_channels=temb_channels, layers=layers)
+                UpBlock(config, level, temb_channels=temb_channels, layers=layers)
                 for level in reversed(levels)
             ]
         )
-        self.act = ACTIVATIONS[parsed.act_fn]
-        self.conv_norm_out = layers.group_norm(widths[0], parsed.norm_num_groups, parsed.norm_eps)
-        self.conv_out = layers.conv(widths[0], parsed.out_channels)
+        self.act = ACTIVATIONS[config.act_fn]
+        self.conv_norm_out = layers.group_norm(widths[0], config.norm_num_groups, config.norm_eps)
+        self.conv_out = layers.conv(widths[0], config.out_channels)
 
     def __call__(
         self,

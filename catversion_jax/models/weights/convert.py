@@ -84,7 +84,8 @@ def load_network(
       ignore: regular expressions of tensor names that belong to parts this network does not have.
 
     Raises:
-      CatVersionError: see :func:`convert_state_dict` and :func:`~.checkpoint.open_checkpoint`.
+      CatVersionError: see :func:`convert_state_dict` and
+        :func:`~.safetensors_files.open_checkpoint`.
     """
     tensors = open_checkpoint(folder, variant=variant)
     target = abstract_network(module_fn)
@@ -116,21 +117,22 @@ def convert_state_dict(
       CatVersionError: missing, unexpected or misshaped tensors; one error lists all.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(target.params)
-    slots = {slot.name: slot for slot in (Slot.of(path, leaf.shape) for path, leaf in leaves)}
-    found, unexpected = _match_names(tensors, slots, (*IGNORED, *ignore))
-    missing = [name for name in slots if name not in found]
+    made = (Parameter.of(path, leaf.shape) for path, leaf in leaves)
+    parameters = {parameter.name: parameter for parameter in made}
+    found, unexpected = _match_names(tensors, parameters, (*IGNORED, *ignore))
+    missing = [name for name in parameters if name not in found]
     misshaped = [
-        f"{stored}: {list(tensors[stored].shape)}, expected {list(slots[name].torch_shape)}"
+        f"{stored}: {list(tensors[stored].shape)}, expected {list(parameters[name].torch_shape)}"
         for name, stored in found.items()
-        if not slots[name].takes(tuple(tensors[stored].shape))
+        if not parameters[name].takes(tuple(tensors[stored].shape))
     ]
     if missing or unexpected or misshaped:
         raise CatVersionError(_mismatch(source, missing, unexpected, misshaped))
 
     placed: list[jax.Array] = []
     under_way: list[jax.Array] = []
-    for name, slot in slots.items():
-        array = slot.from_torch(np.asarray(tensors[found[name]]))
+    for name, parameter in parameters.items():
+        array = parameter.from_torch(np.asarray(tensors[found[name]]))
         placed.append(jax.device_put(np.ascontiguousarray(array, dtype=dtype), sharding))
         under_way.append(placed[-1])
         if sum(array.nbytes for array in under_way) > PENDING_BYTES:
@@ -141,16 +143,22 @@ def convert_state_dict(
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """One parameter to fill: its PyTorch name, and whether PyTorch keeps it in another layout."""
+class Parameter:
+    """One row of the conversion table: a parameter, and where PyTorch keeps it.
+
+    Attributes:
+      name: the parameter's name in PyTorch.
+      shape: its shape here.
+      is_kernel: whether PyTorch stores it in another layout.
+    """
 
     name: str
     shape: tuple[int, ...]
     is_kernel: bool
 
     @classmethod
-    def of(cls, path: Sequence[Any], shape: tuple[int, ...]) -> Slot:
-        """The slot of the parameter at a pytree path."""
+    def of(cls, path: Sequence[Any], shape: tuple[int, ...]) -> Parameter:
+        """The parameter at a pytree path."""
         names = [str(entry.key) for entry in path]
         return cls(
             ".".join([*names[:-1], LEAVES.get(names[-1], names[-1])]), shape, names[-1] == "kernel"
@@ -230,9 +238,9 @@ def state_dict_of(network: Network) -> dict[str, np.ndarray]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(network.params)
     state_dict = {}
     for path, leaf in leaves:
-        slot = Slot.of(path, leaf.shape)
+        parameter = Parameter.of(path, leaf.shape)
         array = np.asarray(leaf)
-        state_dict[slot.name] = np.ascontiguousarray(
-            np.moveaxis(array, (-1, -2), (0, 1)) if slot.is_kernel else array
+        state_dict[parameter.name] = np.ascontiguousarray(
+            np.moveaxis(array, (-1, -2), (0, 1)) if parameter.is_kernel else array
         )
     return state_dict

@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from catversion_jax.assets import embedded_folder
+
 # Eight virtual devices, so that meshes are tested on any machine; must be said before jax starts
 # its backend.
 jax.config.update("jax_platforms", "cpu")
@@ -38,11 +40,8 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trial_folder() -> Path:
-    """The small model that really draws, beside the checkout; tests that want it are skipped
-    without it.
-    """
-    folder = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tiny-sd-trial"
-    if not folder.is_dir():
-        pytest.skip("no ../shared/data/tiny-sd-trial beside this checkout")
+def embedded_model() -> Path:
+    """The folder of tiny-sd, the small trained model that ships with the package."""
+    folder = embedded_folder("tiny-sd")
+    assert folder is not None
     return folder

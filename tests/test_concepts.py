@@ -307,9 +307,9 @@ def test_prompts_fill_both_placeholders_and_word_match_is_whole() -> None:
         prompt_templates("objects")
 
 
-def test_word_match_agrees_with_the_clip_tokenizer(trial_folder: Path) -> None:
+def test_word_match_agrees_with_the_clip_tokenizer(embedded_model: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(trial_folder / "tokenizer")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(embedded_model / "tokenizer")
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -398,16 +398,17 @@ def test_reading_concepts_needs_neither_jax_nor_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
-def test_the_published_folders() -> None:
-    shared = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not shared.is_dir():
-        pytest.skip("no ../shared/data beside this checkout")
-    six = read_concepts(shared / "tiny-sd-trial-concepts").concepts
-    assert {spec.base_class for spec in six} == {"bear", "car", "cat", "dog", "penguin", "robot"}
-    assert all(len(spec.images) == 5 and all(image.mask for image in spec.images) for spec in six)
-    photos = read_concepts(shared / "photos", base_class="toy")
-    assert {spec.name: len(spec.images) for spec in photos.concepts} == {
-        "teddybear": 7,
-        "colorful_teapot": 5,
+def test_the_examples_that_ship() -> None:
+    found = read_concepts("tiny-sd-examples")
+    assert {spec.name: spec.base_class for spec in found.concepts} == {
+        "blue_penguin": "penguin",
+        "dotted_teapot": "teapot",
+        "golden_turtle": "turtle",
+        "navy_elephant": "elephant",
+        "plum_teddy_bear": "teddy bear",
+        "violet_owl": "owl",
     }
-    assert photos.skipped == ("README.md",)
+    for spec in found.concepts:
+        assert [image.label for image in spec.images] == [f"{i}.png" for i in range(1, 6)]
+        assert all(image.mask for image in spec.images)
+    assert found.skipped == ()

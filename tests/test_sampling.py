@@ -88,10 +88,12 @@ def test_no_guidance_at_or_below_one_and_another_size(tiny_sd_folder, backbone, 
     assert result.images.shape == expected.shape == (2, 24, 32, 3)
 
 
-def test_a_model_that_really_draws(trial_folder):
-    backbone = load_backbone(trial_folder)
+def test_a_model_that_really_draws(embedded_model):
+    backbone = load_backbone(embedded_model)
     for sampler in ("ddim", "dpmsolver++"):
-        compare_with_torch(trial_folder, backbone, SamplingSettings(sampler, num_inference_steps=8))
+        compare_with_torch(
+            embedded_model, backbone, SamplingSettings(sampler, num_inference_steps=8)
+        )
 
 
 def test_bytes_are_rounded_as_diffusers_does(backbone):

@@ -145,9 +145,9 @@ def test_works_without_torch(folder):
     assert done.stdout.strip() == "(1, 24)", done.stderr
 
 
-def test_of_the_real_model(trial_folder):
-    tokenizer = Tokenizer.from_folder(trial_folder / "tokenizer")
-    expected = transformers.CLIPTokenizer.from_pretrained(trial_folder / "tokenizer")(
+def test_of_the_real_model(embedded_model):
+    tokenizer = Tokenizer.from_folder(embedded_model / "tokenizer")
+    expected = transformers.CLIPTokenizer.from_pretrained(embedded_model / "tokenizer")(
         ["a red ball on the beach"], padding="max_length", max_length=32, truncation=True
     ).input_ids
     np.testing.assert_array_equal(tokenizer(["a red ball on the beach"]), expected)

@@ -319,8 +319,8 @@ def test_unsupported_config_is_named(change, named):
         UNetConfig.from_hf(SD1_LIKE | change)
 
 
-def test_the_trial_model(trial_folder):
-    folder = trial_folder / "unet"
+def test_the_embedded_model(embedded_model):
+    folder = embedded_model / "unet"
     reference = diffusers.UNet2DConditionModel.from_pretrained(folder).eval()
     unet = load_network(
         lambda rngs: UNet2DConditionModel(

@@ -193,8 +193,8 @@ def test_unsupported_config_is_named(change, named):
         VAEConfig.from_hf(SMALL | change)
 
 
-def test_the_trial_model(trial_folder):
-    folder = trial_folder / "vae"
+def test_the_embedded_model(embedded_model):
+    folder = embedded_model / "vae"
     reference = diffusers.AutoencoderKL.from_pretrained(folder).eval()
     vae = load_network(
         lambda rngs: AutoencoderKL(VAEConfig.from_hf(reference.config), layers=LayerFactory(rngs)),

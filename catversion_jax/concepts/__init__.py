@@ -1,9 +1,9 @@
 """What the user gave: concepts found in folders, manifests and datasets, checked before anything is
 decoded.
 
-``reading`` builds and checks them, ``layouts`` knows one layout per function, ``files`` sorts one
-folder, ``datasets`` reads Hugging Face datasets, ``fields`` the values beside a concept,
-``prompts`` fills templates.
+``reading`` builds and checks them. ``layouts`` has one function per layout, ``datasets`` reads
+Hugging Face datasets, and ``entries`` is what both return. ``folders`` sorts the files of one
+folder, ``fields`` checks the values beside a concept, and ``prompts`` fills templates.
 """
 
 from catversion_jax.concepts.folders import ImageSource

@@ -1,4 +1,4 @@
-"""The values a user may write beside a concept: each checked, none with a default of its own."""
+"""The values that a user may write beside a concept. Each is checked; the run has the defaults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WHEN = ("class_word", "always")
 
 
 def prompts_field(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Its own prompts or templates, from whichever key the layout uses."""
+    """The concept's own prompts or templates, from whichever key the layout uses."""
     given = [key for key in ("prompts", "prompt", "instance_prompt", "templates") if key in fields]
     if len(given) > 1:
         raise ConceptError(
@@ -35,7 +35,7 @@ def prompts_field(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def seed_field(value: Any, where: str) -> int | None:
-    """A whole number that fits a JAX key, or None."""
+    """The concept's seed, a whole number that fits a JAX key; None leaves it to the run."""
     if value is None:
         return None
     try:
@@ -50,7 +50,10 @@ def seed_field(value: Any, where: str) -> int | None:
 
 
 def random_flip_field(value: Any, where: str) -> float | None:
-    """False and ``no`` forbid the flip (text, logos); True leaves it to the run."""
+    """The probability of a horizontal flip; None leaves it to the run.
+
+    False and ``no`` forbid the flip, for text and logos; True and ``yes`` leave it to the run.
+    """
     word = str(value).strip().casefold()
     if value is None or word in ("true", "yes"):
         return None
@@ -68,7 +71,7 @@ def random_flip_field(value: Any, where: str) -> float | None:
 
 
 def when_field(value: Any, where: str) -> str | None:
-    """``class_word``, ``always`` or None."""
+    """The concept's ``when``, one of :data:`WHEN`; None leaves it to the run."""
     if value is not None and value not in WHEN:
         raise ConceptError(f"{where}: when={value!r}: must be one of {', '.join(WHEN)}.")
     return value

@@ -64,9 +64,9 @@ def object_masks(
 
     Args:
       spec: the concept.
-      make: what makes the masks that are missing, from square uint8 pixels and base classes.
+      make: makes the masks that are missing, from square uint8 pixels and base classes.
       resolution: side of those pixels.
-      replace: make all of them, whatever is there.
+      replace: make the masks of all images, whatever is there.
 
     Raises:
       ConceptError: images or masks that cannot be read; the message lists all of them.

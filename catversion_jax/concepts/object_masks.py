@@ -86,8 +86,9 @@ def otsu_threshold(values: Float[np.ndarray, "H W"]) -> float:
 
 
 def intersection_over_union(first: np.ndarray, second: np.ndarray) -> float:
-    """Of two masks, each read as object where it is above the middle of 0..255; 1 where both are
-    empty.
+    """Intersection over union of two masks; 1 where both are empty.
+
+    A pixel above the middle of 0..255 belongs to the object.
     """
     one, other = first > 127, second > 127
     union = (one | other).sum()
@@ -95,9 +96,7 @@ def intersection_over_union(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def centred_disk(shape: tuple[int, int], radius: float) -> Int[np.ndarray, "H W"]:
-    """The guess that needs no model: an ellipse in the middle, ``radius`` in shares of each
-    side.
-    """
+    """A mask made without a model: an ellipse in the middle, ``radius`` in shares of each side."""
     rows, columns = (((np.arange(side) + 0.5) / side - 0.5) ** 2 for side in shape)
     return (rows[:, None] + columns < radius**2).astype(np.uint8) * 255
 

@@ -66,7 +66,7 @@ def contains_words(prompt: str, words: str) -> bool:
 
 
 def with_class_word(template: str, base_class: str) -> str:
-    """The words in place of every ``{}`` or ``{base_class}``: "a {}" gives "a dog", "an owl"."""
+    """Put the words into every ``{}`` or ``{base_class}``: "a {}" gives "a dog", "an owl"."""
     template = " ".join(template.split())
     if base_class[:1].lower() in set("aeiou"):
         template = _ARTICLE.sub(r"\1n ", template)
@@ -74,7 +74,7 @@ def with_class_word(template: str, base_class: str) -> str:
 
 
 def fill_template(template: str, base_class: str, *, where: str, needs_class_word: bool) -> str:
-    """``with_class_word``, with the mistakes of a user named.
+    """Fill a template as :func:`with_class_word` does, and refuse one that cannot work.
 
     Args:
       template: a prompt, with or without placeholders.

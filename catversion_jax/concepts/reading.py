@@ -3,7 +3,7 @@ loaded.
 
 One broken concept among many becomes a :class:`ConceptProblem` and the others go on. Mistakes in
 the list as a whole (nothing found, two concepts of one name, a name that cannot be a folder) are
-raised, all at once. ``layouts.py`` knows the layouts, ``files.py`` tells images from masks.
+raised, all at once. ``layouts.py`` knows the layouts, ``folders.py`` tells images from masks.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class ConceptSpec:
       base_class: the word or words that invoke it, such as ``teapot`` or ``stuffed animal``.
       images: training images in natural order, each with its mask when one was found.
       prompts: training prompts or templates of its own; empty means the run's.
-      seed: of its own, or None for the run's.
+      seed: a seed of its own, or None for the run's.
       random_flip: probability of a horizontal flip, or None for the run's.
       when: ``class_word`` or ``always``, or None for the run's.
       skipped: names in its folder that are not training images.
       warnings: what a user should look at before training; shown by ``catversion check``.
-      notes: what nobody has to correct.
+      notes: remarks that ask for no correction.
     """
 
     name: str

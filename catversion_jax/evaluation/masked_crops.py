@@ -1,4 +1,4 @@
-"""The object alone: what the masked score looks at (METHOD, "What we decide").
+"""The object alone: what the masked score looks at.
 
     (1)  x' = m x + (1 - m) fill,   fill the embedder's mean colour
     (2)  crop = the square around m's bounding box, its longer side plus 10 % on each end

@@ -1,7 +1,7 @@
 """The vision transformer of DINO (arXiv 2104.14294): CLIP's encoder with other ends.
 
     (1)  h_0 = [cls_token; patches(pixels)] + position_embeddings
-    (2)  h_{i+1} = layer_i(h_i)        (pre-norm attention and MLP, as in ``clip_encoder.py``)
+    (2)  h_{i+1} = layer_i(h_i)        (pre-norm attention and MLP, as in ``clip/encoder.py``)
     (3)  image_embeds = layernorm(h_L)[0]
 
 Source: transformers ``ViTModel``; ``RENAMES`` maps its files' names to the shared encoder's.

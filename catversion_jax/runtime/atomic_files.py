@@ -45,7 +45,7 @@ def make_folder(path: Path) -> None:
     """Create ``path`` and its parents; in a bucket there are no folders to create.
 
     Raises:
-      CatVersionError: it cannot be created or is not a folder.
+      CatVersionError: the folder cannot be created, or the path is a file.
     """
     if is_in_bucket(path):
         return
@@ -61,7 +61,7 @@ def check_writable(path: Path) -> None:
     Nothing is created on this machine: other processes of the same run look there too.
 
     Raises:
-      CatVersionError: it cannot.
+      CatVersionError: the folder could not be created.
     """
     if is_in_bucket(path):
         write_atomically(path / ".writable", b"")

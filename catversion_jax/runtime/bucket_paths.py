@@ -1,4 +1,4 @@
-"""Folders in a bucket (``gs://``) beside those of this machine.
+"""Folders on this machine and folders in a bucket (``gs://``), used alike.
 
 A path in a bucket is an ``etils.epath.Path``: it has the methods of ``pathlib.Path`` that are used
 on it, and needs the bucket's library: ``pip install 'catversion-jax[gcs]'``.
@@ -39,7 +39,7 @@ def as_path(path: str | os.PathLike[str]) -> Path:
 
 
 def absolute(path: Path) -> Path:
-    """``path`` from the root of its file system on."""
+    """``path`` with the working directory in front, unless it is complete already."""
     return path if is_in_bucket(path) else path.absolute()
 
 

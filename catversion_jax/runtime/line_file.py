@@ -19,7 +19,7 @@ class LineFile:
     """
 
     def __init__(self, path: Path, text: str | None = None):
-        """Begin with ``text``; None goes on with what is there, if anything is."""
+        """Begin a new file with ``text``; None continues the file that is there, if any."""
         self._path, self._in_bucket = path, is_in_bucket(path)
         self._text, self._written = "", time.monotonic()
         if text is not None:
@@ -42,7 +42,7 @@ class LineFile:
             self.flush()
 
     def flush(self) -> None:
-        """Make sure that everything is there; also when nothing more will come."""
+        """Write the lines that are still held back; call this after the last line."""
         if self._in_bucket:
             self._written = time.monotonic()
             write_atomically(self._path, self._text.encode())

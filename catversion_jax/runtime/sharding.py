@@ -63,7 +63,7 @@ def on_every_device(
 
 
 def mesh_of(tree: Any) -> Mesh:
-    """The devices on which a tree's arrays lie, each of which holds all of them."""
+    """The mesh of the devices on which a tree's arrays lie; every device holds a full copy."""
     sharding = jax.tree.leaves(tree)[0].sharding
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh

@@ -1,6 +1,6 @@
 """Which concept acts on which prompt.
 
-Rules (METHOD, "What we decide"): a concept acts on the prompts that contain its base-class words
+Rules: a concept acts on the prompts that contain its base-class words
 (``when="class_word"``) or on every prompt (``"always"``); a concept of scale 0 is left out. What
 the model reads decides: words that are cut off call nothing.
 """

@@ -23,7 +23,7 @@ def gelu(x: Array) -> Array:
 
 @gelu.defjvp
 def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """Of the slope, too, only the result has the width of ``x``."""
+    """The slope is computed in float32, too, and only the result rounded to the width of ``x``."""
     (x,), (tangent,) = primals, tangents
     wide = x.astype(jnp.float32)
     density = jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5

@@ -25,14 +25,16 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def recomputed(layer: T, condition: bool) -> T:
-    """``layer``, of whose intermediate results nothing is kept if the condition holds."""
+    """``layer``; if the condition holds, it keeps nothing but its input for the backward pass."""
     return jax.checkpoint(layer) if condition else layer  # type: ignore[return-value]
 
 
 def in_slices(
     function: Callable[[Array], Array], x: Float[Array, "B T *rest"], slices: int
 ) -> Float[Array, "B T *out"]:
-    """``function`` of some positions at a time, of which only the input and :data:`KEPT` is kept.
+    """Apply ``function`` to some positions at a time.
+
+    For the backward pass only the input of a slice and what is named :data:`KEPT` is kept.
 
     Args:
       function: maps ``[B T/slices ...]`` to as many positions, each by itself.

@@ -130,7 +130,7 @@ class UNet2DConditionModel(nnx.Module):
         encoder_hidden_states: Float[Array, "B T D"],
         token_weights: Float[Array, "B T"],
     ) -> tuple[Float[Array, "B h w Cout"], tuple[Float[Array, "B h_l w_l"], ...]]:
-        """Denoise once and say where the network looked in the text, see ``attention_maps.py``.
+        """Denoise once and return where the network looked in the text, see ``attention_maps.py``.
 
         Args:
           sample: as for the call, like the next two.

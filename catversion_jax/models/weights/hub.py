@@ -146,7 +146,7 @@ def _download(model: str, revision: str | None, variant: str | None, weights: bo
 
 
 def _check_downloaded(model: str, folder: Path, revision: str | None, variant: str | None) -> None:
-    """Say what the hub has where the wanted weights were not among it."""
+    """Refuse a download without the wanted weights, and list what the hub has instead."""
     wanted = {file for stem in STEMS for file in weight_files(stem, variant)}
     for name in COMPONENTS:
         here = {path.name for path in (folder / name).glob("*")}

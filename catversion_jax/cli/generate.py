@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from catversion_jax.cli.model_arguments import (
     add_dtype_argument,
@@ -16,6 +14,7 @@ from catversion_jax.cli.model_arguments import (
     load_model,
 )
 from catversion_jax.cli.paths import path_argument
+from catversion_jax.cli.progress import progress
 from catversion_jax.cli.prompt_files import read_prompts
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     shelf.check(backbone, force=args.force)
     describe = ImageMetadata(backbone, settings, None if latents is None else str(args.latents))
     folder = PageFolder(args.output_dir, len(seeds), describe)
-    with _progress(len(requests)) as advance:
+    with progress(f"drawing {len(requests)} images", "step") as advance:
         for page in draw_pages(
             backbone,
             requests,
@@ -134,26 +133,3 @@ def _read_latents(path: Path) -> np.ndarray:
             f"--latents {path}: holds several arrays; save one with np.save(file, latents)."
         )
     return value
-
-
-@contextlib.contextmanager
-def _progress(num_images: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for each page. It appears with the page's first step: warnings about the
-    prompts come before it.
-    """
-    from tqdm import tqdm
-
-    bars: list[Any] = []
-
-    def advance(done: int, total: int) -> None:
-        if done == 1:
-            bars.append(tqdm(desc=f"drawing {num_images} images", total=total, unit="step"))
-        bars[-1].update(done - bars[-1].n)
-        if done == total:
-            bars[-1].close()
-
-    try:
-        yield advance
-    finally:
-        for bar in bars:
-            bar.close()

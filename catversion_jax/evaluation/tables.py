@@ -37,12 +37,22 @@ class Evaluation:
       methods: scores by method; the one under evaluation comes first.
       priors: prior preservation by concept.
       curves: scores of the first seed by concept and training step.
+      files: what was written: ``scores.csv``, ``scores.json`` and the page.
+      num_images: images of the evaluation, where they are drawn by it.
+      num_drawn: those of them that were not there already.
     """
 
     protocol: Mapping[str, Any]
     methods: Mapping[str, Sequence[SubjectScores]]
     priors: Mapping[str, PriorScores]
     curves: Mapping[str, Sequence[tuple[int, Scores]]]
+    files: tuple[Path, ...] = ()
+    num_images: int = 0
+    num_drawn: int = 0
+
+    def __str__(self) -> str:
+        """The table that the command prints."""
+        return "\n".join(table_lines(self))
 
 
 def means(subjects: Sequence[SubjectScores]) -> dict[str, Interval | float | None]:

@@ -1,0 +1,234 @@
+"""``catversion_jax.evaluate``: draw every prompt of a set, score the images, write the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from catversion_jax.concepts import ConceptList, read_concepts
+from catversion_jax.config.sampling import sampling_settings
+from catversion_jax.errors import CatVersionError
+from catversion_jax.evaluation.embedders import ClipEmbedder, DinoEmbedder
+from catversion_jax.evaluation.job import EvaluationJob
+from catversion_jax.evaluation.page import PageMaterial, write_evaluation_page
+from catversion_jax.evaluation.prompts import load_prompt_set
+from catversion_jax.evaluation.scoring import Scorer
+from catversion_jax.evaluation.subjects import (
+    Subject,
+    read_run,
+    subjects_of_images,
+)
+from catversion_jax.evaluation.tables import Evaluation, write_scores
+from catversion_jax.models.stable_diffusion import Backbone, load_model
+from catversion_jax.runtime.atomic_files import make_folder
+from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.sampling.class_word_masks import class_word_masks
+from catversion_jax.sampling.requests import ConceptUse, check_concept
+from catversion_jax.training.run.reader import is_run, recorded_model
+
+logger = logging.getLogger(__name__)
+
+_BATCH_SIZE = 4
+"""Images denoised together where nothing else is said; fixed, so that a machine gives the same
+bits."""
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    prompts: str = "dreambench",
+    concepts: str | ConceptList | None = None,
+    base_class: str | None = None,
+    model: str | Path | Backbone | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: str | None = None,
+    clip: str | Path | None = None,
+    dino: str | Path | None = None,
+    num_images_per_prompt: int | None = None,
+    seed: int = 0,
+    plain: bool = False,
+    all_steps: bool = False,
+    num_prior_images: int = 8,
+    classes: Sequence[str] = (),
+    force: bool = False,
+    output_dir: str | Path | None = None,
+    report: str | Path | None = None,
+    on_image: Callable[[int, int], None] | None = None,
+    sampler: str | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    eta: float | None = None,
+    karras: bool | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """Score the concepts of a run, or the images of any method, and write the scores and a page.
+
+    Images that are there already, drawn with the same settings, are kept.
+
+    Args:
+      source: the output folder of training (or the folder of one concept in it), whose concepts are
+        drawn; or a folder of images as ``IMAGES/<concept>/<prompt>_<seed>.png``.
+      prompts: a prompt set that ships (``"dreambench"``, ``"catversion"``, ``"tiny"``), or a text
+        or YAML file with ``{}`` for the class word.
+      concepts: the training images that the images are compared with: a folder or manifest, or what
+        ``read_concepts`` returned. None is where the run says they were.
+      base_class: base class of concepts that do not name their own.
+      model: the model that draws, and that makes missing masks: a diffusers folder, a Hugging Face
+        hub id, or a backbone that is loaded already. None is the one the run was trained on.
+      revision: branch, tag or commit of the hub id.
+      variant: variant of the weight files, for instance ``"fp16"``.
+      dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet; None is float32 on CPU, else
+        bfloat16.
+      clip: a folder of a transformers ``CLIPModel``, which scores; None is the model's own
+        ``clip/`` folder.
+      dino: a folder of a transformers ``ViTModel``, which gives a second image score.
+      num_images_per_prompt: seeds of each prompt; None is what the prompt set says.
+      seed: of the first image of every prompt.
+      plain: also draw and score the model without concepts, with the same seeds.
+      all_steps: also score the concept files of intermediate steps, with the first seed.
+      num_prior_images: images per concept of other classes with the concept forced on; 0 leaves
+        prior preservation out.
+      classes: class words for these images besides those of the concepts.
+      force: use a concept though it was trained with another text encoder of the same shape.
+      output_dir: receives ``scores.csv``, ``scores.json``, ``report.html`` and ``images/``; None is
+        the folder ``evaluation`` in ``source``.
+      report: path of the page; None is ``report.html`` in ``output_dir``.
+      on_image: is called with (images done, images in all) while drawing.
+      sampler: how images are drawn. The defaults of this and of the next options are those of
+        ``SamplingSettings``; ``catversion_jax.generate`` describes them.
+      num_inference_steps: denoising steps.
+      guidance_scale: weight of classifier-free guidance.
+      eta: of the ddim sampler.
+      karras: Karras spacing of the noise levels.
+      height: pixels.
+      width: pixels.
+      batch_size: images denoised together on each device; None is 4.
+
+    Returns:
+      The scores by method and concept. ``print(evaluation)`` shows the table, ``.files`` are the
+      files that were written.
+
+    Raises:
+      CatVersionError: the source holds nothing to score, the training images, CLIP or the model are
+        missing, or a setting that cannot be.
+
+    Example:
+      >>> import catversion_jax as cv
+      >>> evaluation = cv.evaluate("runs/mine", prompts="tiny", plain=True)
+      >>> evaluation.methods["CatVersion"][0].total.overall_masked
+      0.41
+    """
+    settings = sampling_settings(
+        sampler=sampler,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        eta=eta,
+        karras=karras,
+        height=height,
+        width=width,
+        batch_size=_BATCH_SIZE if batch_size is None else batch_size,
+    )
+    prompt_set = load_prompt_set(prompts)
+    count = num_images_per_prompt
+    count = prompt_set.num_images_per_prompt if count is None else count
+    if count < 1:
+        raise CatVersionError(f"num_images_per_prompt={count}: must be at least 1.")
+    if num_prior_images < 0:
+        raise CatVersionError(f"num_prior_images={num_prior_images}: must be at least 0.")
+    folder = as_path(source)
+    if isinstance(concepts, str):
+        concepts = read_concepts(concepts, base_class=base_class)
+    subjects, draws = _subjects(folder, concepts)
+    words = {word.strip() for word in classes} - {""}
+    job = EvaluationJob(
+        source=folder,
+        output=folder / "evaluation" if output_dir is None else as_path(output_dir),
+        draws=draws,
+        subjects=subjects,
+        prompt_set=prompt_set,
+        settings=settings,
+        seeds=range(seed, seed + count),
+        classes=sorted(words | {subject.base_class for subject in subjects}),
+        plain=plain,
+        all_steps=all_steps,
+        num_prior_images=num_prior_images,
+    )
+    backbone = None
+    if draws or model is not None:
+        backbone = load_model(
+            _model_of(folder) if model is None else model,
+            revision=revision,
+            variant=variant,
+            dtype=dtype,
+        )
+        _check_concepts(subjects, backbone, force=force)
+    scorer = Scorer(
+        ClipEmbedder(_clip_folder(clip, backbone)),
+        prompt_set,
+        dino=None if dino is None else DinoEmbedder(dino),
+        masker=None if backbone is None else functools.partial(class_word_masks, backbone),
+    )
+    make_folder(job.output)
+    drawn = planned = 0
+    if backbone is not None and draws:
+        drawn, planned = job.draw(backbone, on_image)
+    references = job.references(scorer, backbone)
+    evaluation = job.score(scorer, backbone, references)
+    losses = {subject.name: subject.eval_losses() for subject in subjects}
+    page = job.output / "report.html" if report is None else as_path(report)
+    files = write_scores(job.output, evaluation)
+    files.append(
+        write_evaluation_page(page, evaluation, PageMaterial(references, scorer.clip.mean, losses))
+    )
+    return dataclasses.replace(evaluation, files=tuple(files), num_images=planned, num_drawn=drawn)
+
+
+def _subjects(folder: Path, concepts: ConceptList | None) -> tuple[list[Subject], bool]:
+    """The concepts to evaluate, and whether they are of a run and are to be drawn."""
+    if not folder.is_dir():
+        raise CatVersionError(
+            f"{folder}: is no folder. Give the output folder of catversion train, or a folder of "
+            "images."
+        )
+    if is_run(folder):
+        return read_run(folder, concepts), True
+    if concepts is None:
+        raise CatVersionError(
+            f"{folder}: holds no trained concept, so it is taken as a folder of images; give the "
+            "training images they are compared with: --concepts."
+        )
+    return subjects_of_images(folder, concepts), False
+
+
+def _model_of(folder: Path) -> str:
+    name = recorded_model(folder)
+    if name is None:
+        raise CatVersionError(
+            f"{folder}: does not say which model it was trained on. Give it with --model."
+        )
+    return name
+
+
+def _check_concepts(subjects: Sequence[Subject], backbone: Backbone, *, force: bool) -> None:
+    """Make sure that every concept was made for this model."""
+    for subject in subjects:
+        if subject.concept is not None:
+            sha256 = subject.concept.text_encoder_sha256
+            check_concept(backbone, ConceptUse.of(subject.concept), sha256, force=force)
+
+
+def _clip_folder(given: str | Path | None, backbone: Backbone | None) -> str | Path:
+    if given is not None:
+        return given
+    if backbone is not None and (backbone.folder / "clip" / "config.json").is_file():
+        return backbone.folder / "clip"
+    raise CatVersionError(
+        "--clip: needed, the model has no clip/ folder of its own. Give a transformers CLIPModel "
+        "folder; openai/clip-vit-base-patch32 for published comparisons."
+    )

@@ -1,0 +1,215 @@
+"""One evaluation: which images it draws, how they are scored, and the protocol that says both."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from catversion_jax import __version__
+from catversion_jax.config.sampling import SamplingSettings
+from catversion_jax.evaluation.generation import PlannedImage, draw_missing, plan_images
+from catversion_jax.evaluation.image_folders import recorded_settings
+from catversion_jax.evaluation.prior import plan_prior, score_prior
+from catversion_jax.evaluation.prompts import PromptSet
+from catversion_jax.evaluation.scoring import Scorer, Scores, SubjectScores
+from catversion_jax.evaluation.subjects import References, Subject, read_references
+from catversion_jax.evaluation.tables import Evaluation
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.sampling.requests import prompt_warnings
+
+logger = logging.getLogger(__name__)
+
+_MASK_POLICY = (
+    "given files, else alpha, else made from the drawing model's attention to the class word where "
+    "there is a model; both sides masked, background in CLIP's mean colour, square crop "
+    "around the mask with 10 % margin; images with an empty mask or none left out"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationJob:
+    """What is drawn and scored.
+
+    Attributes:
+      source: the run or the folder of images.
+      output: receives everything that is written.
+      draws: whether the images are drawn here.
+      subjects: the concepts.
+      prompt_set: what is drawn of each.
+      settings: how it is drawn.
+      seeds: of every prompt.
+      classes: class words for prior preservation, sorted.
+      plain: whether the plain model is drawn and scored too.
+      all_steps: whether intermediate concept files are scored too.
+      num_prior_images: images of other classes for each concept.
+    """
+
+    source: Path
+    output: Path
+    draws: bool
+    subjects: Sequence[Subject]
+    prompt_set: PromptSet
+    settings: SamplingSettings
+    seeds: range
+    classes: Sequence[str]
+    plain: bool
+    all_steps: bool
+    num_prior_images: int
+
+    @property
+    def images(self) -> Path:
+        """The folder of the images of the method under evaluation."""
+        return self.output / "images" if self.draws else self.source
+
+    @property
+    def steps(self) -> list[int]:
+        """Training steps that have a concept file, where they are wanted."""
+        if not self.all_steps:
+            return []
+        return sorted({step for subject in self.subjects for step in subject.steps()})
+
+    def _step_folder(self, step: int) -> Path:
+        return self.output / "steps" / f"{step:06d}"
+
+    # ------------------------------------------------------------------ drawing
+
+    def draw(
+        self, backbone: Backbone, on_image: Callable[[int, int], None] | None
+    ) -> tuple[int, int]:
+        """Draw what is missing through one program; (images drawn, images in all)."""
+        subjects, prompt_set = self.subjects, self.prompt_set
+        scored: list[PlannedImage] = plan_images(self.images, subjects, prompt_set, self.seeds)
+        planned = list(scored)
+        if self.plain:
+            folder = self.output / "plain_images"
+            planned += plan_images(folder, subjects, prompt_set, self.seeds, plain=True)
+        for step in self.steps:
+            folder, first = self._step_folder(step), self.seeds[:1]
+            planned += plan_images(folder, subjects, prompt_set, first, step=step)
+        if self.num_prior_images:
+            planned += plan_prior(
+                self.images,
+                subjects,
+                prompt_set,
+                self.classes,
+                self.seeds[0],
+                self.num_prior_images,
+            )
+        # asked once about the set, not page by page: prior images name no concept on purpose
+        for message in prompt_warnings(backbone.tokenizer, [image.request for image in scored]):
+            logger.warning(message)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if on_image is not None:
+                on_image(done, len(planned))
+
+        with _quiet("catversion_jax.sampling.denoising"):
+            return draw_missing(backbone, planned, self.settings, advance), len(planned)
+
+    # ------------------------------------------------------------------ scoring
+
+    def references(self, scorer: Scorer, backbone: Backbone | None) -> dict[str, References]:
+        """The training images of every concept."""
+        resolution = 0 if backbone is None else backbone.default_resolution
+        return {
+            subject.name: read_references(subject, scorer.masker, resolution)
+            for subject in self.subjects
+        }
+
+    def score(
+        self, scorer: Scorer, backbone: Backbone | None, references: Mapping[str, References]
+    ) -> Evaluation:
+        """Everything that is scored, with the protocol."""
+
+        def scored(folder: Path) -> list[SubjectScores]:
+            return [scorer.score(s, references[s.name], folder) for s in self.subjects]
+
+        methods = {"CatVersion" if self.draws else self.source.name: scored(self.images)}
+        if self.draws and self.plain:
+            methods["plain model"] = scored(self.output / "plain_images")
+        priors = {
+            subject.name: prior
+            for subject in self.subjects
+            if (prior := score_prior(self.images, subject, self.classes, scorer.clip)) is not None
+        }
+        first = next(iter(methods.values()))
+        curves = self._curves(scorer, references, first)
+        return Evaluation(self._protocol(scorer, backbone, first), methods, priors, curves)
+
+    def _curves(
+        self,
+        scorer: Scorer,
+        references: Mapping[str, References],
+        final: Sequence[SubjectScores],
+    ) -> dict[str, list[tuple[int, Scores]]]:
+        """Scores of the first seed over the training step."""
+        curves: dict[str, list[tuple[int, Scores]]] = {}
+        for subject, last in zip(self.subjects, final, strict=True):
+            points = [
+                (
+                    step,
+                    scorer.score(subject, references[subject.name], self._step_folder(step)).total,
+                )
+                for step in self.steps
+                if step in subject.steps()
+            ]
+            if points and subject.concept is not None:
+                curves[subject.name] = [*points, (subject.concept.step, last.first_seed)]
+        return curves
+
+    def _protocol(
+        self, scorer: Scorer, backbone: Backbone | None, subjects: Sequence[SubjectScores]
+    ) -> dict[str, Any]:
+        """What must be the same for two tables to be comparable."""
+        clip, dino, prompts = scorer.clip, scorer.dino, self.prompt_set
+        protocol: dict[str, Any] = {"source": str(self.source)}
+        if backbone is not None and self.draws:
+            protocol |= {
+                "model": backbone.name,
+                "text encoder sha256": backbone.text_encoder_sha256,
+                **_drawn_with(self.settings, backbone.default_resolution),
+            }
+        else:
+            drawn_with = recorded_settings(subjects[0].prompts[0].shown)
+            protocol["drawn with"] = drawn_with or "the files do not say"
+            protocol["mask model"] = "none" if backbone is None else backbone.name
+        protocol["seeds"] = sorted({seed for subject in subjects for seed in subject.seeds})
+        return protocol | {
+            "prompt set": f"{prompts.name} ({len(prompts.prompts)} prompts)",
+            "prompt form": "the class word alone calls the concept; edit text = the prompt without "
+            "its noun phrase",
+            "clip": f"{clip.name} (sha256 {clip.sha256})",
+            "dino": "none" if dino is None else f"{dino.name} (sha256 {dino.sha256})",
+            "masks": _MASK_POLICY,
+            "classes for zero-shot": self.classes,
+            "intervals": "95 %, percentile bootstrap over concepts",
+            "platform": jax.default_backend(),
+            "software": f"catversion_jax {__version__}",
+        }
+
+
+def _drawn_with(settings: SamplingSettings, default_resolution: int) -> dict[str, Any]:
+    """The settings in force; what is None is the model's own."""
+    given = {key: v for key, v in dataclasses.asdict(settings).items() if v is not None}
+    return {**given, **{key: given.get(key, default_resolution) for key in ("height", "width")}}
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors of one logger."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -8,10 +8,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from catversion_jax.concepts import read_concepts
+    from catversion_jax.config import TrainConfig, load_config
+    from catversion_jax.evaluation.evaluate import evaluate
     from catversion_jax.methods.concept_file import load_concept, save_concept
     from catversion_jax.methods.official_adapter import import_official_concept
     from catversion_jax.methods.residual import KVResidual
     from catversion_jax.models.stable_diffusion import load_backbone, load_text_encoder
+    from catversion_jax.sampling.generate import generate
+    from catversion_jax.training.start import train
 
 __version__ = "0.2.0"
 
@@ -22,15 +27,27 @@ _HOME = {
     "load_concept": "catversion_jax.methods.concept_file",
     "save_concept": "catversion_jax.methods.concept_file",
     "import_official_concept": "catversion_jax.methods.official_adapter",
+    "TrainConfig": "catversion_jax.config",
+    "load_config": "catversion_jax.config",
+    "read_concepts": "catversion_jax.concepts",
+    "train": "catversion_jax.training.start",
+    "generate": "catversion_jax.sampling.generate",
+    "evaluate": "catversion_jax.evaluation.evaluate",
 }
 
 __all__ = [
     "KVResidual",
+    "TrainConfig",
+    "evaluate",
+    "generate",
     "import_official_concept",
     "load_backbone",
     "load_concept",
+    "load_config",
     "load_text_encoder",
+    "read_concepts",
     "save_concept",
+    "train",
 ]
 
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from catversion_jax.cli.progress import progress
 from catversion_jax.config import TrainConfig, load_config, option_table
-from catversion_jax.runtime.atomic_files import check_writable, unwritable
-from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
     from catversion_jax.concepts import ConceptList
-    from catversion_jax.training.loop import TrainResult
+    from catversion_jax.evaluation.tables import Evaluation
+    from catversion_jax.training.start import TrainResult
 
 
 INTERRUPTED = 75
 """Exit code (EX_TEMPFAIL): try again, and nothing is lost."""
+QUARANTINED = 3
+"""Exit code: some concepts were given up, the others are done."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,46 +52,53 @@ def run(args: argparse.Namespace) -> int:
 
     concepts = read_configured_concepts(config)
     _announce(config, concepts)
-    check_writable(as_path(config.output_dir))
 
+    from catversion_jax.training.start import train
+
+    with _stop_signals() as stop:
+        result = train(config, concepts=concepts, stop=stop)
+    code = _report(result)
+    if config.evaluate_after and result.concepts and not result.interrupted:
+        _evaluate(config, result)
+    return code
+
+
+def _evaluate(config: TrainConfig, result: TrainResult) -> None:
+    """Draw and score what was learned, with the networks that are loaded already.
+
+    The exit code is training's: an evaluation that cannot be done leaves it as it is.
+    """
     import jax
 
-    from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
-    from catversion_jax.runtime.compilation import use_compilation_cache
-    from catversion_jax.runtime.processes import join_processes
-    from catversion_jax.runtime.sharding import make_mesh, replicated
-    from catversion_jax.training.loop import train
-    from catversion_jax.training.planning.fitting import fitted
-
-    use_compilation_cache(config.compilation_cache_dir)
-    join_processes(config.coordinator_address, config.num_processes, config.process_id)
-    mesh = make_mesh(config.data_parallel, jax.local_devices())
-    dtype = {"auto": default_dtype(), "bf16": "bfloat16", "no": "float32"}[config.mixed_precision]
-    if jax.process_count() > 1:
-        print(f"process {jax.process_index()} of {jax.process_count()}")
-    devices = jax.local_devices()
-    print(f"{len(devices)} device(s) of kind {devices[0].device_kind}, {dtype}")
-    print(f"loading {config.pretrained_model_name_or_path}")
-    backbone = load_backbone(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        dtype=dtype,
-        sharding=replicated(mesh),
-    )
-    # What "auto" and "the model's own" mean here is part of what is learned: recorded as such.
-    config = dataclasses.replace(
-        config,
-        mixed_precision="bf16" if dtype == "bfloat16" else "no",
-        resolution=config.resolution or backbone.default_resolution,
-    )
-    config = fitted(config, backbone, mesh, concepts.concepts)
+    again = f"catversion evaluate {result.output_dir}"
+    if jax.process_count() > 1:  # the others would wait, and give up, at the end
+        print(f"several processes trained this run: `{again}` evaluates it", file=sys.stderr)
+        return
     try:
-        with _stop_signals() as stop:
-            result = train(config, backbone, concepts, mesh, stop)
-    except OSError as error:
-        raise unwritable(as_path(error.filename or config.output_dir), error) from error
-    return _report(config, result)
+        evaluation = _evaluated(config, result)
+    except CatVersionError as error:
+        print(f"trained, but not evaluated: {error}\nTry `{again}`.", file=sys.stderr)
+        return
+    print(evaluation)
+    print(evaluation.files[-1])
+
+
+def _evaluated(config: TrainConfig, result: TrainResult) -> Evaluation:
+    from catversion_jax.evaluation.evaluate import evaluate
+
+    with progress("drawing", "image") as advance:
+        return evaluate(
+            config.output_dir,
+            prompts=config.evaluation_prompts,
+            model=result.backbone,
+            num_images_per_prompt=1,
+            plain=True,
+            report=result.output_dir / "report.html",
+            on_image=advance,
+            sampler="dpmsolver++",
+            num_inference_steps=config.validation_inference_steps,
+            guidance_scale=config.validation_guidance_scale,
+        )
 
 
 @contextlib.contextmanager
@@ -126,8 +135,8 @@ def _announce(config: TrainConfig, concepts: ConceptList) -> None:
         print(f"  {problem.name}: left out: {problem.message.splitlines()[0]}", file=sys.stderr)
 
 
-def _report(config: TrainConfig, result: TrainResult) -> int:
-    print(f"{len(result.finished)} concepts in {as_path(config.output_dir) / 'concepts'}")
+def _report(result: TrainResult) -> int:
+    print(f"{len(result.finished)} concepts in {result.output_dir / 'concepts'}")
     if result.interrupted:
         print("interrupted; what is under way is saved. The same command goes on.")
         return INTERRUPTED
@@ -136,4 +145,4 @@ def _report(config: TrainConfig, result: TrainResult) -> int:
     print(f"{len(result.failures)} quarantined (their FAILED.txt says why):", file=sys.stderr)
     for name, reason in result.failures.items():
         print(f"  {name}: {reason.splitlines()[0]}", file=sys.stderr)
-    return 3
+    return QUARANTINED

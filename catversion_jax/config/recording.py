@@ -89,3 +89,15 @@ class RecordingOptions(Options):
         "Where losses are written besides the CSV and JSONL files (diffusers).",
         decides_result=False,
     )
+    evaluate_after: bool = option(
+        False,
+        "Whether the finished concepts are drawn and scored when training ends, which writes "
+        "report.html into output_dir; images are drawn as those of the sample grids are.",
+        decides_result=False,
+    )
+    evaluation_prompts: str = option(
+        "tiny",
+        "Prompt set of evaluate_after, with one image for each prompt: a name or a file, as "
+        "catversion evaluate takes it.",
+        decides_result=False,
+    )

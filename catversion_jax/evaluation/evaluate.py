@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.sampling.class_word_masks import class_word_masks
 from catversion_jax.sampling.requests import ConceptUse, check_concept
 from catversion_jax.training.run.reader import is_run, recorded_model
-
-logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 4
 """Images denoised together where nothing else is said; fixed, so that a machine gives the same

@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainResult:
+class RunOutcome:
     """Names of the concepts that have a file, the reasons of those that were given up, and whether
     the run was asked to stop before the others were done.
     """
@@ -72,7 +72,7 @@ def train(
     concepts: ConceptList,
     mesh: Mesh,
     stop: threading.Event | None = None,
-) -> TrainResult:
+) -> RunOutcome:
     """Train every concept that is not done yet; continue what ``config.output_dir`` holds.
 
     Once ``stop`` is set, in any of the processes, or a file ``STOP`` appears in ``output_dir``,
@@ -114,7 +114,7 @@ def train(
         interrupted = interrupted or run.is_asked_to_stop(now=True)
         run.write_index()
     failures |= trainer.failures
-    return TrainResult(tuple(run.finished), {**run.quarantined, **failures}, interrupted)
+    return RunOutcome(tuple(run.finished), {**run.quarantined, **failures}, interrupted)
 
 
 class _Trainer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import csv
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -89,6 +90,41 @@ def _rate(path: Path) -> float:
 # ---- one concept ---------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedConcept:
+    """A finished concept of a run.
+
+    Attributes:
+      name: of the concept and of its folder.
+      base_class: the words that call it.
+      state: ``"done"``, or ``"stopped early"`` where ``early_stop`` ended it.
+      file: the concept file, for ``load_concept`` and ``generate``.
+      losses: (training step, evaluation loss) in order; step 0 is the start.
+      plain_loss: evaluation loss of the model without the concept.
+    """
+
+    name: str
+    base_class: str
+    state: str
+    file: Path
+    losses: tuple[tuple[int, float], ...]
+    plain_loss: float | None
+
+
+def read_trained_concept(root: Path, name: str, base_class: str) -> TrainedConcept:
+    """A finished concept of the run in ``root``."""
+    folder = root / names.CONCEPTS_FOLDER / name
+    summary = _summary(folder)
+    return TrainedConcept(
+        name,
+        base_class,
+        "stopped early" if "stopped_early" in summary else "done",
+        folder / CONCEPT_FILE_NAME,
+        evaluation_losses(folder),
+        summary.get("plain_eval_loss"),
+    )
+
+
 def evaluation_losses(folder: Path) -> tuple[tuple[int, float], ...]:
     """(step, evaluation loss) of a concept's folder, in order; empty where nothing is recorded."""
     path = folder / names.METRICS_FILE
@@ -100,10 +136,13 @@ def evaluation_losses(folder: Path) -> tuple[tuple[int, float], ...]:
 
 def plain_loss(folder: Path) -> float | None:
     """The evaluation loss of the model without the concept, as a concept's folder records it."""
+    return _summary(folder).get("plain_eval_loss")
+
+
+def _summary(folder: Path) -> dict[str, float]:
+    """The final losses of a concept; empty where none are recorded."""
     path = folder / names.SUMMARY_FILE
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8")).get("plain_eval_loss")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def step_files(folder: Path) -> dict[int, Path]:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     # Before jax is imported: the paths can be wrong, and that should show at once.
     from catversion_jax.concepts import read_configured_concepts
 
-    concepts = read_configured_concepts(config)
+    concepts = read_configured_concepts(config.data_options, config.when)
     _announce(config, concepts)
 
     from catversion_jax.training.start import train

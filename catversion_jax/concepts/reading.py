@@ -19,7 +19,7 @@ from catversion_jax.concepts.fields import prompts_field, random_flip_field, see
 from catversion_jax.concepts.folders import ImageSource, list_images
 from catversion_jax.concepts.layouts import read_entries
 from catversion_jax.concepts.prompts import fill_template, prompt_templates
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import DataOptions
 from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean
 
 KNOWN_KEYS = (
@@ -91,16 +91,20 @@ class ConceptList:
     skipped: tuple[str, ...] = ()
 
 
-def read_configured_concepts(config: TrainConfig) -> ConceptList:
-    """:func:`read_concepts` with what a run's options say."""
+def read_configured_concepts(options: DataOptions, default_when: str) -> ConceptList:
+    """:func:`read_concepts` with what a run's options say; ``default_when`` is the run's ``when``.
+
+    Raises:
+      CatVersionError: as for :func:`read_concepts`.
+    """
     return read_concepts(
-        config.concepts,
-        base_class=config.base_class,
-        dataset_split=config.dataset_split,
-        image_column=config.image_column,
-        concept_column=config.concept_column,
-        base_class_column=config.base_class_column,
-        default_when=config.when,
+        options.concepts,
+        base_class=options.base_class,
+        dataset_split=options.dataset_split,
+        image_column=options.image_column,
+        concept_column=options.concept_column,
+        base_class_column=options.base_class_column,
+        default_when=default_when,
     )
 
 

@@ -1,6 +1,6 @@
 """Train 1,000 concepts of the embedded model in one run, and show how the queue did.
 
-    python tools/fleet/run.py OUT [--concepts 1000] [--separate 8]
+    python tools/fleet/run_fleet.py OUT [--concepts 1000] [--separate 8]
 
 Makes the concepts (the package's examples with shifted hues), trains them in one process while its
 memory is watched, trains some of them each in a process of its own, and writes OUT/fleet.json and

@@ -229,7 +229,7 @@ def recorded_concepts(folder: Path) -> ConceptList:
         )
     config = load_config(path)
     try:
-        return read_configured_concepts(config)
+        return read_configured_concepts(config.data_options, config.when)
     except CatVersionError as error:
         raise CatVersionError(
             f"{error}\n{path} names {config.concepts!r} as the training images. Say with "

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import logging
 import os
+import platform
 import sys
 from collections.abc import Sequence
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(f"catversion_jax {__version__}")
+        print(_versions())
         return 0
     name = argv[0]
     if name not in COMMANDS:
@@ -73,6 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue.", file=sys.stderr)
         return 130
+
+
+def _versions() -> str:
+    """This package's version, and those of what its results depend on."""
+    return (
+        f"catversion_jax {__version__}\n"
+        f"jax {importlib.metadata.version('jax')}\n"
+        f"python {platform.python_version()}"
+    )
 
 
 def _usage() -> str:

@@ -17,6 +17,7 @@ from catversion_jax.concepts.report import ConceptReport, report_concept
 from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.runtime.columns import aligned
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 _SD_RESOLUTION = 512
@@ -117,23 +118,18 @@ def _print_json(
 def _print_table(
     reports: Sequence[ConceptReport], problems: Sequence[ConceptProblem], skipped: Sequence[str]
 ) -> None:
-    rows = [_HEADER, *map(_row, reports)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    for row, report in zip(rows, [None, *reports], strict=True):
-        cells = [
-            c.ljust(w) if i in _LEFT_COLUMNS else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+    lines = aligned([_HEADER, *map(_row, reports)], left=_LEFT_COLUMNS)
+    for line, report in zip(lines, [None, *reports], strict=True):
+        print(line)
         if report is None:
             continue
-        for kind, lines in (
+        for kind, messages in (
             ("problem", report.problems),
             ("warning", report.warnings),
             ("note", report.notes),
         ):
-            for line in lines:
-                print(f"    {kind}: {line}")
+            for message in messages:
+                print(f"    {kind}: {message}")
         if report.skipped:
             print(f"    skipped: {', '.join(report.skipped)}")
     for problem in problems:

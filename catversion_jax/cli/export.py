@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from catversion_jax.cli.model_arguments import add_source_arguments, load_model
+from catversion_jax.cli.paths import path_argument
 from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "source",
         metavar="SOURCE",
+        type=path_argument,
         help=(
             "run directory, checkpoint (RUN/checkpoints/process-0000/STEP), concept file or its "
             "folder"
@@ -31,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=FORMATS, default="safetensors", help="[safetensors]")
     add(
         "--output_dir",
+        type=path_argument,
         default="catversion-export",
         help="[catversion-export]; for a pipeline: the new folder",
     )
     add("--concept", action="append", metavar="NAME", help="only this concept; repeatable [all]")
     add("--model", help="diffusers folder or hub id [the one the concepts were trained on]")
-    add("--revision", help="hub revision of the model")
-    add("--variant", help="weight file variant, for example fp16")
+    add_source_arguments(parser)
     add("--prompt", action="append", default=[], help="prompt_embeds: a prompt; repeatable")
     add("--negative_prompt", default="", help="prompt_embeds: encoded without any concept")
     add("--scale", type=float, default=1.0, help="prompt_embeds: strength of the concepts [1]")
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write what was asked for and say where."""
-    output = Path(args.output_dir)
+    output = args.output_dir
     if args.format == "prompt_embeds" and not args.prompt:
         raise CatVersionError(
             "--format prompt_embeds: embeddings are of fixed prompts. Give at least one --prompt."
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: str) -> list[Concept]:
+def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: Path) -> list[Concept]:
     if names is None:
         return concepts
     by_name = {concept.name: concept for concept in concepts}
@@ -80,13 +83,10 @@ def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: str) -
 
 def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], path: Path) -> Path:
     from catversion_jax.integrations.prompt_embeds import export_prompt_embeds
-    from catversion_jax.models.stable_diffusion import load_backbone
     from catversion_jax.sampling.requests import ConceptUse, check_concept
 
-    backbone = load_backbone(
-        _model_of(args, concepts), revision=args.revision, variant=args.variant
-    )
-    uses = [ConceptUse(c.name, c.base_class, c.learned, args.scale, c.when) for c in concepts]
+    backbone = load_model(args, _model_of(args, concepts), dtype="float32")
+    uses = [ConceptUse.of(concept, scale=args.scale) for concept in concepts]
     for concept, use in zip(concepts, uses, strict=True):
         check_concept(backbone, use, concept.text_encoder_sha256, force=args.force)
     return export_prompt_embeds(
@@ -121,12 +121,6 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
 
 
 def _model_of(args: argparse.Namespace, concepts: Sequence[Concept]) -> str:
-    if args.model:
-        return args.model
-    models = {concept.base_model for concept in concepts}
-    if len(models) == 1 and "" not in models:
-        return models.pop()
-    raise CatVersionError(
-        f"the concepts name {', '.join(sorted(models - {''})) or 'no model'} as what they were "
-        "trained on. Give --model."
-    )
+    from catversion_jax.sampling.concept_shelf import base_model
+
+    return args.model or base_model(concepts)

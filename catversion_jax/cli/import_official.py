@@ -6,9 +6,11 @@ import argparse
 import logging
 from pathlib import Path
 
+from catversion_jax.cli.paths import path_argument
 from catversion_jax.concepts import check_concept_name
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.bucket_paths import absolute
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "source",
         metavar="PATH",
+        type=path_argument,
         help="folder with pytorch_adapter.bin and adapter_config.json, or that .bin",
     )
     add("--base_class", required=True, help="the word it was trained with, such as teapot")
     add("--name", help="[the folder's name]")
     add(
         "--output_dir",
+        type=path_argument,
         default="catversion-import",
         help="receives NAME/catversion.safetensors [catversion-import]",
     )
@@ -51,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, save_concept
     from catversion_jax.methods.official_adapter import import_official_concept
 
-    source = Path(args.source)
-    folder = source.resolve() if source.is_dir() else source.resolve().parent
+    source = args.source
+    folder = absolute(source if source.is_dir() else source.parent)
     name = folder.name if args.name is None else args.name
     if mistake := check_concept_name(name, remedy="Give another --name."):
         raise CatVersionError(mistake)
     residual = import_official_concept(source, args.num_heads, prefix_length=args.prefix_length)
     path = save_concept(
-        Path(args.output_dir) / name / CONCEPT_FILE_NAME,
+        args.output_dir / name / CONCEPT_FILE_NAME,
         residual,
         base_class=args.base_class,
         name=name,

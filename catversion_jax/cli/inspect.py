@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from catversion_jax.cli.paths import path_argument
 from catversion_jax.errors import CatVersionError
-from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.runtime.columns import aligned
 
 if TYPE_CHECKING:
     from catversion_jax.methods.concept_file import Concept
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
+        type=path_argument,
         help="concept file or its folder, run directory, or an official adapter",
     )
     parser.add_argument(
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, concept_folders
     from catversion_jax.methods.official_adapter import ADAPTER_FILE_NAME
 
-    path = as_path(args.file)
+    path = args.file
     official = path / ADAPTER_FILE_NAME if path.is_dir() else path
     if official.is_file() and official.suffix == ".bin":
         facts = _official_facts(path, args.num_heads)
@@ -67,7 +69,7 @@ def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str
     from catversion_jax.methods.attention_mass import residual_attention_mass
     from catversion_jax.methods.concept_file import load_concept
     from catversion_jax.methods.residual import KVResidual
-    from catversion_jax.models.stable_diffusion import load_backbone
+    from catversion_jax.models.stable_diffusion import load_model
     from catversion_jax.sampling.requests import ConceptUse, check_concept, place_concepts
 
     concept = load_concept(path)
@@ -76,8 +78,8 @@ def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str
             f"--prompt: {path} holds token embeddings, which take no attention of their own. Give "
             "a CatVersion concept."
         )
-    backbone = load_backbone(_given(model or concept.base_model))
-    use = ConceptUse(concept.name, concept.base_class, concept.learned, when=concept.when)
+    backbone = load_model(_given(model or concept.base_model), dtype="float32", max_devices=1)
+    use = ConceptUse.of(concept)
     check_concept(backbone, use, concept.text_encoder_sha256)
     placed = place_concepts(backbone.tokenizer, prompt, [use])
     mass = residual_attention_mass(
@@ -176,11 +178,7 @@ def _as_table(listed: dict[str, dict[str, Any]]) -> str:
     keys = ("name", "base_class", "when", "step")
     rows = [[*(key.replace("_", " ") for key in keys), "folder"]]
     rows += [[*(str(facts[key]) for key in keys), folder] for folder, facts in listed.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return "\n".join(aligned(rows, left=range(len(rows[0]))))
 
 
 def _as_text(facts: dict[str, Any]) -> str:

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from catversion_jax.cli.model_arguments import add_dtype_argument, add_source_arguments, load_model
+from catversion_jax.cli.paths import path_argument
 from catversion_jax.concepts import ConceptSpec, read_concepts
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.config import TrainConfig
 from catversion_jax.config.masks import MaskSettings
 from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.runtime.columns import aligned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--output_dir",
+        type=path_argument,
         default="catversion-masks",
         help="receives contact sheets of image, mask, cut-out [catversion-masks]",
     )
@@ -65,9 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min_map_side", type=int, help=f"of attention maps [{_DEFAULTS['min_map_side']}]")
     add("--edge_window", type=float, help=f"share of the image [{_DEFAULTS['edge_window']}]")
     add("--threshold", type=float, help="of CLIPSeg's probability [0.5]")
-    add("--revision", help="hub revision of the model")
-    add("--variant", help="weight file variant, for example fp16")
-    add("--dtype", choices=("float32", "bfloat16"), help="[float32 on CPU, else bfloat16]")
+    add_source_arguments(parser)
+    add_dtype_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,11 +120,9 @@ def _maker(args: argparse.Namespace, settings: MaskSettings) -> tuple[MaskMaker,
         clipseg = load_clipseg(args.clipseg, threshold=threshold)
         return clipseg, clipseg.side
 
-    from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
     from catversion_jax.sampling.class_word_masks import class_word_masks
 
-    dtype = args.dtype or default_dtype()
-    backbone = load_backbone(args.model, revision=args.revision, variant=args.variant, dtype=dtype)
+    backbone = load_model(args, args.model, dtype=args.dtype)
     return (
         lambda pixels, words: class_word_masks(backbone, pixels, words, settings),
         backbone.default_resolution,
@@ -139,7 +140,7 @@ def _write(
     from catversion_jax.concepts.mask_files import mask_paths, object_masks, write_mask
     from catversion_jax.runtime.atomic_files import check_writable
 
-    check_writable(Path(args.output_dir))
+    check_writable(args.output_dir)
     rows, sheet_rows = [], []
     for spec in concepts:
         try:
@@ -153,8 +154,8 @@ def _write(
             continue
         rows.append(_row(spec, masks))
         sheet_rows += _sheet_rows(spec, masks)
-    _print_table(_COLUMNS, rows)
-    for path in _write_sheets(Path(args.output_dir), sheet_rows):
+    print("\n".join(aligned([_COLUMNS, *rows], left=(0, 1))))
+    for path in _write_sheets(args.output_dir, sheet_rows):
         print(path)
 
 
@@ -245,7 +246,7 @@ def _compare(
         rows.append(_compared_row(spec.name, spec.base_class, of_images))
     if scores:
         rows.append(_compared_row("mean of images", "", scores))
-    _print_table(_COMPARED, rows)
+    print("\n".join(aligned([_COMPARED, *rows], left=(0, 1))))
 
 
 def _compared_row(name: str, base_class: str, scores: Sequence[Sequence[float]]) -> tuple[str, ...]:
@@ -257,15 +258,3 @@ def _compared_row(name: str, base_class: str, scores: Sequence[Sequence[float]])
         str(len(scores)),
         *(f"{value:.3f}" for value in (made, lowest, whole, disk)),
     )
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Two left-aligned columns, then numbers."""
-    table = [header, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    for row in table:
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())

@@ -31,12 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, l4: a rough estimate")
     parser.add_argument("--concepts", type=int, default=1000, help="how many to train [1000]")
     parser.add_argument("--images", type=int, default=5, help="of the largest concept [5]")
-    parser.add_argument("--price-per-chip-hour", type=float, help="to print the cost")
+    parser.add_argument(
+        "--price_per_chip_hour",
+        "--price-per-chip-hour",
+        type=float,
+        help="price of one chip for one hour, in any currency, to print the cost",
+    )
     parser.add_argument(
         "--utilization", type=float, default=0.3, help="share of the peak that is reached [0.3]"
     )
     parser.add_argument(
-        "--full-effort", action="store_true", help="compile as training does: much slower"
+        "--full_effort",
+        "--full-effort",
+        action="store_true",
+        help="compile as training does: much slower",
     )
     parser.add_argument("--json", action="store_true", help="for machines")
 

@@ -14,6 +14,7 @@ from catversion_jax.evaluation.intervals import Interval, bootstrap_interval
 from catversion_jax.evaluation.prior import PriorScores
 from catversion_jax.evaluation.scoring import METRICS, Scores, SubjectScores
 from catversion_jax.runtime.atomic_files import write_atomically
+from catversion_jax.runtime.columns import aligned
 
 TABLE_COLUMNS = {
     "image_alignment": "image",
@@ -137,7 +138,7 @@ def table_lines(evaluation: Evaluation) -> list[str]:
         rows += [_mean_row(subjects, shown)] if len(subjects) > 1 else []
         real = real_means(subjects)
         rows.append(["training images", *(number(real.get(m)) for m in shown), "", ""])
-        lines += [*_aligned(rows), ""]
+        lines += [*aligned(rows, left=(0,)), ""]
     for name, prior in evaluation.priors.items():
         lines.append(f"{name}: {describe_prior(prior)}")
     lines += ["", "protocol"]
@@ -225,14 +226,3 @@ def _mean_row(subjects: Sequence[SubjectScores], shown: Sequence[str]) -> list[s
             else number(value)
         )
     return ["mean [95 %]", *cells, "", ""]
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -21,6 +21,7 @@ from typing import Any
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import Concept, write_concepts
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
+from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
 _SOURCES = ("concept_attention.py", "diffusers.py")
 _WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
@@ -116,7 +117,12 @@ def export_pipeline(
     Raises:
       CatVersionError: ``output`` is in use or cannot be written, or the model folder is incomplete.
     """
-    output, model_folder = Path(output), Path(model_folder)
+    output, model_folder = as_path(output), as_path(model_folder)
+    if is_in_bucket(output):
+        raise CatVersionError(
+            f"{output}: a pipeline folder must lie on this machine, because the model's files are "
+            "linked into it. Give a local folder and copy that to the bucket."
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CatVersionError(
             f"{output}: exists and is not an empty folder. Give a new folder for the pipeline."

@@ -24,6 +24,7 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import serialize_safetensors
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
+from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import (
     ConceptUse,
@@ -59,7 +60,7 @@ def export_prompt_embeds(
     Raises:
       CatVersionError: no prompts, or the file cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     if not prompts:
         raise CatVersionError(
             "no prompts: embeddings are of fixed prompts. Give at least one --prompt."

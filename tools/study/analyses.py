@@ -60,7 +60,7 @@ def _mass_by_role(
     backbone: Backbone, concept: Concept, prompt_set: PromptSet
 ) -> Float[np.ndarray, "L roles"]:
     """Mean over heads, tokens and prompts; NaN where no prompt has such a token."""
-    use = ConceptUse(concept.name, concept.base_class, concept.learned, when=concept.when)
+    use = ConceptUse.of(concept)
     texts = [prompt.filled(concept.base_class) for prompt in prompt_set.of(concept.base_class)]
     placed = [place_concepts(backbone.tokenizer, text, [use]) for text in texts]
     ids = np.stack([one.token_ids for one in placed])

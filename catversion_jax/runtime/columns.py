@@ -1,4 +1,4 @@
-"""Aligned columns for a terminal."""
+"""Tables for a terminal: aligned columns."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def train(
       PosixPath('catversion-out/concepts/...')
     """
     if concepts is None:
-        concepts = read_configured_concepts(config)
+        concepts = read_configured_concepts(config.data_options, config.when)
     root = as_path(config.output_dir)
     check_writable(root)
     use_compilation_cache(config.compilation_cache_dir)

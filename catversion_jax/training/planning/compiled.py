@@ -165,7 +165,8 @@ def compile_program(
             ) from error
         raise CatVersionError(
             f"the training step does not compile on jax {jax.__version__}, whatever its size "
-            f"({reason}). Try the versions in tests/constraints.txt, and report this message."
+            f"({reason}). tests/constraints.txt of the repository names versions that do; please "
+            "report this message."
         ) from error
 
 

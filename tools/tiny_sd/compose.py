@@ -28,7 +28,7 @@ def recolour(rgba: np.ndarray, area: np.ndarray, colouring: Colouring) -> np.nda
     light = out[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)
     first, second = COLOURS[colouring.first], COLOURS.get(colouring.second)
     main = area == 1
-    painted = [(main, first)]
+    painted: list[tuple[np.ndarray, tuple[int, int, int] | None]] = [(main, first)]
     if colouring.kind == "two-tone":
         # a drawing of one colour is split into a left and a right half
         other = area == 2
@@ -58,7 +58,8 @@ def picture(
     sprite = sprite.convert("RGBa").rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC)
     sprite = sprite.crop(sprite.getchannel("a").point(lambda a: 255 * (a > 20)).getbbox())
     scale = rng.uniform(0.66, 0.88) * SIZE / max(sprite.size)
-    size = tuple(max(1, round(scale * side)) for side in sprite.size)
+    width, height = (max(1, round(scale * side)) for side in sprite.size)
+    size = width, height
     sprite = sprite.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0).convert("RGBA")
     left = round((SIZE - size[0]) / 2 + rng.uniform(-1.5, 1.5))
     top = round((SIZE - size[1]) / 2 + rng.uniform(-1.5, 1.5) + 2)
@@ -210,9 +211,9 @@ def _room(side: int, rng: random.Random) -> Image.Image:
     canvas = _gradient(side, _jitter((226, 206, 184), rng, 8), _jitter((212, 190, 166), rng, 8))
     draw = ImageDraw.Draw(canvas)
     x = rng.choice((0.06, 0.66)) * side
-    draw.rectangle((x, 0.08 * side, x + 0.28 * side, 0.42 * side), fill=(168, 214, 244))
-    frame = {"outline": (250, 250, 250), "width": 4}
-    draw.rectangle((x, 0.08 * side, x + 0.28 * side, 0.42 * side), **frame)
+    window = (x, 0.08 * side, x + 0.28 * side, 0.42 * side)
+    draw.rectangle(window, fill=(168, 214, 244))
+    draw.rectangle(window, outline=(250, 250, 250), width=4)
     draw.line(
         (x + 0.14 * side, 0.08 * side, x + 0.14 * side, 0.42 * side), fill=(250, 250, 250), width=3
     )

@@ -149,14 +149,14 @@ def main() -> None:
                 write_results(args.results, {"bundles_of_a_head": rows})
     print("| chip, positions, head dim | ours, forward + backward | splash | splash / ours |")
     print("| --- | ---: | ---: | ---: |")
-    for words, row in rows.items():
-        other = rows.get(words.replace("ours", "splash"), {})
-        if words.startswith("ours") and len(row) == 2:
+    for name, row in rows.items():
+        other = rows.get(name.replace("ours", "splash"), {})
+        if name.startswith("ours") and len(row) == 2:
             total, peer = sum(row.values()), sum(other.values())
             shown = f"{peer:,}" if len(other) == 2 else "does not compile"
             ratio = f"{peer / total:.2f}" if len(other) == 2 else ""
             parts = f"{row['forward']:,} + {row['backward']:,}"
-            print(f"| {words[5:]} | {parts} | {shown} | {ratio} |")
+            print(f"| {name[5:]} | {parts} | {shown} | {ratio} |")
 
 
 if __name__ == "__main__":

@@ -89,18 +89,22 @@ def compare(backbone: Backbone, peer: CatVersion) -> dict[str, float]:
     loss = peer.loss(clean, noise, timesteps)
     gradients = torch.autograd.grad(loss, peer.learned)
 
-    def nhwc(x: torch.Tensor) -> np.ndarray:
-        return x.float().cpu().numpy().transpose(0, 2, 3, 1)
+    def nhwc(x: torch.Tensor) -> jax.Array:
+        return jnp.asarray(x.float().cpu().numpy().transpose(0, 2, 3, 1))
 
     layers = peer.concept.layers
-    pair = [x.detach().cpu().numpy() for x in peer.learned]
-    residual = KVResidual(*pair, layers=layers, logit_bias=0.0, scope="from_class_word")
+    key, value = (jnp.asarray(x.detach().cpu().numpy()) for x in peer.learned)
+    residual = KVResidual(key, value, layers=layers, logit_bias=0.0, scope="from_class_word")
     ids = peer.ids.cpu().numpy()
     word = np.isin(ids[0], peer.word)
     word_places = np.tile(np.where(word, np.cumsum(word) - 1, -1).astype(np.int32), (BATCH, 1))
     hidden = backbone.text_encoder.call("lower", ids, layers[0])
     batch = DiffusionBatch(
-        nhwc(clean), nhwc(noise), timesteps.int().cpu().numpy(), hidden, word_places=word_places
+        nhwc(clean),
+        nhwc(noise),
+        jnp.asarray(timesteps.int().cpu().numpy()),
+        hidden,
+        word_places=jnp.asarray(word_places),
     )
     schedule = noise_schedule(backbone.noise_schedule)
 

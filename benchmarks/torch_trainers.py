@@ -37,6 +37,7 @@ class Trainer:
     """One model, one concept; a subclass says what is learned and how images become latents."""
 
     learned: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self, folder: str, spec: ConceptSpec, dtype: torch.dtype, *, compiled: bool = False

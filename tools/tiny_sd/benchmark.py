@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from train_clip import TEXT_WIDTH
 from train_unet import UNET, make_unet
 from train_vae import make_vae
 
@@ -19,7 +20,7 @@ from catversion_jax.models import vae
 from catversion_jax.models.layers.resnet import LayerFactory
 from catversion_jax.models.unet import unet
 from catversion_jax.models.unet.config import UNetConfig
-from catversion_jax.models.weights.network import random_network
+from catversion_jax.models.weights.network import Network, random_network
 
 UNET_BATCH, VAE_BATCH, TOKENS = 48, 16, 32
 
@@ -38,7 +39,7 @@ def torch_unet(bfloat16: bool) -> float:
     """The denoiser in torch, as it is trained or in float32."""
     network = make_unet()
     x = torch.randn(UNET_BATCH, 4, 16, 16)
-    text = torch.randn(UNET_BATCH, TOKENS, UNET["cross_attention_dim"])
+    text = torch.randn(UNET_BATCH, TOKENS, TEXT_WIDTH)
     t = torch.randint(0, 1000, (UNET_BATCH,))
 
     def call() -> None:
@@ -58,7 +59,7 @@ def jax_unet() -> float:
         )
     )
     x = np.random.randn(UNET_BATCH, 16, 16, 4).astype(np.float32)
-    text = np.random.randn(UNET_BATCH, TOKENS, config["cross_attention_dim"]).astype(np.float32)
+    text = np.random.randn(UNET_BATCH, TOKENS, TEXT_WIDTH).astype(np.float32)
     t = np.random.randint(0, 1000, (UNET_BATCH,))
     step = jax.jit(jax.grad(lambda network: jnp.square(network(x, t, text)).mean()))
     return best(lambda: jax.block_until_ready(step(network)), UNET_BATCH)
@@ -82,9 +83,9 @@ def jax_vae() -> float:
     network = random_network(
         lambda rngs: vae.AutoencoderKL(vae.VAEConfig.from_hf(config), layers=LayerFactory(rngs))
     )
-    x = np.random.randn(VAE_BATCH, 64, 64, 3).astype(np.float32)
+    x = jnp.asarray(np.random.randn(VAE_BATCH, 64, 64, 3), jnp.float32)
 
-    def loss(network: object) -> jax.Array:
+    def loss(network: Network) -> jax.Array:
         mean, std = vae.vae_encode(network, x)
         return jnp.square(vae.vae_decode(network, mean + std) - x).mean()
 

@@ -36,7 +36,7 @@ def pipeline(work: Path) -> StableDiffusionPipeline:
     vae: AutoencoderKL = load_average(work, "vae", make_vae())
     vae.register_to_config(scaling_factor=scale)
     clip = load_clip(work)
-    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder = CLIPTextModel(clip.text_model.config)
     state = {k: v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
     if not hasattr(text_encoder, "text_model"):  # transformers >= 5.6
         state = {k.removeprefix("text_model."): v for k, v in state.items()}

@@ -56,9 +56,12 @@ class Heads(torch.nn.Module):
     def __init__(self, clip: CLIPModel, sizes: dict[str, int]):
         super().__init__()
         self.clip = clip
-        width = clip.config.projection_dim
-        self.image = torch.nn.ModuleDict({k: torch.nn.Linear(width, n) for k, n in sizes.items()})
-        self.text = torch.nn.ModuleDict({k: torch.nn.Linear(width, n) for k, n in sizes.items()})
+        self.image = torch.nn.ModuleDict(
+            {k: torch.nn.Linear(TEXT_WIDTH, n) for k, n in sizes.items()}
+        )
+        self.text = torch.nn.ModuleDict(
+            {k: torch.nn.Linear(TEXT_WIDTH, n) for k, n in sizes.items()}
+        )
 
 
 def attribute_sizes(pool: Pool) -> dict[str, int]:

@@ -54,7 +54,8 @@ def cached_latents(work: Path, pool: Pool) -> tuple[np.ndarray, float]:
     """Unscaled latent means ``[N 4 16 16]`` float16, and the factor to unit variance."""
     path = work / "pool" / "latents.npy"
     if not path.exists():
-        vae, parts = load_average(work, "vae", make_vae()), []
+        vae = load_average(work, "vae", make_vae())
+        parts: list[np.ndarray] = []
         with torch.inference_mode():
             for start in range(0, len(pool), 20):
                 x = to_pixels(pool.images[start : start + 20])

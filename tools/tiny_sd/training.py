@@ -17,9 +17,12 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 logger = logging.getLogger(__name__)
 Loss = tuple[torch.Tensor, dict[str, float]]
@@ -59,14 +62,14 @@ def rank() -> int:
 
 def train(
     name: str,
-    model: torch.nn.Module,
+    model: Model,
     loss_fn: Callable[[Batch], Loss],
     args: argparse.Namespace,
     *,
     weight_decay: float = 0.01,
     decay: float = 0.998,
     betas: tuple[float, float] = (0.9, 0.99),
-) -> torch.nn.Module:
+) -> Model:
     """Train ``args.steps`` updates (AdamW, warm-up, cosine to 5 %) and return the averaged model.
 
     ``WORK/name.pt`` holds everything needed to continue, ``WORK/name.ema.pt`` the average. A run
@@ -122,7 +125,7 @@ def schedule(step: int, steps: int, warmup: int = 200) -> float:
     return min((step + 1) / warmup, 1) * (0.05 + 0.95 * cosine)
 
 
-def load_average(work: Path, name: str, model: torch.nn.Module) -> torch.nn.Module:
+def load_average(work: Path, name: str, model: Model) -> Model:
     """The averaged weights of a stage, frozen."""
     model.load_state_dict(torch.load(work / f"{name}.ema.pt", map_location="cpu"))
     return model.eval().requires_grad_(False)

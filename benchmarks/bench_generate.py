@@ -9,6 +9,7 @@ diffusers draws all of a call together.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -65,9 +66,9 @@ def main() -> None:
         mesh = make_mesh(1, jax.devices()[:count])
         backbone = load_backbone(folder, dtype=args.dtype, sharding=replicated(mesh))
         requests = [ImageRequest(PROMPT, seed=seed) for seed in range(count)]
-        tasks[f"ours, {count}"] = lambda b=backbone, r=requests: draw_requests(b, r, settings)
-        tasks[f"diffusers, {count}"] = lambda c=count: pipe(
-            [PROMPT] * c, num_inference_steps=args.steps, guidance_scale=7.5
+        tasks[f"ours, {count}"] = functools.partial(draw_requests, backbone, requests, settings)
+        tasks[f"diffusers, {count}"] = functools.partial(
+            pipe, [PROMPT] * count, num_inference_steps=args.steps, guidance_scale=7.5
         )
     for task in tasks.values():  # compiles
         task()

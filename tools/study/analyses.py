@@ -44,7 +44,8 @@ def attention_mass(backbone: Backbone, run: Path, prompt_set: PromptSet) -> list
     """Of every concept of a run: one row for each layer and role, means over concepts."""
     concepts = [load_concept(path) for path in sorted(run.glob(f"concepts/*/{CONCEPT_FILE_NAME}"))]
     by_concept = [_mass_by_role(backbone, concept, prompt_set) for concept in concepts]
-    layers = concepts[0].learned.layers if concepts else ()
+    learned = concepts[0].learned if concepts else None
+    layers = learned.layers if isinstance(learned, KVResidual) else ()
     rows = []
     for number, layer in enumerate(layers):
         for role_number, role in enumerate(ROLES):
@@ -149,7 +150,8 @@ def image_changes(
     rows = []
     for layer in range(backbone.num_text_layers):
         noise = _noise_at(backbone, list(texts.values()), layer, seed)
-        changed = draw(lambda word, noise=noise: (ConceptUse("noise", word, noise),))
+        uses = {word: (ConceptUse("noise", word, noise),) for word in texts}
+        changed = draw(uses.__getitem__)
         change = 1.0 - matched_cosines(changed, plain_images)
         rows.append({"layer": layer, **_interval_of(change.tolist())})
     return rows

@@ -23,7 +23,7 @@ from PIL import Image
 from pool import VALIDATION, Pool, load_pool
 from tokens import Tokens
 from train_clip import attributes
-from train_judge import accuracies, load_judge
+from train_judge import Judge, accuracies, load_judge
 from train_unet import draw_captions
 from train_vae import psnr
 from training import generators, to_pixels
@@ -62,7 +62,7 @@ def seen_captions(pool: Pool, sittings: list[list[int]], workers: int) -> set[st
     return seen
 
 
-def names_gate(pipe: StableDiffusionPipeline, pool: Pool, judge: torch.nn.Module) -> dict:
+def names_gate(pipe: StableDiffusionPipeline, pool: Pool, judge: Judge) -> dict:
     """Accuracy over all named instances, two prompts each."""
     rng, prompts, labels = random.Random(0), [], []
     for number, instance in enumerate(named_instances(pool.sprites.drawings)):
@@ -76,7 +76,7 @@ def names_gate(pipe: StableDiffusionPipeline, pool: Pool, judge: torch.nn.Module
 
 
 def attribute_scores(
-    pipe: StableDiffusionPipeline, pool: Pool, judge: torch.nn.Module, seen: set[str], count: int
+    pipe: StableDiffusionPipeline, pool: Pool, judge: Judge, seen: set[str], count: int
 ) -> tuple[dict, torch.Tensor, list[str], np.ndarray]:
     """Accuracies of generated and of real pictures, and the pictures.
 

@@ -39,9 +39,7 @@ class Judge(torch.nn.Module):
 
 def load_judge(work: Path, pool: Pool) -> Judge:
     """What this stage wrote."""
-    judge = load_average(work, "judge", Judge(attribute_sizes(pool)))
-    assert isinstance(judge, Judge)
-    return judge
+    return load_average(work, "judge", Judge(attribute_sizes(pool)))
 
 
 def accuracies(

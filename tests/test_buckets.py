@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from random_model import write_toy_concepts
 from running import arguments, final_files, run_to_end, start
@@ -17,7 +18,8 @@ from running import arguments, final_files, run_to_end, start
 from catversion_jax import load_concept
 from catversion_jax.cli import main
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.concept_file import concept_folders
+from catversion_jax.methods.concept_file import concept_folders, save_concept
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.runtime.bucket_paths import as_path
 
 # The server does not speak the protocol of gcsfs' newer kinds of buckets.
@@ -95,3 +97,60 @@ def test_other_addresses_are_refused(tmp_path: Path) -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert "pip install 'catversion-jax[gcs]'" in done.stderr
+
+
+@pytest.fixture
+def concept_in_bucket(bucket: str) -> str:
+    """A concept for the tiny model, and the folder that holds it."""
+    key, value = np.random.default_rng(0).normal(size=(2, 2, 1, 4, 8)).astype(np.float32)
+    folder = f"{bucket}/made/concepts/my_dog"
+    save_concept(
+        f"{folder}/catversion.safetensors",
+        KVResidual(key, value, (2, 3)),
+        base_class="dog",
+        name="my_dog",
+    )
+    return folder
+
+
+def test_commands_write_into_a_bucket_and_not_into_a_folder_named_gs(
+    tiny_sd_folder: Path,
+    bucket: str,
+    concept_in_bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(tiny_sd_folder)]
+    out = f"{bucket}/out"
+
+    assert main(["export", concept_in_bucket, "--output_dir", f"{out}/files"]) == 0
+    assert load_concept(f"{out}/files/my_dog.safetensors").name == "my_dog"
+
+    words = ["--format", "prompt_embeds", "--prompt", "a dog"]
+    assert main(["export", concept_in_bucket, *words, *model, "--output_dir", f"{out}/baked"]) == 0
+    assert as_path(f"{out}/baked/prompt_embeds.safetensors").is_file()
+
+    drawn = ["generate", *model, "--concept", concept_in_bucket, "--prompt", "a dog"]
+    for _ in range(2):  # the second call goes on counting
+        code = main([*drawn, "--num_inference_steps", "1", "--output_dir", f"{out}/images"])
+        assert code == 0
+    names = sorted(path.name for path in as_path(f"{out}/images").iterdir())
+    assert names == [
+        "00000-a-dog-seed0.png",
+        "00001-a-dog-seed0.png",
+        "grid-00000.png",
+        "grid-00001.png",
+    ]
+
+    adapter = Path(__file__).with_name("data") / "official_adapters"
+    source = next(adapter.rglob("pytorch_adapter.bin")).parent
+    imported = ["import", str(source), "--base_class", "teapot", "--name", "theirs"]
+    assert main([*imported, "--output_dir", f"{out}/import"]) == 0
+    assert load_concept(f"{out}/import/theirs").base_class == "teapot"
+
+    assert main(["export", concept_in_bucket, "--format", "pipeline", *model,
+                 "--output_dir", f"{out}/pipeline"]) == 2  # fmt: skip
+    assert "must lie on this machine" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

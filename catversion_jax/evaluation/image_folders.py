@@ -58,7 +58,7 @@ def read_pixels(path: Path) -> Int[np.ndarray, "H W 3"]:
       CatVersionError: it cannot be read.
     """
     try:
-        with Image.open(path) as picture:
+        with path.open("rb") as file, Image.open(file) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, ValueError) as error:
         raise CatVersionError(
@@ -76,7 +76,7 @@ def read_mask(image: Path) -> Int[np.ndarray, "H W"] | None:
     if not path.is_file():
         return None
     mask = read_pixels(path)[..., 0]
-    with Image.open(image) as picture:
+    with image.open("rb") as file, Image.open(file) as picture:
         size = picture.size
     if mask.shape != size[::-1]:
         raise CatVersionError(

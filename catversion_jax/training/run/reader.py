@@ -16,7 +16,12 @@ from typing import Any
 from catversion_jax.concepts import ConceptList, read_configured_concepts
 from catversion_jax.config import load_config
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
+from catversion_jax.methods.concept_file import (
+    CONCEPT_FILE_NAME,
+    Concept,
+    concept_folders,
+    load_concept,
+)
 from catversion_jax.methods.foreign_files import describe_folder
 from catversion_jax.runtime.bucket_paths import absolute, as_path
 from catversion_jax.training.run import names
@@ -28,7 +33,7 @@ _CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete
 
 def is_run(folder: Path) -> bool:
     """Whether ``folder`` holds trained concepts: a run, or the folder of one concept."""
-    return next(folder.rglob(CONCEPT_FILE_NAME), None) is not None
+    return bool(concept_folders(folder))
 
 
 # ---- what is under way ---------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""The parts of the reference that are written by the code they describe.
+
+A page says ``<!-- generated: options -->`` where they belong; ``conf.py`` calls :func:`fill_in`
+while the site is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+from collections.abc import Iterator
+
+from catversion_jax.cli import COMMANDS
+from catversion_jax.config.presets import PRESETS
+from catversion_jax.config.reading import OptionRow, option_table
+
+_DECIDES = {
+    True: "Decides the result.",
+    False: "Does not change the result.",
+    "with early_stop": "Decides the result where `early_stop` is on.",
+}
+
+
+def fill_in(app: object, page: str, source: list[str]) -> None:
+    """Sphinx's event ``source-read``: replace the marks in a page's text."""
+    for name, write in WRITERS.items():
+        mark = f"<!-- generated: {name} -->"
+        if mark in source[0]:
+            source[0] = source[0].replace(mark, write())
+
+
+def options() -> str:
+    """Every training option, group by group."""
+    groups = itertools.groupby(option_table(), key=lambda row: row.group)
+    return "\n\n".join(_group(heading, rows) for heading, rows in groups)
+
+
+def _group(heading: str, rows: Iterator[OptionRow]) -> str:
+    return "\n\n".join([f"## {heading}", *map(_option, rows)])
+
+
+def _option(row: OptionRow) -> str:
+    facts = [f"Allowed: {row.range}."] if row.range else []
+    facts.append(_DECIDES[row.decides_result])
+    if row.aliases:
+        facts.append(f"Also called {', '.join(f'`{alias}`' for alias in row.aliases)}.")
+    default = f":default: ``{row.default}``" if row.default else ":default: none"
+    return (
+        f"```{{confval}} {row.name}\n:type: {row.type}\n{default}\n\n{row.help}\n\n"
+        f"{{.facts}}\n{' '.join(facts)}\n```"
+    )
+
+
+def presets() -> str:
+    """A table of what each preset sets."""
+    names = [name for name, values in PRESETS.items() if values]
+    keys = dict.fromkeys(key for name in names for key in PRESETS[name])
+    lines = [["option", *(f"`{name}`" for name in names)], ["---"] * (len(names) + 1)]
+    for key in keys:
+        cells = (str(PRESETS[name].get(key, "")) for name in names)
+        lines.append([f"{{confval}}`{key}`", *(f"`{cell}`" if cell else "" for cell in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def commands() -> str:
+    """Every command with its arguments."""
+    return "\n\n".join(_command(name) for name in COMMANDS)
+
+
+def _command(name: str) -> str:
+    module, summary = COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"catversion {name}", description=summary)
+    importlib.import_module(f"catversion_jax.cli.{module}").add_arguments(parser)
+    usage = parser.format_usage().removeprefix("usage: ").strip()
+    parts = [
+        f"## catversion {name}",
+        f"{summary[0].upper()}{summary[1:]}.",
+        f"```text\n{usage}\n```",
+    ]
+    if name == "train":
+        parts.append(
+            "Every option of the [reference](options.md) may follow, as `key=value` or `--key value`."
+        )
+    if parser.epilog and name != "train":
+        parts.append(" ".join(parser.epilog.split()))
+    options = {row.name for row in option_table()} if name == "train" else set()
+    rows = [
+        (_invocation(action), _meaning(action, parser))
+        for action in parser._actions
+        if action.dest not in options and action.dest != "help"
+    ]
+    if rows:
+        lines = ["| argument | meaning |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _invocation(action: argparse.Action) -> str:
+    """The argument as it is typed."""
+    if not action.option_strings:
+        metavar = action.metavar or action.dest
+        return f"`{metavar}`" + (" ..." if action.nargs in ("*", "+") else "")
+    names = ", ".join(f"`{name}`" for name in action.option_strings)
+    if action.nargs == 0:
+        return names
+    if action.choices:
+        return f"{names} " + " \\| ".join(f"`{choice}`" for choice in action.choices)
+    metavar = action.metavar or action.dest.upper()
+    return f"{names} `{str(metavar).replace('|', chr(92) + '|')}`"
+
+
+def _meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
+    text = (action.help or "") % {**vars(action), "prog": parser.prog}
+    if action.required and action.option_strings:
+        text += " (required)"
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+WRITERS = {"options": options, "presets": presets, "commands": commands}

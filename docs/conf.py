@@ -42,7 +42,7 @@ html_theme_options = {
     "use_fullscreen_button": False,
 }
 
-myst_enable_extensions = ["colon_fence", "dollarmath", "attrs_inline"]
+myst_enable_extensions = ["colon_fence", "dollarmath", "attrs_block"]
 myst_heading_anchors = 3
 
 nb_execution_mode = "force"
@@ -61,6 +61,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # axis letters such as *C are no emphasis
 maximum_signature_line_length = 80
 
 copybutton_prompt_text = "$ "

@@ -16,9 +16,9 @@ from catversion_jax.config.presets import PRESETS
 from catversion_jax.config.reading import OptionRow, option_table
 
 _DECIDES = {
-    True: "Decides the result.",
-    False: "Does not change the result.",
-    "with early_stop": "Decides the result where `early_stop` is on.",
+    True: "decides the result",
+    False: "does not change the result",
+    "with early_stop": "decides the result where `early_stop` is on",
 }
 
 
@@ -41,15 +41,13 @@ def _group(heading: str, rows: Iterator[OptionRow]) -> str:
 
 
 def _option(row: OptionRow) -> str:
-    facts = [f"Allowed: {row.range}."] if row.range else []
+    facts = [f"{row.type}, {row.range}" if row.range else row.type]
+    if row.default:
+        facts.append(f"default `{row.default}`")
     facts.append(_DECIDES[row.decides_result])
     if row.aliases:
-        facts.append(f"Also called {', '.join(f'`{alias}`' for alias in row.aliases)}.")
-    default = f":default: ``{row.default}``" if row.default else ":default: none"
-    return (
-        f"```{{confval}} {row.name}\n:type: {row.type}\n{default}\n\n{row.help}\n\n"
-        f"{{.facts}}\n{' '.join(facts)}\n```"
-    )
+        facts.append(f"also called {', '.join(f'`{alias}`' for alias in row.aliases)}")
+    return f"```{{confval}} {row.name}\n\n{{.facts}}\n{' · '.join(facts)}\n\n{row.help}\n```"
 
 
 def presets() -> str:
@@ -80,7 +78,8 @@ def _command(name: str) -> str:
     ]
     if name == "train":
         parts.append(
-            "Every option of the [reference](options.md) may follow, as `key=value` or `--key value`."
+            "Every option of the [reference](options.md) may follow, as `key=value` or as "
+            "`--key value`."
         )
     if parser.epilog and name != "train":
         parts.append(" ".join(parser.epilog.split()))

@@ -100,7 +100,7 @@ class OptimizerOptions(Options):
     early_stop_window: int | None = option(
         None,
         "Number of steps that the early-stop rule looks back; null takes 120 for dvar and 80 for "
-        "plateau (measured, see docs/many_concepts.md).",
+        "plateau (measured, see docs/how_to/many_concepts.md).",
         decides_result=True,
         at_least=1,
     )

@@ -18,8 +18,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "when": "always",
             "validation_guidance_scale": 10.0,
         },
-        # A fifth of the official updates for the same score on tiny-sd (docs/study.md, "CatVersion
-        # (ours)"; docs/performance.md, "Fewer steps"). Not measured on Stable Diffusion itself.
+        # A fifth of the official updates for the same score on tiny-sd (docs/results/study.md,
+        # "CatVersion (ours)"; docs/results/performance.md, "Fewer steps"). Not measured on Stable
+        # Diffusion itself.
         "fast": {
             "num_positions": 4,
             "init": "class_word",

@@ -181,6 +181,7 @@ def test_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     program = """
 import resource, signal, sys
 sys.path.insert(0, 'tests')
+from test_export import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 # no file may grow beyond: a write fails as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -110,8 +110,9 @@ def test_the_page_reads_token_embeddings(page, tmp_path) -> None:
 
 def test_the_page_names_every_metadata_key(page, tmp_path) -> None:
     text = (DOCS / "reference" / "concept_file.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:catversion|modelspec)\.\w+|format)`", text))
-    named |= {f"modelspec{key}" for key in re.findall(r"`(\.\w+)`", text)}
+    rows = re.findall(r"^\| ((?:`[\w.]+`(?:, )?)+) \|", text.split("## Metadata")[1], re.MULTILINE)
+    keys = [key for row in rows for key in re.findall(r"`([\w.]+)`", row)]
+    named = {f"modelspec{key}" if key.startswith(".") else key for key in keys}
     written = set()
     for number, learned in enumerate([residual("class_word"), TokenEmbeddings(np.ones((1, 8)))]):
         path = save_concept(

@@ -25,7 +25,7 @@ from catversion_jax.array_types import Int
 from catversion_jax.concepts.folders import children, is_image_name
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.prompts import EvaluationPrompt
-from catversion_jax.sampling.png import read_metadata, save_png, slug
+from catversion_jax.sampling.png import read_metadata, slug
 
 PLAIN_FOLDER = "_plain"
 _SEEDED = re.compile(r"^(?P<prompt>.+)_(?P<seed>\d+)$")
@@ -84,11 +84,6 @@ def read_mask(image: Path) -> Int[np.ndarray, "H W"] | None:
             "they must be of one size. Make the mask again."
         )
     return mask
-
-
-def write_mask(image: Path, mask: Int[np.ndarray, "H W"]) -> None:
-    """Keep a mask beside its image."""
-    save_png(mask_path(image), Image.fromarray(mask))
 
 
 def find_images(

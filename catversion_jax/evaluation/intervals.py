@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.stats
 
 from catversion_jax.errors import CatVersionError
 
@@ -46,7 +47,12 @@ def bootstrap_interval(
         )
     if not 0 < confidence < 1:
         raise CatVersionError(f"confidence={confidence}: must be between 0 and 1, usually 0.95.")
-    drawn = np.random.default_rng(seed).integers(len(numbers), size=(NUM_RESAMPLES, len(numbers)))
-    means = numbers[drawn].mean(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(numbers.mean()), float(low), float(high))
+    found = scipy.stats.bootstrap(
+        (numbers,),
+        np.mean,
+        n_resamples=NUM_RESAMPLES,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(numbers.mean()), float(found.low), float(found.high))

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from catversion_jax.array_types import Float
+from catversion_jax.concepts.mask_files import MaskMaker, write_mask
 from catversion_jax.evaluation.alignment import (
     among_themselves,
     copy_limit,
@@ -21,13 +23,13 @@ from catversion_jax.evaluation.embedders import ClipEmbedder, DinoEmbedder
 from catversion_jax.evaluation.image_folders import (
     GeneratedImage,
     find_images,
+    mask_path,
     read_mask,
     read_pixels,
-    write_mask,
 )
 from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.prompts import PromptSet
-from catversion_jax.evaluation.subjects import Masker, References, Subject
+from catversion_jax.evaluation.subjects import References, Subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Scorer:
         prompt_set: PromptSet,
         *,
         dino: DinoEmbedder | None = None,
-        masker: Masker | None = None,
+        masker: MaskMaker | None = None,
     ):
         self.clip, self.dino, self.masker = clip, dino, masker
         self.prompt_set = prompt_set
@@ -209,7 +211,7 @@ class Scorer:
                 np.stack([pixels[i] for i in missing]), [subject.base_class] * len(missing)
             )
             for i, mask in zip(missing, made, strict=True):
-                write_mask(found[i].path, mask)
+                write_mask(mask_path(found[i].path), Image.fromarray(mask))
                 masks[i] = mask
         return masks
 

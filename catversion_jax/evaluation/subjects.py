@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 from catversion_jax.array_types import Int
 from catversion_jax.concepts import ConceptList, ImageSource
 from catversion_jax.concepts.images import decode_upright
+from catversion_jax.concepts.mask_files import MaskMaker
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import (
     CONCEPT_FILE_NAME,
@@ -25,9 +25,6 @@ from catversion_jax.training.run.reader import (
     recorded_concepts,
     step_files,
 )
-
-Masker = Callable[[Int[np.ndarray, "n H W 3"], Sequence[str]], Int[np.ndarray, "n H W"]]
-"""uint8 pictures and the class of each to uint8 masks, 255 on the object."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +116,7 @@ def subjects_of_images(folder: Path, concepts: ConceptList) -> list[Subject]:
     return subjects
 
 
-def read_references(subject: Subject, masker: Masker | None, resolution: int) -> References:
+def read_references(subject: Subject, masker: MaskMaker | None, resolution: int) -> References:
     """Decode a concept's training images and masks (files, else alpha, else ``masker``).
 
     Args:

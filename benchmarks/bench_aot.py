@@ -29,6 +29,7 @@ from catversion_jax.training.planning.abstract import abstract_arguments
 from catversion_jax.training.planning.chips import parse_slice
 from catversion_jax.training.planning.compiled import compile_program, count_collectives, tpu_mesh
 from catversion_jax.training.planning.flops import count_flops
+from catversion_jax.training.start import planned_step
 
 MINIMUM = 1670e9 + 6.5e9
 """FLOPs of a sample: UNet and the last three layers of the text encoder, nothing computed again."""
@@ -61,9 +62,10 @@ def compile_row(backbone: Backbone, target: str, recompute: str, slots: int) -> 
         }
     )
     chip, mesh = parse_slice(target).chip, tpu_mesh(parse_slice(target))
-    arguments = abstract_arguments(backbone, config, mesh, slots * mesh.devices.shape[0], 5)
+    planned = planned_step(config, backbone)
+    arguments = abstract_arguments(planned, mesh, slots * mesh.devices.shape[0], 5)
     started = time.perf_counter()
-    traced, compiled = compile_program(backbone, config, mesh, arguments)
+    traced, compiled = compile_program(planned, mesh, arguments)
     program, memory, samples = compiled.as_text(), compiled.memory_analysis(), 2 * slots
     traffic = hbm_bytes(program) / samples
     return {

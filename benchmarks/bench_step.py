@@ -36,8 +36,9 @@ from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.sharding import make_mesh, replicated
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.training.planning.compiled import counted_flops
-from catversion_jax.training.preparation import prepare_concept
-from catversion_jax.training.slots import Slots
+from catversion_jax.training.preparation import describe_concept, prepare_concept
+from catversion_jax.training.rows import Rows
+from catversion_jax.training.start import planned_step
 from catversion_jax.training.state import make_optimizer
 from catversion_jax.training.step import make_train_step
 
@@ -63,20 +64,34 @@ class Ours:
                 "mixed_precision": "bf16" if dtype == "bfloat16" else "no",
             }
         )
-        mesh, tx = make_mesh(1, jax.devices()[:1]), make_optimizer(config)
+        data, method = config.data_options, config.method_options
+        objective = config.objective_options
+        mesh = make_mesh(1, jax.devices()[:1])
+        tx = make_optimizer(config.optimizer_options, method)
         self.config, self.backbone = config, backbone
         self.count = jax.device_put(np.int32(1), replicated(mesh))
-        self.slots = Slots(len(specs), mesh, backbone, config, tx, max_images=5, max_prompts=1)
-        prepared = [prepare_concept(spec, backbone, config) for spec in specs]
-        self.slots.fill(dict(enumerate(prepared)), {}, 0.0)
+        self.rows = Rows(
+            len(specs), mesh, backbone, objective, tx, averaged=False, max_images=5, max_prompts=1
+        )
+        records = [
+            describe_concept(spec, backbone, data, method, seed=config.seed, recorded={})
+            for spec in specs
+        ]
+        prepared = [
+            prepare_concept(spec, record, backbone, data, method, objective)
+            for spec, record in zip(specs, records, strict=True)
+        ]
+        self.rows.fill(dict(enumerate(prepared)), {}, 0.0)
         schedule = noise_schedule(backbone.noise_schedule)
-        self.train_step = make_train_step(schedule, tx, mesh, config)
+        self.train_step = make_train_step(
+            schedule, tx, mesh, objective, config.device_options, ema_decay=None
+        )
 
     def step(self) -> jax.Array:
         """One update of every concept; returns the losses, still on the device."""
-        backbone, slots = self.backbone, self.slots
-        slots.state, metrics = self.train_step(
-            slots.state, slots.data, backbone.text_encoder, backbone.unet, self.count
+        backbone, rows = self.backbone, self.rows
+        rows.state, metrics = self.train_step(
+            rows.state, rows.data, backbone.text_encoder, backbone.unet, self.count
         )
         return metrics.losses
 
@@ -219,7 +234,9 @@ def main() -> None:
         times = "{:.2f} [{:.2f}, {:.2f}]".format(*ratios(seconds[best], row))
         print(f"| {name} | {middle:.1f} [{low:.1f}, {high:.1f}] | {times} |")
     if jax.default_backend() != "cpu":
-        flops = counted_flops(backbone, Ours(backbone, examples[:1], args.dtype).config, 5)
+        flops = counted_flops(
+            planned_step(Ours(backbone, examples[:1], args.dtype).config, backbone), 5
+        )
         rate = matmul_rate(args.dtype)
         share = flops / spread(seconds[best])[0] / rate
         results |= {"flops_per_concept_step": flops, "matmul_flops_per_s": rate, "share": share}

@@ -30,8 +30,8 @@ def files() -> dict[str, Path]:
     return found
 
 
-def imported(path: Path) -> set[str]:
-    """Names that a file imports anywhere, except for type checking only."""
+def imported(path: Path, *, typing_too: bool = False) -> set[str]:
+    """Names that a file imports anywhere, except for type checking only (or these as well)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(node)
@@ -41,7 +41,7 @@ def imported(path: Path) -> set[str]:
     }
     names: set[str] = set()
     for node in ast.walk(tree):
-        if id(node) in typing_only:
+        if id(node) in typing_only and not typing_too:
             continue
         if isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: imports are absolute here"
@@ -130,6 +130,17 @@ def test_the_choices_of_when_are_written_once() -> None:
         and [getattr(item, "value", None) for item in node.elts] == list(WHEN)
     }
     assert len(lists) == 2, lists
+
+
+def test_only_the_start_takes_all_options() -> None:
+    """A function takes the group of options that it needs."""
+    holders = {
+        module
+        for module, path in files().items()
+        if "TrainConfig" in {name.rpartition(".")[2] for name in imported(path, typing_too=True)}
+    }
+    others = {m for m in holders if room_of(m) not in ("config", "cli")}
+    assert others <= {"catversion_jax", "catversion_jax.training.start"}, others
 
 
 def test_files_stay_readable() -> None:

@@ -6,16 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from training_cases import optimizer, train_step
 
 from catversion_jax.config import make_config
-from catversion_jax.diffusion import noise_schedule
 from catversion_jax.models.layers.attention_pallas import transposed_attention
 from catversion_jax.models.stable_diffusion import abstract_backbone
 from catversion_jax.runtime.sharding import make_mesh
 from catversion_jax.training.planning.abstract import abstract_arguments
 from catversion_jax.training.planning.flops import count_flops
-from catversion_jax.training.state import make_optimizer
-from catversion_jax.training.step import make_train_step
+from catversion_jax.training.start import planned_step
 
 LEFT, RIGHT = jnp.ones((32, 48)), jnp.ones((48, 64))
 IMAGE, KERNEL = jnp.ones((2, 17, 17, 8)), jnp.ones((3, 3, 8, 16))
@@ -80,9 +79,9 @@ def test_the_training_step_is_what_xla_counts() -> None:
     backbone = abstract_backbone("tiny-sd")
     config = make_config({"concepts": "x", "steps_per_dispatch": 1, "resolution": 64})
     mesh = make_mesh(1, jax.devices()[:1])
-    arguments = abstract_arguments(backbone, config, mesh, num_rows=1, max_images=5)
-    schedule = noise_schedule(backbone.noise_schedule)
-    step: Any = make_train_step(schedule, make_optimizer(config), mesh, config)
+    planned = planned_step(config, backbone)
+    arguments = abstract_arguments(planned, mesh, num_rows=1, max_images=5)
+    step: Any = train_step(backbone, optimizer(config), mesh, config)
     traced = step.trace(*arguments)
     found = traced.lower().cost_analysis()["flops"]
     assert count_flops(traced.jaxpr) == pytest.approx(found, rel=0.1)

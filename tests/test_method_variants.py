@@ -21,7 +21,7 @@ from small_networks import (
 )
 from tiny_pipelines import load_pipe
 from torch_reference import draw, relative_error
-from training_cases import LAYERS, concept_data, config
+from training_cases import LAYERS, concept_data, config, optimizer
 
 from catversion_jax.cli import main
 from catversion_jax.config import make_config
@@ -35,7 +35,7 @@ from catversion_jax.models.clip.text import causal_bias
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import ConceptUse
-from catversion_jax.training.state import TrainState, make_optimizer
+from catversion_jax.training.state import TrainState
 from catversion_jax.training.step import apply_update, sample_batch
 
 torch.set_num_threads(1)
@@ -128,10 +128,8 @@ def test_a_dropped_caption_has_no_word(backbone: Backbone) -> None:
         lambda leaf: jnp.asarray(leaf)[0], dataclasses.replace(data, word_places=word_places)
     )
     one = dataclasses.replace(one, empty_hidden=jnp.full_like(one.text_hidden[0], 7.0))
-    options = config(caption_dropout=0.5)
-    batch = jax.jit(lambda data: sample_batch(data, jnp.int32(3), jnp.int32(0), 64, options, 1000))(
-        one
-    )
+    objective = config(caption_dropout=0.5).objective_options
+    batch = jax.jit(lambda d: sample_batch(d, jnp.int32(3), jnp.int32(0), 64, objective, 1000))(one)
     dropped = np.all(np.asarray(batch.text_hidden) == 7.0, axis=(1, 2))
     assert 16 < dropped.sum() < 48
     np.testing.assert_array_equal((np.asarray(batch.word_places) >= 0).any(1), ~dropped)
@@ -195,7 +193,7 @@ def test_the_other_half_gets_no_update_and_no_decay(adapt: str, frozen: str) -> 
     start = tiny_residual()
     grads = dataclasses.replace(start, **{frozen: start.key * 1e6, adapt: start.key * 1e-2})
     only = dataclasses.replace(grads, **{frozen: np.zeros_like(start.key)})
-    tx, reference = make_optimizer(options), make_optimizer(both)
+    tx, reference = optimizer(options), optimizer(both)
     updates, _ = tx.update(grads, tx.init(start), start)
     expected, _ = reference.update(only, reference.init(start), start)
     np.testing.assert_array_equal(getattr(updates, frozen), np.zeros_like(start.key))
@@ -220,9 +218,9 @@ def test_any_layers_from_their_cached_input(backbone: Backbone, layers: tuple[in
 def drawn_timesteps(backbone: Backbone, batch: int, steps: int, **options: object) -> np.ndarray:
     _, data = concept_data(backbone)
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[2], data)
-    chosen = config(train_batch_size=batch, **options)
+    objective = config(train_batch_size=batch, **options).objective_options
     draws = jax.jit(
-        jax.vmap(lambda s: sample_batch(one, s, jnp.int32(0), batch, chosen, 1000).timesteps)
+        jax.vmap(lambda s: sample_batch(one, s, jnp.int32(0), batch, objective, 1000).timesteps)
     )
     return np.asarray(draws(jnp.arange(steps)))
 
@@ -248,7 +246,7 @@ def test_stratified_timesteps_are_even_in_a_batch_and_over_steps(backbone: Backb
 
 
 def test_average_is_diffusers_ema() -> None:
-    tx = make_optimizer(config(ema_decay=0.5))
+    tx = optimizer(config(ema_decay=0.5))
     start = jax.tree.map(jnp.asarray, tiny_residual())
     state = TrainState(jnp.int32(0), start, tx.init(start), jnp.int32(-1), start)
     parameter = torch.nn.Parameter(torch.tensor(np.asarray(start.key)))

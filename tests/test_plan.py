@@ -25,7 +25,8 @@ from catversion_jax.training.planning.compiled import (
     tpu_mesh,
 )
 from catversion_jax.training.planning.estimate import USABLE_MEMORY, MemoryModel, job, step_seconds
-from catversion_jax.training.planning.fitting import find_fit, fitted, whole_tiles
+from catversion_jax.training.planning.fitting import find_fit, whole_tiles
+from catversion_jax.training.start import planned_step, resolve_auto
 
 CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 64})
 
@@ -77,11 +78,11 @@ def test_collectives_are_found_in_a_program() -> None:
 
 
 def test_memory_is_a_line_through_two_compilations() -> None:
-    def compiled(slots: int, temporary: float) -> CompiledStep:
-        return CompiledStep(slots, 2e9, 1e6 * slots, temporary, 1e12 * slots, 1e9, {}, 1.0)
+    def compiled(rows: int, temporary: float) -> CompiledStep:
+        return CompiledStep(rows, 2e9, 1e6 * rows, temporary, 1e12 * rows, 1e9, {}, 1.0)
 
     memory = MemoryModel.of(compiled(1, 1.5e9), compiled(5, 3.5e9))
-    assert memory.temporary_per_slot == pytest.approx(0.5e9)
+    assert memory.temporary_per_row == pytest.approx(0.5e9)
     assert memory.temporary_once == pytest.approx(1e9)
     most = memory.largest(16e9)
     assert memory.bytes_of(most) <= 16e9 < memory.bytes_of(most + 1)
@@ -89,12 +90,13 @@ def test_memory_is_a_line_through_two_compilations() -> None:
 
 
 @pytest.mark.slow
-def test_auto_finds_how_many_slots_fit(tiny_sd_folder: Path) -> None:
+def test_auto_finds_how_many_rows_fit(tiny_sd_folder: Path) -> None:
     backbone, mesh = load_backbone(tiny_sd_folder), make_mesh(1, jax.devices()[:1])
     config = dataclasses.replace(CONFIG, resolution=16, steps_per_dispatch=1)
-    six = compile_step(backbone, config, mesh, 6, max_images=4)
+    planned = planned_step(config, backbone)
+    six = compile_step(planned, mesh, 6, max_images=4)
     memory = six.total_bytes / USABLE_MEMORY
-    found = find_fit(config, backbone, mesh, memory, enough=1, most=9, max_images=4)
+    found = find_fit(planned, mesh, memory, enough=1, most=9, max_images=4)
     assert found.largest in (5, 6)  # not quite a line, but never more than fit
 
 
@@ -107,15 +109,16 @@ def test_packs_fill_the_tiles_of_a_tpu() -> None:
         (16, 1, {5: 5}),
         (3, 1, {9: 8}),
     ):
-        config = dataclasses.replace(CONFIG, train_batch_size=batch, data_parallel=data_parallel)
-        assert {most: whole_tiles(most, config) for most in used} == used
+        images = batch // data_parallel
+        assert {most: whole_tiles(most, images) for most in used} == used
 
 
 def test_a_number_stays_and_a_device_without_a_limit_gets_four(tiny_sd_folder: Path) -> None:
     backbone, mesh = load_backbone(tiny_sd_folder), make_mesh(1, jax.devices()[:2])
-    for wanted, slots in ((3, 3), ("auto", 4)):
-        config = fitted(dataclasses.replace(CONFIG, concepts_per_device=wanted), backbone, mesh, [])
-        assert (config.concepts_per_device, config.gradient_checkpointing) == (slots, "none")
+    for wanted, rows in ((3, 3), ("auto", 4)):
+        asked = dataclasses.replace(CONFIG, concepts_per_device=wanted)
+        config = resolve_auto(asked, backbone, mesh, [])
+        assert (config.concepts_per_device, config.gradient_checkpointing) == (rows, "none")
     with pytest.raises(CatVersionError, match="concepts_per_device='most': must be int or auto"):
         dataclasses.replace(CONFIG, concepts_per_device="most")
 
@@ -130,8 +133,7 @@ def test_computing_again_saves_memory_and_costs_flops() -> None:
     )
     steps = [
         compile_step(
-            backbone,
-            dataclasses.replace(CONFIG, gradient_checkpointing=recompute),
+            planned_step(dataclasses.replace(CONFIG, gradient_checkpointing=recompute), backbone),
             mesh,
             4,
             max_images=5,
@@ -148,7 +150,7 @@ def fitting_case(tiny_sd_folder: Path):
     )
     specs = read_concepts("tiny-sd-examples").concepts[:2]
     backbone, mesh = load_backbone(tiny_sd_folder), make_mesh(1, jax.devices()[:1])
-    return options, functools.partial(fitted, backbone=backbone, mesh=mesh, specs=specs)
+    return options, functools.partial(resolve_auto, backbone=backbone, mesh=mesh, specs=specs)
 
 
 @pytest.mark.slow
@@ -174,9 +176,7 @@ def test_hours_and_cost() -> None:
     chip = TPUS["v5e"]
     assert step_seconds(197e12, 0, chip, utilization=0.5) == pytest.approx(2)
     assert step_seconds(0, 819e9, chip) == pytest.approx(1)
-    found = job(
-        1000, 100, chips=16, slots_per_chip=8, seconds_per_step=0.9, price_per_chip_hour=2.0
-    )
+    found = job(1000, 100, chips=16, rows_per_chip=8, seconds_per_step=0.9, price_per_chip_hour=2.0)
     assert found.hours == pytest.approx(math.ceil(1000 / 128) * 100 * 0.9 / 3600)
     assert found.cost == pytest.approx(found.hours * 32)
 

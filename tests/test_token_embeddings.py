@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from random_model import write_toy_concepts
 from running import arguments, final_files
 from torch_reference import draw, relative_error
-from training_cases import LAYERS, concept_data, config, distance
+from training_cases import LAYERS, concept_data, config, distance, optimizer, train_step
 from transformers import CLIPTextModel
 
 from catversion_jax.cli import main
@@ -27,8 +27,7 @@ from catversion_jax.runtime.sharding import make_mesh
 from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import ConceptUse, check_concept
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
-from catversion_jax.training.state import TrainState, create_train_state, make_optimizer
-from catversion_jax.training.step import make_train_step
+from catversion_jax.training.state import TrainState, create_train_state
 
 torch.set_num_threads(1)
 
@@ -153,8 +152,8 @@ def train_pack(backbone: Backbone, rows: slice) -> TrainState:
     learned, data = jax.tree.map(
         lambda leaf: leaf[rows], (TokenEmbeddings(draw(8, 2, 32, seed=9)), data)
     )
-    tx, mesh = make_optimizer(options), make_mesh(1, jax.devices()[:1])
-    step = make_train_step(noise_schedule(backbone.noise_schedule), tx, mesh, options)
+    tx, mesh = optimizer(options), make_mesh(1, jax.devices()[:1])
+    step = train_step(backbone, tx, mesh, options)
     state = create_train_state(jax.tree.map(jnp.asarray, learned), tx)
     state, _ = step(state, data, backbone.text_encoder, backbone.unet, jnp.int32(6))
     return jax.tree.map(np.asarray, state)

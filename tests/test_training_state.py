@@ -30,7 +30,9 @@ def start(backbone: Backbone, **options: object) -> KVResidual:
     config = make_config({"concepts": "unused", "layers": "1,3", **options})
     token_ids = backbone.tokenizer([PROMPT])[0]
     positions = backbone.tokenizer.word_positions(token_ids, BASE_CLASS)
-    learned = init_learned(config, backbone.text_encoder, 4, token_ids, positions, seed=7)
+    learned = init_learned(
+        config.method_options, backbone.text_encoder, 4, token_ids, positions, seed=7
+    )
     assert isinstance(learned, KVResidual)
     return learned
 
@@ -92,7 +94,7 @@ def test_caption_dropout_replaces_the_prompt_at_its_rate(backbone: Backbone) -> 
 
     @jax.jit
     def dropped(step: jax.Array) -> jax.Array:
-        batch = sample_batch(one, step, jnp.int32(0), 64, config, 1000)
+        batch = sample_batch(one, step, jnp.int32(0), 64, config.objective_options, 1000)
         return jnp.mean(jnp.all(batch.text_hidden == 7.0, axis=(1, 2)))
 
     rate = np.mean([dropped(jnp.int32(step)) for step in range(20)])

@@ -9,7 +9,15 @@ import numpy as np
 import optax
 import pytest
 import torch
-from training_cases import LAYERS, NUM_CONCEPTS, concept_data, config, distance
+from training_cases import (
+    LAYERS,
+    NUM_CONCEPTS,
+    concept_data,
+    config,
+    distance,
+    optimizer,
+    train_step,
+)
 
 from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion import NoiseSchedule, noise_schedule
@@ -20,13 +28,11 @@ from catversion_jax.training.state import (
     ConceptData,
     TrainState,
     create_train_state,
-    make_optimizer,
 )
 from catversion_jax.training.step import (
     StepMetrics,
     apply_update,
     make_eval_step,
-    make_train_step,
     sample_batch,
 )
 
@@ -50,8 +56,8 @@ def run(
         data = edit(data)
     residual, data = jax.tree.map(lambda leaf: leaf[rows], (residual, data))
     mesh = make_mesh(options.data_parallel, jax.devices()[:devices])
-    tx = make_optimizer(options)
-    step = make_train_step(noise_schedule(backbone.noise_schedule), tx, mesh, options)
+    tx = optimizer(options)
+    step = train_step(backbone, tx, mesh, options)
     networks = jax.device_put((backbone.text_encoder, backbone.unet), replicated(mesh))
     state = place_by_concept(jax.tree.map(np.asarray, create_train_state(residual, tx)), mesh)
     data = place_by_concept(data, mesh)
@@ -136,8 +142,8 @@ def test_one_axis_needs_no_communication_and_two_axes_only_sums(backbone: Backbo
     for data_parallel in (1, 2):
         options = config(data_parallel=data_parallel)
         mesh = make_mesh(data_parallel, jax.devices()[:8])
-        tx = make_optimizer(options)
-        step = make_train_step(noise_schedule(backbone.noise_schedule), tx, mesh, options)
+        tx = optimizer(options)
+        step = train_step(backbone, tx, mesh, options)
         residual, data = concept_data(backbone)
         state = place_by_concept(jax.tree.map(np.asarray, create_train_state(residual, tx)), mesh)
         networks = jax.device_put((backbone.text_encoder, backbone.unet), replicated(mesh))
@@ -161,7 +167,9 @@ def test_every_image_is_used_equally_often(backbone: Backbone) -> None:
 
     @jax.jit
     def images(step: jax.Array) -> jax.Array:
-        return sample_batch(one, step, jnp.int32(0), 2, options, 1000).latents[:, 0, 0, 0]
+        return sample_batch(one, step, jnp.int32(0), 2, options.objective_options, 1000).latents[
+            :, 0, 0, 0
+        ]
 
     drawn = [int(image) for step in range(30) for image in images(jnp.int32(step))]
     epochs = [drawn[i : i + 3] for i in range(0, 60, 3)]
@@ -173,13 +181,11 @@ def test_updates_are_torch_adamw(backbone: Backbone) -> None:
     options = config(learning_rate=1e-2, max_train_steps=20, adam_weight_decay=1e-2)
     rng = np.random.default_rng(1)
     start = [rng.normal(size=(3, 1, 4, 8)).astype(np.float32) for _ in range(2)]
-    tx = make_optimizer(options)
+    tx = optimizer(options)
     residual = KVResidual(jnp.asarray(start[0]), jnp.asarray(start[1]), LAYERS, 0.0)
     state = TrainState(jnp.int32(0), residual, tx.init(residual), jnp.int32(-1))
     parameters = [torch.tensor(leaf, requires_grad=True) for leaf in start]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2
-    )
+    theirs = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
     for _ in range(20):
         grads = [rng.normal(size=leaf.shape).astype(np.float32) for leaf in start]
         state = apply_update(
@@ -204,7 +210,7 @@ def test_learning_rate_schedules_are_those_of_diffusers(scheduler: str, warmup: 
     name = "constant_with_warmup" if scheduler == "constant" else scheduler
     dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     theirs = get_scheduler(name, dummy, num_warmup_steps=warmup, num_training_steps=20)
-    tx = make_optimizer(options)
+    tx = optimizer(options)
     params, opt_state = jnp.zeros(()), tx.init(jnp.zeros(()))
     for step in range(20):
         updates, opt_state = tx.update(jnp.ones(()), opt_state, params)
@@ -218,7 +224,7 @@ def test_learning_rate_schedules_are_those_of_diffusers(scheduler: str, warmup: 
 
 def test_gradient_clip_never_couples_concepts() -> None:
     options = config(max_grad_norm=1.0)
-    tx = make_optimizer(options)
+    tx = optimizer(options)
     rng = np.random.default_rng(2)
     grads = KVResidual(
         *(rng.normal(size=(2, 3, 1, 4, 8)).astype(np.float32) for _ in range(2)), LAYERS, 0.0
@@ -243,9 +249,10 @@ def test_evaluation_loss_ignores_mesh_and_batch(backbone: Backbone) -> None:
     residual, data = concept_data(backbone)
     losses = []
     for devices, batch in ((1, 4), (8, 2)):
-        options = config(num_eval_samples=6, train_batch_size=batch)
         mesh = make_mesh(1, jax.devices()[:devices])
-        evaluate = make_eval_step(schedule_of(backbone), mesh, options, LAYERS[0])
+        evaluate = make_eval_step(
+            schedule_of(backbone), mesh, first_layer=LAYERS[0], num_samples=6, batch_size=batch
+        )
         networks = jax.device_put((backbone.text_encoder, backbone.unet), replicated(mesh))
         every = np.ones(len(data.flip), bool)
         placed = place_by_concept((residual, data, every), mesh)

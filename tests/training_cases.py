@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from catversion_jax.config import TrainConfig, make_config
+from catversion_jax.diffusion import noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.training.state import ConceptData, concept_key
+from catversion_jax.training.state import ConceptData, concept_key, make_optimizer
+from catversion_jax.training.step import TrainStep, make_train_step
 
 LAYERS = (1, 2, 3)
 NUM_CONCEPTS = 8
@@ -16,6 +20,23 @@ NUM_CONCEPTS = 8
 def config(**options: object) -> TrainConfig:
     return make_config(
         {"concepts": "unused", "steps_per_dispatch": 6, "learning_rate": 1e-3, **options}
+    )
+
+
+def optimizer(options: TrainConfig) -> optax.GradientTransformation:
+    return make_optimizer(options.optimizer_options, options.method_options)
+
+
+def train_step(
+    backbone: Backbone, tx: optax.GradientTransformation, mesh: Mesh, options: TrainConfig
+) -> TrainStep:
+    return make_train_step(
+        noise_schedule(backbone.noise_schedule),
+        tx,
+        mesh,
+        options.objective_options,
+        options.device_options,
+        ema_decay=options.ema_decay,
     )
 
 

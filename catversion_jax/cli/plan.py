@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
-    from catversion_jax.config import TrainConfig
-    from catversion_jax.models.stable_diffusion import Backbone
+    from catversion_jax.training.planning.abstract import PlannedStep
     from catversion_jax.training.planning.chips import Slice
 
 GB = 1e9
@@ -62,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     # The TPU is compiled for, not used; what runs here runs on the CPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from catversion_jax.models.stable_diffusion import abstract_backbone
+    from catversion_jax.training.start import planned_step
 
     dtype = "float32" if config.mixed_precision == "no" else "bfloat16"
     model = config.pretrained_model_name_or_path
@@ -71,31 +71,37 @@ def run(args: argparse.Namespace) -> int:
         resolution=config.resolution or backbone.default_resolution,
         steps_per_dispatch=config.steps_per_dispatch or 10,
     )
-    plan = _tpu_plan(args, config, backbone) if args.tpu else _gpu_plan(args, config, backbone)
+    planned = planned_step(config, backbone)
+    plan = _tpu_plan(args, planned) if args.tpu else _gpu_plan(args, planned)
     plan = {"model": model, "resolution": config.resolution, "dtype": dtype, **plan}
     print(json.dumps(plan, indent=1) if args.json else _as_text(plan))
     return 0
 
 
-def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
+def _tpu_plan(args: argparse.Namespace, planned: PlannedStep) -> dict[str, Any]:
     from catversion_jax.runtime.sharding import CONCEPT_AXIS
     from catversion_jax.training.planning.chips import parse_slice
     from catversion_jax.training.planning.compiled import tpu_mesh
-    from catversion_jax.training.planning.fitting import find_fit, usual_slots, whole_tiles
+    from catversion_jax.training.planning.fitting import (
+        find_fit,
+        images_per_row,
+        usual_rows,
+        whole_tiles,
+    )
 
     target = parse_slice(args.tpu)
-    mesh = tpu_mesh(target, config.data_parallel)
-    is_auto, wanted = config.concepts_per_device == "auto", usual_slots(config)
+    devices = planned.devices
+    mesh = tpu_mesh(target, devices.data_parallel)
+    is_auto, wanted = devices.concepts_per_device == "auto", usual_rows(devices)
     needed = -(-args.concepts // mesh.shape[CONCEPT_AXIS])
     most = max(wanted, needed) if is_auto else wanted
     chip_memory = target.chip.memory_bytes
-    fit = find_fit(
-        config, backbone, mesh, chip_memory, wanted, most, args.images, fast=not args.full_effort
-    )
+    fit = find_fit(planned, mesh, chip_memory, wanted, most, args.images, fast=not args.full_effort)
     memory, largest, step = fit.memory, fit.largest, fit.step
+    flops, steps = step.flops / step.rows_per_chip, planned.optimizer.max_train_steps
     if is_auto:
-        wanted = max(1, whole_tiles(largest, config))
-    slots = min(wanted, largest)
+        wanted = max(1, whole_tiles(largest, images_per_row(planned)))
+    rows = min(wanted, largest)
     return {
         "target": target.name,
         "chips": target.num_chips,
@@ -106,34 +112,34 @@ def _tpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
         ),
         "compiles": True,
         "compile_seconds": round(fit.seconds, 1),
-        "gradient_checkpointing": fit.config.gradient_checkpointing,
+        "gradient_checkpointing": fit.recompute,
         "memory_bytes": {
             "chip": chip_memory,
             "weights": memory.weights,
-            "state_per_slot": memory.state_per_slot,
+            "state_per_slot": memory.state_per_row,
             "temporaries": memory.temporary_once,
-            "temporaries_per_slot": memory.temporary_per_slot,
+            "temporaries_per_slot": memory.temporary_per_row,
             "with_concepts_per_device": memory.bytes_of(wanted),
         },
         "concepts_per_device": wanted,
         "largest_concepts_per_device": largest,
-        "flops_per_concept_step": step.flops / step.slots_per_chip,
-        "bytes_per_concept_step": step.bytes_accessed / step.slots_per_chip,
+        "flops_per_concept_step": flops,
+        "bytes_per_concept_step": step.bytes_accessed / step.rows_per_chip,
         "collectives": step.collectives,
-        **_jobs(args, config, target, slots, step.flops / step.slots_per_chip, memory.weights),
+        **_jobs(args, steps, target, rows, flops, memory.weights),
     }
 
 
-def _gpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
+def _gpu_plan(args: argparse.Namespace, planned: PlannedStep) -> dict[str, Any]:
     from catversion_jax.training.planning.chips import GPUS, Slice
     from catversion_jax.training.planning.compiled import counted_flops
-    from catversion_jax.training.planning.fitting import usual_slots
+    from catversion_jax.training.planning.fitting import usual_rows
 
     if args.gpu not in GPUS:
         raise CatVersionError(f"--gpu {args.gpu}: must be one of {', '.join(GPUS)}.")
     target = Slice(dataclasses.replace(GPUS[args.gpu], slices=("1", "2", "4", "8")), "1")
-    flops = counted_flops(backbone, config, args.images)
-    slots = usual_slots(config)
+    flops = counted_flops(planned, args.images)
+    rows = usual_rows(planned.devices)
     return {
         "target": args.gpu,
         "chips": 1,
@@ -141,44 +147,47 @@ def _gpu_plan(args: argparse.Namespace, config: TrainConfig, backbone: Backbone)
             "FLOPs of the program's products and convolutions, and the data sheet's peak at the "
             "given utilization; memory is not estimated. Not compared with a real GPU yet."
         ),
-        "concepts_per_device": slots,
+        "concepts_per_device": rows,
         "flops_per_concept_step": flops,
-        **_jobs(args, config, target, slots, flops, 0.0),
+        **_jobs(args, planned.optimizer.max_train_steps, target, rows, flops, 0.0),
     }
 
 
 def _jobs(
     args: argparse.Namespace,
-    config: TrainConfig,
+    max_train_steps: int,
     target: Slice,
-    slots: int,
+    rows: int,
     flops: float,
     least_bytes: float,
 ) -> dict[str, Any]:
     from catversion_jax.training.planning.estimate import job, step_seconds
 
     jobs = []
-    if slots:
-        seconds = step_seconds(slots * flops, least_bytes, target.chip, args.utilization)
+    if rows:
+        seconds = step_seconds(rows * flops, least_bytes, target.chip, args.utilization)
+        price = args.price_per_chip_hour
+        found = [
+            (
+                other.topology,
+                job(args.concepts, max_train_steps, other.num_chips, rows, seconds, price),
+            )
+            for other in target.others()
+        ]
         jobs = [
             {
-                "slice": one.topology,
-                **dataclasses.asdict(
-                    job(
-                        args.concepts,
-                        config.max_train_steps,
-                        one.num_chips,
-                        slots,
-                        seconds,
-                        args.price_per_chip_hour,
-                    )
-                ),
+                "slice": topology,
+                "chips": one.chips,
+                "slots_per_chip": one.rows_per_chip,
+                "seconds_per_step": one.seconds_per_step,
+                "hours": one.hours,
+                "cost": one.cost,
             }
-            for one in target.others()
+            for topology, one in found
         ]
     return {
         "concepts": args.concepts,
-        "max_train_steps": config.max_train_steps,
+        "max_train_steps": max_train_steps,
         "utilization": args.utilization,
         "jobs": jobs,
     }
@@ -198,9 +207,9 @@ def _as_text(plan: dict[str, Any]) -> str:
             f"gradient_checkpointing={plan['gradient_checkpointing']})",
             f"memory per chip  {memory['chip']:.0f} GB",
             f"  weights        {memory['weights']:.3f} GB",
-            f"  state          {memory['state_per_slot']:.4f} GB per slot",
+            f"  state          {memory['state_per_slot']:.4f} GB per row",
             f"  temporaries    {memory['temporaries']:.3f} GB + "
-            f"{memory['temporaries_per_slot']:.3f} GB per slot",
+            f"{memory['temporaries_per_slot']:.3f} GB per row",
             f"  together       {memory['with_concepts_per_device']:.2f} GB with "
             f"concepts_per_device={plan['concepts_per_device']}; at most "
             f"{plan['largest_concepts_per_device']} fit",
@@ -217,7 +226,7 @@ def _as_text(plan: dict[str, Any]) -> str:
     for one in plan["jobs"]:
         cost = "" if one["cost"] is None else f"  cost {one['cost']:.2f}"
         lines.append(
-            f"  {one['slice']:>7} {one['chips']:4d} chips x {one['slots_per_chip']} slots  "
+            f"  {one['slice']:>7} {one['chips']:4d} chips x {one['slots_per_chip']} rows  "
             f"{one['hours']:9.3f} h{cost}"
         )
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +19,13 @@ import numpy as np
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
-from catversion_jax.config import TrainConfig, learning_options
+from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.errors import ConceptError
 from catversion_jax.methods.learned import Learned, stack_learned
 from catversion_jax.models.clip.tokenizer import PlacedPrompt
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.weights.network import Network
-from catversion_jax.training.run.checkpoint import ConceptRecord
+from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.start_values import init_learned
 from catversion_jax.training.state import ConceptData, concept_key
 
@@ -38,7 +38,7 @@ class PreparedConcept:
 
     Attributes:
       spec: what the user gave.
-      record: what its concept file will say.
+      record: what its concept file will say beside the numbers.
       learned: start values, leaves ``[L P N H]`` or ``[V D]``.
       encoded: VAE posterior of its images.
       text_hidden: ``[K T D]`` states of its prompts entering the first adapted layer.
@@ -59,14 +59,30 @@ class PreparedConcept:
     references: tuple[np.ndarray, ...]
 
 
-def describe_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) -> ConceptRecord:
+def describe_concept(
+    spec: ConceptSpec,
+    backbone: Backbone,
+    data: DataOptions,
+    method: MethodOptions,
+    *,
+    seed: int,
+    recorded: Mapping[str, Any],
+) -> ConceptRecord:
     """What decides a concept's result, apart from the pixels; no image is read.
+
+    Args:
+      spec: what the user gave.
+      backbone: the frozen networks.
+      data: the run's prompts and flips, where the concept has none of its own.
+      method: what is learned.
+      seed: the run's, where the concept has none of its own.
+      recorded: the run's options that decide the result, for the concept's file.
 
     Raises:
       ConceptError: a prompt does not name the concept, or ``when`` contradicts the method.
     """
-    when = spec.when or config.when
-    if when == "always" and config.method == "textual_inversion":
+    when = spec.when or method.when
+    if when == "always" and method.method == "textual_inversion":
         raise ConceptError(
             f"{spec.name}: when=always: the vectors of method=textual_inversion stand for the "
             "class word, so they act only where that is written. Use when=class_word."
@@ -78,34 +94,48 @@ def describe_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig)
         base_model=backbone.name,
         text_encoder_sha256=backbone.text_encoder_sha256,
         images=tuple(source.label for source in spec.images),
-        prompts=concept_prompts(spec, config.instance_prompt, default_when=config.when),
-        random_flip=config.random_flip if spec.random_flip is None else spec.random_flip,
-        seed=config.seed if spec.seed is None else spec.seed,
+        prompts=concept_prompts(spec, data.instance_prompt, default_when=method.when),
+        random_flip=data.random_flip if spec.random_flip is None else spec.random_flip,
+        seed=seed if spec.seed is None else spec.seed,
         config={
-            **learning_options(config),
+            **recorded,
             "prediction_type": backbone.noise_schedule.prediction_type,
         },
     )
 
 
-def prepare_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) -> PreparedConcept:
+def prepare_concept(
+    spec: ConceptSpec,
+    record: ConceptRecord,
+    backbone: Backbone,
+    data: DataOptions,
+    method: MethodOptions,
+    objective: ObjectiveOptions,
+) -> PreparedConcept:
     """Read, check and encode one concept.
 
+    Args:
+      spec: what the user gave.
+      record: what :func:`describe_concept` said of it.
+      backbone: the frozen networks.
+      data: how images become square pixels.
+      method: what is learned.
+      objective: whether the loss needs masks.
+
     Raises:
-      ConceptError: an image cannot be used, a prompt does not name the concept, masks are missing
-        where the loss needs them.
+      ConceptError: an image cannot be used, a prompt has no room for the class word or for what is
+        learned, or masks are missing where the loss needs them.
     """
-    record = describe_concept(spec, backbone, config)
     prompts = record.prompts
     _check_prompts_fit(record, backbone)
-    resolution = config.resolution or backbone.default_resolution
-    images = load_concept_images(spec, resolution=resolution, crop=config.crop, alpha=config.alpha)
+    resolution = data.resolution or backbone.default_resolution
+    images = load_concept_images(spec, resolution=resolution, crop=data.crop, alpha=data.alpha)
     unmasked = [
         source.label
         for source, image in zip(spec.images, images, strict=True)
         if image.mask is None
     ]
-    if config.masked_training and unmasked:
+    if objective.masked_training and unmasked:
         raise ConceptError(
             f"{spec.name}: masked_training=true, but {len(unmasked)} of {len(images)} images have "
             f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each (catversion masks "
@@ -118,8 +148,8 @@ def prepare_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) 
         latent_downsampling=backbone.latent_downsampling,
     )
     if (
-        config.masked_training
-        and config.unmasked_weight == 0
+        objective.masked_training
+        and objective.unmasked_weight == 0
         and not encoded.mask.any((2, 3)).all()
     ):
         raise ConceptError(
@@ -129,7 +159,7 @@ def prepare_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) 
     token_ids = backbone.tokenizer(prompts)
     word_positions = backbone.tokenizer.word_positions(token_ids[0], spec.base_class)
     learned = init_learned(
-        config,
+        method,
         backbone.text_encoder,
         backbone.num_text_layers,
         token_ids[0],
@@ -138,6 +168,9 @@ def prepare_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) 
     )
     placed = _place_prompts(record, backbone, learned)
     lower = functools.partial(lower_text_states, backbone.text_encoder, layer=learned.first_layer)
+    text_hidden = plain_hidden = np.stack([lower(ids) for ids in token_ids])
+    if learned.num_word_places is not None:  # the learned vectors' room moves the other tokens
+        text_hidden = np.stack([lower(one.token_ids) for one in placed])
     references = tuple(
         np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2]
     )
@@ -147,8 +180,8 @@ def prepare_concept(spec: ConceptSpec, backbone: Backbone, config: TrainConfig) 
         record=record,
         learned=learned,
         encoded=encoded,
-        text_hidden=np.stack([lower(one.token_ids) for one in placed]),
-        plain_hidden=np.stack([lower(ids) for ids in token_ids]),
+        text_hidden=text_hidden,
+        plain_hidden=plain_hidden,
         word_places=np.stack([one.word_places[0] for one in placed]),
         prompts=prompts,
         references=references,
@@ -181,21 +214,26 @@ def _place_prompts(
 def assemble_rows(
     rows: Sequence[PreparedConcept],
     backbone: Backbone,
-    config: TrainConfig,
+    objective: ObjectiveOptions,
     *,
     max_images: int,
     max_prompts: int,
 ) -> tuple[Learned, ConceptData, ConceptData]:
     """Stack concepts, one for each row.
 
-    ``max_images`` and ``max_prompts`` are those of the whole run, so that shapes never change.
+    Args:
+      rows: the concept of each row.
+      backbone: the frozen networks.
+      objective: whether the loss needs masks and the empty prompt.
+      max_images: images of the largest concept of the whole run, so that shapes never change.
+      max_prompts: training prompts of the one with most of them.
 
     Returns:
       Start values, data, and the data of the plain model, whose prompts hold no learned vectors.
     """
     num_rows = len(rows)
     empty_hidden = None
-    if config.caption_dropout > 0:
+    if objective.caption_dropout > 0:
         layer = rows[0].learned.first_layer
         empty = lower_text_states(backbone.text_encoder, backbone.tokenizer([""])[0], layer)
         empty_hidden = np.stack([empty] * num_rows)
@@ -204,7 +242,7 @@ def assemble_rows(
         latent_mean=np.stack([_padded(row.encoded.mean, max_images) for row in rows]),
         latent_std=np.stack([_padded(row.encoded.std, max_images) for row in rows]),
         mask=np.stack([_padded(row.encoded.mask, max_images) for row in rows])
-        if config.masked_training
+        if objective.masked_training
         else None,
         num_images=np.array([len(row.encoded.mean) for row in rows], np.int32),
         flip=np.array([row.record.random_flip for row in rows], np.float32),

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.training.run import checkpoint
-from catversion_jax.training.run.checkpoint import ConceptRecord, SavedRow
+from catversion_jax.training.run.checkpoint import SavedRow
 from catversion_jax.training.run.directory import RunDirectory
+from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,8 @@ class QueuePlan:
     """What is to do.
 
     Attributes:
-      names: concepts in the order they get a slot: those under way first, earlier failures last.
+      names: concepts in the order in which they get a row: those under way first, those that failed
+        earlier last.
       saved: states of those under way, from the newest intact checkpoints.
       clock: steps the run's program has made; numbers the checkpoints.
     """
@@ -31,7 +33,10 @@ class QueuePlan:
 
 
 def plan_queue(
-    records: Mapping[str, ConceptRecord], run: RunDirectory, template: TrainState
+    records: Mapping[str, ConceptRecord],
+    run: RunDirectory,
+    template: TrainState,
+    max_train_steps: int,
 ) -> QueuePlan:
     """Read what ``run`` holds of the concepts in ``records``.
 
@@ -39,13 +44,13 @@ def plan_queue(
       records: every concept of the run, in order.
       run: what was done before.
       template: a state of any number of rows, for its structure.
+      max_train_steps: steps after which a concept is finished.
 
     Raises:
       CatVersionError: a concept that is finished or under way was changed since; all are listed.
     """
-    changed = {
-        name: records[name].differences(concept) for name, concept in run.read_finals([*records])
-    }
+    finals = run.read_finals([*records], max_train_steps)
+    changed = {name: records[name].differences(concept) for name, concept in finals}
     done = set(changed)
     saved: dict[str, SavedRow] = {}
     clock = 0

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import RecordingOptions
 from catversion_jax.runtime.line_file import LineFile
+from catversion_jax.training.rows import Occupant
 from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.run.metrics import ConceptMetrics, RunMetrics
-from catversion_jax.training.slots import Slot
 from catversion_jax.training.step import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -32,33 +32,36 @@ class Dispatched:
     """Results of one dispatch, still on their way from the device.
 
     Attributes:
-      clock: of the run, after it.
-      num_steps: how many it made.
-      slots: the concepts it trained, with their steps before it.
+      clock: steps that the run's program has made, those of this dispatch included.
+      num_steps: number of steps of this dispatch.
+      trained: the concepts it trained, each with its step before it.
       metrics: what it reports.
     """
 
     clock: int
     num_steps: int
-    slots: Sequence[tuple[Slot, int]]
+    trained: Sequence[tuple[Occupant, int]]
     metrics: StepMetrics
 
 
 class Recorder:
-    """Everything that is written about a run but its results; leaving the block sums up."""
+    """Writes losses, progress and the timeline of a run; leaving the block sums up the time."""
 
-    def __init__(self, out: RunDirectory, config: TrainConfig, bar: tqdm):
-        self._out, self._config, self._bar = out, config, bar
+    def __init__(
+        self, out: RunDirectory, options: RecordingOptions, max_train_steps: int, bar: tqdm
+    ):
+        self._out, self._options, self._bar = out, options, bar
+        self._max_steps = max_train_steps
         self._metrics: dict[str, ConceptMetrics] = {}
         self._lines = RunMetrics(out.jsonl)
         self._started = time.perf_counter()
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
         begun = out.timeline.exists()
         self._timeline = LineFile(out.timeline, None if begun else _line(TIMELINE_COLUMNS))
-        # ``mark`` is when the last dispatch was read, None after other work.
+        # When the last dispatch was read; None when the device has done other work since.
         self._mark: float | None = None
         self._rate = 0.0
-        self._open: dict[int, Slot] = {}
+        self._open: dict[int, Occupant] = {}
 
     # ------------------------------------------------------------------ time
 
@@ -69,7 +72,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Count the block as other work than training."""
+        """Count the time of the block as other work than training."""
         started = time.perf_counter()
         yield
         self.add(what, time.perf_counter() - started)
@@ -90,8 +93,8 @@ class Recorder:
                 raise
 
     def _sum_up(self) -> None:
-        for slot in list(self._open.values()):
-            self.end(slot, "interrupted")
+        for occupant in list(self._open.values()):
+            self.end(occupant, "interrupted")
         total = self.now
         training = total - sum(self._seconds.values())
         seconds = {"training": training, **self._seconds}
@@ -109,72 +112,76 @@ class Recorder:
 
     # ------------------------------------------------------------------ concepts
 
-    def begin(self, slot: Slot) -> None:
-        """A concept has got a row."""
-        logs = self._out.logs / slot.name if self._config.report_to == "tensorboard" else None
-        path = self._out.concept(slot.name) / "metrics.csv"
-        self._metrics[slot.name] = ConceptMetrics(path, logs, slot.step)
-        self._open[slot.row] = slot
-        self._bar.update(slot.step)
-        if slot.step == 0:
-            self.write_row(slot, 0, slot.evaluations[-1][1])
+    def begin(self, occupant: Occupant) -> None:
+        """Open the files of a concept that has got a row."""
+        logs = self._out.logs / occupant.name if self._options.report_to == "tensorboard" else None
+        path = self._out.concept(occupant.name) / "metrics.csv"
+        self._metrics[occupant.name] = ConceptMetrics(path, logs, occupant.step)
+        self._open[occupant.row] = occupant
+        self._bar.update(occupant.step)
+        if occupant.step == 0:
+            self.write_row(occupant, 0, occupant.evaluations[-1][1])
 
-    def end(self, slot: Slot, outcome: str) -> None:
-        """A concept has left its row."""
-        self._metrics.pop(slot.name).close()
-        del self._open[slot.row]
+    def end(self, occupant: Occupant, outcome: str) -> None:
+        """Close the files of a concept that has left its row."""
+        self._metrics.pop(occupant.name).close()
+        del self._open[occupant.row]
         if outcome != "interrupted":
-            self._bar.update(self._config.max_train_steps - slot.step)
-        times = (f"{slot.began:.3f}", f"{self.now:.3f}")
-        columns = (slot.row, slot.name, *times, slot.first_step, slot.step, outcome)
+            self._bar.update(self._max_steps - occupant.step)
+        times = (f"{occupant.began:.3f}", f"{self.now:.3f}")
+        columns = (occupant.row, occupant.name, *times, occupant.first_step, occupant.step, outcome)
         self._timeline.write(_line(columns))
 
     def skip(self) -> None:
-        """A concept that never gets a row."""
-        self._bar.update(self._config.max_train_steps)
+        """Count a concept that never gets a row as done."""
+        self._bar.update(self._max_steps)
 
     # ------------------------------------------------------------------ losses
 
-    def read(self, done: Dispatched, evaluated: Sequence[Slot]) -> None:
-        """Losses of one dispatch, waiting for it. Rows of ``evaluated`` at their present step are
-        left open: :meth:`write_row` closes them with their evaluation.
+    def read(self, done: Dispatched, evaluated: Sequence[Occupant]) -> None:
+        """Write the losses of one dispatch, waiting for it.
+
+        For the concepts in ``evaluated`` the line of the present step is left open:
+        :meth:`write_row` closes it together with the evaluation loss.
         """
         losses, failed_steps = jax.tree.map(
             np.asarray, (done.metrics.losses, done.metrics.failed_step)
         )
-        for slot, before in done.slots:
-            metrics = self._metrics[slot.name]
-            failed = int(failed_steps[slot.row])
-            if failed >= 0 and slot.failed_step < 0:
-                slot.failed_step = failed
-                logger.warning(f"{slot.name}: not finite at step {failed}; the others go on")
-            for step, loss in enumerate(losses[: done.num_steps, slot.row].tolist(), before + 1):
+        for occupant, before in done.trained:
+            metrics = self._metrics[occupant.name]
+            failed = int(failed_steps[occupant.row])
+            if failed >= 0 and occupant.failed_step < 0:
+                occupant.failed_step = failed
+                logger.warning(f"{occupant.name}: not finite at step {failed}; the others go on")
+            for step, loss in enumerate(
+                losses[: done.num_steps, occupant.row].tolist(), before + 1
+            ):
                 metrics.add_losses([loss])
-                is_open = slot in evaluated and step == slot.step
-                if step % self._config.logging_steps == 0 and not is_open:
-                    self.write_row(slot, step, None)
+                is_open = occupant in evaluated and step == occupant.step
+                if step % self._options.logging_steps == 0 and not is_open:
+                    self.write_row(occupant, step, None)
         self._bar.set_description("training", refresh=False)
-        self._bar.update(done.num_steps * len(done.slots))
+        self._bar.update(done.num_steps * len(done.trained))
         self._measure(done)
 
-    def write_row(self, slot: Slot, step: int, eval_loss: float | None) -> None:
+    def write_row(self, occupant: Occupant, step: int, eval_loss: float | None) -> None:
         """Close a concept's window of training losses at ``step``."""
-        values = self._metrics[slot.name].write_row(step, eval_loss)
-        self._lines.write({"concept": slot.name, "step": step, **values})
+        values = self._metrics[occupant.name].write_row(step, eval_loss)
+        self._lines.write({"concept": occupant.name, "step": step, **values})
 
     def _measure(self, done: Dispatched) -> None:
         """Speed of the compiled step since the last read."""
-        now, num_concept_steps = time.perf_counter(), done.num_steps * len(done.slots)
+        now, num_concept_steps = time.perf_counter(), done.num_steps * len(done.trained)
         if self._mark is not None:
             latest = num_concept_steps / (now - self._mark)
             self._rate = latest if self._rate == 0 else 0.7 * self._rate + 0.3 * latest
         self._mark = now
-        per_hour = 3600 * self._rate / self._config.max_train_steps
+        per_hour = 3600 * self._rate / self._max_steps
         if self._rate:
-            latest_losses = [s.evaluations[-1][1] for s, _ in done.slots if s.evaluations]
+            latest_losses = [o.evaluations[-1][1] for o, _ in done.trained if o.evaluations]
             mean = f"eval loss {np.mean(latest_losses):.4f}, " if latest_losses else ""
             self._bar.set_postfix_str(f"{mean}{per_hour:.0f} concepts/h")
-        if done.clock % self._config.logging_steps == 0:
+        if done.clock % self._options.logging_steps == 0:
             self._lines.write(
                 {
                     "clock": done.clock,

@@ -1,28 +1,44 @@
-"""``catversion_jax.train``: from a config to trained concepts."""
+"""``catversion_jax.train``: from a config to trained concepts; everything is put together here."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from catversion_jax.concepts import ConceptList, read_configured_concepts
-from catversion_jax.config import TrainConfig
-from catversion_jax.errors import CatVersionError
+from catversion_jax.concepts import ConceptList, ConceptSpec, read_configured_concepts
+from catversion_jax.config import TrainConfig, dump_config, learning_options
+from catversion_jax.errors import CatVersionError, ConceptError
 from catversion_jax.models.stable_diffusion import Backbone, default_dtype, load_backbone
 from catversion_jax.runtime.atomic_files import check_writable, unwritable
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.compilation import use_compilation_cache
-from catversion_jax.runtime.processes import join_processes
-from catversion_jax.runtime.sharding import make_mesh, replicated
-from catversion_jax.training import loop
-from catversion_jax.training.planning.fitting import fitted
+from catversion_jax.runtime.processes import join_processes, own_part, wait_for_others
+from catversion_jax.runtime.sharding import CONCEPT_AXIS, make_mesh, replicated
+from catversion_jax.training.feeder import Feeder
+from catversion_jax.training.loop import Prepared, TrainingLoop
+from catversion_jax.training.planning.abstract import PlannedStep
+from catversion_jax.training.planning.fitting import fitted, largest_concept
+from catversion_jax.training.preparation import describe_concept, prepare_concept
+from catversion_jax.training.programs import Programs
+from catversion_jax.training.queue_plan import QueuePlan, plan_queue
+from catversion_jax.training.recorder import Recorder
+from catversion_jax.training.rows import Rows
+from catversion_jax.training.run.checkpoint import Checkpoints
+from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.run.reader import TrainedConcept, read_trained_concept
+from catversion_jax.training.run.records import ConceptRecord
+from catversion_jax.training.start_values import first_adapted_layer, template_state
+from catversion_jax.training.state import make_optimizer
+from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +117,9 @@ def train(
         mixed_precision="bf16" if dtype == "bfloat16" else "no",
         resolution=config.resolution or backbone.default_resolution,
     )
-    config = fitted(config, backbone, mesh, concepts.concepts)
+    config = resolve_auto(config, backbone, mesh, concepts.concepts)
     try:
-        outcome = loop.train(config, backbone, concepts, mesh, stop)
+        outcome = train_concepts(config, backbone, concepts, mesh, stop)
     except OSError as error:
         raise unwritable(as_path(error.filename or config.output_dir), error) from error
     finished = set(outcome.finished)
@@ -154,3 +170,199 @@ def _placed(config: TrainConfig, backbone: Backbone, mesh: Mesh) -> Backbone:
 
 def _dtype_of(backbone: Backbone) -> str:
     return str(jax.tree.leaves(backbone.unet)[0].dtype)
+
+
+def planned_step(config: TrainConfig, backbone: Backbone) -> PlannedStep:
+    """What :mod:`~catversion_jax.training.planning` compiles, from options and networks."""
+    return PlannedStep(
+        backbone,
+        config.resolution or backbone.default_resolution,
+        config.method_options,
+        config.objective_options,
+        config.optimizer_options,
+        config.device_options,
+    )
+
+
+def resolve_auto(
+    config: TrainConfig,
+    backbone: Backbone,
+    mesh: Mesh,
+    specs: Sequence[ConceptSpec],
+    memory_bytes: float | None = None,
+) -> TrainConfig:
+    """``config`` with numbers in place of ``auto`` where devices and memory decide.
+
+    Args:
+      config: the options.
+      backbone: the frozen networks.
+      mesh: of this process.
+      specs: the concepts to train.
+      memory_bytes: of each device; by default what the devices say.
+
+    Raises:
+      CatVersionError: not one concept fits, or not as many as ``concepts_per_device`` says.
+    """
+    images, prompts = largest_concept(specs, config.data_options, config.method_options)
+    devices = fitted(
+        planned_step(config, backbone), mesh, len(specs), images, prompts, memory_bytes
+    )
+    return dataclasses.replace(
+        config,
+        concepts_per_device=devices.concepts_per_device,
+        gradient_checkpointing=devices.gradient_checkpointing,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOutcome:
+    """Names of the concepts that have a file, the reasons of those that were given up, and whether
+    the run was asked to stop before the others were done.
+    """
+
+    finished: tuple[str, ...]
+    failures: Mapping[str, str]
+    interrupted: bool = False
+
+
+def train_concepts(
+    config: TrainConfig,
+    backbone: Backbone,
+    concepts: ConceptList,
+    mesh: Mesh,
+    stop: threading.Event | None = None,
+) -> RunOutcome:
+    """Train every concept that is not done yet; continue what ``config.output_dir`` holds.
+
+    Once ``stop`` is set, in any of the processes, or a file ``STOP`` appears in ``output_dir``,
+    everything under way is saved and the function returns.
+
+    Args:
+      config: without ``auto`` in ``concepts_per_device``.
+      backbone: the frozen networks, on every device of the mesh.
+      concepts: what was read; those with problems are given up.
+      mesh: of this process.
+      stop: asks for an early end.
+
+    Raises:
+      CatVersionError: the options contradict the model or the run in ``output_dir``, or it is not
+        writable, or another process writes there.
+    """
+    run = RunDirectory(config.output_dir)
+    with run.lock():
+        recorded = learning_options(config)
+        run.open(
+            backbone.name,
+            backbone.text_encoder_sha256,
+            options=recorded,
+            resolved=dump_config(config),
+            may_continue=config.resume_from_checkpoint == "latest",
+        )
+        run.clear_leftovers()
+        failures = {problem.name: problem.message for problem in concepts.problems}
+        data, method = config.data_options, config.method_options
+        specs, records = {}, {}
+        for spec in concepts.concepts:
+            try:
+                records[spec.name] = describe_concept(
+                    spec, backbone, data, method, seed=config.seed, recorded=recorded
+                )
+                specs[spec.name] = spec
+            except ConceptError as error:
+                failures[spec.name] = str(error)
+        template = template_state(method, config.optimizer_options, backbone)
+        plan = plan_queue(records, run, template, config.max_train_steps)
+        wait_for_others("every process has read what was done before")
+        own = tuple(own_part(plan.names))
+        for name in specs:
+            if run.has_failed(name) and run.is_done(name):
+                run.clear_failure(name)
+        if run.process == 0:
+            for name, reason in failures.items():
+                run.quarantine(name, reason)
+        run.start_index(specs, failures)
+        run.set_others(set(plan.names) - set(own))
+        saved = {name: row for name, row in plan.saved.items() if name in own}
+        plan = dataclasses.replace(plan, names=own, saved=saved)
+        interrupted, given_up = _run_queue(
+            config, backbone, mesh, run, specs, records, plan, stop or threading.Event()
+        )
+        run.write_index()
+        wait_for_others("every process is done")
+        interrupted = interrupted or run.is_asked_to_stop(now=True)
+        run.write_index()
+    failures |= given_up
+    return RunOutcome(tuple(run.finished), {**run.quarantined, **failures}, interrupted)
+
+
+def _run_queue(
+    config: TrainConfig,
+    backbone: Backbone,
+    mesh: Mesh,
+    run: RunDirectory,
+    specs: Mapping[str, ConceptSpec],
+    records: Mapping[str, ConceptRecord],
+    plan: QueuePlan,
+    stop: threading.Event,
+) -> tuple[bool, Mapping[str, str]]:
+    """Whether the loop was interrupted, and the concepts that it gave up, with reasons."""
+    if config.concepts_per_device == "auto":
+        raise ValueError("concepts_per_device=auto: planning.fitting.fitted says how many")
+    data, method, objective = config.data_options, config.method_options, config.objective_options
+    optimizer, recording = config.optimizer_options, config.recording_options
+    per_axis = mesh.shape[CONCEPT_AXIS]
+    per_device = min(config.concepts_per_device, max(1, -(-len(specs) // per_axis)))
+    tx = make_optimizer(optimizer, method)
+    rows = Rows(
+        per_device * per_axis,
+        mesh,
+        backbone,
+        objective,
+        tx,
+        averaged=config.ema_decay is not None,
+        max_images=max((len(spec.images) for spec in specs.values()), default=1),
+        max_prompts=max((len(record.prompts) for record in records.values()), default=1),
+    )
+    programs = Programs(
+        backbone,
+        tx,
+        mesh,
+        objective,
+        config.device_options,
+        ema_decay=config.ema_decay,
+        first_layer=first_adapted_layer(method, backbone.num_text_layers),
+        num_eval_samples=config.num_eval_samples,
+    )
+    grids = SampleGrids(backbone, recording, config.resolution or backbone.default_resolution)
+    prepare = functools.partial(
+        prepare_concept, backbone=backbone, data=data, method=method, objective=objective
+    )
+
+    def prepared(name: str) -> Prepared:  # in the feeder's thread
+        try:
+            return Prepared(name, prepare(specs[name], records[name]))
+        except ConceptError as error:
+            return Prepared(name, None, str(error))
+
+    total, to_do = (count * config.max_train_steps for count in (len(specs), len(plan.names)))
+    with (
+        tqdm(total=total, initial=total - to_do, unit="concept-step", desc="compiling") as bar,
+        logging_redirect_tqdm([logging.getLogger()], tqdm_class=tqdm),
+        Feeder(plan.names, prepared, ahead=rows.num_rows) as feeder,
+        Checkpoints(run.checkpoint_folder, config.checkpoints_total_limit) as checkpoints,
+        Recorder(run, recording, config.max_train_steps, bar) as recorder,
+    ):
+        loop = TrainingLoop(
+            rows=rows,
+            programs=programs,
+            grids=grids,
+            feeder=feeder,
+            saved=plan.saved,
+            clock=plan.clock,
+            run=run,
+            recorder=recorder,
+            checkpoints=checkpoints,
+            optimizer=optimizer,
+            recording=recording,
+        )
+        return loop.run(stop), loop.failures

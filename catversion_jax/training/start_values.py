@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.array_types import Array, Float
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import MethodOptions, OptimizerOptions
 from catversion_jax.methods.learned import Learned
 from catversion_jax.methods.residual import KVResidual, resolve_layers
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
@@ -28,19 +28,19 @@ SPREAD = 0.1
 square. At a tenth of it positions were still equal within 2-3 % after 150 steps (P = 4, 5e-3)."""
 
 
-def first_adapted_layer(config: TrainConfig, num_layers: int) -> int:
+def first_adapted_layer(method: MethodOptions, num_layers: int) -> int:
     """The encoder layer below which nothing depends on what is learned.
 
     Raises:
       CatVersionError: layers that this encoder does not have.
     """
-    if config.method == "textual_inversion":
+    if method.method == "textual_inversion":
         return 0
-    return resolve_layers(config.layers, num_layers)[0]
+    return resolve_layers(method.layers, num_layers)[0]
 
 
 def init_learned(
-    config: TrainConfig,
+    method: MethodOptions,
     text_encoder: Network,
     num_layers: int,
     token_ids: np.ndarray,
@@ -50,8 +50,7 @@ def init_learned(
     """Start values of one concept, leaves ``[L P N H]`` or ``[V D]`` float32.
 
     Args:
-      config: ``method``, ``layers``, ``init``, ``init_std``, ``num_positions``, ``logit_bias``,
-        ``scope``.
+      method: what is learned, and how it starts.
       text_encoder: frozen encoder, whose own keys and values, or embeddings, ``class_word`` and
         ``bos`` copy.
       num_layers: of the encoder.
@@ -59,47 +58,49 @@ def init_learned(
       word_positions: where the base-class words stand in ``token_ids``.
       seed: the concept's seed.
     """
-    sources = word_positions if config.init == "class_word" else (0,)
-    taken = np.array([sources[p % len(sources)] for p in range(config.num_positions)])
+    sources = word_positions if method.init == "class_word" else (0,)
+    taken = np.array([sources[p % len(sources)] for p in range(method.num_positions)])
     rng = jax.random.fold_in(concept_key(seed), INIT_STREAM)
-    if config.method == "textual_inversion":
+    if method.method == "textual_inversion":
         own = _own_embeddings(text_encoder, token_ids)[taken]
-        return TokenEmbeddings(_start(config, own, rng))
-    layers = resolve_layers(config.layers, num_layers)
+        return TokenEmbeddings(_start(method, own, rng))
+    layers = resolve_layers(method.layers, num_layers)
     own_key, own_value = _own_keys_values(text_encoder, token_ids[None], layers)
     rng_key, rng_value = jax.random.split(rng)
     return KVResidual(
-        key=_start(config, own_key[:, 0, taken], rng_key),
-        value=_start(config, own_value[:, 0, taken], rng_value),
+        key=_start(method, own_key[:, 0, taken], rng_key),
+        value=_start(method, own_value[:, 0, taken], rng_value),
         layers=layers,
-        logit_bias=config.logit_bias,
-        scope=config.scope,
+        logit_bias=method.logit_bias,
+        scope=method.scope,
     )
 
 
-def template_state(config: TrainConfig, backbone: Backbone) -> TrainState:
+def template_state(
+    method: MethodOptions, optimizer: OptimizerOptions, backbone: Backbone
+) -> TrainState:
     """A state of one row, shapes only: what is stored of a concept, apart from the numbers."""
     token_ids = backbone.tokenizer(["a"])[0]
 
     def one_row(text_encoder: Network) -> TrainState:
         learned = init_learned(
-            config, text_encoder, backbone.num_text_layers, token_ids, (0,), seed=0
+            method, text_encoder, backbone.num_text_layers, token_ids, (0,), seed=0
         )
         stacked = jax.tree.map(lambda leaf: leaf[None], learned)
-        averaged = config.ema_decay is not None
-        return create_train_state(stacked, make_optimizer(config), averaged=averaged)
+        averaged = optimizer.ema_decay is not None
+        return create_train_state(stacked, make_optimizer(optimizer, method), averaged=averaged)
 
     return jax.eval_shape(one_row, backbone.text_encoder)
 
 
-def _start(config: TrainConfig, own: Array, rng: Array) -> Array:
+def _start(method: MethodOptions, own: Array, rng: Array) -> Array:
     """One array of start values; ``own`` are the encoder's, with the positions copied."""
     noise = jax.random.normal(rng, own.shape, jnp.float32)
-    if config.init == "normal":
-        return config.init_std * noise
+    if method.init == "normal":
+        return method.init_std * noise
     own = own.astype(jnp.float32)
-    start = jnp.zeros_like(own) if config.init == "zero" else own
-    if config.num_positions == 1:
+    start = jnp.zeros_like(own) if method.init == "zero" else own
+    if method.num_positions == 1:
         return start
     # Equal positions get equal gradients and would stay equal for ever.
     return start + SPREAD * jnp.sqrt(jnp.mean(own**2)) * noise

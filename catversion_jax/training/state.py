@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from catversion_jax.array_types import Array, Float, Int
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import MethodOptions, OptimizerOptions
 from catversion_jax.methods.learned import Learned
 
 # Streams of one concept's key. Steps fold in their number under TRAIN_STREAM.
@@ -78,34 +78,36 @@ class ConceptData:
     word_places: Int[Array, "C K T"] | None = None
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    options: OptimizerOptions, method: MethodOptions
+) -> optax.GradientTransformation:
     """AdamW for ONE concept (the step maps it over concepts, so a clip never couples them)."""
-    warmup, total = config.lr_warmup_steps, config.max_train_steps
+    warmup, total = options.lr_warmup_steps, options.max_train_steps
     decay_steps = max(1, total - warmup)
     after = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "linear": optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, decay_steps),
-    }[config.lr_scheduler]
+        "constant": optax.constant_schedule(options.learning_rate),
+        "linear": optax.linear_schedule(options.learning_rate, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(options.learning_rate, decay_steps),
+    }[options.lr_scheduler]
     schedule = after
     if warmup:
-        ramp = optax.linear_schedule(0.0, config.learning_rate, warmup)
+        ramp = optax.linear_schedule(0.0, options.learning_rate, warmup)
         schedule = optax.join_schedules([ramp, after], [warmup])
     tx = optax.adamw(
         schedule,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
+        b1=options.adam_beta1,
+        b2=options.adam_beta2,
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
     )
-    if config.max_grad_norm is not None:
-        tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
-    if config.adapt == "key_value":
+    if options.max_grad_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(options.max_grad_norm), tx)
+    if method.adapt == "key_value":
         return tx
-    frozen = "value" if config.adapt == "key" else "key"
+    frozen = "value" if method.adapt == "key" else "key"
 
     def labels(learned: Learned) -> Any:
-        names: Any = {config.adapt: "trained", frozen: "frozen"}
+        names: Any = {method.adapt: "trained", frozen: "frozen"}
         return dataclasses.replace(learned, **names)
 
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)

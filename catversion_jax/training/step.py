@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from catversion_jax.array_types import Array, Bool, Float, Int
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import DeviceOptions, ObjectiveOptions
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.weights.network import Network
@@ -51,42 +51,57 @@ class StepMetrics:
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
-def steps_per_dispatch(config: TrainConfig) -> int:
-    """Steps of one call of the compiled program: the option, or what suits the platform.
+def steps_per_dispatch(asked: int | None) -> int:
+    """Steps of one call of the compiled program: what was asked for, or what suits the platform.
 
-    On CPU one, without a loop: inside a loop XLA gives the convolutions of the backward pass a
-    kernel layout that its fast implementation does not take.
+    On CPU that is one, without a loop: inside a loop XLA gives the convolutions of the backward
+    pass a kernel layout that its fast implementation does not take.
     """
-    if config.steps_per_dispatch is not None:
-        return config.steps_per_dispatch
+    if asked is not None:
+        return asked
     return 1 if jax.default_backend() == "cpu" else 10
 
 
 def make_train_step(
-    schedule: NoiseSchedule, tx: optax.GradientTransformation, mesh: Mesh, config: TrainConfig
+    schedule: NoiseSchedule,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    objective: ObjectiveOptions,
+    devices: DeviceOptions,
+    *,
+    ema_decay: float | None,
 ) -> TrainStep:
     """Compile-once ``(state, data, text_encoder, unet, num_steps) -> (state, metrics)``.
 
     ``state`` is donated. ``num_steps`` is traced: any number up to :func:`steps_per_dispatch` runs
     without recompiling.
+
+    Args:
+      schedule: noise schedule of the model.
+      tx: the optimizer of one concept.
+      mesh: the devices.
+      objective: the batch and its loss.
+      devices: how a batch is split, how many steps a call may make, what the backward pass
+        computes again (``auto``, which planning resolves, counts as ``none`` here).
+      ema_decay: of the moving average of what is learned; None where none is kept.
     """
-    local_batch = config.train_batch_size // config.data_parallel
-    max_steps = steps_per_dispatch(config)
-    # Who measures no memory has none to save.
-    recompute = "none" if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
+    local_batch = objective.train_batch_size // devices.data_parallel
+    max_steps = steps_per_dispatch(devices.steps_per_dispatch)
+    policy = devices.gradient_checkpointing
+    recompute = "none" if policy == "auto" else policy
     # Without a split batch nothing may mention the data axis: even a sum over one device is a
     # collective.
-    splits_batch = config.data_parallel > 1
+    splits_batch = devices.data_parallel > 1
 
     def one_step(
         state: TrainState, data: ConceptData, text_encoder: Network, unet: Network
     ) -> tuple[TrainState, Array]:
-        first_slot = jax.lax.axis_index(DATA_AXIS) * local_batch if splits_batch else jnp.int32(0)
+        first_place = jax.lax.axis_index(DATA_AXIS) * local_batch if splits_batch else jnp.int32(0)
         sample = functools.partial(
             sample_batch,
-            first_slot=first_slot,
+            first_place=first_place,
             batch_size=local_batch,
-            config=config,
+            objective=objective,
             num_train_timesteps=schedule.num_train_timesteps,
         )
         batch = jax.vmap(sample)(data, state.step)
@@ -99,8 +114,8 @@ def make_train_step(
                 batch,
                 schedule,
                 first_layer=learned.first_layer,
-                snr_gamma=config.snr_gamma,
-                unmasked_weight=config.unmasked_weight,
+                snr_gamma=objective.snr_gamma,
+                unmasked_weight=objective.unmasked_weight,
                 recompute=recompute,
             )
             return losses.sum(), losses  # a concept's gradient is that of its own loss
@@ -108,7 +123,7 @@ def make_train_step(
         grads, losses = jax.grad(loss_fn, has_aux=True)(state.learned)
         if splits_batch:
             losses, grads = jax.lax.pmean((losses, grads), DATA_AXIS)
-        update = functools.partial(apply_update, tx=tx, ema_decay=config.ema_decay)
+        update = functools.partial(apply_update, tx=tx, ema_decay=ema_decay)
         return jax.vmap(update)(state, losses, grads), losses
 
     def many_steps(
@@ -181,49 +196,59 @@ def _decay_at(step: Int[Array, ""], decay: float) -> Array:
 def sample_batch(
     data: ConceptData,
     step: Int[Array, ""],
-    first_slot: Int[Array, ""],
+    first_place: Int[Array, ""],
     batch_size: int,
-    config: TrainConfig,
+    objective: ObjectiveOptions,
     num_train_timesteps: int,
 ) -> DiffusionBatch:
-    """Slots from ``first_slot`` on of one concept's batch (neither has a C axis here).
+    """Draw images, noise, timesteps and prompts of one concept and step (no C axis here).
 
     Images come in epochs, each a fresh permutation: every image is used equally often.
+
+    Args:
+      data: of the concept.
+      step: updates it has seen.
+      first_place: place in the concept's whole batch at which this device's part begins.
+      batch_size: number of places of this device's part.
+      objective: size of the whole batch and how it is drawn.
+      num_train_timesteps: of the noise schedule.
     """
     step_rng = jax.random.fold_in(jax.random.fold_in(data.rng, TRAIN_STREAM), step)
 
-    def draw(slot: Int[Array, ""]):
-        rngs = jax.random.split(jax.random.fold_in(step_rng, slot), 6)
-        image = _epoch_image(data, step * config.train_batch_size + slot)
+    def draw(place: Int[Array, ""]):
+        rngs = jax.random.split(jax.random.fold_in(step_rng, place), 6)
+        image = _epoch_image(data, step * objective.train_batch_size + place)
         flipped = jax.random.bernoulli(rngs[0], data.flip).astype(jnp.int32)
         mean, std = data.latent_mean[image, flipped], data.latent_std[image, flipped]
         latents = mean + std * jax.random.normal(rngs[1], mean.shape, jnp.float32)
         noise = jax.random.normal(rngs[2], mean.shape, jnp.float32)
-        if config.timestep_sampling == "stratified":
-            timestep = _stratified_timestep(data, step, slot, config, num_train_timesteps)
+        if objective.timestep_sampling == "stratified":
+            timestep = _stratified_timestep(
+                data, step, place, objective.train_batch_size, num_train_timesteps
+            )
         else:
             timestep = jax.random.randint(rngs[3], (), 0, num_train_timesteps)
         prompt = jax.random.randint(rngs[4], (), 0, data.num_prompts)
         hidden = data.text_hidden[prompt]
         word_places = None if data.word_places is None else data.word_places[prompt]
         if data.empty_hidden is not None:
-            dropped = jax.random.bernoulli(rngs[5], config.caption_dropout)
+            dropped = jax.random.bernoulli(rngs[5], objective.caption_dropout)
             hidden = jnp.where(dropped, data.empty_hidden, hidden)
             word_places = None if word_places is None else jnp.where(dropped, -1, word_places)
         mask = None if data.mask is None else data.mask[image, flipped]
         return DiffusionBatch(latents, noise, timestep, hidden, mask, word_places)
 
-    return jax.vmap(draw)(first_slot + jnp.arange(batch_size))
+    return jax.vmap(draw)(first_place + jnp.arange(batch_size))
 
 
 def _stratified_timestep(
     data: ConceptData,
     step: Int[Array, ""],
-    slot: Int[Array, ""],
-    config: TrainConfig,
+    place: Int[Array, ""],
+    batch_size: int,
     num_train_timesteps: int,
 ) -> Int[Array, ""]:
-    """``t = N (slot + u) / n``: slot i of a batch of n draws from the i-th n-th of the schedule.
+    """``t = N (place + u) / n``: place i of a batch of n draws from the i-th n-th of the schedule.
 
     ``u`` starts at random and goes on by the golden ratio from step to step (modulo 1, as 32-bit
     integers, which lose nothing): of all shifts the one that leaves the smallest gaps.
@@ -232,7 +257,7 @@ def _stratified_timestep(
     start = jax.random.bits(jax.random.fold_in(data.rng, TIMESTEP_STREAM), (), jnp.uint32)
     u = start + golden * step.astype(jnp.uint32)
     within = ((u >> 16) * num_train_timesteps) >> 16
-    return (slot * num_train_timesteps + within.astype(jnp.int32)) // config.train_batch_size
+    return (place * num_train_timesteps + within.astype(jnp.int32)) // batch_size
 
 
 def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:
@@ -248,17 +273,16 @@ def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:
 
 
 def make_eval_step(
-    schedule: NoiseSchedule, mesh: Mesh, config: TrainConfig, first_layer: int
+    schedule: NoiseSchedule, mesh: Mesh, *, first_layer: int, num_samples: int, batch_size: int
 ) -> Callable[..., Float[Array, "C"]]:
     """``(learned, data, due [C], text_encoder, unet) -> losses [C]`` with fixed noise and fixed
     timesteps.
 
     The training loss is dominated by its random timesteps; this one (plain MSE over
-    ``config.num_eval_samples`` stratified timesteps, no flip, the posterior's mean) is comparable
+    ``num_samples`` stratified timesteps, no flip, the posterior's mean) is comparable
     over time. With ``learned=None`` it is the plain model's loss. Rows that are not ``due`` cost
     nothing and give NaN: concepts that began at different moments are evaluated at different ones.
     """
-    count = config.num_eval_samples
 
     def one_concept(
         learned: Learned | None, data: ConceptData, text_encoder: Network, unet: Network
@@ -269,7 +293,7 @@ def make_eval_step(
             image = index % data.num_images
             latents = data.latent_mean[image, 0]
             noise = jax.random.normal(jax.random.fold_in(rng, index), latents.shape, jnp.float32)
-            timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * count)
+            timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * num_samples)
             prompt = index % data.num_prompts
             word_places = None if data.word_places is None else data.word_places[prompt]
             return DiffusionBatch(
@@ -282,8 +306,8 @@ def make_eval_step(
                 one, text_encoder, unet, batch, schedule, first_layer=first_layer
             )
 
-        at_once = max(n for n in range(1, config.train_batch_size + 1) if count % n == 0)
-        return jnp.mean(jax.lax.map(some_samples, jnp.arange(count).reshape(-1, at_once)))
+        at_once = max(n for n in range(1, batch_size + 1) if num_samples % n == 0)
+        return jnp.mean(jax.lax.map(some_samples, jnp.arange(num_samples).reshape(-1, at_once)))
 
     def all_concepts(
         learned: Learned | None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from catversion_jax.concepts.prompts import fill_template
-from catversion_jax.config import SamplingSettings, TrainConfig
+from catversion_jax.config import RecordingOptions, SamplingSettings
 from catversion_jax.diffusion import make_sampler
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
@@ -22,22 +22,21 @@ from catversion_jax.training.preparation import PreparedConcept
 class SampleGrids:
     """Draws the grids of one run; the plain model's images are drawn once per prompt and seed."""
 
-    def __init__(self, backbone: Backbone, config: TrainConfig):
-        self._backbone, self._config = backbone, config
+    def __init__(self, backbone: Backbone, options: RecordingOptions, resolution: int):
+        self._backbone, self._options = backbone, options
         self._plain: dict[tuple[str, int], np.ndarray] = {}
-        side = config.resolution or backbone.default_resolution
         self._settings = SamplingSettings(
             sampler="dpmsolver++",
-            num_inference_steps=config.validation_inference_steps,
-            guidance_scale=config.validation_guidance_scale,
-            height=side,
-            width=side,
+            num_inference_steps=options.validation_inference_steps,
+            guidance_scale=options.validation_guidance_scale,
+            height=resolution,
+            width=resolution,
         )
         # Mistakes should show now, not at the first grid.
-        for template in config.validation_prompt:
+        for template in options.validation_prompt:
             fill_template(template, "thing", where="validation_prompt", needs_class_word=False)
         make_sampler(
-            self._settings.sampler, backbone.noise_schedule, config.validation_inference_steps
+            self._settings.sampler, backbone.noise_schedule, options.validation_inference_steps
         )
 
     def write(self, path: Path, concept: PreparedConcept, learned: Learned, step: int) -> None:
@@ -52,8 +51,8 @@ class SampleGrids:
                 ),
                 seed,
             )
-            for template in self._config.validation_prompt
-            for seed in range(self._config.num_validation_images)
+            for template in self._options.validation_prompt
+            for seed in range(self._options.num_validation_images)
         ]
         record = concept.record
         use = ConceptUse(record.name, record.base_class, learned, when=record.when)

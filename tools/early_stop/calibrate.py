@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from catversion_jax.config import TrainConfig, make_config
+from catversion_jax.config import OptimizerOptions, make_config
 from catversion_jax.evaluation.intervals import bootstrap_interval
 from catversion_jax.training.early_stop import should_stop
 
@@ -57,9 +57,9 @@ class Curve:
     losses: Sequence[tuple[int, float]]
     scores: Sequence[tuple[int, float]]
 
-    def stop(self, config: TrainConfig) -> int:
+    def stop(self, options: OptimizerOptions) -> int:
         """The first step at which the rule ends it, else the last one."""
-        ends = (n for n in range(1, len(self.losses)) if should_stop(self.losses[:n], config))
+        ends = (n for n in range(1, len(self.losses)) if should_stop(self.losses[:n], options))
         return self.losses[next(ends, len(self.losses)) - 1][0]
 
     def score(self, step: int) -> float:

@@ -44,7 +44,7 @@ from catversion_jax.evaluation.subjects import Subject, read_references, read_ru
 from catversion_jax.models.stable_diffusion import Backbone, default_dtype
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.sampling.class_word_masks import class_word_masks
-from catversion_jax.training.loop import train
+from catversion_jax.training.start import train_concepts
 
 logger = logging.getLogger("study")
 
@@ -207,7 +207,7 @@ class Study:
         )
         samples = config.max_train_steps * config.train_batch_size
         with self._timed(arm, samples, "all", len(concepts.concepts)):
-            result = train(config, self.backbone, concepts, self.mesh)
+            result = train_concepts(config, self.backbone, concepts, self.mesh)
         subjects = read_run(run, self.all_concepts) if result.finished else []
         subjects = [s for s in subjects if s.name in result.finished]
         seeds = self.protocol.seeds_of(arm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import (
+    DeviceOptions,
+    MethodOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+)
 from catversion_jax.methods.learned import Learned
 from catversion_jax.methods.residual import KVResidual, resolve_layers
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
@@ -24,9 +30,30 @@ from catversion_jax.training.state import (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """The training step that is planned, apart from its devices and the number of its rows.
+
+    Attributes:
+      backbone: the frozen networks, or those of
+        :func:`~catversion_jax.models.stable_diffusion.abstract_backbone`.
+      resolution: side of the training images in pixels.
+      method: what is learned.
+      objective: the batch and its loss.
+      optimizer: what is kept for each concept.
+      devices: how the step is spread, dispatched and computed again.
+    """
+
+    backbone: Backbone
+    resolution: int
+    method: MethodOptions
+    objective: ObjectiveOptions
+    optimizer: OptimizerOptions
+    devices: DeviceOptions
+
+
 def abstract_arguments(
-    backbone: Backbone,
-    config: TrainConfig,
+    planned: PlannedStep,
     mesh: Mesh,
     num_rows: int,
     max_images: int,
@@ -35,17 +62,17 @@ def abstract_arguments(
     """What :func:`~catversion_jax.training.step.make_train_step` takes, with shardings.
 
     Args:
-      backbone: of :func:`~catversion_jax.models.stable_diffusion.abstract_backbone`.
-      config: training options.
+      planned: the step.
       mesh: of the devices to compile for.
-      num_rows: slots on all of them.
+      num_rows: rows on all of them.
       max_images: images of the largest concept.
       max_prompts: training prompts of the one with most.
     """
-    tx = make_optimizer(config)
-    create = functools.partial(create_train_state, tx=tx, averaged=config.ema_decay is not None)
-    state = jax.eval_shape(create, _abstract_learned(backbone, config, num_rows))
-    data = _abstract_data(backbone, config, num_rows, max_images, max_prompts)
+    backbone, optimizer = planned.backbone, planned.optimizer
+    tx = make_optimizer(optimizer, planned.method)
+    create = functools.partial(create_train_state, tx=tx, averaged=optimizer.ema_decay is not None)
+    state = jax.eval_shape(create, _abstract_learned(backbone, planned.method, num_rows))
+    data = _abstract_data(planned, num_rows, max_images, max_prompts)
     rows, everywhere = by_concept(mesh), replicated(mesh)
     return (
         _placed(state, rows),
@@ -56,26 +83,26 @@ def abstract_arguments(
     )
 
 
-def _abstract_learned(backbone: Backbone, config: TrainConfig, num_rows: int) -> Learned:
+def _abstract_learned(backbone: Backbone, method: MethodOptions, num_rows: int) -> Learned:
     width = backbone.num_heads * backbone.head_dim
-    if config.method == "textual_inversion":
-        return TokenEmbeddings(_floats(num_rows, config.num_positions, width))
-    layers = resolve_layers(config.layers, backbone.num_text_layers)
-    shape = (num_rows, len(layers), config.num_positions, backbone.num_heads, backbone.head_dim)
+    if method.method == "textual_inversion":
+        return TokenEmbeddings(_floats(num_rows, method.num_positions, width))
+    layers = resolve_layers(method.layers, backbone.num_text_layers)
+    shape = (num_rows, len(layers), method.num_positions, backbone.num_heads, backbone.head_dim)
     return KVResidual(
         key=_floats(*shape),
         value=_floats(*shape),
         layers=layers,
-        logit_bias=config.logit_bias,
-        scope=config.scope,
+        logit_bias=method.logit_bias,
+        scope=method.scope,
     )
 
 
 def _abstract_data(
-    backbone: Backbone, config: TrainConfig, num_rows: int, max_images: int, max_prompts: int
+    planned: PlannedStep, num_rows: int, max_images: int, max_prompts: int
 ) -> ConceptData:
-    pixels = config.resolution or backbone.default_resolution
-    side = pixels // backbone.latent_downsampling
+    backbone, objective = planned.backbone, planned.objective
+    side = planned.resolution // backbone.latent_downsampling
     latents = _floats(num_rows, max_images, 2, side, side, backbone.latent_channels)
     context = backbone.tokenizer.model_max_length
     width = backbone.num_heads * backbone.head_dim
@@ -90,12 +117,12 @@ def _abstract_data(
         rng=jax.eval_shape(lambda: jnp.stack([concept_key(0)] * num_rows)),
         latent_mean=latents,
         latent_std=latents,
-        mask=_floats(num_rows, max_images, 2, side, side) if config.masked_training else None,
+        mask=_floats(num_rows, max_images, 2, side, side) if objective.masked_training else None,
         num_images=integers,
         flip=_floats(num_rows),
         text_hidden=hidden(max_prompts),
         num_prompts=integers,
-        empty_hidden=hidden() if config.caption_dropout > 0 else None,
+        empty_hidden=hidden() if objective.caption_dropout > 0 else None,
         word_places=word_places,
     )
 

@@ -17,12 +17,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from catversion_jax.config import TrainConfig
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import make_mesh
-from catversion_jax.training.planning.abstract import abstract_arguments
+from catversion_jax.training.planning.abstract import PlannedStep, abstract_arguments
 from catversion_jax.training.planning.chips import Slice
 from catversion_jax.training.planning.flops import count_flops
 from catversion_jax.training.state import make_optimizer
@@ -50,20 +48,20 @@ class DoesNotFitError(CatVersionError):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says of one step of all slots of one chip.
+    """What the compiler says of one step of all rows of one chip.
 
     Attributes:
-      slots_per_chip: concepts it trains at once.
+      rows_per_chip: concepts it trains at once.
       weights_bytes: of the frozen networks, on each chip.
-      state_bytes: what the slots' concepts hold: learned numbers, moments, latents, text states.
+      state_bytes: what the rows' concepts hold: learned numbers, moments, latents, text states.
       temporary_bytes: largest sum of intermediate results.
-      flops: of one step of all slots of a chip, by :func:`~.flops.count_flops`.
+      flops: of one step of all rows of a chip, by :func:`~.flops.count_flops`.
       bytes_accessed: by its operations; counts what stays in the chip's fast memory as well.
       collectives: operations that talk to other chips, by kind.
       seconds: that compiling took.
     """
 
-    slots_per_chip: int
+    rows_per_chip: int
     weights_bytes: float
     state_bytes: float
     temporary_bytes: float
@@ -104,10 +102,9 @@ def tpu_mesh(target: Slice, data_parallel: int = 1) -> Mesh:
 
 
 def compile_step(
-    backbone: Backbone,
-    config: TrainConfig,
+    planned: PlannedStep,
     mesh: Mesh,
-    slots_per_chip: int,
+    rows_per_chip: int,
     max_images: int,
     max_prompts: int = 1,
     *,
@@ -122,11 +119,11 @@ def compile_step(
     started = time.perf_counter()
     num_chips = mesh.devices.shape[0]
     arguments = abstract_arguments(
-        backbone, config, mesh, slots_per_chip * num_chips, max_images, max_prompts
+        planned, mesh, rows_per_chip * num_chips, max_images, max_prompts
     )
-    traced, compiled = compile_program(backbone, config, mesh, arguments, fast=fast)
+    traced, compiled = compile_program(planned, mesh, arguments, fast=fast)
     return CompiledStep(
-        slots_per_chip=slots_per_chip,
+        rows_per_chip=rows_per_chip,
         weights_bytes=_bytes(arguments[2:4]),
         state_bytes=_bytes(arguments[:2]) / num_chips,
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
@@ -138,7 +135,7 @@ def compile_step(
 
 
 def compile_program(
-    backbone: Backbone, config: TrainConfig, mesh: Mesh, arguments: Any, *, fast: bool = True
+    planned: PlannedStep, mesh: Mesh, arguments: Any, *, fast: bool = True
 ) -> tuple[Any, Any]:
     """The training step for ``arguments`` of :func:`~.abstract.abstract_arguments`, as
     ``jax.stages.Traced`` and ``jax.stages.Compiled``.
@@ -147,20 +144,18 @@ def compile_program(
       DoesNotFitError: it needs more memory than a device has.
       CatVersionError: it does not compile for another reason.
     """
-    step: Any = make_train_step(
-        noise_schedule(backbone.noise_schedule), make_optimizer(config), mesh, config
-    )
+    step: Any = _train_step(planned, mesh)
     try:
         platform = mesh.devices.flat[0].platform
         traced = step.trace(*arguments)
         lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
         return traced, lowered.compile(compiler_options=FAST_COMPILATION if fast else None)
     except jax.errors.JaxRuntimeError as error:
-        slots = arguments[0].step.shape[0] // mesh.devices.shape[0]
+        rows = arguments[0].step.shape[0] // mesh.devices.shape[0]
         reason = str(error).splitlines()[0][:300]
         if reason.startswith(OUT_OF_MEMORY):
             raise DoesNotFitError(
-                f"{slots} slots on a chip: do not fit its memory ({reason}). Try fewer "
+                f"{rows} rows on a chip: do not fit its memory ({reason}). Try fewer "
                 "(concepts_per_device)."
             ) from error
         raise CatVersionError(
@@ -176,14 +171,21 @@ def count_collectives(hlo: str) -> dict[str, int]:
     return {kind: number for kind, number in found.items() if number}
 
 
-def counted_flops(backbone: Backbone, config: TrainConfig, max_images: int) -> float:
+def counted_flops(planned: PlannedStep, max_images: int) -> float:
     """FLOPs of one step of one concept; needs no libtpu."""
     mesh = make_mesh(1, jax.devices()[:1])
-    arguments = abstract_arguments(backbone, config, mesh, 1, max_images)
-    step: Any = make_train_step(
-        noise_schedule(backbone.noise_schedule), make_optimizer(config), mesh, config
-    )
+    arguments = abstract_arguments(planned, mesh, 1, max_images)
+    step: Any = _train_step(planned, mesh)
     return count_flops(step.trace(*arguments).jaxpr)
+
+
+def _train_step(planned: PlannedStep, mesh: Mesh) -> Any:
+    schedule = noise_schedule(planned.backbone.noise_schedule)
+    optimizer = planned.optimizer
+    tx = make_optimizer(optimizer, planned.method)
+    return make_train_step(
+        schedule, tx, mesh, planned.objective, planned.devices, ema_decay=optimizer.ema_decay
+    )
 
 
 def _bytes(tree: Any) -> float:

@@ -29,39 +29,47 @@ class MemoryModel:
     """Equation (1), bytes."""
 
     weights: float
-    state_per_slot: float
+    state_per_row: float
     temporary_once: float
-    temporary_per_slot: float
+    temporary_per_row: float
 
     @classmethod
     def of(cls, small: CompiledStep, large: CompiledStep) -> MemoryModel:
-        """The line through two compilations with different numbers of slots."""
-        more = large.slots_per_chip - small.slots_per_chip
+        """The line through two compilations with different numbers of rows."""
+        more = large.rows_per_chip - small.rows_per_chip
         slope = max(0.0, (large.temporary_bytes - small.temporary_bytes) / more)
         return cls(
             weights=small.weights_bytes,
-            state_per_slot=small.state_bytes / small.slots_per_chip,
-            temporary_once=max(0.0, small.temporary_bytes - slope * small.slots_per_chip),
-            temporary_per_slot=slope,
+            state_per_row=small.state_bytes / small.rows_per_chip,
+            temporary_once=max(0.0, small.temporary_bytes - slope * small.rows_per_chip),
+            temporary_per_row=slope,
         )
 
-    def bytes_of(self, slots: int) -> float:
-        """Everything a chip with so many slots holds."""
-        per_slot = self.state_per_slot + self.temporary_per_slot
-        return self.weights + self.temporary_once + per_slot * slots
+    def bytes_of(self, rows: int) -> float:
+        """Everything a chip with so many rows holds."""
+        per_row = self.state_per_row + self.temporary_per_row
+        return self.weights + self.temporary_once + per_row * rows
 
     def largest(self, memory_bytes: float) -> int:
-        """Slots that fit; 0 when not even one does."""
+        """Number of rows that fit; 0 when not even one does."""
         free = memory_bytes - self.weights - self.temporary_once
-        return max(0, math.floor(free / (self.state_per_slot + self.temporary_per_slot)))
+        return max(0, math.floor(free / (self.state_per_row + self.temporary_per_row)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Equation (3) for one number of chips."""
+    """Equation (3) for one number of chips.
+
+    Attributes:
+      chips: number of chips.
+      rows_per_chip: concepts that each trains at once.
+      seconds_per_step: of a step of all rows of a chip.
+      hours: until all concepts are done.
+      cost: of those hours on all chips; None without a price.
+    """
 
     chips: int
-    slots_per_chip: int
+    rows_per_chip: int
     seconds_per_step: float
     hours: float
     cost: float | None
@@ -78,12 +86,12 @@ def job(
     concepts: int,
     steps: int,
     chips: int,
-    slots_per_chip: int,
+    rows_per_chip: int,
     seconds_per_step: float,
     price_per_chip_hour: float | None,
 ) -> Job:
     """Hours and cost of so many concepts on so many chips; chips never wait for each other."""
-    rounds = math.ceil(concepts / (chips * slots_per_chip))
+    rounds = math.ceil(concepts / (chips * rows_per_chip))
     hours = rounds * steps * seconds_per_step / 3600
     cost = None if price_per_chip_hour is None else hours * chips * price_per_chip_hour
-    return Job(chips, slots_per_chip, seconds_per_step, hours, cost)
+    return Job(chips, rows_per_chip, seconds_per_step, hours, cost)

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import DataOptions, DeviceOptions, MethodOptions
 from catversion_jax.errors import CatVersionError, ConceptError
 from catversion_jax.models.layers.recompute import Recompute
-from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import CONCEPT_AXIS
+from catversion_jax.training.planning.abstract import PlannedStep
 from catversion_jax.training.planning.compiled import (
     CompiledStep,
     DoesNotFitError,
@@ -30,7 +30,7 @@ from catversion_jax.training.planning.estimate import USABLE_MEMORY, MemoryModel
 
 logger = logging.getLogger(__name__)
 
-USEFUL_SLOTS = 4
+USEFUL_ROWS = 4
 """Concepts on a device beyond which packing more saves hardly any time; also what is taken where
 the device names no limit of its memory, as CPUs do.
 """
@@ -46,14 +46,14 @@ class Fit:
     """How a training fits a device.
 
     Attributes:
-      config: with the ``gradient_checkpointing`` that was chosen.
-      memory: by number of slots.
-      step: of some slots, as it was compiled.
-      largest: slots that fit.
+      recompute: the ``gradient_checkpointing`` that was chosen.
+      memory: by number of rows.
+      step: of some rows, as it was compiled.
+      largest: number of rows that fit.
       seconds: of all compilations.
     """
 
-    config: TrainConfig
+    recompute: Recompute
     memory: MemoryModel
     step: CompiledStep
     largest: int
@@ -61,41 +61,43 @@ class Fit:
 
 
 def fitted(
-    config: TrainConfig,
-    backbone: Backbone,
+    planned: PlannedStep,
     mesh: Mesh,
-    specs: Sequence[ConceptSpec],
+    num_concepts: int,
+    max_images: int,
+    max_prompts: int,
     memory_bytes: float | None = None,
-) -> TrainConfig:
-    """``config`` without ``auto``.
+) -> DeviceOptions:
+    """The device options of ``planned`` without ``auto``.
 
     Args:
-      config: its numbers and names stay what they are.
-      backbone: the frozen networks.
+      planned: the step; what its options say instead of ``auto`` stays.
       mesh: of this process.
-      specs: the concepts; no more slots are taken than they fill.
+      num_concepts: number of concepts to train; no more rows are taken than they fill.
+      max_images: images of the largest concept.
+      max_prompts: training prompts of the one with most of them.
       memory_bytes: of each device; by default what the devices say.
 
     Raises:
       CatVersionError: not one concept fits, or not as many as ``concepts_per_device`` says.
     """
+    devices = planned.devices
     memory_bytes = memory_bytes or device_memory(mesh)
     if memory_bytes is None:
         return dataclasses.replace(
-            config,
-            concepts_per_device=usual_slots(config),
-            gradient_checkpointing=_policies(config)[0],
+            devices,
+            concepts_per_device=usual_rows(devices),
+            gradient_checkpointing=_policies(devices)[0],
         )
-    images = max((len(spec.images) for spec in specs), default=1)
-    prompts = max((_num_prompts(spec, config) for spec in specs), default=1)
-    needed = max(1, -(-len(specs) // mesh.shape[CONCEPT_AXIS]))
-    if config.concepts_per_device != "auto":
-        if config.gradient_checkpointing != "auto":
-            return config  # everything was asked for
-        slots = min(config.concepts_per_device, needed)
-        return _least_recomputation(config, backbone, mesh, slots, memory_bytes, images, prompts)
-    enough = min(USEFUL_SLOTS, needed)
-    fit = find_fit(config, backbone, mesh, memory_bytes, enough, needed, images, prompts)
+    needed = max(1, -(-num_concepts // mesh.shape[CONCEPT_AXIS]))
+    if devices.concepts_per_device != "auto":
+        if devices.gradient_checkpointing != "auto":
+            return devices  # everything was asked for
+        rows = min(devices.concepts_per_device, needed)
+        recompute = _least_recomputation(planned, mesh, rows, memory_bytes, max_images, max_prompts)
+        return dataclasses.replace(devices, gradient_checkpointing=recompute)
+    enough = min(USEFUL_ROWS, needed)
+    fit = find_fit(planned, mesh, memory_bytes, enough, needed, max_images, max_prompts)
     if fit.largest < 1:
         raise CatVersionError(
             f"concepts_per_device=auto: not one concept fits the {memory_bytes / 1e9:.1f} GB of a "
@@ -103,33 +105,48 @@ def fitted(
         )
     used = min(fit.largest, needed)
     if used < needed and mesh.devices.flat[0].platform == "tpu":
-        used = whole_tiles(used, config)
-    recompute = fit.config.gradient_checkpointing
+        used = whole_tiles(used, images_per_row(planned))
+    recompute = fit.recompute
     logger.info(
         "concepts_per_device=auto: %d fit with gradient_checkpointing=%s, %d are used",
         fit.largest,
         recompute,
         used,
     )
-    return dataclasses.replace(config, concepts_per_device=used, gradient_checkpointing=recompute)
+    return dataclasses.replace(devices, concepts_per_device=used, gradient_checkpointing=recompute)
 
 
-def usual_slots(config: TrainConfig) -> int:
+def largest_concept(
+    specs: Sequence[ConceptSpec], data: DataOptions, method: MethodOptions
+) -> tuple[int, int]:
+    """Images of the concept with most images, and prompts of the one with most prompts."""
+    images = max((len(spec.images) for spec in specs), default=1)
+    prompts = max((_num_prompts(spec, data, method) for spec in specs), default=1)
+    return images, prompts
+
+
+def usual_rows(devices: DeviceOptions) -> int:
     """``concepts_per_device``, and a useful number for ``auto``, whatever the memory."""
-    asked = config.concepts_per_device
-    return USEFUL_SLOTS if asked == "auto" else asked
+    asked = devices.concepts_per_device
+    return USEFUL_ROWS if asked == "auto" else asked
 
 
-def whole_tiles(largest: int, config: TrainConfig) -> int:
-    """The most slots, at most ``largest``, whose images fill a TPU's tiles; ``largest`` if none."""
-    images = config.train_batch_size // config.data_parallel
+def images_per_row(planned: PlannedStep) -> int:
+    """Images of one concept that one device sees in a step."""
+    return planned.objective.train_batch_size // planned.devices.data_parallel
+
+
+def whole_tiles(largest: int, images: int) -> int:
+    """The most rows, at most ``largest``, of ``images`` each that fill a TPU's tiles.
+
+    ``largest`` where no number of rows does.
+    """
     step = TILE_ROWS // math.gcd(TILE_ROWS, images)
     return largest // step * step or largest
 
 
 def find_fit(
-    config: TrainConfig,
-    backbone: Backbone,
+    planned: PlannedStep,
     mesh: Mesh,
     memory_bytes: float,
     enough: int,
@@ -139,9 +156,9 @@ def find_fit(
     *,
     fast: bool = True,
 ) -> Fit:
-    """The least recomputation with which ``enough`` slots fit, or the one with which most do.
+    """The least recomputation with which ``enough`` rows fit, or the one with which most do.
 
-    The memory is a line through what the compiler says of one slot and of some; then through the
+    The memory is a line through what the compiler says of one row and of some; then through the
     latter and as many as fit by that line, but not more than ``most``: a few images are laid out
     otherwise than many, and the first line may promise a tenth too much.
 
@@ -151,15 +168,15 @@ def find_fit(
     """
     usable = USABLE_MEMORY * memory_bytes
 
-    def compiled(tried: TrainConfig, slots: int) -> CompiledStep:
-        return compile_step(backbone, tried, mesh, slots, max_images, max_prompts, fast=fast)
+    def compiled(recompute: Recompute, rows: int) -> CompiledStep:
+        tried = _with_recompute(planned, recompute)
+        return compile_step(tried, mesh, rows, max_images, max_prompts, fast=fast)
 
     seconds, best, problem = 0.0, None, None
-    for recompute in _policies(config):
-        tried = dataclasses.replace(config, gradient_checkpointing=recompute)
+    for recompute in _policies(planned.devices):
         try:
-            one = compiled(tried, 1)
-            some = compiled(tried, max(2, min(enough, USEFUL_SLOTS)))
+            one = compiled(recompute, 1)
+            some = compiled(recompute, max(2, min(enough, USEFUL_ROWS)))
         except DoesNotFitError as error:
             problem = error
             continue
@@ -167,19 +184,19 @@ def find_fit(
         memory = MemoryModel.of(one, some)
         largest = memory.largest(usable)
         if best is None or largest > best.largest:
-            best = Fit(tried, memory, some, largest, seconds)
+            best = Fit(recompute, memory, some, largest, seconds)
         if largest >= enough:
             break
     if best is None:
         assert problem is not None
         raise problem
-    near, slots = best.step, min(best.largest, most)
-    if slots <= near.slots_per_chip:
+    near, rows = best.step, min(best.largest, most)
+    if rows <= near.rows_per_chip:
         return dataclasses.replace(best, seconds=seconds)
     try:
-        far = compiled(best.config, slots)
+        far = compiled(best.recompute, rows)
     except DoesNotFitError:  # go by what is known to fit
-        return dataclasses.replace(best, largest=near.slots_per_chip, seconds=seconds)
+        return dataclasses.replace(best, largest=near.rows_per_chip, seconds=seconds)
     memory = MemoryModel.of(near, far)
     return dataclasses.replace(
         best, memory=memory, largest=memory.largest(usable), seconds=seconds + far.seconds
@@ -187,44 +204,48 @@ def find_fit(
 
 
 def _least_recomputation(
-    config: TrainConfig,
-    backbone: Backbone,
+    planned: PlannedStep,
     mesh: Mesh,
-    slots: int,
+    rows: int,
     memory_bytes: float,
-    images: int,
-    prompts: int,
-) -> TrainConfig:
+    max_images: int,
+    max_prompts: int,
+) -> Recompute:
     """Compiles what will be trained, so that training finds it in the compilation cache."""
     problem: CatVersionError | None = None
-    for recompute in _policies(config):
-        tried = dataclasses.replace(config, gradient_checkpointing=recompute)
+    for recompute in _policies(planned.devices):
+        tried = _with_recompute(planned, recompute)
         try:
-            step = compile_step(backbone, tried, mesh, slots, images, prompts, fast=False)
+            step = compile_step(tried, mesh, rows, max_images, max_prompts, fast=False)
         except DoesNotFitError as error:
             problem = error
             continue
         if step.total_bytes <= USABLE_MEMORY * memory_bytes:
-            logger.info("gradient_checkpointing=%s: %d concepts fit", recompute, slots)
-            return tried
+            logger.info("gradient_checkpointing=%s: %d concepts fit", recompute, rows)
+            return recompute
         problem = CatVersionError(
-            f"concepts_per_device={slots}: needs {step.total_bytes / 1e9:.1f} GB, a device has "
+            f"concepts_per_device={rows}: needs {step.total_bytes / 1e9:.1f} GB, a device has "
             f"{memory_bytes / 1e9:.1f}. Try concepts_per_device=auto."
         )
     assert problem is not None
     raise problem
 
 
-def _policies(config: TrainConfig) -> tuple[Recompute, ...]:
-    """From the fastest to the smallest."""
-    if config.gradient_checkpointing == "auto":
+def _policies(devices: DeviceOptions) -> tuple[Recompute, ...]:
+    """What may be computed again, from the fastest to the smallest."""
+    if devices.gradient_checkpointing == "auto":
         return ("none", "attention", "blocks")
-    return (config.gradient_checkpointing,)
+    return (devices.gradient_checkpointing,)
 
 
-def _num_prompts(spec: ConceptSpec, config: TrainConfig) -> int:
+def _with_recompute(planned: PlannedStep, recompute: Recompute) -> PlannedStep:
+    devices = dataclasses.replace(planned.devices, gradient_checkpointing=recompute)
+    return dataclasses.replace(planned, devices=devices)
+
+
+def _num_prompts(spec: ConceptSpec, data: DataOptions, method: MethodOptions) -> int:
     try:
-        return len(concept_prompts(spec, config.instance_prompt, default_when=config.when))
+        return len(concept_prompts(spec, data.instance_prompt, default_when=method.when))
     except ConceptError:
         return 1  # training will give it up and say why
 

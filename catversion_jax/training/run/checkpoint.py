@@ -23,71 +23,15 @@ import safetensors.numpy
 from etils import epath
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.concept_file import Concept, save_concept
 from catversion_jax.methods.learned import Learned, named_arrays, rebuild, settings_of
 from catversion_jax.runtime.atomic_files import make_folder, unwritable
 from catversion_jax.runtime.bucket_paths import absolute, as_path
+from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 _STATE, _CONCEPTS, _AVERAGE = "state", "concepts", "average."
-
-
-@dataclasses.dataclass(frozen=True)
-class ConceptRecord:
-    """What is written into a concept file beside the numbers (plain JSON values)."""
-
-    name: str
-    base_class: str
-    when: str
-    base_model: str
-    text_encoder_sha256: str
-    images: tuple[str, ...]
-    prompts: tuple[str, ...]
-    random_flip: float
-    seed: int
-    config: dict[str, Any]
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> ConceptRecord:
-        """The inverse of :func:`dataclasses.asdict` after a passage through JSON."""
-        lists = {name: tuple(fields[name]) for name in ("images", "prompts")}
-        own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
-        return cls(**{**own, **lists})
-
-    def train_config(self) -> dict[str, Any]:
-        """The run's options that decide the learned numbers, with the concept's own choices."""
-        own = {"seed": self.seed, "prompts": list(self.prompts), "random_flip": self.random_flip}
-        return {**self.config, **own}
-
-    def differences(self, concept: Concept) -> list[str]:
-        """What a finished concept's file says otherwise, as ``key: there -> here``."""
-        stored = {"base_class": concept.base_class, "when": concept.when, "images": concept.images}
-        return refused_changes({**stored, **concept.train_config}, self._decisive())
-
-    def changes_since(self, earlier: ConceptRecord) -> list[str]:
-        """The same against the record in a checkpoint."""
-        return refused_changes(earlier._decisive(), self._decisive())
-
-    def _decisive(self) -> dict[str, Any]:
-        own = {"base_class": self.base_class, "when": self.when, "images": self.images}
-        return {**own, **self.train_config()}
-
-    def save(self, path: Path, learned: Learned, step: int) -> None:
-        """Write the concept file of this record."""
-        save_concept(
-            path,
-            learned,
-            base_class=self.base_class,
-            name=self.name,
-            when=self.when,
-            base_model=self.base_model,
-            text_encoder_sha256=self.text_encoder_sha256,
-            step=step,
-            config=self.train_config(),
-            images=self.images,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,18 +275,3 @@ def _restore_description(manager: ocp.CheckpointManager, step: int) -> dict[str,
 def _restore_arrays(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """What :func:`_arrays` gave."""
     return manager.restore(step, args=ocp.args.Composite(**{_STATE: _ArraysRestore()}))[_STATE]
-
-
-def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ so that what was learned is no start, as ``key: before -> now``.
-
-    More steps are welcome where the steps done so far would have been the same.
-    """
-    more_steps = now.get("lr_scheduler") == "constant" and before.get(
-        "max_train_steps", 0
-    ) < now.get("max_train_steps", 0)
-    return [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not (key == "max_train_steps" and more_steps)
-    ]

@@ -15,7 +15,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
-import fcntl
+import functools
 import io
 import json
 import logging
@@ -24,16 +24,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 
 from catversion_jax import __version__
-from catversion_jax.config import TrainConfig, dump_config, learning_options
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 from catversion_jax.training.run import names
-from catversion_jax.training.run.checkpoint import refused_changes
+from catversion_jax.training.run.records import refused_changes
 
 logger = logging.getLogger(__name__)
 
@@ -48,26 +48,27 @@ READERS = 16
 
 
 def is_locked(root: Path) -> bool | None:
-    """Whether a process is training into ``root`` now, on this machine; None where that cannot be
-    known, in a bucket.
+    """Whether a process of this machine is training into ``root`` now; None where that cannot be
+    known, as in a bucket.
     """
     if is_in_bucket(root):
         return None
     for path in root.glob("process-*.lock"):
-        with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
+        try:
+            with filelock.FileLock(path).acquire(blocking=False):
+                pass
+        except filelock.Timeout:
+            return True
+        except OSError:  # a folder that only its owner may write
+            return None
     return False
 
 
 class RunDirectory:
-    """Paths and small state files of one run."""
+    """Paths and small state files of one run, in the folder ``output_dir``."""
 
-    def __init__(self, config: TrainConfig):
-        self.root = as_path(config.output_dir)
-        self.config = config
+    def __init__(self, output_dir: str):
+        self.root = as_path(output_dir)
         self.checkpoints = self.root / names.CHECKPOINTS_FOLDER
         # Process 0 writes what is there once; of the others each has files of its own.
         self.process = jax.process_index()
@@ -102,17 +103,15 @@ class RunDirectory:
         make_folder(self.root)
         path = self.root / f"process-{self.process:04d}.lock"
         try:
-            file = path.open("w")
+            held = filelock.FileLock(path).acquire(blocking=False)
+        except filelock.Timeout:
+            raise CatVersionError(
+                f"output_dir={self.root}: another process is training into it. Wait for it, "
+                "stop it, or give another output_dir."
+            ) from None
         except OSError as error:
             raise unwritable(path, error) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise CatVersionError(
-                    f"output_dir={self.root}: another process is training into it. Wait for it, "
-                    "stop it, or give another output_dir."
-                ) from None
+        with held:
             yield
 
     # ------------------------------------------------------------------ stopping all processes
@@ -153,26 +152,46 @@ class RunDirectory:
             CONCEPT_FILE_NAME if step is None else names.step_file_name(step)
         )
 
-    def open(self, base_model: str, text_encoder_sha256: str) -> None:
+    def open(
+        self,
+        base_model: str,
+        text_encoder_sha256: str,
+        *,
+        options: Mapping[str, Any],
+        resolved: str,
+        may_continue: bool,
+    ) -> None:
         """Begin a run in the folder, or check that the run in it is this one.
 
+        Args:
+          base_model: name of the frozen model.
+          text_encoder_sha256: fingerprint of its text encoder.
+          options: those that decide the result, as JSON values.
+          resolved: all options as YAML text, for ``config.resolved.yaml``.
+          may_continue: whether a run that the folder already holds may go on.
+
         Raises:
-          CatVersionError: unwritable; holds a run that learned with other options; holds results
-            and ``resume_from_checkpoint`` is none.
+          CatVersionError: the folder is not writable, or holds a run that learned with other
+            options, or holds one that may not be continued.
         """
         settings = {
             "base_model": base_model,
             "text_encoder_sha256": text_encoder_sha256,
-            "options": learning_options(self.config),
+            "options": dict(options),
         }
         manifest = self.root / names.RUN_FILE
         if manifest.exists() and self._holds_results():
+            if not may_continue:
+                raise CatVersionError(
+                    f"output_dir={self.root}: already holds a run and resume_from_checkpoint=none "
+                    "would overwrite it. Give another output_dir, or leave "
+                    "resume_from_checkpoint=latest to continue."
+                )
             self._check_same_run(manifest, settings)
         self._settings = settings
         if self.process == 0:
             self._write_manifest()
-            resolved = dump_config(self.config).encode()
-            write_atomically(self.root / names.CONFIG_FILE, resolved)
+            write_atomically(self.root / names.CONFIG_FILE, resolved.encode())
 
     def _holds_results(self) -> bool:
         """Whether anything was learned here: a mistyped first attempt leaves the folder free."""
@@ -182,15 +201,22 @@ class RunDirectory:
         )
         return any(next(self.root.glob(pattern), None) is not None for pattern in patterns)
 
-    def read_finals(self, names: Sequence[str]) -> Iterator[tuple[str, Concept]]:
-        """Those of ``names`` that are finished, with their files; damaged files do not count."""
+    def read_finals(
+        self, concepts: Sequence[str], max_train_steps: int
+    ) -> Iterator[tuple[str, Concept]]:
+        """The names of those of ``concepts`` that are finished, with their files.
+
+        Finished are those that have a readable file of ``max_train_steps`` steps, or of the step at
+        which early stopping ended them.
+        """
+        read = functools.partial(self._read_final, max_train_steps=max_train_steps)
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-            for name, concept in zip(names, pool.map(self._read_final, names), strict=True):
+            for name, concept in zip(concepts, pool.map(read, concepts), strict=True):
                 if concept is not None:
                     self._done.add(name)
                     yield name, concept
 
-    def _read_final(self, name: str) -> Concept | None:
+    def _read_final(self, name: str, *, max_train_steps: int) -> Concept | None:
         path = self.concept_file(name)
         if not path.exists():
             return None
@@ -200,7 +226,7 @@ class RunDirectory:
             logger.warning("%s; training it again", error)
             return None
         stopped = self.summary(name).get("stopped_early")
-        return concept if concept.step in (self.config.max_train_steps, stopped) else None
+        return concept if concept.step in (max_train_steps, stopped) else None
 
     def is_done(self, name: str) -> bool:
         """Whether :meth:`read_finals` found it finished."""
@@ -319,12 +345,6 @@ class RunDirectory:
         write_atomically(self.root / names.RUN_FILE, text.encode())
 
     def _check_same_run(self, manifest: Path, settings: Mapping[str, Any]) -> None:
-        if self.config.resume_from_checkpoint == "none":
-            raise CatVersionError(
-                f"output_dir={self.root}: already holds a run and resume_from_checkpoint=none "
-                "would overwrite it. Give another output_dir, or leave "
-                "resume_from_checkpoint=latest to continue."
-            )
         try:
             old = json.loads(manifest.read_text(encoding="utf-8"))
             before = {

@@ -1,6 +1,6 @@
 """The rows of the compiled program and the concepts in them.
 
-A slot is one row. When its concept is done, the next one takes the row: what changes is data
+When the concept in a row is done, the next one takes the row: what changes is data
 (learned, moments, step counter, latents, text states, key), never a shape, so nothing is compiled
 again. Rows without a concept repeat another one's work; nobody reads their results.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import ObjectiveOptions
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import CONCEPT_AXIS, place_by_concept
@@ -28,18 +28,18 @@ from catversion_jax.training.state import ConceptData, TrainState, create_train_
 
 
 @dataclasses.dataclass(eq=False)
-class Slot:
-    """A concept under way.
+class Occupant:
+    """A concept under way, which occupies a row.
 
     Attributes:
-      concept: whose row it is.
-      row: its row.
+      concept: what was read and encoded of it.
+      row: index of its row.
       step: updates dispatched.
       evaluations: (step, evaluation loss) so far.
       plain_loss: the plain model's evaluation loss.
       failed_step: the step that was not finite, as far as the host has heard; -1 while healthy.
-      began: seconds into the run when it got the row.
-      first_step: its step then.
+      began: seconds into the run at which it got the row.
+      first_step: its step at that moment.
     """
 
     concept: PreparedConcept
@@ -53,15 +53,25 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """The concept's."""
+        """Name of the concept."""
         return self.concept.spec.name
 
 
-class Slots:
+class Rows:
     """State and data of all rows, on the mesh.
 
+    Args:
+      num_rows: rows of the compiled program on all devices of the mesh.
+      mesh: of this process.
+      backbone: the frozen networks.
+      objective: how the loss is made, which decides what data a row holds.
+      tx: the optimizer, whose moments a row holds.
+      averaged: whether a moving average of what is learned is kept.
+      max_images: images of the largest concept of the run.
+      max_prompts: training prompts of the concept with most of them.
+
     Attributes:
-      state, data: what the compiled programs take; None before the first concept.
+      state, data: what the compiled programs take; there from the first :meth:`fill` on.
       occupied: the concepts under way, by row.
     """
 
@@ -73,23 +83,23 @@ class Slots:
         num_rows: int,
         mesh: Mesh,
         backbone: Backbone,
-        config: TrainConfig,
+        objective: ObjectiveOptions,
         tx: optax.GradientTransformation,
+        *,
+        averaged: bool,
         max_images: int,
         max_prompts: int,
     ):
-        self.num_rows, self.occupied = num_rows, dict[int, Slot]()
+        self.num_rows, self.occupied = num_rows, dict[int, Occupant]()
         self._mesh, self._filled = mesh, False
         self._assemble = functools.partial(
             assemble_rows,
             backbone=backbone,
-            config=config,
+            objective=objective,
             max_images=max_images,
             max_prompts=max_prompts,
         )
-        self._start = jax.jit(
-            functools.partial(create_train_state, tx=tx, averaged=config.ema_decay is not None)
-        )
+        self._start = jax.jit(functools.partial(create_train_state, tx=tx, averaged=averaged))
         self._replace = _make_replace(mesh)
 
     @property
@@ -100,7 +110,12 @@ class Slots:
     def fill(
         self, newcomers: Mapping[int, PreparedConcept], saved: Mapping[str, SavedRow], now: float
     ) -> ConceptData:
-        """Give free rows to concepts; one of ``saved`` goes on where it was.
+        """Give free rows to concepts.
+
+        Args:
+          newcomers: the concepts by the row that they get.
+          saved: states of concepts that were under way, by name; those go on where they were.
+          now: seconds into the run.
 
         Returns:
           The plain model's data of all rows (those of ``newcomers`` count).
@@ -114,7 +129,7 @@ class Slots:
             if known is not None:
                 state = jax.tree.map(functools.partial(_with_row, row=row), state, known.state)
             step = 0 if known is None else known.step
-            self.occupied[row] = Slot(
+            self.occupied[row] = Occupant(
                 concept=concept,
                 row=row,
                 step=step,
@@ -141,19 +156,22 @@ class Slots:
         state = jax.tree.map(np.asarray, self.state)
         return [
             SavedRow(
-                slot.concept.record,
+                occupant.concept.record,
                 jax.tree.map(lambda leaf, row=row: leaf[row], state),
-                tuple(slot.evaluations),
+                tuple(occupant.evaluations),
             )
-            for row, slot in sorted(self.occupied.items())
+            for row, occupant in sorted(self.occupied.items())
         ]
 
-    def exported(self, slots: Sequence[Slot]) -> list[tuple[Learned, int]]:
-        """What these concepts have learned, and the step that was not finite (-1: none)."""
+    def exported(self, occupants: Sequence[Occupant]) -> list[tuple[Learned, int]]:
+        """What each of the concepts has learned, and its step that was not finite (-1: none)."""
         learned, failed = jax.tree.map(np.asarray, (self.state.exported, self.state.failed_step))
         return [
-            (jax.tree.map(lambda leaf, row=slot.row: leaf[row], learned), int(failed[slot.row]))
-            for slot in slots
+            (
+                jax.tree.map(lambda leaf, row=occupant.row: leaf[row], learned),
+                int(failed[occupant.row]),
+            )
+            for occupant in occupants
         ]
 
 

@@ -1,0 +1,91 @@
+"""The compiled programs of a run, with the frozen networks that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from catversion_jax.config import DeviceOptions, ObjectiveOptions
+from catversion_jax.diffusion import noise_schedule
+from catversion_jax.methods.learned import Learned
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.runtime.sharding import place_by_concept, replicated
+from catversion_jax.training.rows import Rows
+from catversion_jax.training.state import ConceptData
+from catversion_jax.training.step import (
+    StepMetrics,
+    make_eval_step,
+    make_train_step,
+    steps_per_dispatch,
+)
+
+
+class Programs:
+    """The training step and the evaluation loss of all rows.
+
+    Args:
+      backbone: the frozen networks and the noise schedule.
+      tx: the optimizer of one concept.
+      mesh: of this process.
+      objective: the batch and its loss.
+      devices: how the training step is spread and dispatched.
+      ema_decay: of the moving average of what is learned; None where none is kept.
+      first_layer: the lowest encoder layer whose output depends on what is learned.
+      num_eval_samples: pairs of noise and timestep in the evaluation loss.
+
+    Attributes:
+      max_steps: largest number of steps of one dispatch.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tx: optax.GradientTransformation,
+        mesh: Mesh,
+        objective: ObjectiveOptions,
+        devices: DeviceOptions,
+        *,
+        ema_decay: float | None,
+        first_layer: int,
+        num_eval_samples: int,
+    ):
+        schedule = noise_schedule(backbone.noise_schedule)
+        self.max_steps = steps_per_dispatch(devices.steps_per_dispatch)
+        self._text_encoder, self._unet, self._mesh = backbone.text_encoder, backbone.unet, mesh
+        self._train_step = make_train_step(
+            schedule, tx, mesh, objective, devices, ema_decay=ema_decay
+        )
+        self._eval_step = make_eval_step(
+            schedule,
+            mesh,
+            first_layer=first_layer,
+            num_samples=num_eval_samples,
+            batch_size=objective.train_batch_size,
+        )
+
+    def train(self, rows: Rows, num_steps: int) -> StepMetrics:
+        """Start ``num_steps`` steps of all rows; returns what they will report, before they end."""
+        count = jax.device_put(np.int32(num_steps), replicated(self._mesh))
+        with jax.transfer_guard("disallow"):
+            rows.state, metrics = self._train_step(
+                rows.state, rows.data, self._text_encoder, self._unet, count
+            )
+        return metrics
+
+    def evaluate(
+        self, rows: Rows, learned: Learned | None, data: ConceptData, due: Iterable[int]
+    ) -> np.ndarray:
+        """Evaluation losses ``[C]`` by row; NaN in the rows that are not ``due``.
+
+        Args:
+          rows: all rows.
+          learned: what they have learned; None for the plain model's losses.
+          data: what their concepts are evaluated on.
+          due: indices of the rows that are evaluated.
+        """
+        is_due = place_by_concept(rows.mask(due), self._mesh)
+        return np.asarray(self._eval_step(learned, data, is_due, self._text_encoder, self._unet))

@@ -34,10 +34,15 @@ COLLECTIVES = (
     "reduce-scatter",
     "collective-broadcast",
 )
-FAST_COMPILATION = {"optimization_level": 9}
-"""O0 of https://openxla.org/xla/effort_levels, as the number that jax 0.10 to 0.12 accept. Leaves
-out the search for the fastest schedule: minutes instead of a quarter of an hour for Stable
-Diffusion 1.5, with the same FLOPs and nearly the same memory."""
+FAST_COMPILATION: dict[str, float] = (
+    {"exec_time_optimization_effort": -1.0}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort")
+    else {}
+)
+"""Leaves out the search for the fastest schedule: minutes instead of a quarter of an hour for
+Stable Diffusion 1.5, with the same FLOPs and nearly the same memory. jax 0.11 has taken the option
+away. What it offers instead, ``optimization_level``, makes another program below O2 (five times the
+temporary memory for tiny-sd on a v5e), which says nothing of the one that training runs."""
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 """How XLA begins the message of an error that fewer rows would have spared."""
 

@@ -47,10 +47,10 @@ myst_heading_anchors = 3
 
 nb_execution_mode = "force"
 nb_execution_in_temp = True
-nb_execution_timeout = 300
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
-nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars
 
 # What the PyTorch loader imports; the reference needs its docstrings only.
 autodoc_mock_imports = ["torch"]

@@ -69,5 +69,5 @@ def rebuild(arrays: Mapping[str, Any], settings: Mapping[str, Any]) -> Learned:
     return kind(**values)
 
 
-def _fields(kind: type, *, static: bool) -> list[dataclasses.Field]:
+def _fields(kind: type, *, static: bool) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(kind) if f.metadata.get("static", False) == static]

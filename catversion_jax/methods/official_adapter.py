@@ -231,7 +231,9 @@ class _FloatStorage:
     """Stands for ``torch.FloatStorage``; never constructed."""
 
 
-def _rebuild_tensor(storage: str, offset: int, shape: tuple, stride: tuple, *_: object) -> _Tensor:
+def _rebuild_tensor(
+    storage: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object
+) -> _Tensor:
     return _Tensor(str(storage), int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
 
 

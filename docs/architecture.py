@@ -38,12 +38,12 @@ FUNCTIONS = {
     "training/": "cv.train",
     "evaluation/": "cv.evaluate",
 }
-WIDTH, LEFT, GAP, PAD = 1040, 156, 12, 14
+WIDTH, LEFT, GAP, PAD = 880, 152, 10, 13
 LINE, TITLE, MARGIN = 17, 26, 8
 GREY = "#808994"
 FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
-GLYPH = 6.9  # mean width of a caption's letter, pixels
+GLYPH = 6.6  # mean width of a caption's letter, pixels
 
 
 @dataclass(frozen=True)

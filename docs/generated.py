@@ -47,7 +47,8 @@ def _option(row: OptionRow) -> str:
     facts.append(_DECIDES[row.decides_result])
     if row.aliases:
         facts.append(f"also called {', '.join(f'`{alias}`' for alias in row.aliases)}")
-    return f"```{{confval}} {row.name}\n\n{{.facts}}\n{' · '.join(facts)}\n\n{row.help}\n```"
+    text = row.help.replace("<", "&lt;")
+    return f"```{{confval}} {row.name}\n\n{{.facts}}\n{' · '.join(facts)}\n\n{text}\n```"
 
 
 def presets() -> str:

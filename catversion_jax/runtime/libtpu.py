@@ -6,13 +6,9 @@ from C++ because it has found none, and JAX goes on with the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -41,22 +37,3 @@ def leave_out_libtpu() -> None:
     ):
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
-
-
-@contextlib.contextmanager
-def messages_caught() -> Iterator[None]:
-    """Keep what libtpu prints to the standard error within the block off the screen.
-
-    It prints from C++, past ``sys.stderr``: the file descriptor itself is pointed elsewhere. What
-    Python prints there within the block is lost too.
-    """
-    sys.stderr.flush()
-    screen = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(screen, 2)
-            os.close(screen)

@@ -19,12 +19,11 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from catversion_jax.array_types import Array, Float, Int, Key
 from catversion_jax.config.sampling import SamplingSettings
@@ -129,7 +128,7 @@ def _reporter(on_step: Callable[[int, int], None] | None, total: int) -> Callabl
 
     def report(x: Array) -> None:
         if on_step is not None:
-            jax.block_until_ready(x)  # dispatch runs ahead of the device, a progress bar should not
+            x.block_until_ready()  # dispatch runs ahead of the device, a progress bar should not
             on_step(next(progress), total)
 
     return report
@@ -243,11 +242,22 @@ def _first_state(noise: Array, init_noise_sigma: Array) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _denoise_step(mesh: Mesh, *arguments: Any) -> tuple[Array, Array]:
+def _denoise_step(
+    mesh: Mesh,
+    unet: Network,
+    row: SamplerRow,
+    guidance_scale: Float[Array, ""],
+    x: Float[Array, "B h w channels"],
+    previous_x0: Float[Array, "B h w channels"],
+    texts: list[Array],
+    keys: Key[Array, " B"],
+    step: Int[Array, ""],
+) -> tuple[Array, Array]:
     """:func:`_advance` with its arguments, the images split over the devices."""
-    everywhere, images = PartitionSpec(), by_device(mesh).spec
+    everywhere, images = replicated(mesh).spec, by_device(mesh).spec
     specs = (everywhere, everywhere, everywhere, images, images, images, images, everywhere)
-    return on_every_device(_advance, mesh, specs, (images, images))(*arguments)
+    advance = on_every_device(_advance, mesh, specs, (images, images))
+    return advance(unet, row, guidance_scale, x, previous_x0, texts, keys, step)
 
 
 def _advance(
@@ -272,11 +282,16 @@ def _advance(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(mesh: Mesh, *arguments: Any) -> Float[Array, "B height width 3"]:
+def _decode(
+    mesh: Mesh,
+    vae: Network,
+    latents: Float[Array, "B h w channels"],
+    latent_scale: Float[Array, ""],
+) -> Float[Array, "B height width 3"]:
     """:func:`_pixels` with its arguments, the images split over the devices."""
-    images = by_device(mesh).spec
-    specs = (PartitionSpec(), images, PartitionSpec())
-    return on_every_device(_pixels, mesh, specs, images)(*arguments)
+    everywhere, images = replicated(mesh).spec, by_device(mesh).spec
+    decode = on_every_device(_pixels, mesh, (everywhere, images, everywhere), images)
+    return decode(vae, latents, latent_scale)
 
 
 def _pixels(

@@ -50,8 +50,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "generate.json")
     args = parser.parse_args()
     folder = models(args.model, args.work)
-    if args.dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

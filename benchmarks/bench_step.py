@@ -186,8 +186,6 @@ def main() -> None:
     torch.manual_seed(0)
     folder = models(args.model, args.work)
     backbone = load_backbone(folder, dtype=args.dtype)
-    if args.dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
     examples = list(read_concepts("tiny-sd-examples").concepts)
     dtype = DTYPES[args.dtype]
     peers: dict[str, Trainer] = {

@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+import catversion_jax as cv
 from catversion_jax.config import OptimizerOptions, make_config
 from catversion_jax.evaluation.intervals import bootstrap_interval
 from catversion_jax.training.early_stop import should_stop
@@ -30,7 +30,6 @@ from catversion_jax.training.early_stop import should_stop
 sys.path.append(str(Path(__file__).resolve().parents[1] / "fleet"))
 from recoloured import make_concepts
 
-TRAIN = Path(__file__).resolve().parents[2] / "train_tpu.py"
 NUM_CONCEPTS, NUM_STEPS, SCORED_EVERY = 12, 400, 40
 OPTIONS = {
     "pretrained_model_name_or_path": "tiny-sd",
@@ -41,10 +40,9 @@ OPTIONS = {
     "concepts_per_device": 6,
     "eval_steps": 10,
     "checkpointing_steps": SCORED_EVERY,
-    "validation_steps": "null",
+    "validation_steps": None,
     "report_to": "none",
 }
-SAMPLING = ["--sampler", "dpmsolver++", "--num_inference_steps", "15", "--guidance_scale", "5"]
 WINDOWS = (40, 80, 120)
 EPS = {"dvar": (0.02, 0.05, 0.1, 0.15, 0.3), "plateau": (0.0, 0.005, 0.01, 0.02, 0.05)}
 PUBLISHED = ("dvar", 0.15, 200, 300)
@@ -77,13 +75,23 @@ def main() -> None:
     output = parser.parse_args().output
     concepts, run = output / "concepts", output / "run"
     make_concepts(concepts, NUM_CONCEPTS)
-    options = {**OPTIONS, "concepts": concepts, "output_dir": run}
-    call(sys.executable, TRAIN, *(f"{name}={value}" for name, value in options.items()))
+    config = make_config({**OPTIONS, "concepts": str(concepts), "output_dir": str(run)})
+    backbone = cv.train(config).backbone
     scores = run / "evaluation" / "scores.json"
     if not scores.exists():
-        given = ["--prompts", "tiny", "--num_images_per_prompt", "1", "--all_steps", "--plain"]
-        given += ["--num_prior_images", "0", "--batch_size", "12", *SAMPLING]
-        call(Path(sys.executable).with_name("catversion"), "evaluate", run, *given)
+        cv.evaluate(
+            run,
+            prompts="tiny",
+            model=backbone,
+            num_images_per_prompt=1,
+            all_steps=True,
+            plain=True,
+            num_prior_images=0,
+            sampler="dpmsolver++",
+            num_inference_steps=15,
+            guidance_scale=5.0,
+            batch_size=12,
+        )
     curves = read_curves(run, json.loads(scores.read_text()))
     rows = [outcome(curves, *rule) for rule in (PUBLISHED, *rules())]
     reached = {
@@ -103,11 +111,6 @@ def main() -> None:
         )
     for step, score in reached.items():
         print(f"step {step}: {score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]")
-
-
-def call(*command: Any) -> None:
-    """Run a command; its failure is ours."""
-    subprocess.run([*map(str, command)], check=True)
 
 
 def read_curves(run: Path, scores: dict[str, Any]) -> list[Curve]:

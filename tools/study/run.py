@@ -33,9 +33,8 @@ from catversion_jax.config.sampling import SAMPLERS, SamplingSettings
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.embedders import ClipEmbedder
 from catversion_jax.evaluation.prompts import load_prompt_set
-from catversion_jax.models.stable_diffusion import default_dtype, load_backbone
+from catversion_jax.models.stable_diffusion import load_model
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
-from catversion_jax.runtime.sharding import make_mesh, replicated
 
 logger = logging.getLogger("study")
 
@@ -103,11 +102,7 @@ def make_study(args: argparse.Namespace) -> Study:
     cache = Path(args.compilation_cache).expanduser()
     make_folder(cache)
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    dtype = default_dtype()
-    if dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
-    mesh = make_mesh()
-    backbone = load_backbone(args.model, dtype=dtype, sharding=replicated(mesh))
+    backbone = load_model(args.model)
     all_concepts = read_concepts(args.concepts)
     concepts = evenly_spread(all_concepts, args.max_concepts)
     protocol = Protocol(
@@ -132,7 +127,6 @@ def make_study(args: argparse.Namespace) -> Study:
         concepts,
         evenly_spread(concepts, args.ablation_concepts),
         protocol,
-        mesh,
         args.concepts,
     )
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 from arms import PROMPT, SHARED, Arm, base_of
-from jax.sharding import Mesh
 
 from catversion_jax.concepts import ConceptList
 from catversion_jax.concepts.prompts import with_class_word
@@ -44,7 +43,7 @@ from catversion_jax.evaluation.subjects import Subject, read_references, read_ru
 from catversion_jax.models.stable_diffusion import Backbone, default_dtype
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.sampling.class_word_masks import class_word_masks
-from catversion_jax.training.start import train_concepts
+from catversion_jax.training.start import train
 
 logger = logging.getLogger("study")
 
@@ -88,10 +87,9 @@ class Study:
         concepts: ConceptList,
         ablation_concepts: ConceptList,
         protocol: Protocol,
-        mesh: Mesh,
         source: str,
     ):
-        self.out, self.backbone, self.protocol, self.mesh = out, backbone, protocol, mesh
+        self.out, self.backbone, self.protocol = out, backbone, protocol
         self.all_concepts, self.source = all_concepts, source
         self.concepts, self.ablation_concepts = concepts, ablation_concepts
         # of everything that draws
@@ -203,11 +201,12 @@ class Study:
                 "resolution": self.backbone.default_resolution,
                 "mixed_precision": "bf16" if default_dtype() == "bfloat16" else "no",
                 "concepts_per_device": self.protocol.concepts_per_device,
+                "compilation_cache_dir": None,
             }
         )
         samples = config.max_train_steps * config.train_batch_size
         with self._timed(arm, samples, "all", len(concepts.concepts)):
-            result = train_concepts(config, self.backbone, concepts, self.mesh)
+            result = train(config, concepts=concepts, backbone=self.backbone)
         subjects = read_run(run, self.all_concepts) if result.finished else []
         subjects = [s for s in subjects if s.name in result.finished]
         seeds = self.protocol.seeds_of(arm)

@@ -82,8 +82,12 @@ class ConceptProblem:
 
 @dataclasses.dataclass(frozen=True)
 class ConceptList:
-    """All concepts of one source. ``skipped`` are entries of the source that belong to no
-    concept.
+    """All concepts of one source.
+
+    Attributes:
+      concepts: those that can be trained, in the order of the source.
+      problems: those that cannot, each with the reason.
+      skipped: entries of the source that belong to no concept.
     """
 
     concepts: tuple[ConceptSpec, ...]

@@ -37,7 +37,7 @@ class Scores:
     """Scores of some images of one concept; None where nothing could be scored.
 
     Attributes:
-      images: how many.
+      images: number of images that were scored.
       image_alignment: CLIP, generated against training images, whole pictures.
       image_alignment_masked: the same on masked crops of both.
       text_alignment_edit: against the prompt without the concept word (the paper's).
@@ -103,8 +103,17 @@ class PromptScores:
 
 @dataclasses.dataclass(frozen=True)
 class SubjectScores:
-    """All scores of one concept; ``seeds`` are those of its images, ``ignored`` are images of
-    prompts outside the set.
+    """All scores of one concept.
+
+    Attributes:
+      name: the concept's name.
+      base_class: the words that call it.
+      total: scores of all its images.
+      first_seed: scores of the images with the first seed of every prompt.
+      prompts: scores prompt by prompt.
+      real: what its training images score among themselves.
+      seeds: the seeds of its images.
+      ignored: images of prompts that are not in the set.
     """
 
     name: str

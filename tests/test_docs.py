@@ -47,6 +47,23 @@ def test_links_between_pages_lead_somewhere() -> None:
     assert not broken
 
 
+def test_files_that_pages_name_are_there() -> None:
+    """Paths from the repository's root, and rooms' files by their path in the package."""
+    roots = "tests|tools|benchmarks|configs|docs|catversion_jax"
+    rooms = "|".join(path.name for path in (ROOT / "catversion_jax").iterdir() if path.is_dir())
+    made_by_hand = {"benchmarks/results/step_gpu.json"}
+    missing = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        paths = re.findall(rf"(?<![\w/.-])((?:{roots})/[\w/.-]+\.\w+)", text)
+        paths += re.findall(r"`(test_\w+\.py)`", text)
+        paths += [f"catversion_jax/{p}" for p in re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", text)]
+        for path in set(paths) - made_by_hand:
+            if not (ROOT / path).exists() and not (ROOT / "tests" / path).exists():
+                missing.append(f"{page.relative_to(ROOT)}: {path}")
+    assert not missing
+
+
 def anchors(page: Path) -> set[str]:
     """The names that GitHub and MyST give to headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)

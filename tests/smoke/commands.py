@@ -30,7 +30,10 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
 
 def printed(process: subprocess.Popen, code: int = 0) -> str:
     """What the command printed, when it has ended with ``code``; libtpu has said nothing."""
-    text, _ = process.communicate(timeout=600)
+    try:
+        text, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
     assert process.returncode == code, text
     assert not [word for word in FROM_LIBTPU if word in text], text
     return text

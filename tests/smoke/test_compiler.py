@@ -20,8 +20,9 @@ CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 6
 
 @pytest.mark.smoke
 def test_a_tpu_that_is_not_here_is_planned_for(tmp_path: Path) -> None:
-    arguments = ["plan", "--config", "quickstart", "concepts_per_device=2", "--tpu", "v5e:1x1"]
-    plan = json.loads(printed(start(tmp_path, *arguments, "--json")))
+    options = ["concepts_per_device=2", "steps_per_dispatch=1"]
+    arguments = ["plan", "--config", "quickstart", *options, "--tpu", "v5e:1x1", "--json"]
+    plan = json.loads(printed(start(tmp_path, *arguments)))
     assert plan["compiles"] is True
     assert plan["largest_concepts_per_device"] >= 2
 

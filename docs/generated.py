@@ -1,7 +1,8 @@
 """The parts of the reference that are written by the code they describe.
 
 A page says ``<!-- generated: options -->`` where they belong; ``conf.py`` calls :func:`fill_in`
-while the site is built.
+while the site is built. Pages that explain, and are read on GitHub too, write an option as code,
+such as `learning_rate`; here it becomes a link to the reference.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import re
 from collections.abc import Iterator
 
 from catversion_jax.cli import COMMANDS
@@ -28,6 +30,9 @@ def fill_in(app: object, page: str, source: list[str]) -> None:
         mark = f"<!-- generated: {name} -->"
         if mark in source[0]:
             source[0] = source[0].replace(mark, write())
+    if page.startswith(("how_to/", "explanation/", "tutorial")):
+        names = "|".join(row.name for row in option_table())
+        source[0] = re.sub(rf"(?<!`)`({names})`(?!`)", r"{confval}`\1`", source[0])
 
 
 def options() -> str:

@@ -38,14 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
     add("--dino", help="transformers ViTModel folder (DreamBench: facebook/dino-vits16)")
     add("--num_images_per_prompt", type=int, help="seeds per prompt [as the prompt set says]")
-    add("--seed", type=int, default=0, help="of the first image of every prompt [0]")
+    add("--seed", type=int, default=0, help="seed of the first image of every prompt [0]")
     add("--plain", action="store_true",
         help="also draw and score the model without concepts, same seeds")  # fmt: skip
     add("--all_steps", action="store_true",
         help="also score the run's intermediate concept files, first seed only")  # fmt: skip
     add("--num_prior_images", type=int, default=8,
         help="images per concept of other classes, concept forced on; 0: none [8]")  # fmt: skip
-    add("--classes", help="comma-separated class words for these [the evaluated concepts']")
+    add(
+        "--classes",
+        help="class words of the prior images, separated by commas [those of the concepts]",
+    )
     add("--force", action="store_true",
         help="use a concept though it was trained with another text encoder")  # fmt: skip
     add("--output_dir", type=path_argument,

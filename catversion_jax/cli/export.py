@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "folder"
         ),
     )
-    add("--format", choices=FORMATS, default="safetensors", help="[safetensors]")
+    add("--format", choices=FORMATS, default="safetensors", help="what is written [safetensors]")
     add(
         "--output_dir",
         type=path_argument,
         default="catversion-export",
-        help="[catversion-export]; for a pipeline: the new folder",
+        help="folder that receives it; for a pipeline, a new one [catversion-export]",
     )
     add("--concept", action="append", metavar="NAME", help="only this concept; repeatable [all]")
     add("--model", help="diffusers folder or hub id [the one the concepts were trained on]")
@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", action="append", default=[], help="prompt_embeds: a prompt; repeatable")
     add("--negative_prompt", default="", help="prompt_embeds: encoded without any concept")
     add("--scale", type=float, default=1.0, help="prompt_embeds: strength of the concepts [1]")
-    add("--force", action="store_true", help="though they were trained with another text encoder")
+    add(
+        "--force",
+        action="store_true",
+        help="export concepts though they were trained with another text encoder",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

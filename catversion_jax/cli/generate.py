@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale",
         type=float,
         default=1.0,
-        help="of concepts without their own: 0 plain model, 1 trained [1]",
+        help="strength of the concepts that have none of their own: 0 plain model, 1 trained [1]",
     )
     add("--when", choices=WHEN, help="when concepts act [as their files say]")
     add(
@@ -58,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use a concept though it was trained with another text encoder",
     )
     add("--negative_prompt", default="", help="what to keep away from; concepts never act on it")
-    add("--num_images_per_prompt", type=int, default=1, help="image i has seed + i [1]")
+    add(
+        "--num_images_per_prompt",
+        type=int,
+        default=1,
+        help="images of each prompt; image i has the seed SEED + i [1]",
+    )
     add(
         "--seed", type=int, default=0, help="an image depends on its own seed, not on the batch [0]"
     )

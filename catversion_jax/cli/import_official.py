@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with pytorch_adapter.bin and adapter_config.json, or that .bin",
     )
     add("--base_class", required=True, help="the word it was trained with, such as teapot")
-    add("--name", help="[the folder's name]")
+    add("--name", help="name of the concept [the folder's name]")
     add(
         "--output_dir",
         type=path_argument,
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fingerprint(model: str, variant: str | None) -> str:
-    """Of the text encoder of a local model folder; '' where it cannot be known, which is said."""
+    """A local text encoder's fingerprint; empty, with a warning, where it is not known."""
     if not model or not Path(model).expanduser().is_dir():
         what = f"--model {model}: not a folder here" if model else "no --model"
         logger.warning(

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print JSON, with the whole training configuration"
     )
     parser.add_argument(
-        "--num_heads", type=int, default=12, help="of an official adapter's text encoder [12]"
+        "--num_heads",
+        type=int,
+        default=12,
+        help="attention heads of the text encoder of an official adapter [12]",
     )
     parser.add_argument("--model", help="with --prompt: diffusers folder or hub id")
     parser.add_argument(

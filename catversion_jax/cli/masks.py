@@ -64,11 +64,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="catversion-masks",
         help="receives contact sheets of image, mask, cut-out [catversion-masks]",
     )
-    add("--noise_levels", type=float, nargs="+", help=f"[{_DEFAULTS['noise_levels']}]")
-    add("--num_draws", type=int, help=f"noises per level [{_DEFAULTS['num_draws']}]")
-    add("--min_map_side", type=int, help=f"of attention maps [{_DEFAULTS['min_map_side']}]")
-    add("--edge_window", type=float, help=f"share of the image [{_DEFAULTS['edge_window']}]")
-    add("--threshold", type=float, help="of CLIPSeg's probability [0.5]")
+    add(
+        "--noise_levels",
+        type=float,
+        nargs="+",
+        help=f"how noisy the image is at each look, from 0 to 1 [{_DEFAULTS['noise_levels']}]",
+    )
+    add("--num_draws", type=int, help=f"number of noises per level [{_DEFAULTS['num_draws']}]")
+    add(
+        "--min_map_side",
+        type=int,
+        help=f"least positions per side of a used attention map [{_DEFAULTS['min_map_side']}]",
+    )
+    add(
+        "--edge_window",
+        type=float,
+        help=f"window of the fit to edges, as a share of the image [{_DEFAULTS['edge_window']}]",
+    )
+    add(
+        "--threshold",
+        type=float,
+        help="least probability at which CLIPSeg's pixels belong to the object [0.5]",
+    )
     add_source_arguments(parser)
     add_dtype_argument(parser)
 

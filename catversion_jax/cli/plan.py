@@ -28,8 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--tpu", metavar="SLICE", help="v5e:4x4, v5p:2x2x1, v6e:2x4, ...")
     where.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, l4: a rough estimate")
-    parser.add_argument("--concepts", type=int, default=1000, help="how many to train [1000]")
-    parser.add_argument("--images", type=int, default=5, help="of the largest concept [5]")
+    parser.add_argument(
+        "--concepts", type=int, default=1000, help="number of concepts to train [1000]"
+    )
+    parser.add_argument(
+        "--images", type=int, default=5, help="number of images of the largest concept [5]"
+    )
     parser.add_argument(
         "--price_per_chip_hour",
         "--price-per-chip-hour",
@@ -43,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full_effort",
         "--full-effort",
         action="store_true",
-        help="compile as training does: much slower",
+        help="compile with the same effort as training does, which takes much longer",
     )
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -86,7 +86,7 @@ def draw_missing(
       on_image: called with the number of images newly done.
 
     Returns:
-      How many were drawn.
+      The number of images that were drawn.
 
     Raises:
       CatVersionError: an image cannot be written.

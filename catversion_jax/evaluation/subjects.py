@@ -1,4 +1,4 @@
-"""Whom to evaluate: the concepts of a run or of an images folder, each with its training images."""
+"""What is evaluated: concepts of a run or of an images folder, each with its training images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Subject:
     """One concept to evaluate.
 
     Attributes:
-      name: of the concept and of its folder of images.
+      name: name of the concept and of its folder of images.
       base_class: the words that call it.
       references: its training images.
       concept: what was learned, None where only images are given.

@@ -22,7 +22,7 @@ from catversion_jax.errors import CatVersionError
 
 MODEL_TYPE = "clipseg"
 THRESHOLD = 0.5
-"""On the sigmoid: CLIPSeg is trained with binary cross-entropy."""
+"""Least probability of an object's pixel: CLIPSeg is trained with binary cross-entropy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def load_clipseg(folder: str | Path, *, threshold: float = THRESHOLD) -> CLIPSeg
     """Load a local CLIPSeg folder.
 
     Raises:
-      CatVersionError: it is not one, or a threshold outside 0..1.
+      CatVersionError: the folder holds no CLIPSeg, or the threshold is not within 0..1.
     """
     from transformers import AutoConfig, CLIPSegForImageSegmentation, CLIPSegProcessor
 

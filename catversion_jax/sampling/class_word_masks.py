@@ -107,10 +107,10 @@ def class_word_maps(
 def _check_images(
     backbone: Backbone, pixels: Int[np.ndarray, "n H W 3"], base_classes: Sequence[str]
 ) -> None:
-    """Images the model can encode, with a word for each.
+    """Make sure that the model can encode the images, and that each has a word.
 
     Raises:
-      CatVersionError: they are not.
+      CatVersionError: an image cannot be encoded, or there are more or fewer words than images.
     """
     factor = backbone.latent_downsampling
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not len(pixels):

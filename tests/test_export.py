@@ -19,10 +19,10 @@ from catversion_jax.methods.concept_file import (
     Concept,
     load_concept,
     save_concept,
-    serialize_safetensors,
     write_concepts,
 )
 from catversion_jax.methods.residual import KVResidual
+from catversion_jax.runtime.safetensors_bytes import serialize_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTION = {

@@ -30,7 +30,8 @@ from catversion_jax.integrations.diffusers import load_catversion
 from catversion_jax.methods.attention_mass import residual_attention_mass
 from catversion_jax.methods.concept_file import save_concept
 from catversion_jax.methods.residual import KVResidual
-from catversion_jax.models.clip.encoder import ExtraKeys
+from catversion_jax.methods.table import method_for
+from catversion_jax.models.clip.adaptation import ExtraKeys
 from catversion_jax.models.clip.text import causal_bias
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.sampling.encoding import encode_prompt
@@ -280,7 +281,12 @@ def test_the_method_brings_its_usual_settings() -> None:
 )
 def test_options_that_only_keys_and_values_have(options: dict[str, str]) -> None:
     with pytest.raises(CatVersionError, match="with method=textual_inversion"):
-        make_config({"concepts": "a", "method": "textual_inversion", **options})
+        method_for(make_config({"concepts": "a", "method": "textual_inversion", **options}))
+
+
+def test_a_method_that_does_not_exist() -> None:
+    with pytest.raises(CatVersionError, match=r"one of catversion.*Did you mean 'catversion'"):
+        method_for(make_config({"concepts": "a", "method": "catversoin"}))
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.5])

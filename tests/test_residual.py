@@ -21,7 +21,7 @@ from torch_reference import draw, relative_error
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.residual import KVResidual, resolve_layers
-from catversion_jax.models.clip.encoder import ExtraKeys
+from catversion_jax.models.clip.adaptation import ExtraKeys
 from catversion_jax.models.clip.text import causal_bias
 
 

@@ -100,18 +100,13 @@ def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], 
 
 def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], output: Path) -> Path:
     from catversion_jax.integrations.pipeline_folder import export_pipeline
-    from catversion_jax.methods.residual import KVResidual
     from catversion_jax.models.weights.fingerprint import text_encoder_sha256
     from catversion_jax.models.weights.hub import locate_model
     from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
     for concept in concepts:
-        if not isinstance(concept.learned, KVResidual):
-            raise CatVersionError(
-                f"--format pipeline: concept {concept.name!r} holds token embeddings, which stock "
-                "pipelines load by themselves. Use --format safetensors and diffusers' "
-                "`pipe.load_textual_inversion(FILE)`."
-            )
+        if obstacle := concept.learned.pipeline_obstacle:
+            raise CatVersionError(f"--format pipeline: concept {concept.name!r} {obstacle}")
     folder = locate_model(_model_of(args, concepts), revision=args.revision, variant=args.variant)
     ours = text_encoder_sha256(open_checkpoint(folder / "text_encoder", variant=args.variant))
     for concept in concepts:

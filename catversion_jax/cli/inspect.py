@@ -8,17 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.columns import aligned
-
-if TYPE_CHECKING:
-    from catversion_jax.methods.concept_file import Concept
-    from catversion_jax.methods.residual import KVResidual
-
-_KINDS = {"catversion": "CatVersion concept", "textual_inversion": "Textual Inversion concept"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,15 +65,14 @@ def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str
 
     from catversion_jax.methods.attention_mass import residual_attention_mass
     from catversion_jax.methods.concept_file import load_concept
-    from catversion_jax.methods.residual import KVResidual
     from catversion_jax.models.stable_diffusion import load_model
     from catversion_jax.sampling.requests import ConceptUse, check_concept, place_concepts
 
     concept = load_concept(path)
-    if not isinstance(concept.learned, KVResidual):
+    if not concept.learned.adds_keys:
         raise CatVersionError(
-            f"--prompt: {path} holds token embeddings, which take no attention of their own. Give "
-            "a CatVersion concept."
+            f"--prompt: {path} is a {concept.learned.kind}: it adds no keys that could take "
+            "attention. Give a CatVersion concept."
         )
     backbone = load_model(_given(model or concept.base_model), dtype="float32", max_devices=1)
     use = ConceptUse.of(concept)
@@ -104,18 +97,17 @@ def _given(model: str) -> str:
 
 def _concept_facts(path: Path) -> dict[str, Any]:
     from catversion_jax.methods.concept_file import load_concept
-    from catversion_jax.methods.learned import method_of
 
     concept = load_concept(path)
     return {
-        "what": _KINDS[method_of(concept.learned)],
+        "what": concept.learned.kind,
         "name": concept.name,
         "base_class": concept.base_class,
         "when": concept.when,
         "base_model": concept.base_model,
         "text_encoder_sha256": concept.text_encoder_sha256,
         "step": concept.step,
-        **_learned_facts(concept),
+        **concept.learned.summary(concept.name),
         "images": list(concept.images),
         "metrics": concept.metrics,
         "train_config": concept.train_config,
@@ -127,52 +119,7 @@ def _official_facts(path: Path, num_heads: int) -> dict[str, Any]:
 
     return {
         "what": "adapter of the authors' code (convert it with `catversion import`)",
-        **_residual_facts(import_official_concept(path, num_heads)),
-    }
-
-
-def _learned_facts(concept: Concept) -> dict[str, Any]:
-    """Shapes and sizes of what was learned."""
-    import numpy as np
-
-    from catversion_jax.methods.residual import KVResidual
-    from catversion_jax.methods.token_embeddings import placeholder_token
-
-    learned = concept.learned
-    if isinstance(learned, KVResidual):
-        return _residual_facts(learned)
-    norms = np.linalg.norm(np.asarray(learned.vectors), axis=-1)
-    return {
-        "placeholder_token": placeholder_token(concept.name),
-        "num_vectors": learned.num_word_places,
-        "num_parameters": learned.vectors.size,
-        "vector_norms": [round(float(x), 4) for x in norms],
-    }
-
-
-def _residual_facts(residual: KVResidual) -> dict[str, Any]:
-    """Shapes, and per layer the mean length of its per-head vectors (sqrt(head dim) for the random
-    start).
-    """
-    import numpy as np
-
-    _, positions, heads, head_dim = residual.key.shape
-    norms = {
-        part: [
-            round(float(x), 4) for x in np.linalg.norm(np.asarray(leaf), axis=-1).mean(axis=(1, 2))
-        ]
-        for part, leaf in (("key", residual.key), ("value", residual.value))
-    }
-    return {
-        "layers": list(residual.layers),
-        "num_positions": positions,
-        "num_heads": heads,
-        "head_dim": head_dim,
-        "logit_bias": residual.logit_bias,
-        "scope": residual.scope,
-        "num_parameters": 2 * residual.key.size,
-        "key_norms": norms["key"],
-        "value_norms": norms["value"],
+        **import_official_concept(path, num_heads).summary(""),
     }
 
 

@@ -64,9 +64,11 @@ def run(args: argparse.Namespace) -> int:
         raise CatVersionError(f"--utilization {args.utilization}: must be above 0, at most 1.")
     # The TPU is compiled for, not used; what runs here runs on the CPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from catversion_jax.methods.table import method_for
     from catversion_jax.models.stable_diffusion import abstract_backbone
     from catversion_jax.training.start import planned_step
 
+    method_for(config.method_options)
     dtype = "float32" if config.mixed_precision == "no" else "bfloat16"
     model = config.pretrained_model_name_or_path
     backbone = abstract_backbone(model, revision=config.revision, dtype=dtype)

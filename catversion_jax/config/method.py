@@ -12,7 +12,7 @@ from catversion_jax.config.options import Options, option
 class MethodOptions(Options):
     """What is learned."""
 
-    method: Literal["catversion", "textual_inversion"] = option(
+    method: str = option(
         "catversion",
         "What is learned: catversion adds keys and values to the text encoder's attention, "
         "textual_inversion learns token embeddings in place of the class word.",
@@ -72,16 +72,3 @@ class MethodOptions(Options):
         "(official).",
         decides_result=True,
     )
-
-    def contradictions(self) -> list[str]:
-        """Options that mean nothing for the method."""
-        problems = super().contradictions()
-        if self.method == "textual_inversion":
-            only = {"when": "class_word", "adapt": "key_value", "scope": "all"}
-            problems += [
-                f"{name}={getattr(self, name)}: must be {value} with method=textual_inversion, "
-                "whose vectors stand for the class word."
-                for name, value in only.items()
-                if getattr(self, name) != value
-            ]
-        return problems

@@ -86,7 +86,7 @@ def plan_prior(
             continue
         as_used = ConceptUse.of(subject.concept)
         planned += _with_plain(folder, own / "other", prompt_set, others[0], seed, 0, as_used)
-        if subject.concept.learned.num_word_places is not None:
+        if subject.concept.learned.replaces_word:
             continue  # it stands for its class word, so it cannot act where that is not written
         forced = ConceptUse.of(subject.concept, when="always")
         planned += plan_drift(folder, subject, prompt_set, classes, seed, num_images, forced)

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.concept_file import serialize_safetensors
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.runtime.safetensors_bytes import serialize_safetensors
 from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import (
     ConceptUse,

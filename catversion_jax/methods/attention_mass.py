@@ -28,5 +28,5 @@ def residual_attention_mass(
     Returns:
       ``[L B N T]`` float32 in 0..1: for each adapted layer, prompt, head and query token.
     """
-    mass = text_encoder.call("residual_mass", token_ids, residual, word_places)
+    mass = text_encoder.call("extra_keys_mass", token_ids, residual, word_places)
     return mass.astype(jnp.float32)

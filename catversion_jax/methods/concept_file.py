@@ -1,12 +1,10 @@
 r"""Concept files: one trained concept as one small safetensors file, and back.
 
-What was learned lies in the tensors (``learned_tensors.py``). Everything needed to use the concept
-rightly (base class, logit bias, fingerprint of the text encoder it was trained with) is in the
-metadata, whose values are strings as the format asks.
+What was learned lies in the tensors, as its method arranges them. Everything needed to use the
+concept rightly (base class, logit bias, fingerprint of the text encoder it was trained with) is in
+the metadata, whose values are strings as the format asks.
 
-The bytes are a function of the content alone: no dates, keys sorted. The safetensors library writes
-its metadata in the order of a randomly seeded hash map, so the header (8-byte little-endian length,
-JSON, then the data) is written here; ``tests/test_export.py`` reads it back with the library.
+The bytes are a function of the content alone: no dates, keys sorted (``safetensors_bytes.py``).
 ``modelspec.*`` follows Stability AI's ModelSpec 1.0.1; its ``hash_sha256`` covers the data and lets
 :func:`load_concept` notice a damaged file.
 """
@@ -27,30 +25,17 @@ import numpy as np
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.foreign_files import describe_bytes, describe_folder, describe_tensors
-from catversion_jax.methods.learned import Learned, method_of
-from catversion_jax.methods.tensors import (
-    facts_of,
-    format_version,
-    learned_from,
-    tensors_of,
-    width_of,
-)
+from catversion_jax.methods.learned import Learned, settings
+from catversion_jax.methods.table import METHODS, UNNAMED_METHOD, method_of
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
+from catversion_jax.runtime.safetensors_bytes import serialize_safetensors
 
 FORMAT_VERSION = 2
 CONCEPT_FILE_NAME = "catversion.safetensors"
 
 # by width of the text encoder
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}
-# ModelSpec's word for the kind of adapter, and a description
-_ADAPTERS = {
-    "catversion": (
-        "catversion",
-        "CatVersion concept '{name}': keys and values for the text encoder's self-attention",
-    ),
-    "textual_inversion": ("textual-inversion", "Textual inversion '{name}': token embeddings"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +77,11 @@ class Concept:
     def save(self, path: str | Path) -> Path:
         """Write the concept to ``path``; see :func:`save_concept`."""
         path = as_path(path)
-        tensors = tensors_of(path, self.learned, self.name)
+        try:
+            tensors = self.learned.tensors(self.name)
+        except CatVersionError as error:
+            raise CatVersionError(f"{path}: {error}") from error
+        _check_finite(path, self.learned, tensors)
         if not self.base_class.strip():
             raise CatVersionError(
                 f"base_class={self.base_class!r}: must be the word or words that call the concept."
@@ -157,12 +146,14 @@ def save_concept(
 
 def _metadata_of(concept: Concept) -> dict[str, str]:
     """The file's metadata, every value a string."""
+    method = method_of(concept.learned)
     own = {
-        "format_version": str(format_version(concept.learned)),
+        "format_version": str(concept.learned.format_version),
         "base_class": concept.base_class,
         "name": concept.name,
         "when": concept.when,
-        **facts_of(concept.learned, concept.name),
+        **({} if method == UNNAMED_METHOD else {"method": method}),
+        **concept.learned.facts(concept.name),
         "base_model": concept.base_model,
         "text_encoder_sha256": concept.text_encoder_sha256,
         "step": str(concept.step),
@@ -242,28 +233,6 @@ def concept_folders(folder: str | Path) -> list[Path]:
     return sorted(file.parent for file in files)
 
 
-def serialize_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Safetensors bytes that are the same in every process; tensors (float32) keep the given order.
-
-    Adds ``modelspec.hash_sha256`` of the data to the metadata.
-    """
-    header: dict[str, Any] = {}
-    data = b""
-    for name, tensor in tensors.items():
-        raw = np.ascontiguousarray(tensor, dtype="<f4").tobytes()
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(tensor.shape),
-            "data_offsets": [len(data), len(data) + len(raw)],
-        }
-        data += raw
-    signed = dict(metadata) | {"modelspec.hash_sha256": "0x" + hashlib.sha256(data).hexdigest()}
-    header = {"__metadata__": {k: _utf8(signed[k]) for k in sorted(signed)}} | header
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned, as the format asks
-    return struct.pack("<Q", len(text)) + text + data
-
-
 def read_safetensors(data: bytes, path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """Metadata and tensors of safetensors bytes; ``path`` only names them in the error message."""
     from safetensors import SafetensorError
@@ -308,7 +277,10 @@ def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -
     own = {
         k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
     }
-    learned = learned_from(own, tensors)
+    method = own.get("method", UNNAMED_METHOD)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known")
+    learned = METHODS[method].from_file(own, tensors)
     if own["when"] not in WHEN:
         raise ValueError(f"when={own['when']!r}, must be one of {', '.join(WHEN)}")
     return Concept(
@@ -326,6 +298,15 @@ def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -
     )
 
 
+def _check_finite(path: Path, learned: Learned, tensors: Mapping[str, np.ndarray]) -> None:
+    numbers = [v for v in settings(learned).values() if isinstance(v, float | np.floating)]
+    if not all(np.isfinite(array).all() for array in (*tensors.values(), *numbers)):
+        raise CatVersionError(
+            f"{path}: what was learned holds NaN or infinite numbers and was not written; every "
+            "number must be finite. Train again with a smaller learning rate."
+        )
+
+
 def _modelspec(concept: Concept) -> dict[str, str]:
     """The keys of Stability AI's ModelSpec that do not change from one writing to the next."""
     name, config = concept.name, concept.train_config
@@ -334,14 +315,14 @@ def _modelspec(concept: Concept) -> dict[str, str]:
         if concept.when == "class_word"
         else "acts on every conditional prompt"
     )
-    adapter, what = _ADAPTERS[method_of(concept.learned)]
-    base = _ARCHITECTURES.get(width_of(concept.learned), "stable-diffusion")
+    adapter = concept.learned.modelspec_adapter
+    base = _ARCHITECTURES.get(concept.learned.width, "stable-diffusion")
     keys = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{base}/{adapter}",
         "implementation": "catversion_jax",
         "title": name,
-        "description": f"{what.format(name=name)}.",
+        "description": f"{concept.learned.modelspec_description.format(name=name)}.",
         "trigger_phrase": concept.base_class,
         "usage_hint": hint,
         "tags": f"{adapter}, text-to-image, personalization",
@@ -356,8 +337,3 @@ def _modelspec(concept: Concept) -> dict[str, str]:
 
 def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-
-
-def _utf8(text: str) -> str:
-    """File names may hold bytes that are not UTF-8 (surrogates here), which JSON readers refuse."""
-    return text.encode("utf-8", "replace").decode("utf-8")

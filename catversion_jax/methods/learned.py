@@ -1,40 +1,187 @@
-"""What the trainer can learn: one small pytree per concept, an argument of the frozen encoder.
+"""What can be learned: the questions that every method answers.
 
-:class:`KVResidual` (CatVersion) and :class:`TokenEmbeddings` (Textual Inversion) answer the same
-questions, and nothing between their start values and the text encoder asks which of them it holds:
-``first_layer`` (what lies below can be cached), ``num_word_places`` and ``reads_word_places``
-(what the tokenizer prepares), ``scaled``, ``check_fits`` and ``shape_text``.
+A method is one class in one file of this folder and one row of the table in ``table.py``. An
+instance is what a concept learned: a small pytree, an argument of the frozen text encoder, whose
+questions are :class:`~catversion_jax.models.clip.adaptation.Adaptation`. The class itself says how
+learning starts, which options suit it, and how the result lies in a concept file. Nothing outside
+this folder asks which method it holds.
+
+:class:`Learned` answers what can be answered for any method: it changes nothing in the encoder,
+stands for no word, has no strength, and its arrays lie in the file under the names of its fields.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import numpy as np
 
+from catversion_jax.array_types import Array, Float, Int
+from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.residual import KVResidual
-from catversion_jax.methods.token_embeddings import TokenEmbeddings
-
-Learned = KVResidual | TokenEmbeddings
-
-METHODS: Mapping[str, type[KVResidual] | type[TokenEmbeddings]] = {
-    "catversion": KVResidual,
-    "textual_inversion": TokenEmbeddings,
-}
+from catversion_jax.methods.start_values import StartingPoint
+from catversion_jax.models.clip.adaptation import ExtraKeys, Heads
 
 
-def stack_learned(concepts: Sequence[Learned]) -> Learned:
-    """Stack concepts of one kind, equal shapes and settings on a new leading axis."""
+class Learned(abc.ABC):
+    """What one concept learned (or many, stacked on leading axes), and how it is learned.
+
+    A subclass is a frozen dataclass registered with ``jax.tree_util.register_dataclass``. Its array
+    fields are trained; fields marked static are settings, as plain values.
+
+    Attributes:
+      kind: what a concept of this method is called, for people.
+      modelspec_adapter: the word for this kind of adapter in a file's ModelSpec metadata.
+      modelspec_description: a sentence without its full stop; ``{name}`` is the concept's name.
+      replaces_word: whether learned vectors stand for the class word, so that the concept can act
+        only where the word is written, and only one concept on each word.
+      adds_keys: whether tokens can attend to what was learned.
+      pipeline_obstacle: why ``export --format pipeline`` and our PyTorch loader cannot take such a
+        concept, with the remedy, as the rest of a sentence about it; ``""`` where they can.
+    """
+
+    kind: ClassVar[str]
+    modelspec_adapter: ClassVar[str]
+    modelspec_description: ClassVar[str]
+    replaces_word: ClassVar[bool] = False
+    adds_keys: ClassVar[bool] = False
+    pipeline_obstacle: ClassVar[str] = (
+        "is of a method that the PyTorch loader does not know. Use --format prompt_embeds."
+    )
+
+    # ---- what the text encoder asks: Adaptation ----------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def first_layer(self) -> int:
+        """The lowest encoder layer whose result depends on what is learned."""
+
+    @property
+    def reads_word_places(self) -> bool:
+        """Whether the encoder must be told where the class word stands."""
+        return False
+
+    @property
+    def word_vectors(self) -> Float[Array, "V D"] | None:
+        """Embeddings for the class word's places; None keeps the word's own."""
+        return None
+
+    def extra_keys(self, layer: int, word_places: Int[Array, "B T"] | None) -> ExtraKeys | None:
+        """Keys and values to concatenate at ``layer``, or None."""
+        return None
+
+    def process_heads(self, layer: int, query: Array, key: Array, value: Array) -> Heads:
+        """Queries, keys and values ``[B T N H]`` of ``layer``, changed or as they are."""
+        return query, key, value
+
+    @abc.abstractmethod
+    def check_fits(self, num_heads: int, head_dim: int, layers: range) -> None:
+        """Check that one concept fits an encoder of this shape, of which ``layers`` run.
+
+        Raises:
+          CatVersionError: it does not.
+        """
+
+    # ---- what prompts and people ask ---------------------------------------------------------
+
+    @property
+    def num_word_places(self) -> int | None:
+        """Tokens that stand for the class word in a prompt; None where the word keeps its own."""
+        return None
+
+    @property
+    @abc.abstractmethod
+    def width(self) -> int:
+        """Width D of the text encoder that it was made for."""
+
+    @property
+    def shape_text(self) -> str:
+        """What it was made for, in words, for a message that says it does not fit."""
+        return f"arrays for a text encoder of width {self.width}"
+
+    def scaled(self, scale: float) -> Self:
+        """The same concept with its strength changed; here itself, as it has none.
+
+        Raises:
+          CatVersionError: ``scale`` is not 1.
+        """
+        if scale != 1:
+            raise CatVersionError(
+                f"scale={scale}: a {self.kind} has no strength; must be 1 (as trained) or 0 (plain "
+                "model)."
+            )
+        return self
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """Shapes, settings and sizes, as plain values for ``catversion inspect``."""
+        arrays = named_arrays(self)
+        shapes = {f"{field}_shape": list(np.shape(array)) for field, array in arrays.items()}
+        return {
+            **shapes,
+            **settings(self),
+            "num_parameters": sum(int(np.size(array)) for array in arrays.values()),
+        }
+
+    # ---- how it is learned -------------------------------------------------------------------
+
+    @classmethod
+    @abc.abstractmethod
+    def start(cls, options: MethodOptions, at: StartingPoint) -> Self:
+        """Start values of one concept, float32."""
+
+    @classmethod
+    def option_problems(cls, options: MethodOptions) -> list[str]:
+        """Options that contradict the method, one message each."""
+        return []
+
+    @classmethod
+    def frozen_fields(cls, options: MethodOptions) -> tuple[str, ...]:
+        """Names of the arrays that keep their start values."""
+        return ()
+
+    # ---- how it lies in a concept file -------------------------------------------------------
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version of the file format that can say all of this; older programs must
+        refuse it.
+        """
+        return 2
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """The file's tensors, float32, of the concept called ``name``.
+
+        Raises:
+          CatVersionError: this is not one concept but a stack; the message lacks the file's name.
+        """
+        return {k: np.asarray(array, np.float32) for k, array in named_arrays(self).items()}
+
+    def facts(self, name: str) -> dict[str, str]:
+        """What the file's metadata says about the tensors, every value a string."""
+        return {k: json.dumps(v, separators=(",", ":")) for k, v in settings(self).items()}
+
+    @classmethod
+    def from_file(cls, facts: Mapping[str, str], tensors: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`tensors` and :meth:`facts`.
+
+        Raises:
+          KeyError, ValueError, TypeError: the file is damaged.
+        """
+        static = {f.name: json.loads(facts[f.name]) for f in _fields(cls, static=True)}
+        return rebuild(cls, tensors, static)
+
+
+AnyLearned = TypeVar("AnyLearned", bound=Learned)
+
+
+def stack_learned(concepts: Sequence[AnyLearned]) -> AnyLearned:
+    """Stack concepts of one method, with equal shapes and settings, on a new leading axis."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *concepts)
-
-
-def method_of(learned: Learned) -> str:
-    """The name in :data:`METHODS`."""
-    return next(name for name, kind in METHODS.items() if isinstance(learned, kind))
 
 
 def named_arrays(learned: Learned) -> dict[str, Any]:
@@ -42,32 +189,24 @@ def named_arrays(learned: Learned) -> dict[str, Any]:
     return {f.name: getattr(learned, f.name) for f in _fields(type(learned), static=False)}
 
 
-def settings_of(learned: Learned) -> dict[str, Any]:
-    """The method and everything that is not trained, as plain JSON values."""
+def settings(learned: Learned) -> dict[str, Any]:
+    """Everything that is not trained, as plain JSON values."""
     values = {f.name: getattr(learned, f.name) for f in _fields(type(learned), static=True)}
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return {"method": method_of(learned), **values}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def rebuild(arrays: Mapping[str, Any], settings: Mapping[str, Any]) -> Learned:
-    """The inverse of :func:`named_arrays` and :func:`settings_of`; other keys are ignored.
-
-    Raises:
-      CatVersionError: a method this version does not know.
-    """
-    method = settings.get("method", "catversion")
-    if method not in METHODS:
-        raise CatVersionError(
-            f"method={method!r}: must be one of {', '.join(METHODS)}. Update catversion-jax."
-        )
-    kind = METHODS[method]
+def rebuild(
+    kind: type[AnyLearned], arrays: Mapping[str, Any], static: Mapping[str, Any]
+) -> AnyLearned:
+    """The inverse of :func:`named_arrays` and :func:`settings`; other keys are ignored."""
     values = {f.name: arrays[f.name] for f in _fields(kind, static=False)}
     for field in _fields(kind, static=True):
-        if field.name in settings:
-            value = settings[field.name]
+        if field.name in static:
+            value = static[field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 
 
-def _fields(kind: type, *, static: bool) -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(kind) if f.metadata.get("static", False) == static]
+def _fields(kind: type[Learned], *, static: bool) -> list[dataclasses.Field[Any]]:
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every subclass is a dataclass
+    return [f for f in fields if f.metadata.get("static", False) == static]

@@ -1,4 +1,4 @@
-r"""The learned thing: key and value vectors concatenated in the text encoder's self-attention.
+r"""CatVersion: key and value vectors concatenated in the text encoder's self-attention.
 
 Concatenating one pair ``(k_c, v_c)`` to the keys ``K`` and values ``V`` of a frozen attention layer
 adds a residual to that layer's own output, because the softmax is shared (CatVersion, arXiv
@@ -21,15 +21,21 @@ of the prompt learns of the concept by attending to them.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from catversion_jax.array_types import Array, Bool, Float, Int
+from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.start_values import StartingPoint, start_values
+from catversion_jax.models.clip.adaptation import ExtraKeys
 
 Scope = Literal["all", "from_class_word", "class_word"]
 SCOPES: tuple[str, ...] = get_args(Scope)
@@ -37,7 +43,7 @@ SCOPES: tuple[str, ...] = get_args(Scope)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVResidual:
+class KVResidual(Learned):
     """Keys and values of one concept (or of many, stacked on leading axes).
 
     Attributes:
@@ -50,6 +56,14 @@ class KVResidual:
       scope: which query tokens see the pair: ``all``, those ``from_class_word`` on, or those of the
         ``class_word``. Static.
     """
+
+    kind: ClassVar[str] = "CatVersion concept"
+    modelspec_adapter: ClassVar[str] = "catversion"
+    modelspec_description: ClassVar[str] = (
+        "CatVersion concept '{name}': keys and values for the text encoder's self-attention"
+    )
+    adds_keys: ClassVar[bool] = True
+    pipeline_obstacle: ClassVar[str] = ""
 
     key: Float[Array, "*C L P N H"]
     value: Float[Array, "*C L P N H"]
@@ -74,9 +88,9 @@ class KVResidual:
         return f"{heads} heads x {head_dim} on {layers} layers up to number {max(self.layers)}"
 
     @property
-    def num_word_places(self) -> None:
-        """The class word keeps its own tokens."""
-        return None
+    def width(self) -> int:
+        """Width D of the text encoder."""
+        return self.key.shape[-2] * self.key.shape[-1]
 
     @property
     def reads_word_places(self) -> bool:
@@ -92,6 +106,13 @@ class KVResidual:
         index = self.layers.index(layer)
         return self.key[..., index, :, :, :], self.value[..., index, :, :, :]
 
+    def extra_keys(self, layer: int, word_places: Int[Array, "B T"] | None) -> ExtraKeys | None:
+        """The left-hand side of equation (1) at ``layer``; None where it is not adapted."""
+        pair = self.at_layer(layer)
+        if pair is None:
+            return None
+        return ExtraKeys(*pair, self.logit_bias, self.visible(word_places))
+
     def visible(self, word_places: Int[Array, "B T"] | None) -> Bool[Array, "B T"] | None:
         """Which query tokens see the pair; None where all do.
 
@@ -105,7 +126,7 @@ class KVResidual:
         seeing = is_word if self.scope == "class_word" else jnp.cumsum(is_word, axis=-1) > 0
         return seeing | ~jnp.any(is_word, axis=-1, keepdims=True)
 
-    def scaled(self, scale: float) -> KVResidual:
+    def scaled(self, scale: float) -> Self:
         """The same concept with its odds against the prompt's own tokens multiplied by ``scale``.
 
         ``scale=1`` changes nothing; ``scale=0`` gives exactly the plain encoder (the residual is
@@ -141,6 +162,113 @@ class KVResidual:
                 f"residual on layers {self.layers}: only layers "
                 f"{layers.start}..{layers.stop - 1} run here. Use a concept trained on this model."
             )
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """Shapes, and per layer the mean length of its per-head vectors (sqrt(head dim) for the
+        random start).
+        """
+        _, positions, heads, head_dim = self.key.shape
+        norms = {
+            part: [
+                round(float(x), 4)
+                for x in np.linalg.norm(np.asarray(leaf), axis=-1).mean(axis=(1, 2))
+            ]
+            for part, leaf in (("key", self.key), ("value", self.value))
+        }
+        return {
+            "layers": list(self.layers),
+            "num_positions": positions,
+            "num_heads": heads,
+            "head_dim": head_dim,
+            "logit_bias": self.logit_bias,
+            "scope": self.scope,
+            "num_parameters": 2 * self.key.size,
+            "key_norms": norms["key"],
+            "value_norms": norms["value"],
+        }
+
+    @classmethod
+    def start(cls, options: MethodOptions, at: StartingPoint) -> Self:
+        """Start values ``[L P N H]`` of one concept, as ``init`` says."""
+        layers = resolve_layers(options.layers, at.num_layers)
+        own_key, own_value = at.keys_values(layers)
+        rng_key, rng_value = jax.random.split(at.rng)
+        return cls(
+            key=start_values(options, own_key, rng_key),
+            value=start_values(options, own_value, rng_value),
+            layers=layers,
+            logit_bias=options.logit_bias,
+            scope=options.scope,
+        )
+
+    @classmethod
+    def frozen_fields(cls, options: MethodOptions) -> tuple[str, ...]:
+        """The half of each pair that ``adapt`` leaves out."""
+        return {"key_value": (), "key": ("value",), "value": ("key",)}[options.adapt]
+
+    @property
+    def format_version(self) -> int:
+        """1 as far as that version could say it: with ``scope="all"``."""
+        return 1 if self.scope == "all" else 2
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """``layers.{i}.key`` and ``layers.{i}.value``, ``[P N H]``, for each adapted layer ``i``.
+
+        Heads stay a separate axis on purpose: a tensor whose last axis were the model width would
+        be taken for a word embedding by programs that use the first tensor they find.
+
+        Raises:
+          CatVersionError: this is not one concept, or key and value differ in shape.
+        """
+        key, value = (np.asarray(x, dtype=np.float32) for x in (self.key, self.value))
+        if key.ndim != 4 or key.shape != value.shape or len(self.layers) != key.shape[0]:
+            raise CatVersionError(
+                f"key {key.shape} and value {value.shape} for {len(self.layers)} layers; a file "
+                "holds one concept, both must be [layers, positions, heads, head dim]. Take one "
+                "entry of a stacked residual."
+            )
+        tensors = {}
+        for index, layer in enumerate(self.layers):
+            tensors[f"layers.{layer}.key"] = key[index]
+            tensors[f"layers.{layer}.value"] = value[index]
+        return tensors
+
+    def facts(self, name: str) -> dict[str, str]:
+        """Layers, shape, logit bias, and the scope where it is not ``all``."""
+        _, num_positions, num_heads, head_dim = self.key.shape
+        facts = {
+            "layers": json.dumps(self.layers, separators=(",", ":")),
+            "num_positions": str(num_positions),
+            "num_heads": str(num_heads),
+            "head_dim": str(head_dim),
+            "logit_bias": repr(float(self.logit_bias)),
+        }
+        return facts if self.scope == "all" else {**facts, "scope": self.scope}
+
+    @classmethod
+    def from_file(cls, facts: Mapping[str, str], tensors: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`tensors` and :meth:`facts`; numpy leaves.
+
+        Raises:
+          KeyError, ValueError, TypeError: the file is damaged.
+        """
+        layers = tuple(int(i) for i in json.loads(facts["layers"]))
+        key, value = (
+            np.stack([tensors[f"layers.{i}.{part}"] for i in layers]) for part in ("key", "value")
+        )  # [L P N H]
+        stated = (len(layers), *(int(facts[k]) for k in ("num_positions", "num_heads", "head_dim")))
+        if key.shape != stated or value.shape != key.shape:
+            raise ValueError(f"tensors of shape {key.shape}, the header says {stated}")
+        scope = facts.get("scope", "all")
+        if scope not in SCOPES:
+            raise ValueError(f"scope={scope!r}, must be one of {', '.join(SCOPES)}")
+        arrays: dict[str, Any] = {"key": key, "value": value}
+        return cls(
+            **arrays,
+            layers=layers,
+            logit_bias=float(facts["logit_bias"]),
+            scope=cast(Scope, scope),
+        )
 
 
 def resolve_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The other learned thing: token embeddings that stand for the class word (Textual Inversion).
+"""Textual Inversion: token embeddings that stand for the class word.
 
 Textual Inversion (arXiv 2208.01618) learns the embeddings of new tokens and leaves the text encoder
 as it is. Here a concept is called by its class word, so the learned vectors take the places of the
@@ -15,21 +15,36 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
+import numpy as np
 
 from catversion_jax.array_types import Array, Float
+from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.start_values import StartingPoint, start_values
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenEmbeddings:
+class TokenEmbeddings(Learned):
     """Embeddings of one concept (or of many, stacked on leading axes).
 
     Attributes:
       vectors: ``[*C V D]`` float32; V consecutive tokens, before the position embedding is added.
     """
+
+    kind: ClassVar[str] = "Textual Inversion concept"
+    modelspec_adapter: ClassVar[str] = "textual-inversion"
+    modelspec_description: ClassVar[str] = "Textual inversion '{name}': token embeddings"
+    replaces_word: ClassVar[bool] = True
+    pipeline_obstacle: ClassVar[str] = (
+        "holds token embeddings, which stock pipelines load by themselves. Use --format "
+        "safetensors and diffusers' `pipe.load_textual_inversion(FILE)`."
+    )
 
     vectors: Float[Array, "*C V D"]
 
@@ -37,6 +52,16 @@ class TokenEmbeddings:
     def first_layer(self) -> int:
         """The lowest encoder layer whose input depends on what is learned."""
         return 0
+
+    @property
+    def word_vectors(self) -> Float[Array, "V D"]:
+        """The vectors of equation (1)."""
+        return self.vectors
+
+    @property
+    def width(self) -> int:
+        """Width D of the text encoder."""
+        return self.vectors.shape[-1]
 
     @property
     def shape_text(self) -> str:
@@ -53,7 +78,7 @@ class TokenEmbeddings:
         """Whether the encoder must be told where the class word stands."""
         return True
 
-    def scaled(self, scale: float) -> TokenEmbeddings:
+    def scaled(self, scale: float) -> Self:
         """Itself: a token has no strength.
 
         Raises:
@@ -79,6 +104,69 @@ class TokenEmbeddings:
                 f"text encoder needs [vectors, width] = [V, {width}] entering layer 0. Use a "
                 "concept trained on this model; vmap over concepts outside."
             )
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """The token's name elsewhere, and the lengths of the vectors."""
+        norms = np.linalg.norm(np.asarray(self.vectors), axis=-1)
+        return {
+            "placeholder_token": placeholder_token(name),
+            "num_vectors": self.num_word_places,
+            "num_parameters": self.vectors.size,
+            "vector_norms": [round(float(x), 4) for x in norms],
+        }
+
+    @classmethod
+    def start(cls, options: MethodOptions, at: StartingPoint) -> Self:
+        """Start values ``[V D]`` of one concept, as ``init`` says."""
+        return cls(start_values(options, at.embeddings(), at.rng))
+
+    @classmethod
+    def option_problems(cls, options: MethodOptions) -> list[str]:
+        """Options that only keys and values have, or that act without the class word."""
+        only = {"when": "class_word", "adapt": "key_value", "scope": "all"}
+        return [
+            f"{name}={getattr(options, name)}: must be {value} with method={options.method}, "
+            "whose vectors stand for the class word."
+            for name, value in only.items()
+            if getattr(options, name) != value
+        ]
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """One tensor ``[V D]`` under the placeholder token. It *is* a word embedding, which
+        diffusers' ``load_textual_inversion`` and other programs read as it is.
+
+        Raises:
+          CatVersionError: this is not one concept.
+        """
+        vectors = np.asarray(self.vectors, np.float32)
+        if vectors.ndim != 2:
+            raise CatVersionError(
+                f"vectors {vectors.shape}; a file holds one concept, they must be [vectors, "
+                "width]. Take one entry of the stack."
+            )
+        return {placeholder_token(name): vectors}
+
+    def facts(self, name: str) -> dict[str, str]:
+        """The tensor's name and shape."""
+        num_vectors, width = self.vectors.shape
+        return {
+            "placeholder_token": placeholder_token(name),
+            "num_vectors": str(num_vectors),
+            "width": str(width),
+        }
+
+    @classmethod
+    def from_file(cls, facts: Mapping[str, str], tensors: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`tensors` and :meth:`facts`; a numpy leaf.
+
+        Raises:
+          KeyError, ValueError, TypeError: the file is damaged.
+        """
+        vectors = tensors[facts["placeholder_token"]]
+        stated = (int(facts["num_vectors"]), int(facts["width"]))
+        if vectors.shape != stated:
+            raise ValueError(f"vectors of shape {vectors.shape}, the header says {stated}")
+        return cls(vectors)
 
 
 def placeholder_token(name: str) -> str:

@@ -21,7 +21,8 @@ from PIL import Image
 from catversion_jax import __version__
 from catversion_jax.array_types import Int
 from catversion_jax.config.sampling import SamplingSettings
-from catversion_jax.methods.learned import named_arrays, settings_of
+from catversion_jax.methods.learned import named_arrays
+from catversion_jax.methods.table import settings_of
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.sampling.denoising import checked_latents, draw_requests

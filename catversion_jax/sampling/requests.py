@@ -27,7 +27,7 @@ class ConceptUse:
       name: for messages and metadata.
       base_class: the words that call the concept.
       learned: what was learned, leaves ``[L P N H]`` or ``[V D]``.
-      scale: strength; 0 is the plain model exactly, 1 as trained (:meth:`KVResidual.scaled`).
+      scale: strength; 0 is the plain model exactly, 1 as trained (:meth:`Learned.scaled`).
       when: ``class_word`` or ``always``.
     """
 
@@ -46,8 +46,8 @@ class ConceptUse:
                 "plain model, 1 = as trained)."
             )
         if self.scale > 0:
-            self.learned.scaled(self.scale)  # not every kind has a strength
-        if self.when == "always" and self.learned.num_word_places is not None:
+            self.learned.scaled(self.scale)  # raises where the method has no strength
+        if self.when == "always" and self.learned.replaces_word:
             raise CatVersionError(
                 f"when=always of concept {self.name!r}: its vectors stand for the class word, so "
                 "it acts only where that is written. Use when=class_word."
@@ -88,9 +88,9 @@ def active_concepts(
     )
     replaced: dict[tuple[int, ...], str] = {}
     for use in acting:
-        word = tokenizer.word_ids(use.base_class)
-        if use.learned.num_word_places is None:
+        if not use.learned.replaces_word:
             continue
+        word = tokenizer.word_ids(use.base_class)
         if word in replaced:
             raise CatVersionError(
                 f"concepts {replaced[word]!r} and {use.name!r}: the vectors of both would stand "

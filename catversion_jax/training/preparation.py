@@ -22,6 +22,7 @@ from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load
 from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.errors import ConceptError
 from catversion_jax.methods.learned import Learned, stack_learned
+from catversion_jax.methods.table import method_for
 from catversion_jax.models.clip.tokenizer import PlacedPrompt
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.weights.network import Network
@@ -82,10 +83,10 @@ def describe_concept(
       ConceptError: a prompt does not name the concept, or ``when`` contradicts the method.
     """
     when = spec.when or method.when
-    if when == "always" and method.method == "textual_inversion":
+    if when == "always" and method_for(method).replaces_word:
         raise ConceptError(
-            f"{spec.name}: when=always: the vectors of method=textual_inversion stand for the "
-            "class word, so they act only where that is written. Use when=class_word."
+            f"{spec.name}: when=always: the vectors of method={method.method} stand for the class "
+            "word, so they act only where that is written. Use when=class_word."
         )
     return ConceptRecord(
         name=spec.name,

@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from catversion_jax.concepts import ConceptList, ConceptSpec, read_configured_concepts
 from catversion_jax.config import TrainConfig, dump_config, learning_options
 from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.methods.table import method_for
 from catversion_jax.models.stable_diffusion import Backbone, default_dtype, load_backbone
 from catversion_jax.runtime.atomic_files import check_writable, unwritable
 from catversion_jax.runtime.bucket_paths import as_path
@@ -36,7 +37,7 @@ from catversion_jax.training.run.checkpoint import Checkpoints
 from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.run.reader import TrainedConcept, read_trained_concept
 from catversion_jax.training.run.records import ConceptRecord
-from catversion_jax.training.start_values import first_adapted_layer, template_state
+from catversion_jax.training.start_values import abstract_learned, abstract_state
 from catversion_jax.training.state import make_optimizer
 from catversion_jax.training.validation import SampleGrids
 
@@ -104,6 +105,7 @@ def train(
     """
     if concepts is None:
         concepts = read_configured_concepts(config.data_options, config.when)
+    method_for(config.method_options)
     root = as_path(config.output_dir)
     check_writable(root)
     use_compilation_cache(config.compilation_cache_dir)
@@ -270,7 +272,7 @@ def train_concepts(
                 specs[spec.name] = spec
             except ConceptError as error:
                 failures[spec.name] = str(error)
-        template = template_state(method, config.optimizer_options, backbone)
+        template = abstract_state(method, config.optimizer_options, backbone)
         plan = plan_queue(records, run, template, config.max_train_steps)
         wait_for_others("every process has read what was done before")
         own = tuple(own_part(plan.names))
@@ -330,7 +332,7 @@ def _run_queue(
         objective,
         config.device_options,
         ema_decay=config.ema_decay,
-        first_layer=first_adapted_layer(method, backbone.num_text_layers),
+        first_layer=abstract_learned(method, backbone).first_layer,
         num_eval_samples=config.num_eval_samples,
     )
     grids = SampleGrids(backbone, recording, config.resolution or backbone.default_resolution)

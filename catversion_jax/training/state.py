@@ -16,7 +16,8 @@ import optax
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.config import MethodOptions, OptimizerOptions
-from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.learned import Learned, named_arrays
+from catversion_jax.methods.table import method_for
 
 # Streams of one concept's key. Steps fold in their number under TRAIN_STREAM.
 INIT_STREAM, TRAIN_STREAM, EVAL_STREAM, ORDER_STREAM, TIMESTEP_STREAM = 0, 1, 2, 3, 4
@@ -102,13 +103,14 @@ def make_optimizer(
     )
     if options.max_grad_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(options.max_grad_norm), tx)
-    if method.adapt == "key_value":
+    frozen = method_for(method).frozen_fields(method)
+    if not frozen:
         return tx
-    frozen = "value" if method.adapt == "key" else "key"
 
     def labels(learned: Learned) -> Any:
-        names: Any = {method.adapt: "trained", frozen: "frozen"}
-        return dataclasses.replace(learned, **names)
+        names: Any = {n: "frozen" if n in frozen else "trained" for n in named_arrays(learned)}
+        fields: Any = learned  # every method is a dataclass
+        return dataclasses.replace(fields, **names)
 
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 

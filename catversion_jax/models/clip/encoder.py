@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Self
 import jax.numpy as jnp
 from flax import nnx
 
-from catversion_jax.array_types import Array, Bool, Float
+from catversion_jax.array_types import Array, Float
 from catversion_jax.errors import CatVersionError
+from catversion_jax.models.clip.adaptation import ExtraKeys, Heads, ProcessHeads
 from catversion_jax.models.layers.activations import gelu, quick_gelu
 from catversion_jax.models.layers.attention import attention
 from catversion_jax.models.weights.hf_config import TRANSFORMERS_IGNORED, check_supported
@@ -63,25 +64,8 @@ class EncoderConfig:
         return cls(**{name: value for name, value in config.items() if name in fields})
 
 
-@dataclasses.dataclass(frozen=True)
-class ExtraKeys:
-    """Positions concatenated before a layer's own keys.
-
-    Attributes:
-      key: ``[P N H]``, as ``k_proj`` would have given it.
-      value: ``[P N H]``.
-      logit_bias: added to their logits.
-      visible: ``[B T]`` the query tokens that see them; None for all.
-    """
-
-    key: Float[Array, "P N H"]
-    value: Float[Array, "P N H"]
-    logit_bias: float
-    visible: Bool[Array, "B T"] | None = None
-
-
 class CLIPAttention(nnx.Module):
-    """Multi-head self-attention, optionally over extra keys and values."""
+    """Multi-head self-attention; what was learned may change its heads and add keys and values."""
 
     def __init__(self, config: EncoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         linear = partial(
@@ -102,14 +86,29 @@ class CLIPAttention(nnx.Module):
         """Split the width into heads."""
         return projected.reshape(*projected.shape[:-1], self.num_heads, -1)
 
+    def projected(self, hidden: Float[Array, "B T D"], process: Sequence[ProcessHeads]) -> Heads:
+        """Queries, keys and values of ``hidden``, changed by each of ``process`` in turn."""
+        query, key, value = (self.heads(p(hidden)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        for change in process:
+            query, key, value = change(query, key, value)
+        return query, key, value
+
     def __call__(
         self,
         hidden: Float[Array, "B T D"],
         bias: Float[Array, "1 1 T T"] | None = None,
         extra: Sequence[ExtraKeys] = (),
+        process: Sequence[ProcessHeads] = (),
     ) -> Float[Array, "B T D"]:
-        """Attend; ``bias`` is that of the own positions, ``extra`` positions come before them."""
-        query, key, value = (self.heads(p(hidden)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        """Attend.
+
+        Args:
+          hidden: ``[B T D]``.
+          bias: added to the logits of the layer's own positions.
+          extra: keys and values that stand before the layer's own.
+          process: changes of the layer's own queries, keys and values.
+        """
+        query, key, value = self.projected(hidden, process)
         if extra:
             key = _prepend([e.key for e in extra], key)
             value = _prepend([e.value for e in extra], value)
@@ -118,10 +117,14 @@ class CLIPAttention(nnx.Module):
         return self.out_proj(out.reshape(hidden.shape))
 
     def extra_mass(
-        self, hidden: Float[Array, "B T D"], bias: Float[Array, "1 1 T T"], extra: ExtraKeys
+        self,
+        hidden: Float[Array, "B T D"],
+        bias: Float[Array, "1 1 T T"],
+        extra: ExtraKeys,
+        process: Sequence[ProcessHeads] = (),
     ) -> Float[Array, "B N T"]:
         """Share of the attention that goes to the extra positions: lambda of ``residual.py``."""
-        query, key = (self.heads(proj(hidden)) for proj in (self.q_proj, self.k_proj))
+        query, key, _ = self.projected(hidden, process)
         key = _prepend([extra.key], key)
         bias = _extend_bias(bias, [extra], num_queries=query.shape[1])
         # Values that are 1 on the extra positions and 0 on the own ones sum up their weights.
@@ -179,9 +182,10 @@ class CLIPEncoderLayer(nnx.Module):
         hidden: Float[Array, "B T D"],
         bias: Float[Array, "1 1 T T"] | None = None,
         extra: Sequence[ExtraKeys] = (),
+        process: Sequence[ProcessHeads] = (),
     ) -> Float[Array, "B T D"]:
-        """One layer."""
-        hidden = hidden + self.self_attn(self.layer_norm1(hidden), bias, extra)
+        """One layer; arguments as for :class:`CLIPAttention`."""
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden), bias, extra, process)
         return hidden + self.mlp(self.layer_norm2(hidden))
 
 

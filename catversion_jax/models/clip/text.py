@@ -2,12 +2,13 @@
 
     (1)  h_0 = token_embedding[ids] + position_embedding[0..T-1], learned vectors for the class word
     (2)  h_{i+1} = layer_i(h_i; causal mask;
-                           [residual keys; own keys], [residual values; own values])
+                           [extra keys; own keys], [extra values; own values])
     (3)  last = final_layer_norm(h_L),   penultimate = h_{L-1} (``hidden_states[-2]``, no norm)
 
 Without a concept this is plain CLIP, bit for bit. Padding tokens are not masked, as in Stable
-Diffusion. Source: transformers ``CLIPTextModel``; the residual of (2) is in ``residual.py``, the
-vectors of (1) in ``token_embeddings.py``.
+Diffusion. The vectors of (1), the extra keys and values of (2) and changes of a layer's own heads
+come from what was learned, through :class:`~catversion_jax.models.clip.adaptation.Adaptation`.
+Source: transformers ``CLIPTextModel``.
 """
 
 from __future__ import annotations
@@ -21,19 +22,15 @@ from flax import nnx
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.learned import Learned
-from catversion_jax.methods.residual import KVResidual
-from catversion_jax.methods.token_embeddings import TokenEmbeddings
-from catversion_jax.models.clip.encoder import (
-    CLIPEncoder,
-    EncoderConfig,
-    ExtraKeys,
-    layer_norm,
+from catversion_jax.models.clip.adaptation import (
+    Acting,
+    Adaptation,
+    AdaptationArgument,
+    WordPlaces,
 )
+from catversion_jax.models.clip.encoder import CLIPEncoder, EncoderConfig, layer_norm
 
 Output = Literal["last", "penultimate"]
-LearnedArgument = Learned | Sequence[Learned] | None
-WordPlaces = Int[Array, "B T"] | Sequence[Int[Array, "B T"]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +104,7 @@ class CLIPTextModel(nnx.Module):
     def __call__(
         self,
         token_ids: Int[Array, "B T"],
-        learned: LearnedArgument = None,
+        learned: AdaptationArgument = None,
         word_places: WordPlaces = None,
         *,
         output: Output = "last",
@@ -128,8 +125,8 @@ class CLIPTextModel(nnx.Module):
         return self.upper(self.lower(token_ids, 0), learned, 0, word_places, output=output)
 
     def lower(self, token_ids: Int[Array, "B T"], layer: int) -> Float[Array, "B T D"]:
-        """The plain hidden state that enters layer ``layer``: what no residual from there on can
-        change.
+        """The plain hidden state that enters layer ``layer``. A concept whose ``first_layer`` is
+        not below ``layer`` cannot change it.
         """
         hidden = self.embeddings(jnp.asarray(token_ids))
         bias = causal_bias(hidden.shape[1])
@@ -140,7 +137,7 @@ class CLIPTextModel(nnx.Module):
     def upper(
         self,
         hidden: Float[Array, "B T D"],
-        learned: LearnedArgument,
+        learned: AdaptationArgument,
         layer: int,
         word_places: WordPlaces = None,
         *,
@@ -155,12 +152,13 @@ class CLIPTextModel(nnx.Module):
         num_layers = len(self.encoder.layers)
         stop = {"last": num_layers, "penultimate": num_layers - 1}[output]
         acting = self._acting(learned, word_places, range(layer, stop))
-        for one, where in acting:
-            if isinstance(one, TokenEmbeddings) and where is not None:
-                hidden = self.embeddings.with_vectors(hidden, one.vectors, where)
+        for one, where in acting.pairs:
+            if (vectors := one.word_vectors) is not None and where is not None:
+                hidden = self.embeddings.with_vectors(hidden, vectors, where)
         bias = causal_bias(hidden.shape[1])
         for index in range(layer, stop):
-            hidden = self.encoder.layers[index](hidden, bias, extra_keys(acting, index))
+            extra, process = acting.extra_keys(index), acting.process_heads(index)
+            hidden = self.encoder.layers[index](hidden, bias, extra, process)
         return self.final_layer_norm(hidden) if output == "last" else hidden
 
     def token_embeddings(self, token_ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
@@ -170,7 +168,7 @@ class CLIPTextModel(nnx.Module):
     def keys_values(
         self, token_ids: Int[Array, "B T"], layers: Sequence[int]
     ) -> tuple[Float[Array, "L B T N H"], Float[Array, "L B T N H"]]:
-        """The plain encoder's own keys and values at ``layers``, in a residual's layout."""
+        """The plain encoder's own keys and values at ``layers``, split into heads."""
         hidden = self.lower(token_ids, 0)
         bias = causal_bias(hidden.shape[1])
         keys, values = [], []
@@ -194,57 +192,37 @@ class CLIPTextModel(nnx.Module):
         where = ids.argmax(-1) if self.eos_token_id == 2 else (ids == self.eos_token_id).argmax(-1)
         return jnp.take_along_axis(last, where[:, None, None], axis=1)[:, 0]
 
-    def residual_mass(
+    def extra_keys_mass(
         self,
         token_ids: Int[Array, "B T"],
-        residual: KVResidual,
+        learned: Adaptation,
         word_places: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "L B N T"]:
-        """Lambda of ``residual.py``'s equation (2), summed over positions, at each adapted
-        layer.
+        """The share of each token's attention that goes to the extra keys of ``learned``, at each
+        layer that has some: lambda of ``residual.py``'s equation (2), summed over positions.
         """
         hidden = self.lower(token_ids, 0)
-        acting = self._acting(residual, word_places, range(len(self.encoder.layers)))
+        acting = self._acting(learned, word_places, range(len(self.encoder.layers)))
         bias = causal_bias(hidden.shape[1])
         masses = []
         for index, block in enumerate(self.encoder.layers):
-            extra = extra_keys(acting, index)
+            extra, process = acting.extra_keys(index), acting.process_heads(index)
             masses += [
-                block.self_attn.extra_mass(block.layer_norm1(hidden), bias, e) for e in extra
+                block.self_attn.extra_mass(block.layer_norm1(hidden), bias, e, process)
+                for e in extra
             ]
-            hidden = block(hidden, bias, extra)
+            hidden = block(hidden, bias, extra, process)
         return jnp.stack(masses)
 
     def _acting(
-        self, learned: LearnedArgument, word_places: WordPlaces, layers: range
-    ) -> list[tuple[Learned, Array | None]]:
-        """Every concept with its word's places, checked."""
-        concepts: list[Learned]
-        places: list[Any]
-        if isinstance(learned, KVResidual | TokenEmbeddings):
-            concepts, places = [learned], [word_places]
-        else:
-            concepts = list(learned or ())
-            places = [None] * len(concepts) if word_places is None else list(word_places)
+        self, learned: AdaptationArgument, word_places: WordPlaces, layers: range
+    ) -> Acting:
+        """The concepts that act, each checked against the ``layers`` of this encoder that run."""
+        acting = Acting.of(learned, word_places)
         attention = self.encoder.layers[0].self_attn
         head_dim = attention.k_proj.out_features // attention.num_heads
-        for one, where in zip(concepts, places, strict=True):
-            one.check_fits(attention.num_heads, head_dim, layers)
-            if one.reads_word_places and where is None:
-                raise CatVersionError(
-                    "word_places=None: this concept needs to know where its class word stands. "
-                    "Give the word_places of Tokenizer.place."
-                )
-        return list(zip(concepts, places, strict=True))
-
-
-def extra_keys(acting: Sequence[tuple[Learned, Array | None]], layer: int) -> list[ExtraKeys]:
-    """What each concept concatenates at one layer; empty where none adapts it."""
-    extra = []
-    for one, word_places in acting:
-        if isinstance(one, KVResidual) and (pair := one.at_layer(layer)) is not None:
-            extra.append(ExtraKeys(*pair, one.logit_bias, one.visible(word_places)))
-    return extra
+        acting.check(attention.num_heads, head_dim, layers)
+        return acting
 
 
 def causal_bias(num_tokens: int) -> Float[Array, "1 1 T T"]:

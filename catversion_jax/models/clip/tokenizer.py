@@ -104,20 +104,15 @@ class Tokenizer:
                 f"base class {base_class!r}: must be at least one word, such as 'teapot'."
             )
         ids = self.word_ids(prompt)[: self._room]
-        return any(
-            ids[start : start + len(wanted)] == wanted
-            for start in range(len(ids) - len(wanted) + 1)
-        )
+        return bool(_occurrences(ids, wanted))
 
     def word_positions(self, token_ids: Sequence[int], words: str) -> tuple[int, ...]:
         """Where the tokens of ``words`` first follow one another in a row of token ids; () where
         they do not.
         """
         wanted, ids = self.word_ids(words), tuple(int(i) for i in token_ids)
-        for start in range(len(ids) - len(wanted) + 1):
-            if ids[start : start + len(wanted)] == wanted:
-                return tuple(range(start, start + len(wanted)))
-        return ()
+        starts = _occurrences(ids, wanted)
+        return tuple(range(starts[0], starts[0] + len(wanted))) if starts else ()
 
     def place(
         self, prompt: str, words: Sequence[str] = (), num_word_places: Sequence[int | None] = ()
@@ -131,8 +126,8 @@ class Tokenizer:
             word's own. More tokens move the rest of the prompt; the first keep the word's own ids.
         """
         tokens = [(i, (-1,) * len(words)) for i in self.word_ids(prompt)]
-        for concept, (word, word_places) in enumerate(zip(words, num_word_places, strict=True)):
-            tokens = _with_word_places(tokens, self.word_ids(word), word_places, concept)
+        for concept, (word, num_places) in enumerate(zip(words, num_word_places, strict=True)):
+            tokens = _with_word_places(tokens, self.word_ids(word), num_places, concept)
         kept = tokens[: self._room]
         token_ids = self([""])[0]  # start, end, padding
         end = token_ids[1]
@@ -168,19 +163,28 @@ _MarkedToken = tuple[int, tuple[int, ...]]  # an id, and its number in the word 
 
 
 def _with_word_places(
-    tokens: Sequence[_MarkedToken], word: Sequence[int], num_word_places: int | None, concept: int
+    tokens: Sequence[_MarkedToken], word: Sequence[int], num_places: int | None, concept: int
 ) -> list[_MarkedToken]:
-    """Mark the occurrences of ``word``, as ``num_word_places`` tokens or as those it has."""
+    """Mark the occurrences of ``word``, as ``num_places`` tokens or as those it has."""
     placed: list[_MarkedToken] = []
     position = 0
-    while position < len(tokens):
-        found = word and [i for i, _ in tokens[position : position + len(word)]] == list(word)
-        if not found:
-            placed.append(tokens[position])
-            position += 1
-            continue
-        for slot in range(len(word) if num_word_places is None else num_word_places):
-            identity, marks = tokens[position + slot % len(word)]
-            placed.append((identity, (*marks[:concept], slot, *marks[concept + 1 :])))
-        position += len(word)
-    return placed
+    for start in _occurrences([i for i, _ in tokens], word):
+        placed += tokens[position:start]
+        for number in range(len(word) if num_places is None else num_places):
+            identity, marks = tokens[start + number % len(word)]
+            placed.append((identity, (*marks[:concept], number, *marks[concept + 1 :])))
+        position = start + len(word)
+    return [*placed, *tokens[position:]]
+
+
+def _occurrences(ids: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
+    """Where the tokens ``wanted`` follow one another in ``ids``: the first token of every
+    occurrence from left to right, none overlapping the one before; () where ``wanted`` is empty.
+    """
+    ids, wanted, starts, position = tuple(ids), tuple(wanted), list[int](), 0
+    while wanted and position + len(wanted) <= len(ids):
+        found = ids[position : position + len(wanted)] == wanted
+        if found:
+            starts.append(position)
+        position += len(wanted) if found else 1
+    return tuple(starts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,18 +15,10 @@ from catversion_jax.config import (
     ObjectiveOptions,
     OptimizerOptions,
 )
-from catversion_jax.methods.learned import Learned
-from catversion_jax.methods.residual import KVResidual, resolve_layers
-from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import by_concept, replicated
-from catversion_jax.training.state import (
-    ConceptData,
-    TrainState,
-    concept_key,
-    create_train_state,
-    make_optimizer,
-)
+from catversion_jax.training.start_values import abstract_state
+from catversion_jax.training.state import ConceptData, TrainState, concept_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +59,8 @@ def abstract_arguments(
       max_images: images of the largest concept.
       max_prompts: training prompts of the one with most.
     """
-    backbone, optimizer = planned.backbone, planned.optimizer
-    tx = make_optimizer(optimizer, planned.method)
-    create = functools.partial(create_train_state, tx=tx, averaged=optimizer.ema_decay is not None)
-    state = jax.eval_shape(create, _abstract_learned(backbone, planned.method, num_rows))
+    backbone = planned.backbone
+    state = abstract_state(planned.method, planned.optimizer, backbone, num_rows)
     data = _abstract_data(planned, num_rows, max_images, max_prompts)
     rows, everywhere = by_concept(mesh), replicated(mesh)
     return (
@@ -80,21 +69,6 @@ def abstract_arguments(
         _placed(backbone.text_encoder, everywhere),
         _placed(backbone.unet, everywhere),
         _placed(jax.ShapeDtypeStruct((), jnp.int32), everywhere),
-    )
-
-
-def _abstract_learned(backbone: Backbone, method: MethodOptions, num_rows: int) -> Learned:
-    width = backbone.num_heads * backbone.head_dim
-    if method.method == "textual_inversion":
-        return TokenEmbeddings(_floats(num_rows, method.num_positions, width))
-    layers = resolve_layers(method.layers, backbone.num_text_layers)
-    shape = (num_rows, len(layers), method.num_positions, backbone.num_heads, backbone.head_dim)
-    return KVResidual(
-        key=_floats(*shape),
-        value=_floats(*shape),
-        layers=layers,
-        logit_bias=method.logit_bias,
-        scope=method.scope,
     )
 
 

@@ -23,7 +23,8 @@ import safetensors.numpy
 from etils import epath
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.learned import Learned, named_arrays, rebuild, settings_of
+from catversion_jax.methods.learned import Learned, named_arrays
+from catversion_jax.methods.table import rebuild_learned, settings_of
 from catversion_jax.runtime.atomic_files import make_folder, unwritable
 from catversion_jax.runtime.bucket_paths import absolute, as_path
 from catversion_jax.training.run.records import ConceptRecord
@@ -204,10 +205,10 @@ def _restore_rows(
     settings = settings_of(template.learned)
     state = TrainState(
         step=saved["step"],
-        learned=rebuild(saved, settings),
+        learned=rebuild_learned(saved, settings),
         opt_state=jax.tree.unflatten(opt_structure, opt_state),
         failed_step=saved["failed_step"],
-        average=None if template.average is None else rebuild(_average(saved), settings),
+        average=None if template.average is None else rebuild_learned(_average(saved), settings),
     )
     rows = []
     for row, concept in enumerate(described["concepts"]):
@@ -233,7 +234,7 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Le
     with _manager(folder.parent) as manager:
         saved = _restore_arrays(manager, step)
         described = _restore_description(manager, step)
-    learned = rebuild(_average(saved) or saved, described)
+    learned = rebuild_learned(_average(saved) or saved, described)
     return [
         (
             ConceptRecord.from_json(concept),

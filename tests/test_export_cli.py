@@ -97,7 +97,8 @@ def test_export_concept_files(run_folder: Path, tmp_path: Path, capsys) -> None:
 
 def test_export_from_a_checkpoint_is_what_training_would_write(tmp_path: Path, capsys) -> None:
 
-    from catversion_jax.training.run.checkpoint import Checkpoints, ConceptRecord, SavedRow
+    from catversion_jax.training.run.checkpoint import Checkpoints, SavedRow
+    from catversion_jax.training.run.records import ConceptRecord
     from catversion_jax.training.state import TrainState
 
     records = [

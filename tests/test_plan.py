@@ -41,14 +41,15 @@ CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 6
 def test_the_embedded_model_compiles_without_a_collective(name: str) -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
     backbone = abstract_backbone("tiny-sd", dtype="bfloat16")
+    planned = planned_step(CONFIG, backbone)
     target = parse_slice(name)
     mesh = tpu_mesh(target)
     assert mesh.devices.size == target.num_chips
-    found = compile_step(backbone, CONFIG, mesh, 2, max_images=5)
+    found = compile_step(planned, mesh, 2, max_images=5)
     assert found.collectives == {}
     assert 0 < found.total_bytes < target.chip.memory_bytes
     # of one chip, and nothing else for several
-    assert found.flops == pytest.approx(2 * counted_flops(backbone, CONFIG, max_images=5))
+    assert found.flops == pytest.approx(2 * counted_flops(planned, max_images=5))
 
 
 def test_the_abstract_step_has_the_shapes_of_the_real_one() -> None:
@@ -62,7 +63,9 @@ def test_the_abstract_step_has_the_shapes_of_the_real_one() -> None:
         )
         assert all(one.shape == other.shape and one.dtype == other.dtype for one, other in pairs)
     mesh = make_mesh(1, jax.devices()[:1])
-    state, data, *_ = abstract_arguments(shapes, CONFIG, mesh, num_rows=3, max_images=5)
+    state, data, *_ = abstract_arguments(
+        planned_step(CONFIG, shapes), mesh, num_rows=3, max_images=5
+    )
     assert state.learned.key.shape == (3, 3, 1, real.num_heads, real.head_dim)
     assert data.latent_mean.shape == (3, 5, 2, 16, 16, 4)
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves((state, data)))
@@ -209,4 +212,4 @@ def test_a_plan_needs_no_weights(tiny_sd_folder: Path, tmp_path: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
     backbone = abstract_backbone(tmp_path)
-    assert counted_flops(backbone, CONFIG, max_images=3) > 1e6
+    assert counted_flops(planned_step(CONFIG, backbone), max_images=3) > 1e6

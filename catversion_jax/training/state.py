@@ -1,8 +1,8 @@
 """What is trained, and the cached data it is trained on. Every leaf leads with the concept axis C.
 
 Randomness belongs to the concept: its key comes from its own seed, each step folds in the step
-number and each image slot its index. Rows, company and devices never enter, so a concept's result
-does not depend on them.
+number and each place in the batch its index. Rows, company and devices never enter, so a concept's
+result does not depend on them.
 """
 
 from __future__ import annotations

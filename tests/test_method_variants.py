@@ -107,13 +107,13 @@ def test_the_narrowest_scope_is_read_by_the_word_alone() -> None:
 
 
 def test_another_place_of_the_word_compiles_nothing_new(backbone: Backbone) -> None:
-    from catversion_jax.sampling import denoising as sampling
+    from catversion_jax.sampling import encoding
 
     use = [ConceptUse("cat", "cat", tiny_residual("from_class_word"))]
     encode_prompt(backbone, "a cat", use)
-    compiled = sampling._encode._cache_size()
+    compiled = encoding._encode._cache_size()
     encode_prompt(backbone, "far away sits a cat", use)
-    assert sampling._encode._cache_size() == compiled
+    assert encoding._encode._cache_size() == compiled
 
 
 def test_scope_needs_the_place_of_the_word(backbone: Backbone) -> None:

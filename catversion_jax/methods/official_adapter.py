@@ -5,7 +5,7 @@ Their ``pytorch_adapter.bin`` is a zip with a pickle that names one flat float32
 times: once per adapted layer (the layer number is in the key) and once in the pool. The vector is
 
     (1)  control_trans.view(P, 2 L, N, H)      position slowest;
-                                               slot 2 l is the key, 2 l + 1 the value of layer l
+                                               index 2 l is the key, 2 l + 1 the value of layer l
 
 so ``key[l, p, n, h] = flat[p, 2 l, n, h]``. Their additive causal mask is padded with ones:
 ``logit_bias`` is 1.
@@ -78,7 +78,7 @@ def import_official_concept(
     # (1)
     grid = flat.reshape(positions, len(layers), 2, num_heads, width // num_heads)  # [P L 2 N H]
     # [L P N H]
-    key, value = (np.ascontiguousarray(grid[:, :, slot].swapaxes(0, 1)) for slot in (0, 1))
+    key, value = (np.ascontiguousarray(grid[:, :, part].swapaxes(0, 1)) for part in (0, 1))
     return KVResidual(key, value, layers, logit_bias=1.0)  # type: ignore[arg-type]  # numpy leaves
 
 

@@ -24,6 +24,7 @@ from catversion_jax.diffusion import NoiseSchedule, noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.runtime.sharding import make_mesh, place_by_concept, replicated
+from catversion_jax.training.eval_step import make_eval_step
 from catversion_jax.training.state import (
     ConceptData,
     TrainState,
@@ -32,7 +33,6 @@ from catversion_jax.training.state import (
 from catversion_jax.training.step import (
     StepMetrics,
     apply_update,
-    make_eval_step,
     sample_batch,
 )
 

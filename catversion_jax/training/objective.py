@@ -65,10 +65,7 @@ def diffusion_losses(
     """Equation (2) for each of C concepts; float32 whatever the networks compute in.
 
     A concept's loss depends only on what it learned itself, so the gradient of the sum over
-    concepts is each one's own. The UNet, which is the same for all, sees the images of all
-    concepts as *one* batch: under ``vmap`` its arrays would have two batch axes, neither of which
-    alone fills a TPU's tiles, and the compiler would copy the result of every
-    convolution into another layout.
+    concepts is each one's own.
 
     Args:
       learned: what the concepts learn (leaves ``[C L P N H]`` or ``[C V D]``), or None for the
@@ -82,14 +79,57 @@ def diffusion_losses(
       unmasked_weight: equation (4), used where the batch has a mask.
       recompute: what the UNet's backward pass computes again instead of keeping it.
     """
+    context = text_context(
+        learned, text_encoder, batch.text_hidden, batch.word_places, first_layer=first_layer
+    )
+    return denoising_losses(
+        context,
+        unet,
+        batch,
+        schedule,
+        snr_gamma=snr_gamma,
+        unmasked_weight=unmasked_weight,
+        recompute=recompute,
+    )
 
-    def context_of(hidden: Array, learned: Learned | None, word_places: Array | None) -> Array:
+
+def text_context(
+    learned: Learned | None,
+    text_encoder: Network,
+    text_hidden: Float[Array, "C B T D"],
+    word_places: Int[Array, "C B T"] | None,
+    *,
+    first_layer: int,
+) -> Float[Array, "C B T D"]:
+    """What the UNet attends to: the prompts' states after the layers from ``first_layer`` on.
+
+    Arguments are those of :func:`diffusion_losses` and :class:`DiffusionBatch`.
+    """
+
+    def of_concept(hidden: Array, learned: Learned | None, word_places: Array | None) -> Array:
         return text_encoder.call(
             "upper", hidden, learned, layer=first_layer, word_places=word_places
         )
 
-    word_places = None if learned is None else batch.word_places
-    context = jax.vmap(context_of)(batch.text_hidden, learned, word_places)
+    return jax.vmap(of_concept)(text_hidden, learned, None if learned is None else word_places)
+
+
+def denoising_losses(
+    context: Float[Array, "C B T D"],
+    unet: Network,
+    batch: DiffusionBatch,
+    schedule: NoiseSchedule,
+    *,
+    snr_gamma: float | None = None,
+    unmasked_weight: float = 1.0,
+    recompute: Recompute = "none",
+) -> Float[Array, "C"]:
+    """:func:`diffusion_losses` from what the UNet attends to, see :func:`text_context`.
+
+    The UNet, which is the same for all, sees the images of all concepts as *one* batch: under
+    ``vmap`` its arrays would have two batch axes, neither of which alone fills a TPU's tiles, and
+    the compiler would copy the result of every convolution into another layout.
+    """
     concepts, images = batch.timesteps.shape
     batch, context = jax.tree.map(
         lambda leaf: leaf.reshape(concepts * images, *leaf.shape[2:]), (batch, context)

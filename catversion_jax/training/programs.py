@@ -14,11 +14,11 @@ from catversion_jax.diffusion import noise_schedule
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import place_by_concept, replicated
+from catversion_jax.training.eval_step import make_eval_step
 from catversion_jax.training.rows import Rows
 from catversion_jax.training.state import ConceptData
 from catversion_jax.training.step import (
     StepMetrics,
-    make_eval_step,
     make_train_step,
     steps_per_dispatch,
 )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from catversion_jax.array_types import Array, Bool, Float, Int
+from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.config import DeviceOptions, ObjectiveOptions
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.methods.learned import Learned
@@ -25,7 +25,6 @@ from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.sharding import CONCEPT_AXIS, DATA_AXIS, on_every_device
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.training.state import (
-    EVAL_STREAM,
     ORDER_STREAM,
     TIMESTEP_STREAM,
     TRAIN_STREAM,
@@ -270,67 +269,3 @@ def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:
     order = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(epoch_rng, i)))(images)
     order = jnp.where(images < data.num_images, order, jnp.inf)
     return jnp.argsort(order)[position % data.num_images]
-
-
-def make_eval_step(
-    schedule: NoiseSchedule, mesh: Mesh, *, first_layer: int, num_samples: int, batch_size: int
-) -> Callable[..., Float[Array, "C"]]:
-    """``(learned, data, due [C], text_encoder, unet) -> losses [C]`` with fixed noise and fixed
-    timesteps.
-
-    The training loss is dominated by its random timesteps; this one (plain MSE over
-    ``num_samples`` stratified timesteps, no flip, the posterior's mean) is comparable
-    over time. With ``learned=None`` it is the plain model's loss. Rows that are not ``due`` cost
-    nothing and give NaN: concepts that began at different moments are evaluated at different ones.
-    """
-
-    def one_concept(
-        learned: Learned | None, data: ConceptData, text_encoder: Network, unet: Network
-    ):
-        rng = jax.random.fold_in(data.rng, EVAL_STREAM)
-
-        def draw(index: Int[Array, ""]) -> DiffusionBatch:
-            image = index % data.num_images
-            latents = data.latent_mean[image, 0]
-            noise = jax.random.normal(jax.random.fold_in(rng, index), latents.shape, jnp.float32)
-            timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * num_samples)
-            prompt = index % data.num_prompts
-            word_places = None if data.word_places is None else data.word_places[prompt]
-            return DiffusionBatch(
-                latents, noise, timestep, data.text_hidden[prompt], word_places=word_places
-            )
-
-        def some_samples(indices: Int[Array, "B"]) -> Float[Array, "1"]:
-            one, batch = jax.tree.map(lambda leaf: leaf[None], (learned, jax.vmap(draw)(indices)))
-            return diffusion_losses(
-                one, text_encoder, unet, batch, schedule, first_layer=first_layer
-            )
-
-        at_once = max(n for n in range(1, batch_size + 1) if num_samples % n == 0)
-        return jnp.mean(jax.lax.map(some_samples, jnp.arange(num_samples).reshape(-1, at_once)))
-
-    def all_concepts(
-        learned: Learned | None,
-        data: ConceptData,
-        due: Bool[Array, "C"],
-        text_encoder: Network,
-        unet: Network,
-    ):
-        def one_row(row: tuple[Learned | None, ConceptData, Array]) -> Array:
-            learned, data, is_due = row
-            return jax.lax.cond(
-                is_due,
-                lambda: one_concept(learned, data, text_encoder, unet),
-                lambda: jnp.nan * data.flip,
-            )
-
-        return jax.lax.map(one_row, (learned, data, due))
-
-    by_concept = PartitionSpec(CONCEPT_AXIS)
-    sharded = on_every_device(
-        all_concepts,
-        mesh,
-        in_specs=(by_concept, by_concept, by_concept, PartitionSpec(), PartitionSpec()),
-        out_specs=by_concept,
-    )
-    return jax.jit(sharded)

@@ -1,0 +1,103 @@
+"""The evaluation loss of every concept: fixed noise and fixed timesteps, so comparable over time.
+
+The training loss is dominated by its random timesteps; this one is the plain mean squared error
+over stratified timesteps, without a flip, of the mean of the VAE's posterior.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from catversion_jax.array_types import Array, Bool, Float, Int
+from catversion_jax.diffusion.schedule import NoiseSchedule
+from catversion_jax.methods.learned import Learned
+from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.sharding import CONCEPT_AXIS, on_every_device
+from catversion_jax.training.objective import DiffusionBatch, denoising_losses, text_context
+from catversion_jax.training.state import EVAL_STREAM, ConceptData
+
+EvalStep = Callable[
+    [Learned | None, ConceptData, Array, Network, Network],
+    Float[Array, "C"],
+]
+
+
+def make_eval_step(
+    schedule: NoiseSchedule, mesh: Mesh, *, first_layer: int, num_samples: int, batch_size: int
+) -> EvalStep:
+    """``(learned, data, due [C], text_encoder, unet) -> losses [C]``.
+
+    With ``learned=None`` it is the plain model's loss. Rows that are not ``due`` cost nothing and
+    give NaN: concepts that began at different moments are evaluated at different ones.
+
+    Two programs: the text encoder's, which is small and compiled once with and once without
+    something learned, and the UNet's, which is large and serves both.
+
+    Args:
+      schedule: noise schedule of the model.
+      mesh: of this process.
+      first_layer: the lowest encoder layer whose output depends on what is learned.
+      num_samples: pairs of noise and timestep in the loss of a concept.
+      batch_size: largest number of them that the UNet sees at once.
+    """
+    at_once = max(n for n in range(1, batch_size + 1) if num_samples % n == 0)
+
+    def contexts(
+        learned: Learned | None, data: ConceptData, text_encoder: Network
+    ) -> Float[Array, "C K T D"]:
+        return text_context(
+            learned, text_encoder, data.text_hidden, data.word_places, first_layer=first_layer
+        )
+
+    def one_concept(
+        context: Float[Array, "K T D"], data: ConceptData, unet: Network
+    ) -> Float[Array, ""]:
+        rng = jax.random.fold_in(data.rng, EVAL_STREAM)
+
+        def draw(index: Int[Array, ""]) -> tuple[DiffusionBatch, Float[Array, "T D"]]:
+            image, prompt = index % data.num_images, index % data.num_prompts
+            latents = data.latent_mean[image, 0]
+            noise = jax.random.normal(jax.random.fold_in(rng, index), latents.shape, jnp.float32)
+            timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * num_samples)
+            batch = DiffusionBatch(latents, noise, timestep, data.text_hidden[prompt])
+            return batch, context[prompt]
+
+        def some_samples(indices: Int[Array, "B"]) -> Float[Array, "1"]:
+            batch, contexts = jax.tree.map(lambda leaf: leaf[None], jax.vmap(draw)(indices))
+            return denoising_losses(contexts, unet, batch, schedule)
+
+        return jnp.mean(jax.lax.map(some_samples, jnp.arange(num_samples).reshape(-1, at_once)))
+
+    def losses(
+        contexts: Float[Array, "C K T D"], data: ConceptData, due: Bool[Array, "C"], unet: Network
+    ) -> Float[Array, "C"]:
+        def one_row(row: tuple[Array, ConceptData, Array]) -> Array:
+            context, data, is_due = row
+            return jax.lax.cond(
+                is_due,
+                lambda: one_concept(context, data, unet),
+                lambda: jnp.nan * data.flip,
+            )
+
+        return jax.lax.map(one_row, (contexts, data, due))
+
+    rows, everywhere = PartitionSpec(CONCEPT_AXIS), PartitionSpec()
+    spread = functools.partial(on_every_device, mesh=mesh, out_specs=rows)
+    encode = jax.jit(spread(contexts, in_specs=(rows, rows, everywhere)))
+    measure = jax.jit(spread(losses, in_specs=(rows, rows, rows, everywhere)))
+
+    def evaluate(
+        learned: Learned | None,
+        data: ConceptData,
+        due: Bool[Array, "C"],
+        text_encoder: Network,
+        unet: Network,
+    ) -> Float[Array, "C"]:
+        return measure(encode(learned, data, text_encoder), data, due, unet)
+
+    return evaluate

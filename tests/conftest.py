@@ -3,13 +3,17 @@ classes.
 """
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
+from filelock import FileLock
+from random_model import write_toy_concepts
 
 from catversion_jax.assets import embedded_folder
 
@@ -17,6 +21,10 @@ from catversion_jax.assets import embedded_folder
 # its backend.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Small shapes are loops of few turns: unrolled in full they take most of the time of compiling.
+UNROLL_LITTLE = "--xla_backend_extra_options=-unroll-threshold=30"
+if UNROLL_LITTLE not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNROLL_LITTLE}".strip()
 # Several tests compile the same program: once is enough, for all processes of pytest -n.
 if "CATVERSION_TEST_COMPILATION_CACHE" not in os.environ:
     folder = tempfile.mkdtemp(prefix="catversion-xla-")
@@ -26,17 +34,79 @@ jax.config.update("jax_compilation_cache_dir", os.environ["CATVERSION_TEST_COMPI
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+from running import arguments, run_to_end  # noqa: E402  # reads where the cache is
+
+# The files that take longest come first, so that no process of pytest -n works on alone at the end.
+LONGEST = (
+    "test_processes.py",
+    "test_train_cli.py",
+    "test_interruptions.py",
+    "test_unet.py",
+    "test_training_step.py",
+    "test_evaluate_cli.py",
+    "test_export.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))  # a stable sort
+
+
 @pytest.fixture(scope="session")
-def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random pipeline folder (do not write into it): text 4 layers x 32, context 24, latents [8 8
-    4].
-    """
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a folder by name, once for all processes of ``pytest -n``; do not write into it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(root / f"{name}.lock"):
+            if not (root / f"{name}.made").exists():
+                make(root / name)
+                (root / f"{name}.made").touch()
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(made_once: Callable[..., Path]) -> Path:
+    """A random pipeline folder: text 4 layers x 32, context 24, latents [8 8 4]."""
     pytest.importorskip(
         "diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'"
     )
     from tiny_pipelines import save_tiny_sd
 
-    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
+    return made_once("tiny-sd", save_tiny_sd)
+
+
+@pytest.fixture(scope="session")
+def one_block_sd_folder(made_once: Callable[..., Path]) -> Path:
+    """As ``tiny_sd_folder`` with a UNet of one block, for tests that train through commands."""
+    pytest.importorskip(
+        "diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'"
+    )
+    from tiny_pipelines import save_tiny_sd
+
+    return made_once("one-block-sd", functools.partial(save_tiny_sd, blocks=1))
+
+
+@pytest.fixture(scope="session")
+def toys(made_once: Callable[..., Path]) -> Path:
+    """Three concepts of four images: with two rows, one of them is refilled."""
+    return made_once("toys", write_toy_concepts)
+
+
+@pytest.fixture(scope="session")
+def finished(made_once: Callable[..., Path], one_block_sd_folder: Path, toys: Path) -> Path:
+    """An uninterrupted run of :data:`running.OPTIONS`, with a grid and TensorBoard."""
+    shown = {"validation_steps": 12, "validation_inference_steps": 2, "num_validation_images": 1}
+
+    def train(output: Path) -> None:
+        run_to_end(arguments(one_block_sd_folder, toys, output, **shown, report_to="tensorboard"))
+
+    return made_once("finished", train)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_model import write_toy_concepts
 from running import arguments, final_files, run_to_end, start
 
 from catversion_jax import load_concept
@@ -46,38 +45,36 @@ def bucket() -> Iterator[str]:
 
 
 def test_a_run_in_a_bucket_survives_kills_and_gives_the_same_bytes(
-    tiny_sd_folder: Path, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    one_block_sd_folder: Path,
+    toys: Path,
+    finished: Path,
+    bucket: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    concepts, local, remote = tmp_path / "concepts", tmp_path / "local", f"{bucket}/a/run"
-    write_toy_concepts(concepts)
-    options: dict[str, object] = {"max_train_steps": 30}
-    run_to_end(arguments(tiny_sd_folder, concepts, local, **options))
-    options["report_to"] = "tensorboard"
-    process = start(
-        [*arguments(tiny_sd_folder, concepts, local, **options), f"output_dir={remote}"]
-    )
+    """As the same run in a local folder."""
+    remote = f"{bucket}/a/run"
+    args = [*arguments(one_block_sd_folder, toys, finished, report_to="tensorboard")]
+    args.append(f"output_dir={remote}")
+    process = start(args)
     saved = as_path(f"{remote}/checkpoints/process-0000")
     while process.poll() is None and not list(saved.glob("[0-9]*/commit_success.txt")):
         time.sleep(0.1)
     process.kill()
-    text, _ = process.communicate()
+    process.communicate()
     assert main(["status", remote]) == 0
     assert "running" in capsys.readouterr().out
-    text = run_to_end(
-        [*arguments(tiny_sd_folder, concepts, local, **options), f"output_dir={remote}"]
-    )
-    assert "resumed 2 concepts" in text
+    assert "resumed 2 concepts" in run_to_end(args)
     folders = concept_folders(remote)
-    assert {folder.name: _final(folder) for folder in folders} == final_files(local)
+    assert {folder.name: _final(folder) for folder in folders} == final_files(finished)
     rows = list(csv.DictReader(as_path(f"{remote}/index.csv").read_text().splitlines()))
     assert [row["state"] for row in rows] == ["done"] * 3
     assert main(["status", remote, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == {"done": 3}
     for row in rows:  # appended lines have all arrived
         name = f"concepts/{row['name']}/metrics.csv"
-        assert as_path(f"{remote}/{name}").read_text() == (local / name).read_text()
+        assert as_path(f"{remote}/{name}").read_text() == (finished / name).read_text()
     assert list(as_path(f"{remote}/logs/teal_cup").glob("events*"))
-    assert load_concept(f"{remote}/concepts/teal_cup").step == 30
+    assert load_concept(f"{remote}/concepts/teal_cup").step == 12
     assert main(["inspect", f"{remote}/concepts/teal_cup"]) == 0
 
 

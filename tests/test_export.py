@@ -114,7 +114,7 @@ def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
         "import sys; sys.path.insert(0, 'tests'); from test_export import *; "
         "save_concept(sys.argv[1], make_residual(), **DESCRIPTION)"
     )
-    files = [tmp_path / f"{seed}.safetensors" for seed in (0, 1, 2)]
+    files = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
     for seed, file in enumerate(files):
         subprocess.run(
             [sys.executable, "-c", program, str(file)],

@@ -29,7 +29,7 @@ def concepts(tmp_path_factory):
 
 
 @pytest.fixture
-def generate(tiny_sd_folder, tmp_path):
+def generate(one_block_sd_folder, tmp_path):
     """Run the command quickly; returns the exit code and the PNGs by name."""
 
     def call(*arguments, out="out"):
@@ -37,7 +37,7 @@ def generate(tiny_sd_folder, tmp_path):
             [
                 "generate",
                 "--model",
-                str(tiny_sd_folder),
+                str(one_block_sd_folder),
                 "--num_inference_steps",
                 "2",
                 "--output_dir",
@@ -53,7 +53,7 @@ def generate(tiny_sd_folder, tmp_path):
     return call
 
 
-def test_images_grid_and_metadata(generate, concepts, tmp_path, tiny_sd_folder, capsys):
+def test_images_grid_and_metadata(generate, concepts, tmp_path, one_block_sd_folder, capsys):
     dog = concepts / "my_dog"
     code, images = generate(
         "--prompt", "a dog", "--prompt", "a cat", "--concept", f"{dog}:1.5",
@@ -89,7 +89,7 @@ def test_images_grid_and_metadata(generate, concepts, tmp_path, tiny_sd_folder, 
         2,
         4.0,
     )
-    assert metadata["model"] == str(tiny_sd_folder)
+    assert metadata["model"] == str(one_block_sd_folder)
     assert read_metadata(tmp_path / "out" / "00000-a-dog-seed5.png")["concepts"][0]["acts"] is True
     assert "grid-00000.png" in capsys.readouterr().out
 
@@ -143,11 +143,11 @@ def test_each_prompt_of_a_file_uses_its_own_concepts(generate, concepts, tmp_pat
     assert [name[6:11] for name in list(from_text)[:2]] == ["a-dog", "a-cat"]
 
 
-def test_latents_repeat_a_run_of_another_framework(generate, tmp_path, tiny_sd_folder):
+def test_latents_repeat_a_run_of_another_framework(generate, tmp_path, one_block_sd_folder):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     torch.set_num_threads(1)
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(one_block_sd_folder)
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0))
     expected = pipe(["a dog", "a cat"], latents=latents, num_inference_steps=2).images
@@ -157,6 +157,31 @@ def test_latents_repeat_a_run_of_another_framework(generate, tmp_path, tiny_sd_f
         difference = np.abs(actual.astype(int) - np.asarray(wanted).astype(int))
         assert difference.max() <= 1  # a pixel may lie on the edge between two bytes
         assert (difference == 0).mean() > 0.99
+
+
+def test_karras_spacing_is_that_of_diffusers(generate, tmp_path, one_block_sd_folder):
+    """The whole command against the pipeline of diffusers, with the spacing and without."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.set_num_threads(1)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(one_block_sd_folder)
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(0))
+    np.save(tmp_path / "x.npy", latents.numpy())
+    common = ["--prompt", "a dog", "--latents", tmp_path / "x.npy", "--sampler", "euler"]
+    common += ["--num_inference_steps", "4"]
+    drawn = {}
+    for given in ("--karras", "--no-karras"):
+        pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+            pipe.scheduler.config, use_karras_sigmas=given == "--karras"
+        )
+        (expected,) = pipe("a dog", latents=latents, num_inference_steps=4).images
+        _, images = generate(*common, given, out=given)
+        drawn[given] = next(iter(images.values())).astype(int)
+        difference = np.abs(drawn[given] - np.asarray(expected).astype(int))
+        assert difference.max() <= 1  # a pixel may lie on the edge between two bytes
+        assert (difference == 0).mean() > 0.99
+    assert np.abs(drawn["--karras"] - drawn["--no-karras"]).max() > 1
 
 
 def test_scale_zero_is_the_plain_model_and_when_always(generate, concepts, caplog):
@@ -211,7 +236,7 @@ def test_scale_zero_is_the_plain_model_and_when_always(generate, concepts, caplo
         (["--output_dir", "{tmp}/rows.jsonl/x"], ["cannot be written"]),
     ],
 )
-def test_mistakes_are_explained(tiny_sd_folder, concepts, tmp_path, capsys, arguments, words):
+def test_mistakes_are_explained(one_block_sd_folder, concepts, tmp_path, capsys, arguments, words):
     ones = np.ones((3, 1, 12, 64), np.float32)
     save_concept(
         tmp_path / "sd1/catversion.safetensors",
@@ -230,7 +255,7 @@ def test_mistakes_are_explained(tiny_sd_folder, concepts, tmp_path, capsys, argu
     filled = [text.format(tmp=tmp_path, concepts=concepts) for text in arguments]
     defaults = [
         "--model",
-        str(tiny_sd_folder),
+        str(one_block_sd_folder),
         "--prompt",
         "a dog",
         "--output_dir",

@@ -17,10 +17,10 @@ OPTIONS = {"max_train_steps": 100, "checkpointing_steps": 5, "concepts_per_devic
 
 
 @pytest.mark.slow
-def test_twenty_kills_in_a_run_of_fifty_concepts(tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_twenty_kills_in_a_run_of_fifty_concepts(one_block_sd_folder: Path, tmp_path: Path) -> None:
     concepts, whole, output = (tmp_path / name for name in ("concepts", "whole", "out"))
     _write_concepts(concepts)
-    process = start(arguments(tiny_sd_folder, concepts, whole, **OPTIONS))
+    process = start(arguments(one_block_sd_folder, concepts, whole, **OPTIONS))
     startup = _seconds_until_work(process, whole)
     began = time.monotonic()
     text, _ = process.communicate(timeout=900)
@@ -29,7 +29,7 @@ def test_twenty_kills_in_a_run_of_fifty_concepts(tiny_sd_folder: Path, tmp_path:
 
     moments, finished = random.Random(0), dict[Path, int]()
     for kill in range(NUM_KILLS):
-        process = start(arguments(tiny_sd_folder, concepts, output, **OPTIONS))
+        process = start(arguments(one_block_sd_folder, concepts, output, **OPTIONS))
         if kill % 5 == 4:  # now and then while it starts
             time.sleep(moments.uniform(0.1, 0.5) * startup)
         else:
@@ -43,7 +43,7 @@ def test_twenty_kills_in_a_run_of_fifty_concepts(tiny_sd_folder: Path, tmp_path:
         assert {path: now[path] for path in finished} == finished  # none was done again
         finished = now
     assert 0 < len(finished) < NUM_CONCEPTS
-    process = start(arguments(tiny_sd_folder, concepts, output, **OPTIONS))
+    process = start(arguments(one_block_sd_folder, concepts, output, **OPTIONS))
     text, _ = process.communicate(timeout=900)
     assert process.returncode == 0, text
     assert final_files(output) == final_files(whole)

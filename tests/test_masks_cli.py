@@ -39,9 +39,9 @@ def concepts(tmp_path: Path) -> Path:
     return tmp_path / "concepts"
 
 
-def masks(tiny_sd_folder: Path, source: Path, *more: object) -> int:
+def masks(one_block_sd_folder: Path, source: Path, *more: object) -> int:
     sheets = source.parent / "sheets"
-    arguments = ["masks", source, "--model", tiny_sd_folder, "--output_dir", sheets, *more]
+    arguments = ["masks", source, "--model", one_block_sd_folder, "--output_dir", sheets, *more]
     return main([str(argument) for argument in arguments])
 
 
@@ -50,13 +50,13 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def test_masks_lie_beside_the_images_and_given_ones_win(
-    concepts: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+    concepts: Path, one_block_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from catversion_jax.models.stable_diffusion import load_backbone
     from catversion_jax.sampling.class_word_masks import class_word_masks
 
     before = {path: path.read_bytes() for path in concepts.rglob("*.*")}
-    assert masks(tiny_sd_folder, concepts) == 0
+    assert masks(one_block_sd_folder, concepts) == 0
     assert all(path.read_bytes() == content for path, content in before.items())
     new = {str(path.relative_to(concepts)) for path in concepts.rglob("*.*") if path not in before}
     assert new == {
@@ -68,7 +68,7 @@ def test_masks_lie_beside_the_images_and_given_ones_win(
     }
     # The same image alone, from Python, gives the same mask; transparency is taken as it is.
     (expected,) = class_word_masks(
-        load_backbone(tiny_sd_folder), pixels_of(concepts / "cup/2.png")[None], ["cup"]
+        load_backbone(one_block_sd_folder), pixels_of(concepts / "cup/2.png")[None], ["cup"]
     )
     np.testing.assert_array_equal(pixels_of(concepts / "cup/2.mask.png"), expected)
     alpha = noise(7, SIDE, SIDE, 4)[..., 3]
@@ -85,8 +85,8 @@ def test_masks_lie_beside_the_images_and_given_ones_win(
     assert sheet.height > 2 * 128
 
 
-def test_masked_training_reads_them(concepts: Path, tiny_sd_folder: Path) -> None:
-    masks(tiny_sd_folder, concepts)
+def test_masked_training_reads_them(concepts: Path, one_block_sd_folder: Path) -> None:
+    masks(one_block_sd_folder, concepts)
     for spec in read_concepts(concepts).concepts:
         assert not spec.warnings
         for image, source in zip(
@@ -97,26 +97,28 @@ def test_masked_training_reads_them(concepts: Path, tiny_sd_folder: Path) -> Non
                 np.testing.assert_allclose(image.mask, pixels_of(source.mask) / 255, atol=1e-6)
 
 
-def test_listed_images_find_the_masks_beside_them(concepts: Path, tiny_sd_folder: Path) -> None:
+def test_listed_images_find_the_masks_beside_them(
+    concepts: Path, one_block_sd_folder: Path
+) -> None:
     row = {"name": "cup", "base_class": "cup", "images": ["cup/0.png", "cup/1.png"]}
     manifest = concepts / "list.json"
     manifest.write_text(json.dumps([row]))
-    assert masks(tiny_sd_folder, manifest) == 0
+    assert masks(one_block_sd_folder, manifest) == 0
     (spec,) = read_concepts(manifest).concepts
     found = [source.mask and source.mask.name for source in spec.images]
     assert found == ["0.mask.png", "1-masklabel.png"]
 
 
-def test_overwrite_makes_all_again(concepts: Path, tiny_sd_folder: Path) -> None:
+def test_overwrite_makes_all_again(concepts: Path, one_block_sd_folder: Path) -> None:
     given = concepts / "cup" / "1-masklabel.png"
     old = pixels_of(given)
     made = concepts / "cup" / "0.mask.png"
-    assert masks(tiny_sd_folder, concepts) == 0
+    assert masks(one_block_sd_folder, concepts) == 0
     first = pixels_of(made)
     Image.fromarray(255 - first).save(made)
-    assert masks(tiny_sd_folder, concepts) == 0
+    assert masks(one_block_sd_folder, concepts) == 0
     np.testing.assert_array_equal(pixels_of(made), 255 - first)
-    assert masks(tiny_sd_folder, concepts, "--overwrite") == 0
+    assert masks(one_block_sd_folder, concepts, "--overwrite") == 0
     np.testing.assert_array_equal(pixels_of(made), first)
     assert (pixels_of(given) != old).any()
     assert not (concepts / "cup" / "1.mask.png").exists()
@@ -124,10 +126,10 @@ def test_overwrite_makes_all_again(concepts: Path, tiny_sd_folder: Path) -> None
 
 
 def test_compare_writes_nothing_and_prints_the_overlap(
-    concepts: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+    concepts: Path, one_block_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(concepts.parent.rglob("*"))
-    assert masks(tiny_sd_folder, concepts, "--compare") == 3  # the dog has no mask
+    assert masks(one_block_sd_folder, concepts, "--compare") == 3  # the dog has no mask
     assert sorted(concepts.parent.rglob("*")) == before
     captured = capsys.readouterr()
     assert "dog: left out: no mask was given to compare with" in captured.err
@@ -137,26 +139,28 @@ def test_compare_writes_nothing_and_prints_the_overlap(
     assert lines[2].startswith("mean of images")
     # Masks made by the same command overlap with themselves fully.
     (concepts / "cup" / "1-masklabel.png").unlink()
-    masks(tiny_sd_folder, concepts / "cup")
+    masks(one_block_sd_folder, concepts / "cup")
     capsys.readouterr()
-    assert masks(tiny_sd_folder, concepts / "cup", "--compare") == 0
+    assert masks(one_block_sd_folder, concepts / "cup", "--compare") == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[3:6] == ["3", "1.000", "1.000"]
 
 
 def test_one_broken_concept_does_not_stop_the_others(
-    concepts: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+    concepts: Path, one_block_sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo = concepts / "cup" / "2.png"
     photo.write_bytes(photo.read_bytes()[:60])
-    assert masks(tiny_sd_folder, concepts) == 3
+    assert masks(one_block_sd_folder, concepts) == 3
     assert "2.png: cannot be decoded" in capsys.readouterr().err
     assert not (concepts / "cup" / "0.mask.png").exists()
     assert (concepts / "dog" / "alpha.mask.png").exists()
 
 
-def test_messages(concepts: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages(
+    concepts: Path, one_block_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def error(*more: object) -> str:
-        assert masks(tiny_sd_folder, concepts, *more) in (2, 3)
+        assert masks(one_block_sd_folder, concepts, *more) in (2, 3)
         return capsys.readouterr().err
 
     assert "noise_levels=(2.0,): must be numbers from 0 to below 1" in error("--noise_levels", 2)

@@ -167,7 +167,7 @@ def test_alone_it_learns_what_it_learns_in_a_pack(backbone: Backbone) -> None:
 
 
 def test_the_command_trains_resumes_and_exports(
-    tiny_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    one_block_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_toy_concepts(tmp_path / "toys")
     run, again = tmp_path / "run", tmp_path / "again"
@@ -182,7 +182,7 @@ def test_the_command_trains_resumes_and_exports(
         "timestep_sampling": "stratified",
         "concepts_per_device": 3,
     }
-    assert main(["train", *arguments(tiny_sd_folder, tmp_path / "toys", run, **options)]) == 0
+    assert main(["train", *arguments(one_block_sd_folder, tmp_path / "toys", run, **options)]) == 0
     finished = final_files(run)
     concept = load_concept(run / "concepts" / "teal_cup")
     assert concept.train_config["learning_rate"] == 5e-4  # the preset came with the method
@@ -192,7 +192,9 @@ def test_the_command_trains_resumes_and_exports(
     for file in again.glob("concepts/*/catversion.safetensors"):
         file.unlink()
     shutil.rmtree(again / "checkpoints" / "process-0000" / "4")
-    assert main(["train", *arguments(tiny_sd_folder, tmp_path / "toys", again, **options)]) == 0
+    assert (
+        main(["train", *arguments(one_block_sd_folder, tmp_path / "toys", again, **options)]) == 0
+    )
     assert final_files(again) == finished
 
     capsys.readouterr()

@@ -1,40 +1,21 @@
-"""``python train_tpu.py`` from the outside: output, slots, SIGKILL, quarantine, exit codes."""
+"""``python train_tpu.py`` from the outside: what it writes, quarantine, exit codes."""
 
 import csv
 import json
-import random
 import shutil
-import signal
 import struct
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
-from random_model import write_toy_concepts
-from running import arguments, assert_close, final_files, run_to_end, start
+from running import final_files, metrics, run_here, steps_of
 from safetensors import safe_open
 
 from catversion_jax import load_concept
-from catversion_jax.cli import main
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three concepts of four images: with two slots, one of them is refilled."""
-    folder = tmp_path_factory.mktemp("toys")
-    write_toy_concepts(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_sd_folder: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run, with a grid and TensorBoard."""
-    output = tmp_path_factory.mktemp("run") / "out"
-    shown = {"validation_steps": 12, "validation_inference_steps": 2, "num_validation_images": 1}
-    run_to_end(arguments(tiny_sd_folder, toys, output, **shown, report_to="tensorboard"))
-    return output
 
 
 def test_a_run_writes_what_the_readme_says(finished: Path, toys: Path) -> None:
@@ -96,141 +77,108 @@ def test_tensorboard_holds_the_losses_of_the_csv(finished: Path) -> None:
     assert scalars["loss/eval", 12] == pytest.approx(float(rows[-1]["eval_loss"]), rel=1e-4)
 
 
-def test_killed_at_random_moments_the_final_files_are_the_same_bytes(
-    tiny_sd_folder: Path, toys: Path, finished: Path, tmp_path: Path
+def test_a_finished_run_is_recognised(
+    one_block_sd_folder: Path, toys: Path, finished: Path
 ) -> None:
-    output = tmp_path / "out"
-    rng = random.Random(0)
-    kills = 0
-    for _ in range(20):
-        process = start(arguments(tiny_sd_folder, toys, output))
-        # Wait until it is past loading; then kill it somewhere in the steps, the saving or the
-        # export.
-        before = sorted(output.glob("concepts/*/metrics.csv"))
-        marks = {path: path.stat().st_mtime_ns for path in before}
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            now = {
-                p: p.stat().st_mtime_ns for p in output.glob("concepts/*/metrics.csv") if p.exists()
-            }
-            if any(marks.get(path) != stamp for path, stamp in now.items()):
-                break
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 1.0))
-        if process.poll() is None and kills < 2:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-            process.communicate()
-            continue
-        text, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, text
-        break
-    assert kills >= 1
-    assert final_files(output) == final_files(finished)
-
-
-@pytest.fixture(scope="module")
-def interrupted(tiny_sd_folder: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was killed once two of its three concepts had come to step 8."""
-    output = tmp_path_factory.mktemp("interrupted") / "out"
-    process = start(arguments(tiny_sd_folder, toys, output))
-    while process.poll() is None and not list(output.glob("checkpoints/process-0000/8")):
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    assert not final_files(output)
-    return output
-
-
-def test_interrupted_concepts_continue_on_a_smaller_machine(
-    tiny_sd_folder: Path, toys: Path, interrupted: Path, finished: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    shutil.copytree(interrupted, output)
-    args = arguments(tiny_sd_folder, toys, output, concepts_per_device=1)
-    text = run_to_end(args, JAX_LOG_COMPILES="1")
-    assert "resumed 2 concepts at step" in text
-    assert text.count("Compiling jit(many_steps)") == 1  # no matter how often the slot is refilled
-    assert_close(output, finished)
-
-
-def test_an_interrupted_run_goes_on_without_a_concept_that_was_taken_out(
-    tiny_sd_folder: Path, toys: Path, interrupted: Path, tmp_path: Path
-) -> None:
-    concepts, output = tmp_path / "concepts", tmp_path / "out"
-    shutil.copytree(interrupted, output)
-    shutil.copytree(toys, concepts)
-    shutil.rmtree(concepts / "purple_kite")
-    text = run_to_end(arguments(tiny_sd_folder, concepts, output))
-    assert "resumed 1 concepts at step" in text
-    assert sorted(final_files(output)) == ["striped_ball", "teal_cup"]
-
-
-def test_a_finished_run_is_recognised(tiny_sd_folder: Path, toys: Path, finished: Path) -> None:
-    before = {
-        path: path.stat().st_mtime_ns for path in finished.glob("concepts/*/catversion.safetensors")
-    }
-    assert main(["train", *arguments(tiny_sd_folder, toys, finished)]) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
-def test_one_unreadable_image_quarantines_its_concept_only(
-    tiny_sd_folder: Path, tmp_path: Path
-) -> None:
-    concepts, output = tmp_path / "concepts", tmp_path / "out"
-    write_toy_concepts(concepts)
-    broken = concepts / "striped_ball" / "2.png"
-    broken.write_bytes(broken.read_bytes()[:200])
-    process = start(arguments(tiny_sd_folder, concepts, output))
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 3, text
-    assert "striped_ball" in text
-    assert sorted(final_files(output)) == ["purple_kite", "teal_cup"]
-    reason = (output / "concepts" / "striped_ball" / "FAILED.txt").read_text()
-    assert "2.png" in reason
-    # The photo is replaced, the command repeated: only this concept is trained.
-    Image.new("RGB", (64, 64), "red").save(broken)
-    done = {
-        path: path.stat().st_mtime_ns for path in output.glob("concepts/*/catversion.safetensors")
-    }
-    run_to_end(arguments(tiny_sd_folder, concepts, output))
-    assert len(final_files(output)) == 3
-    assert done == {path: path.stat().st_mtime_ns for path in done}
-    assert not (output / "concepts" / "striped_ball" / "FAILED.txt").exists()
-
-
-def test_a_loss_that_is_not_finite_quarantines_and_keeps_the_last_finite_state(
-    tiny_sd_folder: Path, toys: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    assert main(["train", *arguments(tiny_sd_folder, toys, output, learning_rate=1e38)]) == 3
-    assert not final_files(output)
-    folder = output / "concepts" / "teal_cup"
-    assert "not finite at step" in (folder / "FAILED.txt").read_text()
-    kept = load_concept(next(folder.glob("catversion-*.safetensors")))
-    assert np.isfinite(kept.learned.key).all()
+    before = stamps(finished)
+    assert run_here(one_block_sd_folder, toys, finished) == 0
+    assert stamps(finished) == before
 
 
 def test_a_run_with_other_options_is_not_continued(
-    tiny_sd_folder: Path, toys: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+    one_block_sd_folder: Path, toys: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", *arguments(tiny_sd_folder, toys, finished, learning_rate=0.5)]) == 2
+    assert run_here(one_block_sd_folder, toys, finished, learning_rate=0.5) == 2
     message = capsys.readouterr().err
     assert "learning_rate: 0.01 -> 0.5" in message
     assert "another output_dir" in message
-    assert (
-        main(["train", *arguments(tiny_sd_folder, toys, finished, resume_from_checkpoint="none")])
-        == 2
-    )
+    assert run_here(one_block_sd_folder, toys, finished, resume_from_checkpoint="none") == 2
     assert "would overwrite" in capsys.readouterr().err
 
 
-def test_a_mistyped_first_attempt_does_not_pin_the_folder(
-    tiny_sd_folder: Path, toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """JAX as it is where nobody named a cache, and a home of its own."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / ".cache"))
+    yield tmp_path / "home"
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+def test_bfloat16_learns_nearly_the_same_and_without_a_cache_no_program_is_kept(
+    one_block_sd_folder: Path, toys: Path, finished: Path, no_cache: Path, tmp_path: Path, caplog
 ) -> None:
     output = tmp_path / "out"
-    assert main(["train", *arguments(tiny_sd_folder, toys, output, layers="last9")]) == 2
+    options = {"mixed_precision": "bf16", "compilation_cache_dir": "null", "max_train_steps": 4}
+    assert run_here(one_block_sd_folder, toys, output, **options) == 0
+    assert "no compilation cache" in caplog.text
+    assert not no_cache.exists()
+    for name in final_files(finished):
+        whole, half = (metrics(run / "concepts" / name)[:3] for run in (finished, output))
+        for kind in ("loss", "eval_loss"):
+            exact = [float(row[kind]) for row in whole if row[kind]]
+            rounded = [float(row[kind]) for row in half if row[kind]][: len(exact)]
+            assert rounded == pytest.approx(exact, rel=0.03)  # 8 bits: 0.4 % a number
+            assert rounded != pytest.approx(exact, rel=1e-5)
+        concept = load_concept(output / "concepts" / name)
+        assert concept.learned.key.dtype == np.float32  # what is learned stays float32
+        assert concept.train_config["mixed_precision"] == "bf16"
+
+
+# ---- one folder, from a mistyped first attempt to more steps and more concepts
+
+
+@pytest.fixture(scope="module")
+def broken(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two concepts; an image of one of them is cut short."""
+    concepts = tmp_path_factory.mktemp("broken") / "concepts"
+    for name in ("striped_ball", "purple_kite"):
+        shutil.copytree(toys / name, concepts / name)
+    photo = concepts / "striped_ball" / "2.png"
+    photo.write_bytes(photo.read_bytes()[:200])
+    return concepts
+
+
+def stamps(output: Path) -> dict[Path, int]:
+    files = output.glob("concepts/*/catversion.safetensors")
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_folder_from_the_first_mistake_to_more_steps_and_concepts(
+    one_block_sd_folder: Path, toys: Path, broken: Path, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "out"
+    # A mistyped first attempt does not pin the folder.
+    assert run_here(one_block_sd_folder, broken, output, layers="last9") == 2
     assert "this encoder has 4 layers" in capsys.readouterr().err
+
+    # One unreadable image quarantines its concept only.
     short = {"max_train_steps": 2, "validation_steps": 1, "validation_prompt": "null"}
-    assert main(["train", *arguments(tiny_sd_folder, toys, output, **short)]) == 0
-    assert len(final_files(output)) == 3
+    assert run_here(one_block_sd_folder, broken, output, **short) == 3
+    captured = capsys.readouterr()
+    assert "1 concepts in" in captured.out
+    assert "striped_ball" in captured.err
+    assert steps_of(output) == {"purple_kite": 2}
+    failed = output / "concepts" / "striped_ball" / "FAILED.txt"
+    assert "2.png" in failed.read_text()
+    assert list(output.glob("concepts/purple_kite/samples/*.png"))
+
+    # The photo is replaced, the command repeated: only this concept is trained.
+    Image.new("RGB", (64, 64), "red").save(broken / "striped_ball" / "2.png")
+    before = stamps(output)
+    assert run_here(one_block_sd_folder, broken, output, **short) == 0
+    assert steps_of(output) == {"purple_kite": 2, "striped_ball": 2}
+    assert before == {path: stamps(output)[path] for path in before}
+    assert not failed.exists()
+
+    # More steps and more concepts are welcome, fewer steps are not.
+    shutil.copytree(toys / "teal_cup", broken / "teal_cup")
+    assert run_here(one_block_sd_folder, broken, output, **{**short, "max_train_steps": 4}) == 0
+    assert steps_of(output) == dict.fromkeys(("purple_kite", "striped_ball", "teal_cup"), 4)
+    capsys.readouterr()
+    assert run_here(one_block_sd_folder, broken, output, **{**short, "max_train_steps": 3}) == 2
+    assert "max_train_steps: 4 -> 3" in capsys.readouterr().err

@@ -38,8 +38,8 @@ from catversion_jax.training.step import (
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_sd_folder: Path) -> Backbone:
-    return load_backbone(tiny_sd_folder)
+def backbone(one_block_sd_folder: Path) -> Backbone:
+    return load_backbone(one_block_sd_folder)
 
 
 def run(

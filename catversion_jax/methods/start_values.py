@@ -12,6 +12,7 @@ import numpy as np
 from catversion_jax.array_types import Array, Float
 from catversion_jax.config import MethodOptions
 from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.random_normal import standard_normal
 
 SPREAD = 0.1
 """How far copied start values of several positions lie apart, in units of their own root mean
@@ -55,7 +56,7 @@ def start_values(options: MethodOptions, own: Array, rng: Array) -> Array:
       own: the encoder's own numbers, which ``init=class_word`` and ``bos`` copy.
       rng: key of the noise.
     """
-    noise = jax.random.normal(rng, own.shape, jnp.float32)
+    noise = standard_normal(rng, own.shape)
     if options.init == "normal":
         return options.init_std * noise
     own = own.astype(jnp.float32)

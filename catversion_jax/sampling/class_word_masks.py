@@ -27,6 +27,7 @@ from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.vae import vae_encode
 from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.batches import full_batches
+from catversion_jax.runtime.random_normal import standard_normal
 from catversion_jax.sampling.encoding import encode_prompt
 
 PROMPT = "a photo of a {}"
@@ -181,7 +182,7 @@ def _mean_maps(
     def look(noise: tuple[Array, Array]) -> tuple[Array, ...]:
         timestep, key = noise
         noisy = schedule.add_noise(
-            latents, jax.random.normal(key, latents.shape[1:]), jnp.full(len(latents), timestep)
+            latents, standard_normal(key, latents.shape[1:]), jnp.full(len(latents), timestep)
         )
         _, maps = unet.call("attention_maps", noisy, timestep, texts, token_weights)
         return tuple(maps[layer] for layer in _finer(maps, min_map_side))

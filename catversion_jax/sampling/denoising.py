@@ -33,6 +33,7 @@ from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.vae import vae_decode
 from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.batches import full_batches
+from catversion_jax.runtime.random_normal import standard_normal
 from catversion_jax.runtime.sharding import (
     by_device,
     mesh_of,
@@ -233,7 +234,7 @@ def _initial_noise(
 
 
 def _noise(keys: Key[Array, " B"], fold: Array | int, shape: tuple[int, ...]) -> Array:
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape))(keys)
+    return jax.vmap(lambda key: standard_normal(jax.random.fold_in(key, fold), shape))(keys)
 
 
 @jax.jit

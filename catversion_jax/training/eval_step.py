@@ -17,6 +17,7 @@ from catversion_jax.array_types import Array, Bool, Float, Int
 from catversion_jax.diffusion.schedule import NoiseSchedule
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.random_normal import standard_normal
 from catversion_jax.runtime.sharding import CONCEPT_AXIS, on_every_device
 from catversion_jax.training.objective import DiffusionBatch, denoising_losses, text_context
 from catversion_jax.training.state import EVAL_STREAM, ConceptData
@@ -62,7 +63,7 @@ def make_eval_step(
         def draw(index: Int[Array, ""]) -> tuple[DiffusionBatch, Float[Array, "T D"]]:
             image, prompt = index % data.num_images, index % data.num_prompts
             latents = data.latent_mean[image, 0]
-            noise = jax.random.normal(jax.random.fold_in(rng, index), latents.shape, jnp.float32)
+            noise = standard_normal(jax.random.fold_in(rng, index), latents.shape)
             timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * num_samples)
             batch = DiffusionBatch(latents, noise, timestep, data.text_hidden[prompt])
             return batch, context[prompt]

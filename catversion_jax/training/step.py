@@ -22,6 +22,7 @@ from catversion_jax.config import DeviceOptions, ObjectiveOptions
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.weights.network import Network
+from catversion_jax.runtime.random_normal import standard_normal
 from catversion_jax.runtime.sharding import CONCEPT_AXIS, DATA_AXIS, on_every_device
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.training.state import (
@@ -219,8 +220,8 @@ def sample_batch(
         image = _epoch_image(data, step * objective.train_batch_size + place)
         flipped = jax.random.bernoulli(rngs[0], data.flip).astype(jnp.int32)
         mean, std = data.latent_mean[image, flipped], data.latent_std[image, flipped]
-        latents = mean + std * jax.random.normal(rngs[1], mean.shape, jnp.float32)
-        noise = jax.random.normal(rngs[2], mean.shape, jnp.float32)
+        latents = mean + std * standard_normal(rngs[1], mean.shape)
+        noise = standard_normal(rngs[2], mean.shape)
         if objective.timestep_sampling == "stratified":
             timestep = _stratified_timestep(
                 data, step, place, objective.train_batch_size, num_train_timesteps

@@ -10,8 +10,9 @@ from catversion_jax import load_concept
 from catversion_jax.concepts import read_concepts
 
 
-def test_the_first_command_trains_the_examples(tmp_path: Path) -> None:
-    output = tmp_path / "catversion-out"
+def test_the_first_command_trains_evaluates_and_names_its_report(tmp_path: Path) -> None:
+    output, prompts = tmp_path / "catversion-out", tmp_path / "prompts.txt"
+    prompts.write_text("a {} on the beach")
     shorter = {
         "max_train_steps": 2,
         "eval_steps": 2,
@@ -19,6 +20,7 @@ def test_the_first_command_trains_the_examples(tmp_path: Path) -> None:
         "validation_steps": 2,
         "validation_inference_steps": 1,
         "num_eval_samples": 1,
+        "evaluation_prompts": prompts,
         "output_dir": output,
         "compilation_cache_dir": COMPILATION_CACHE,
     }
@@ -35,5 +37,9 @@ def test_the_first_command_trains_the_examples(tmp_path: Path) -> None:
         assert concept.learned.key.shape[1] == 4
         assert np.isfinite(concept.learned.value).all()
         assert len(list((output / "concepts" / name / "samples").glob("*.png"))) == 1
+    assert text.splitlines()[-1] == str(output / "report.html")
+    page = (output / "report.html").read_text()
+    assert all(name in page for name in examples)
+    assert "on the beach" in page
     assert len({*final_files(output).values()}) == len(examples)
     assert json.loads((output / "run.json").read_text())["base_model"] == "tiny-sd"

@@ -193,7 +193,7 @@ def test_updates_are_torch_adamw(backbone: Backbone) -> None:
         )
         for parameter, gradient in zip(parameters, grads, strict=True):
             parameter.grad = torch.tensor(gradient)
-        optimizer.step()
+        theirs.step()
     for ours, theirs in zip(jax.tree.leaves(state.learned), parameters, strict=True):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
 

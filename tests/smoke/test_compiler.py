@@ -13,6 +13,7 @@ from catversion_jax.models.stable_diffusion import abstract_backbone
 from catversion_jax.runtime.sharding import make_mesh
 from catversion_jax.training.planning import compiled
 from catversion_jax.training.planning.chips import parse_slice
+from catversion_jax.training.start import planned_step
 
 pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
 CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 64})
@@ -30,8 +31,8 @@ def test_a_tpu_that_is_not_here_is_planned_for(tmp_path: Path) -> None:
 def test_too_many_rows_are_said_not_to_fit() -> None:
     backbone = abstract_backbone("tiny-sd", dtype="bfloat16")
     mesh = compiled.tpu_mesh(parse_slice("v5e:1x1"))
-    with pytest.raises(compiled.DoesNotFitError, match=r"500000 slots on a chip: do not fit"):
-        compiled.compile_step(backbone, CONFIG, mesh, 500_000, max_images=5)
+    with pytest.raises(compiled.DoesNotFitError, match=r"500000 rows on a chip: do not fit"):
+        compiled.compile_step(planned_step(CONFIG, backbone), mesh, 500_000, max_images=5)
 
 
 def test_an_option_that_the_compiler_refuses_is_not_taken_for_too_little_memory(
@@ -40,6 +41,6 @@ def test_an_option_that_the_compiler_refuses_is_not_taken_for_too_little_memory(
     monkeypatch.setattr(compiled, "FAST_COMPILATION", {"hurry": True})
     backbone, mesh = abstract_backbone("tiny-sd"), make_mesh(1, jax.local_devices()[:1])
     with pytest.raises(CatVersionError, match="No such compile option: 'hurry'") as caught:
-        compiled.compile_step(backbone, CONFIG, mesh, 1, max_images=5)
+        compiled.compile_step(planned_step(CONFIG, backbone), mesh, 1, max_images=5)
     assert not isinstance(caught.value, compiled.DoesNotFitError)
     assert "concepts_per_device" not in str(caught.value)

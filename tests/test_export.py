@@ -71,6 +71,10 @@ def test_load_is_the_inverse_of_save(tmp_path: Path) -> None:
     assert concept.train_config == DESCRIPTION["config"]
     again = concept.save(tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes()
+    before = save_concept(tmp_path / "before.safetensors", residual=residual, **DESCRIPTION)
+    assert before.read_bytes() == path.read_bytes()
+    with pytest.raises(TypeError, match="learned"):
+        save_concept(tmp_path / "nothing.safetensors", **DESCRIPTION)
 
 
 def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:

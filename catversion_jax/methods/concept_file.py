@@ -95,7 +95,7 @@ class Concept:
 
 def save_concept(
     path: str | Path,
-    learned: Learned,
+    learned: Learned | None = None,
     *,
     base_class: str,
     name: str | None = None,
@@ -106,6 +106,7 @@ def save_concept(
     config: Mapping[str, Any] | None = None,
     images: Sequence[str] = (),
     metrics: Mapping[str, Any] | None = None,
+    residual: Learned | None = None,
 ) -> Path:
     """Write one concept, atomically and with bytes that depend on nothing but the arguments.
 
@@ -121,6 +122,7 @@ def save_concept(
       config: resolved training configuration; must be expressible in JSON.
       images: names of the training images.
       metrics: final measurements; must be expressible in JSON.
+      residual: the name that ``learned`` had before version 0.2; scripts may still use it.
 
     Returns:
       ``path``.
@@ -128,7 +130,11 @@ def save_concept(
     Raises:
       CatVersionError: what was learned is not one finite concept, an argument is out of its rule,
         or the file cannot be written (an older file of that name then stays as it was).
+      TypeError: ``learned`` is missing.
     """
+    learned = residual if learned is None else learned
+    if learned is None:
+        raise TypeError("save_concept() needs `learned`, what one concept learned")
     concept = Concept(
         learned,
         base_class,

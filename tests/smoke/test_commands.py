@@ -28,6 +28,7 @@ TRAIN = [
     "logging_steps=2",
     "checkpointing_steps=20",
     "validation_steps=null",
+    "evaluate_after=false",
     "num_eval_samples=2",
     "compilation_cache_dir=cache",
     "report_to=none",

@@ -230,7 +230,6 @@ class NotInstalled(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, NotInstalled())
 import numpy as np, torch
 torch.set_num_threads(1)
-from tiny_pipelines import save_tiny_sd  # noqa: E402
 from diffusers import DiffusionPipeline
 folder, latents, result = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)

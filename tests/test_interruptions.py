@@ -180,10 +180,10 @@ def test_signals_and_a_file_named_stop_save_what_is_under_way(
 
 
 def first_lines(process: subprocess.Popen, last: str) -> str:
-    """What it prints up to a line that begins so."""
+    """What it prints up to a line with these words; a progress bar may stand before them."""
     text = ""
     for line in process.stdout:
         text += line
-        if line.startswith(last):
+        if last in line:
             break
     return text

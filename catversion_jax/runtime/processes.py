@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -41,6 +43,7 @@ def join_processes(
     """
     if address is None and not _on_tpu_slice():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             address,
@@ -55,6 +58,9 @@ def join_processes(
             "Start the same command on every host; elsewhere than on Cloud TPU with "
             "coordinator_address=HOST:PORT num_processes=N process_id=0..N-1."
         ) from error
+    # JAX listens to SIGTERM itself from now on; a caller that listened already still does.
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def own_part(items: Sequence[T]) -> Sequence[T]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from catversion_jax.runtime.compilation import watch_compilation
+from catversion_jax.runtime.compilation import use_compilation_cache, watch_compilation
 
 
 @pytest.fixture
@@ -42,3 +42,15 @@ def test_a_program_is_compiled_once_and_then_found(cache: Path) -> None:
         make()(x).block_until_ready()
     assert (found.programs, found.hits) == (1, 1)
     assert str(found) == f"found in the compilation cache {cache}"
+
+
+def test_without_a_folder_it_says_so(cache: Path) -> None:
+    use_compilation_cache(None)  # leaves JAX as it is
+    with watch_compilation() as found:
+        jax.jit(lambda x: x * 43)(jnp.ones(3)).block_until_ready()
+    assert str(found) == f"was not in the compilation cache {cache}"
+    use_compilation_cache(str(cache / "other"))
+    assert jax.config.values["jax_compilation_cache_dir"] == str(cache / "other")
+    assert (cache / "other").is_dir()
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert str(found) == "no compilation cache"

@@ -20,6 +20,8 @@ from catversion_jax.runtime.atomic_files import check_writable
 from catversion_jax.runtime.processes import HEARTBEAT_SECONDS
 
 OPTIONS = {"concepts_per_device": 1, "max_train_steps": 40}
+# Evaluations that keep the processes busy until a signal has reached them all.
+BUSY = {"eval_steps": 4, "num_eval_samples": 8}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def test_a_signal_to_one_stops_all_one_killed_ends_the_others_and_a_restart_cont
     one_block_sd_folder: Path, toys: Path, alone: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    args = arguments(one_block_sd_folder, toys, output, **OPTIONS)
+    args = arguments(one_block_sd_folder, toys, output, **OPTIONS, **BUSY)
     processes = start_all(2, args)
     wait_for_checkpoint(output, 0, processes)
     processes[1].send_signal(signal.SIGTERM)

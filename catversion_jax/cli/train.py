@@ -109,7 +109,8 @@ def _stop_signals() -> Iterator[threading.Event]:
     def ask(number: int, _: object) -> None:
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"{signal.Signals(number).name}: saving what is under way", file=sys.stderr)
+        # on a line of its own, below the progress bar
+        print(f"\n{signal.Signals(number).name}: saving what is under way", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may listen

@@ -32,6 +32,8 @@ def join_processes(
 ) -> None:
     """Join the other processes of the run, if there are any; before anything touches a device.
 
+    A process that has joined them already stays as it is.
+
     Args:
       address: ``host:port`` of process 0. On the hosts of a Cloud TPU slice JAX finds all three by
         itself; elsewhere None means that this process is the only one.
@@ -41,7 +43,7 @@ def join_processes(
     Raises:
       CatVersionError: the other processes cannot be reached.
     """
-    if address is None and not _on_tpu_slice():
+    if jax.distributed.is_initialized() or (address is None and not _on_tpu_slice()):
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:

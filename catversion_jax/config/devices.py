@@ -61,7 +61,8 @@ class DeviceOptions(Options):
     )
     compilation_cache_dir: str | None = option(
         "~/.cache/catversion/xla",
-        "Folder of XLA's persistent compilation cache; null switches the cache off.",
+        "Folder of XLA's persistent compilation cache; null leaves it to JAX's own settings, which "
+        "keep nothing unless they are changed.",
         decides_result=False,
     )
 

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from running import COMPILATION_CACHE, ROOT, final_files, run_to_end, steps_of
 
 from catversion_jax import load_concept
 from catversion_jax.concepts import read_concepts
 
 
+@pytest.mark.slow
 def test_the_first_command_trains_evaluates_and_names_its_report(tmp_path: Path) -> None:
     output, prompts = tmp_path / "catversion-out", tmp_path / "prompts.txt"
     prompts.write_text("a {} on the beach")

@@ -94,6 +94,7 @@ def test_a_run_with_other_options_is_not_continued(
     assert "would overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_nearly_the_same_and_null_asks_for_no_cache_of_our_own(
     one_block_sd_folder: Path,
     toys: Path,

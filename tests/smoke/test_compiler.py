@@ -28,6 +28,7 @@ def test_a_tpu_that_is_not_here_is_planned_for(tmp_path: Path) -> None:
     assert plan["largest_concepts_per_device"] >= 2
 
 
+@pytest.mark.slow
 def test_too_many_rows_are_said_not_to_fit() -> None:
     backbone = abstract_backbone("tiny-sd", dtype="bfloat16")
     mesh = compiled.tpu_mesh(parse_slice("v5e:1x1"))

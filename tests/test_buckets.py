@@ -44,6 +44,7 @@ def bucket() -> Iterator[str]:
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_survives_kills_and_gives_the_same_bytes(
     one_block_sd_folder: Path,
     toys: Path,

@@ -73,6 +73,7 @@ def test_killed_damaged_and_killed_again_the_final_files_are_the_same_bytes(
     assert final_files(output) == final_files(finished)
 
 
+@pytest.mark.slow
 def test_interrupted_concepts_continue_on_a_smaller_machine(
     one_block_sd_folder: Path, toys: Path, interrupted: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_processes_may_look_at_the_same_new_folder_at_once(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_processes_share_the_list_and_learn_what_one_learns(
     one_block_sd_folder: Path, toys: Path, alone: Path, tmp_path: Path
 ) -> None:

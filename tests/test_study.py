@@ -247,6 +247,7 @@ def test_the_study_runs_resumes_and_writes_its_page(world, capsys):
     assert "was trained with other train_steps. Remove this folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dreambooth_moves_every_part_and_is_drawn_as_torch_computes_it(world):
     spec = read_concepts(world / "concepts").concepts[0]
     method = DreamBooth(str(world / "model"), 64)

@@ -105,6 +105,7 @@ def test_processes_share_the_list_and_learn_what_one_learns(
     assert len(set().union(*parts)) == 6
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_one_killed_ends_the_others_and_a_restart_continues(
     one_block_sd_folder: Path, toys: Path, alone: Path, tmp_path: Path
 ) -> None:

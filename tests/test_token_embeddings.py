@@ -166,6 +166,7 @@ def test_alone_it_learns_what_it_learns_in_a_pack(backbone: Backbone) -> None:
     assert distance(alone.learned, TokenEmbeddings(packed.learned.vectors[1:])) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_command_trains_resumes_and_exports(
     one_block_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,7 @@ def test_one_step_a_call_learns_what_the_loop_learns(
     assert np.isfinite(metrics.losses).all()
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_the_same(backbone: Backbone, packed: TrainState) -> None:
     again, _ = run(backbone, config(gradient_checkpointing="attention"), devices=1)
     assert distance(again.learned, packed.learned) < 1e-3

@@ -1,7 +1,7 @@
 """The floor plan: rooms in order, no circles, torch in integrations only, a light import."""
 
 import ast
-import re
+import runpy
 import subprocess
 import sys
 import typing
@@ -13,10 +13,13 @@ PACKAGE = ROOT / "catversion_jax"
 
 
 def room_table() -> dict[str, int]:
-    """The rooms of CONTRIBUTING's floor plan, each with its place in the order."""
+    """The rooms of CONTRIBUTING's floor plan, each with its place in the order.
+
+    The picture of the architecture is drawn from the same reading.
+    """
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    plan = text.split("## Floor plan")[1].split("\n## ")[0]
-    rooms = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", plan, re.MULTILINE)
+    plan = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["read_rooms"](text)
+    rooms = [room.name.removesuffix("/").removesuffix(".py") for room in plan]
     assert len(rooms) == len(set(rooms)) > 10, rooms
     return {room: place for place, room in enumerate(rooms)}
 

@@ -25,7 +25,9 @@ from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.runtime.sharding import make_mesh, place_by_concept, replicated
 from catversion_jax.training.eval_step import make_eval_step
+from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.training.state import (
+    EVAL_STREAM,
     ConceptData,
     TrainState,
     create_train_state,
@@ -264,6 +266,47 @@ def test_evaluation_loss_ignores_mesh_and_batch(backbone: Backbone) -> None:
         np.testing.assert_array_equal(of_some[1::3], losses[-1][1::3])
         assert np.isnan(np.delete(of_some, np.s_[1::3])).all()
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])  # fewer and more than the prompts, which are two
+def test_the_evaluation_loss_is_the_mean_of_its_samples(
+    backbone: Backbone, num_samples: int
+) -> None:
+    """Equation (2) of objective.py at the middle of each n-th of the schedule, one by one."""
+    residual, data = concept_data(backbone)
+    schedule, mesh = schedule_of(backbone), make_mesh(1, jax.devices()[:1])
+    evaluate = make_eval_step(
+        schedule, mesh, first_layer=LAYERS[0], num_samples=num_samples, batch_size=2
+    )
+    every = np.ones(NUM_CONCEPTS, bool)
+    found = evaluate(
+        *place_by_concept((residual, data, every), mesh), backbone.text_encoder, backbone.unet
+    )
+    concept = 3  # of four images and two prompts
+    learned = jax.tree.map(lambda leaf: leaf[concept : concept + 1], residual)
+    losses = []
+    for sample in range(num_samples):
+        latents = data.latent_mean[concept, sample, 0]
+        key = jax.random.fold_in(jax.random.fold_in(data.rng[concept], EVAL_STREAM), sample)
+        timestep = int((sample + 0.5) / num_samples * schedule.num_train_timesteps)
+        one = DiffusionBatch(
+            latents,
+            jax.random.normal(key, latents.shape),
+            np.int32(timestep),
+            data.text_hidden[concept, sample % 2],
+        )
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None, None], one)
+        losses.append(
+            diffusion_losses(
+                learned,
+                backbone.text_encoder,
+                backbone.unet,
+                batch,
+                schedule,
+                first_layer=LAYERS[0],
+            )[0]
+        )
+    np.testing.assert_allclose(found[concept], np.mean(losses), rtol=1e-5)
 
 
 def schedule_of(backbone: Backbone) -> NoiseSchedule:

@@ -27,7 +27,6 @@ NUM_LAYERS, NUM_HEADS, HEAD_DIM = 4, 4, 8
 
 def tiny_tokenizer(folder: Path, *, context: int):
     """CLIP's tokenizer without merges: every byte is a token."""
-
     # from files: the constructor's arguments changed with transformers 5
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps(byte_vocabulary()))
@@ -40,11 +39,6 @@ def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0, blocks: int 
 
     With one block instead of two the UNet has no middle either: it compiles in a third of the time.
     """
-    import torch
-    from diffusers import (
-        StableDiffusionPipeline,
-    )
-
     vocabulary = byte_vocabulary()
     tokenizer = tiny_tokenizer(folder / "tokenizer", context=context)
     torch.manual_seed(seed)

@@ -11,7 +11,6 @@ from catversion_jax.cli.model_arguments import (
     add_sampling_arguments,
     add_source_arguments,
     given_sampling_settings,
-    load_model,
 )
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.progress import progress
@@ -94,31 +93,29 @@ def run(args: argparse.Namespace) -> int:
     seeds = range(args.seed, args.seed + args.num_images_per_prompt)
     latents = None if args.latents is None else _read_latents(args.latents)
 
-    from catversion_jax.runtime.atomic_files import make_folder
     from catversion_jax.sampling.concept_shelf import ConceptShelf
-    from catversion_jax.sampling.generate import images_per_page
-    from catversion_jax.sampling.pages import ImageMetadata, PageFolder, draw_pages
+    from catversion_jax.sampling.generate import generated_pages
 
-    # A wrong concept, seed or folder shows before the model is loaded.
     shelf = ConceptShelf(args.concept, scale=args.scale, when=args.when)
-    requests = shelf.requests(rows, seeds, args.negative_prompt)
-    make_folder(args.output_dir)
-    backbone = load_model(args, args.model, dtype=args.dtype, max_devices=len(requests))
-    shelf.check(backbone, force=args.force)
-    describe = ImageMetadata(backbone, settings, None if latents is None else str(args.latents))
-    folder = PageFolder(args.output_dir, len(seeds), describe)
-    with progress(f"drawing {len(requests)} images", "step") as advance:
-        for page in draw_pages(
-            backbone,
-            requests,
+    with progress(f"drawing {len(rows) * len(seeds)} images", "step") as advance:
+        for drawn in generated_pages(
+            rows,
+            seeds,
+            shelf,
             settings,
+            model=args.model,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=args.dtype,
+            negative_prompt=args.negative_prompt,
+            force=args.force,
             latents=latents,
-            images_per_page=images_per_page(len(seeds)),
+            latents_name=str(args.latents),
+            output_dir=args.output_dir,
             on_step=advance,
         ):
-            files, grid = folder.write(page)
-            plural = "" if len(files) == 1 else "s"
-            print(f"{len(files)} image{plural} and {grid}")
+            plural = "" if len(drawn.files) == 1 else "s"
+            print(f"{len(drawn.files)} image{plural} and {drawn.grid}")
     return 0
 
 

@@ -29,10 +29,8 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(
-    args: argparse.Namespace, model: str, *, dtype: str | None = None, max_devices: int = 1
-) -> Backbone:
-    """Load ``model`` with the options of :func:`add_source_arguments`; ``dtype`` as there."""
+def load_model(args: argparse.Namespace, model: str, *, dtype: str | None = None) -> Backbone:
+    """Load ``model`` on one device with the options of :func:`add_source_arguments`."""
     from catversion_jax.models.stable_diffusion import load_model
 
     return load_model(
@@ -40,7 +38,7 @@ def load_model(
         revision=args.revision,
         variant=args.variant,
         dtype=dtype,
-        max_devices=max_devices,
+        max_devices=1,
     )
 
 

@@ -56,7 +56,8 @@ def plan_images(
     for subject in subjects:
         concept = subject.concept
         if step is not None:
-            concept = load_concept(subject.steps()[step]) if step in subject.steps() else None
+            file = subject.steps().get(step)
+            concept = None if file is None else load_concept(file)
         if concept is None and not plain:
             continue
         uses = () if plain or concept is None else (ConceptUse.of(concept),)
@@ -101,7 +102,8 @@ def draw_missing(
     wanted = [(image, describe(image.request)) for image in planned]
     todo = [(image, metadata) for image, metadata in wanted if not _is_there(image.path, metadata)]
     for page in draw_pages(backbone, [image.request for image, _ in todo], settings):
-        for pixels, (image, metadata) in zip(page.images, todo[page.start :], strict=False):
+        of_page = todo[page.start : page.start + len(page.images)]
+        for pixels, (image, metadata) in zip(page.images, of_page, strict=True):
             make_folder(image.path.parent)
             mask_path(image.path).unlink(missing_ok=True)  # of the picture that was there before
             save_png(image.path, pixels, metadata)

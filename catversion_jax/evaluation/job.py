@@ -67,9 +67,8 @@ class EvaluationJob:
         """The folder of the images of the method under evaluation."""
         return self.output / "images" if self.draws else self.source
 
-    @property
-    def steps(self) -> list[int]:
-        """Training steps that have a concept file, where they are wanted."""
+    def _steps(self) -> list[int]:
+        """Training steps that have a concept file, where they are wanted; reads every folder."""
         if not self.all_steps:
             return []
         return sorted({step for subject in self.subjects for step in subject.steps()})
@@ -89,7 +88,7 @@ class EvaluationJob:
         if self.plain:
             folder = self.output / "plain_images"
             planned += plan_images(folder, subjects, prompt_set, self.seeds, plain=True)
-        for step in self.steps:
+        for step in self._steps():
             folder, first = self._step_folder(step), self.seeds[:1]
             planned += plan_images(folder, subjects, prompt_set, first, step=step)
         if self.num_prior_images:
@@ -153,14 +152,15 @@ class EvaluationJob:
     ) -> dict[str, list[tuple[int, Scores]]]:
         """Scores of the first seed over the training step."""
         curves: dict[str, list[tuple[int, Scores]]] = {}
+        if not self.all_steps:
+            return curves
         for subject, last in zip(self.subjects, final, strict=True):
             points = [
                 (
                     step,
                     scorer.score(subject, references[subject.name], self._step_folder(step)).total,
                 )
-                for step in self.steps
-                if step in subject.steps()
+                for step in subject.steps()
             ]
             if points and subject.concept is not None:
                 curves[subject.name] = [*points, (subject.concept.step, last.first_seed)]

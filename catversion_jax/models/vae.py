@@ -279,7 +279,7 @@ class AutoencoderKL(nnx.Module):
     """Images to a Gaussian over latents and back.
 
     Args:
-      config: the folder's ``vae/config.json``, config.
+      config: the folder's ``vae/config.json``, parsed.
       layers: makes the elementary layers; its dtype is that of the network.
     """
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from catversion_jax.array_types import Float, Int
-from catversion_jax.config.sampling import sampling_settings
+from catversion_jax.config.sampling import SamplingSettings, sampling_settings
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone, load_model
+from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.sampling.concept_shelf import Concepts, ConceptShelf
-from catversion_jax.sampling.pages import IMAGES_PER_PAGE, ImageMetadata, PageFolder, draw_pages
+from catversion_jax.sampling.pages import (
+    IMAGES_PER_PAGE,
+    ImageMetadata,
+    Page,
+    PageFolder,
+    draw_pages,
+)
 from catversion_jax.sampling.prompts import Prompt
 from catversion_jax.sampling.requests import ImageRequest
 
@@ -133,8 +140,75 @@ def generate(
         raise CatVersionError(
             f"prompts={prompts!r}, seeds={seeds!r}: give at least one prompt and one seed."
         )
-    shelf = ConceptShelf(concepts, scale=scale, when=when)
-    requests = shelf.requests(rows, all_seeds, negative_prompt)
+    drawn = list(
+        generated_pages(
+            rows,
+            all_seeds,
+            ConceptShelf(concepts, scale=scale, when=when),
+            settings,
+            model=model,
+            revision=revision,
+            variant=variant,
+            dtype=dtype,
+            negative_prompt=negative_prompt,
+            force=force,
+            latents=latents,
+            output_dir=None if output_dir is None else as_path(output_dir),
+            on_step=on_step,
+        )
+    )
+    return GenerateResult(
+        np.concatenate([one.page.images for one in drawn]),
+        tuple(request for one in drawn for request in one.page.requests),
+        tuple(file for one in drawn for file in one.files),
+        tuple(one.grid for one in drawn if one.grid is not None),
+        tuple(dict.fromkeys(warning for one in drawn for warning in one.page.warnings)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedPage:
+    """One page, and the files it became where an ``output_dir`` was given.
+
+    Attributes:
+      page: what was drawn.
+      files: the PNG of each image.
+      grid: the labelled grid.
+    """
+
+    page: Page
+    files: Sequence[Path] = ()
+    grid: Path | None = None
+
+
+def generated_pages(
+    rows: Sequence[Prompt],
+    seeds: Sequence[int],
+    shelf: ConceptShelf,
+    settings: SamplingSettings,
+    *,
+    model: str | Path | Backbone | None,
+    revision: str | None,
+    variant: str | None,
+    dtype: str | None,
+    negative_prompt: str,
+    force: bool,
+    latents: Float[np.ndarray, "B C h w"] | None,
+    output_dir: Path | None,
+    on_step: Callable[[int, int], None] | None,
+    latents_name: str = "given",
+) -> Iterator[GeneratedPage]:
+    """Draw page by page, each written before the next one is begun.
+
+    A wrong concept, seed or folder shows before the model is loaded. Arguments are those of
+    :func:`generate`; ``latents_name`` is what the PNGs say of initial latents.
+
+    Raises:
+      CatVersionError: as for :func:`generate`.
+    """
+    requests = shelf.requests(rows, seeds, negative_prompt)
+    if output_dir is not None:
+        make_folder(output_dir)
     backbone = load_model(
         shelf.base_model() if model is None else model,
         revision=revision,
@@ -145,33 +219,15 @@ def generate(
     shelf.check(backbone, force=force)
     folder = None
     if output_dir is not None:
-        describe = ImageMetadata(backbone, settings, None if latents is None else "given")
-        folder = PageFolder(as_path(output_dir), len(all_seeds), describe)
-    images, warnings = [], list[str]()
-    files, grids = list[Path](), list[Path]()
+        describe = ImageMetadata(backbone, settings, None if latents is None else latents_name)
+        folder = PageFolder(output_dir, len(seeds), describe)
     for page in draw_pages(
         backbone,
         requests,
         settings,
         latents=latents,
-        images_per_page=images_per_page(len(all_seeds)),
+        # whole rows of the grid
+        images_per_page=max(IMAGES_PER_PAGE // len(seeds), 1) * len(seeds),
         on_step=on_step,
     ):
-        images.append(page.images)
-        warnings += page.warnings
-        if folder is not None:
-            written, grid = folder.write(page)
-            files += written
-            grids.append(grid)
-    return GenerateResult(
-        np.concatenate(images),
-        tuple(requests),
-        tuple(files),
-        tuple(grids),
-        tuple(dict.fromkeys(warnings)),
-    )
-
-
-def images_per_page(images_per_prompt: int) -> int:
-    """Images of one page: whole rows of its grid."""
-    return max(IMAGES_PER_PAGE // images_per_prompt, 1) * images_per_prompt
+        yield GeneratedPage(page) if folder is None else GeneratedPage(page, *folder.write(page))

@@ -24,7 +24,6 @@ from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.methods.learned import named_arrays
 from catversion_jax.methods.table import settings_of
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.sampling.denoising import checked_latents, draw_requests
 from catversion_jax.sampling.grids import image_grid
 from catversion_jax.sampling.png import save_png, slug
@@ -86,18 +85,14 @@ class PageFolder:
     Files are numbered from the first number that no earlier image has; nothing is overwritten.
 
     Args:
-      folder: is created where it is missing.
+      folder: exists, except in a bucket.
       columns: images of one prompt, a row of the grid.
       describe: the metadata of each request.
-
-    Raises:
-      CatVersionError: the folder cannot be written.
     """
 
     def __init__(
         self, folder: Path, columns: int, describe: Callable[[ImageRequest], Mapping[str, Any]]
     ):
-        make_folder(folder)
         self._folder, self._columns, self._describe = folder, columns, describe
         self._first = _next_number(folder)
 

@@ -49,14 +49,30 @@ def make_eval_step(
     at_once = max(n for n in range(1, batch_size + 1) if num_samples % n == 0)
 
     def contexts(
-        learned: Learned | None, data: ConceptData, text_encoder: Network
-    ) -> Float[Array, "C K T D"]:
-        return text_context(
-            learned, text_encoder, data.text_hidden, data.word_places, first_layer=first_layer
+        learned: Learned | None, data: ConceptData, due: Bool[Array, "C"], text_encoder: Network
+    ) -> Float[Array, "C S T D"]:
+        """Of the first S prompts, no more than there are samples; one row after the other, so that
+        long lists of prompts need no memory.
+        """
+
+        def one_row(row: tuple[Learned | None, Array, Array | None, Array]) -> Array:
+            *of_row, is_due = row
+            learned, hidden, places = jax.tree.map(lambda leaf: leaf[None], tuple(of_row))
+            return jax.lax.cond(
+                is_due,
+                lambda: text_context(
+                    learned, text_encoder, hidden, places, first_layer=first_layer
+                )[0],
+                lambda: jnp.zeros_like(hidden[0]),
+            )
+
+        prompts = jax.tree.map(
+            lambda leaf: leaf[:, :num_samples], (data.text_hidden, data.word_places)
         )
+        return jax.lax.map(one_row, (learned, *prompts, due))
 
     def one_concept(
-        context: Float[Array, "K T D"], data: ConceptData, unet: Network
+        context: Float[Array, "S T D"], data: ConceptData, unet: Network
     ) -> Float[Array, ""]:
         rng = jax.random.fold_in(data.rng, EVAL_STREAM)
 
@@ -75,7 +91,7 @@ def make_eval_step(
         return jnp.mean(jax.lax.map(some_samples, jnp.arange(num_samples).reshape(-1, at_once)))
 
     def losses(
-        contexts: Float[Array, "C K T D"], data: ConceptData, due: Bool[Array, "C"], unet: Network
+        contexts: Float[Array, "C S T D"], data: ConceptData, due: Bool[Array, "C"], unet: Network
     ) -> Float[Array, "C"]:
         def one_row(row: tuple[Array, ConceptData, Array]) -> Array:
             context, data, is_due = row
@@ -89,7 +105,7 @@ def make_eval_step(
 
     rows, everywhere = PartitionSpec(CONCEPT_AXIS), PartitionSpec()
     spread = functools.partial(on_every_device, mesh=mesh, out_specs=rows)
-    encode = jax.jit(spread(contexts, in_specs=(rows, rows, everywhere)))
+    encode = jax.jit(spread(contexts, in_specs=(rows, rows, rows, everywhere)))
     measure = jax.jit(spread(losses, in_specs=(rows, rows, rows, everywhere)))
 
     def evaluate(
@@ -99,6 +115,6 @@ def make_eval_step(
         text_encoder: Network,
         unet: Network,
     ) -> Float[Array, "C"]:
-        return measure(encode(learned, data, text_encoder), data, due, unet)
+        return measure(encode(learned, data, due, text_encoder), data, due, unet)
 
     return evaluate

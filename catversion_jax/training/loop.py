@@ -29,7 +29,7 @@ from catversion_jax.training.recorder import Dispatched, Recorder
 from catversion_jax.training.rows import Occupant, Rows
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import Checkpoints, SavedRow
-from catversion_jax.training.run.directory import RunDirectory
+from catversion_jax.training.run.directory import RunDirectory, finished_state
 from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
@@ -150,12 +150,11 @@ class TrainingLoop:
             self._recorder.end(occupant, "quarantined")
             return
         summary: dict[str, float] = _summary(occupant)
-        stopped = occupant.step < self._max_steps
-        if stopped:
+        if occupant.step < self._max_steps:
             summary["stopped_early"] = occupant.step
         self._out.write_summary(name, summary)
         record.save(self._out.concept_file(name), learned, occupant.step)
-        outcome = "stopped early" if stopped else "done"
+        outcome = finished_state(summary)
         self._out.set_state(name, outcome, summary=summary)
         self._recorder.end(occupant, outcome)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from catversion_jax.config import RecordingOptions
 from catversion_jax.runtime.line_file import LineFile
 from catversion_jax.training.rows import Occupant
+from catversion_jax.training.run import names
 from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.run.metrics import ConceptMetrics, RunMetrics
 from catversion_jax.training.step import StepMetrics
@@ -115,7 +116,7 @@ class Recorder:
     def begin(self, occupant: Occupant) -> None:
         """Open the files of a concept that has got a row."""
         logs = self._out.logs / occupant.name if self._options.report_to == "tensorboard" else None
-        path = self._out.concept(occupant.name) / "metrics.csv"
+        path = self._out.concept(occupant.name) / names.METRICS_FILE
         self._metrics[occupant.name] = ConceptMetrics(path, logs, occupant.step)
         self._open[occupant.row] = occupant
         self._bar.update(occupant.step)

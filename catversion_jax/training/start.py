@@ -37,7 +37,7 @@ from catversion_jax.training.run.checkpoint import Checkpoints
 from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.run.reader import TrainedConcept, read_trained_concept
 from catversion_jax.training.run.records import ConceptRecord
-from catversion_jax.training.start_values import abstract_learned, abstract_state
+from catversion_jax.training.start_values import abstract_state
 from catversion_jax.training.state import make_optimizer
 from catversion_jax.training.validation import SampleGrids
 
@@ -287,7 +287,15 @@ def train_concepts(
         saved = {name: row for name, row in plan.saved.items() if name in own}
         plan = dataclasses.replace(plan, names=own, saved=saved)
         interrupted, given_up = _run_queue(
-            config, backbone, mesh, run, specs, records, plan, stop or threading.Event()
+            config,
+            backbone,
+            mesh,
+            run,
+            specs,
+            records,
+            plan,
+            template.learned.first_layer,
+            stop or threading.Event(),
         )
         run.write_index()
         wait_for_others("every process is done")
@@ -305,6 +313,7 @@ def _run_queue(
     specs: Mapping[str, ConceptSpec],
     records: Mapping[str, ConceptRecord],
     plan: QueuePlan,
+    first_layer: int,
     stop: threading.Event,
 ) -> tuple[bool, Mapping[str, str]]:
     """Whether the loop was interrupted, and the concepts that it gave up, with reasons."""
@@ -332,7 +341,7 @@ def _run_queue(
         objective,
         config.device_options,
         ema_decay=config.ema_decay,
-        first_layer=abstract_learned(method, backbone).first_layer,
+        first_layer=first_layer,
         num_eval_samples=config.num_eval_samples,
     )
     grids = SampleGrids(backbone, recording, config.resolution or backbone.default_resolution)

@@ -2,8 +2,7 @@ r"""The denoiser of Stable Diffusion 1.x and 2.x: ``UNet2DConditionModel`` of di
 
     (1)  e(t) = [cos(t w), sin(t w)] or sin first,  w_k = 10000^{-k / (E/2 - freq_shift)},  k < E/2
     (2)  temb = W_2 act(W_1 e(t))
-    (3)  down blocks -> mid block -> up blocks, each fed the skips of the down block at its
-         depth
+    (3)  down blocks -> mid block -> up blocks, each fed the skips of the down block at its depth
 
 The prompt enters through cross-attention only, so this is where the gradient to the text encoder
 comes from. Source: diffusers ``models/unets/unet_2d_condition.py`` and ``models/embeddings.py``.
@@ -68,7 +67,7 @@ class UNet2DConditionModel(nnx.Module):
     prompt.
 
     Args:
-      config: the folder's ``unet/config.json``, config.
+      config: the folder's ``unet/config.json``, parsed.
       layers: makes the elementary layers; its dtype is that of the network.
     """
 

@@ -47,13 +47,26 @@ READERS = 16
 """Files that are read at once: in a bucket each takes its time."""
 
 
+def read_summary(folder: Path) -> dict[str, float]:
+    """The final losses in a concept's folder; empty where none are recorded."""
+    try:
+        return json.loads((folder / names.SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def finished_state(summary: Mapping[str, float]) -> str:
+    """``"done"`` or ``"stopped early"``, as the final losses of a finished concept say."""
+    return "stopped early" if "stopped_early" in summary else "done"
+
+
 def is_locked(root: Path) -> bool | None:
     """Whether a process of this machine is training into ``root`` now; None where that cannot be
     known, as in a bucket.
     """
     if is_in_bucket(root):
         return None
-    for path in root.glob("process-*.lock"):
+    for path in root.glob("process-[0-9]*.lock"):
         try:
             with filelock.FileLock(path).acquire(blocking=False):
                 pass
@@ -72,10 +85,10 @@ class RunDirectory:
         self.checkpoints = self.root / names.CHECKPOINTS_FOLDER
         # Process 0 writes what is there once; of the others each has files of its own.
         self.process = jax.process_index()
-        suffix = f"-{self.process:04d}" if self.process else ""
-        self.jsonl = self.root / f"metrics{suffix}.jsonl"
-        self.timeline = self.root / f"timeline{suffix}.csv"
-        self.index = self.root / f"index{suffix}.csv"
+        self.jsonl, self.timeline, self.index = (
+            self.root / names.of_process(file, self.process)
+            for file in (names.RUN_METRICS_FILE, names.TIMELINE_FILE, names.INDEX_FILE)
+        )
         self.logs = self.root / names.LOGS_FOLDER
         self._settings: Mapping[str, Any] = {}
         self._index: dict[str, dict[str, str]] = {}
@@ -87,7 +100,7 @@ class RunDirectory:
     @property
     def checkpoint_folder(self) -> Path:
         """Where this process saves."""
-        return self.checkpoints / f"process-{self.process:04d}"
+        return self.checkpoints / names.process_folder(self.process)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -101,7 +114,7 @@ class RunDirectory:
             yield
             return
         make_folder(self.root)
-        path = self.root / f"process-{self.process:04d}.lock"
+        path = self.root / f"{names.process_folder(self.process)}.lock"
         try:
             held = filelock.FileLock(path).acquire(blocking=False)
         except filelock.Timeout:
@@ -197,7 +210,7 @@ class RunDirectory:
         """Whether anything was learned here: a mistyped first attempt leaves the folder free."""
         patterns = (
             f"{names.CONCEPTS_FOLDER}/*/{CONCEPT_FILE_NAME}",
-            f"{names.CHECKPOINTS_FOLDER}/process-*/[0-9]*",
+            f"{names.CHECKPOINTS_FOLDER}/process-[0-9]*/[0-9]*",
         )
         return any(next(self.root.glob(pattern), None) is not None for pattern in patterns)
 
@@ -251,11 +264,7 @@ class RunDirectory:
 
     def summary(self, name: str) -> dict[str, float]:
         """What :meth:`write_summary` wrote; empty when it did not."""
-        path = self.concept(name) / names.SUMMARY_FILE
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        return read_summary(self.concept(name))
 
     def write_summary(self, name: str, summary: Mapping[str, float]) -> None:
         """The concept's final evaluation losses, for people and for ``index.csv``."""
@@ -275,24 +284,25 @@ class RunDirectory:
         rows = self._index.items()
         return {name: row["reason"] for name, row in rows if row["state"] == "quarantined"}
 
-    def start_index(self, names: Iterable[str], failures: Mapping[str, str]) -> None:
+    def start_index(self, concepts: Iterable[str], failures: Mapping[str, str]) -> None:
         """Find out the state of every concept and write it."""
         for name, reason in failures.items():
             self.set_state(name, "quarantined", reason=reason)
-        for name in names:
+        for name in concepts:
             if not self.is_done(name):
                 self.set_state(name, "queued")
                 continue
             summary = self.summary(name)
-            self.set_state(name, "stopped early" if "stopped_early" in summary else "done", summary)
+            self.set_state(name, finished_state(summary), summary)
         self.write_index()
 
-    def set_others(self, names: Iterable[str]) -> None:
+    def set_others(self, concepts: Iterable[str]) -> None:
         """Concepts that other processes train; those say what becomes of them."""
-        self._others = frozenset(names)
+        self._others = frozenset(concepts)
 
     def _indices_of_others(self) -> list[Path]:
-        return sorted(self.root.glob("index-[0-9]*.csv"))
+        own = self.root / names.INDEX_FILE
+        return sorted(self.root.glob(f"{own.stem}-[0-9]*{own.suffix}"))
 
     def _look_at_others(self) -> None:
         for path in self._indices_of_others():

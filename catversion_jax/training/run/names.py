@@ -30,6 +30,20 @@ _STEM, _SUFFIX = CONCEPT_FILE_NAME.rsplit(".", 1)
 _STEP_FILE = re.compile(rf"^{_STEM}-(\d+)\.{_SUFFIX}$")
 
 
+def of_process(file: str, number: int) -> str:
+    """The name of one process's own ``file``: ``index.csv`` is ``index-0001.csv`` of process 1.
+
+    Process 0 keeps the plain name.
+    """
+    stem, dot, suffix = file.rpartition(".")
+    return f"{stem}-{number:04d}{dot}{suffix}" if number else file
+
+
+def process_folder(number: int) -> str:
+    """The folder of one process's checkpoints; also the stem of its lock file."""
+    return f"process-{number:04d}"
+
+
 def step_file_name(step: int) -> str:
     """The concept file of an intermediate step, such as ``catversion-000250.safetensors``."""
     return f"{_STEM}-{step:06d}.{_SUFFIX}"

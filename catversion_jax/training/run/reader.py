@@ -26,7 +26,7 @@ from catversion_jax.methods.foreign_files import describe_folder
 from catversion_jax.runtime.bucket_paths import absolute, as_path
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import concepts_from_checkpoint
-from catversion_jax.training.run.directory import is_locked
+from catversion_jax.training.run.directory import finished_state, is_locked, read_summary
 
 _CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete step
 
@@ -119,11 +119,11 @@ class TrainedConcept:
 def read_trained_concept(root: Path, name: str, base_class: str) -> TrainedConcept:
     """A finished concept of the run in ``root``."""
     folder = root / names.CONCEPTS_FOLDER / name
-    summary = _summary(folder)
+    summary = read_summary(folder)
     return TrainedConcept(
         name,
         base_class,
-        "stopped early" if "stopped_early" in summary else "done",
+        finished_state(summary),
         folder / CONCEPT_FILE_NAME,
         evaluation_losses(folder),
         summary.get("plain_eval_loss"),
@@ -141,13 +141,7 @@ def evaluation_losses(folder: Path) -> tuple[tuple[int, float], ...]:
 
 def plain_loss(folder: Path) -> float | None:
     """The evaluation loss of the model without the concept, as a concept's folder records it."""
-    return _summary(folder).get("plain_eval_loss")
-
-
-def _summary(folder: Path) -> dict[str, float]:
-    """The final losses of a concept; empty where none are recorded."""
-    path = folder / names.SUMMARY_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_summary(folder).get("plain_eval_loss")
 
 
 def step_files(folder: Path) -> dict[int, Path]:

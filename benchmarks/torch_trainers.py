@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptSpec, read_concepts
 from catversion_jax.concepts.latents import load_concept_images
-from catversion_jax.integrations.concept_attention import EncoderState, LoadedConcept
+from catversion_jax.integrations.concept_attention import EncoderState
+from catversion_jax.integrations.loaded_concept import LoadedConcept
 
 BATCH = 2
 LEARNING_RATE = 3e-2
@@ -118,7 +119,7 @@ class CatVersion(Trainer):
             when="class_word",
             base_model="",
             text_encoder_sha256="",
-            class_ids=self.word,
+            class_ids=(self.word,),
         )
         state = EncoderState(self.pipe.tokenizer)
         state.loaded, state.active = {spec.name: self.concept}, {spec.name: 1.0}

@@ -18,52 +18,11 @@ from typing import Any
 
 import torch
 
+from catversion_jax.integrations.loaded_concept import CatVersionLoadError, LoadedConcept
+
 _IMPLEMENTATIONS = ("sdpa", "eager")
 _ENCODE_PROMPT = {"negative_prompt", "prompt_embeds"}  # parameters that tell the pipelines' method
 _PREFIX = "catversion_"  # our attention implementations are catversion_sdpa and catversion_eager
-
-
-class CatVersionLoadError(ValueError):
-    """A concept that cannot be used with this pipeline. The message says the value, the rule and
-    the remedy.
-    """
-
-
-# All tokens, the class word and what follows it, or the class word alone.
-SCOPES = ("all", "from_class_word", "class_word")
-
-
-@dataclasses.dataclass
-class LoadedConcept:
-    """A concept file's content; ``key`` and ``value`` are ``[L P N H]`` float32 on the CPU."""
-
-    layers: tuple[int, ...]
-    key: torch.Tensor
-    value: torch.Tensor
-    logit_bias: float
-    scope: str  # which tokens see it, one of SCOPES
-    name: str
-    base_class: str
-    when: str
-    base_model: str
-    text_encoder_sha256: str
-    class_ids: tuple[int, ...] = ()
-    placed: dict[Any, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
-
-    def at_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Key and value ``[N P H]`` on the device and in the dtype of ``like``; None where it is
-        not adapted.
-        """
-        if layer not in self.layers:
-            return None
-        place = (like.device, like.dtype)
-        if place not in self.placed:  # the encoder may have moved since loading
-            self.placed = {
-                place: [x.permute(0, 2, 1, 3).to(*place) for x in (self.key, self.value)]
-            }
-        key, value = self.placed[place]
-        index = self.layers.index(layer)
-        return key[index], value[index]
 
 
 @dataclasses.dataclass
@@ -101,6 +60,7 @@ class EncoderState:
         self.enabled = True
         self.plain: set[tuple[int, ...]] = set()
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.inside_word = _ids_inside_words(tokenizer)
         self.groups: list[_Group] = []
         self.fingerprint: str | None = None
         self.original = ""
@@ -178,7 +138,9 @@ class EncoderState:
                     _Acting(
                         self.loaded[n],
                         self.loaded[n].logit_bias + math.log(acting[n]),
-                        _hidden([prompts[row] for row in rows], self.loaded[n], offset, length),
+                        self._hidden(
+                            [prompts[row] for row in rows], self.loaded[n], offset, length
+                        ),
                     )
                     for n in names
                 ],
@@ -201,7 +163,49 @@ class EncoderState:
     def _calls(self, prompt: tuple[int, ...], concept: LoadedConcept) -> bool:
         if not prompt or prompt in self.plain:
             return False
-        return concept.when == "always" or bool(_word_positions(prompt, concept))
+        return concept.when == "always" or bool(self._word_positions(prompt, concept))
+
+    def _word_positions(self, prompt: tuple[int, ...], concept: LoadedConcept) -> list[int]:
+        """Where the class word or one of its forms stands among a prompt's own tokens, every time.
+
+        It is a word of its own: the token before it ends a word, so "cat" is not in "housecat".
+        Where several forms begin at one token the longest counts.
+        """
+        words = sorted(filter(None, concept.class_ids), key=len, reverse=True)
+        found: list[int] = []
+        end = 0
+        for position in range(len(prompt)):
+            if position < end or (position and prompt[position - 1] in self.inside_word):
+                continue
+            for word in words:
+                if prompt[position : position + len(word)] == word:
+                    end = position + len(word)
+                    found += range(position, end)
+                    break
+        return found
+
+    def _hidden(
+        self, prompts: list[tuple[int, ...]], concept: LoadedConcept, offset: int, length: int
+    ) -> torch.Tensor | None:
+        """Which tokens ``[R T]`` do not see the concept; None where all do.
+
+        Args:
+          prompts: the rows' own tokens, before which stand ``offset`` others.
+          concept: a prompt without its word is seen whole.
+          offset: 1 where rows begin with begin-of-text.
+          length: T.
+        """
+        if concept.scope == "all":
+            return None
+        hidden = torch.zeros(len(prompts), length, dtype=torch.bool)
+        for row, prompt in zip(hidden, prompts, strict=True):
+            positions = [position + offset for position in self._word_positions(prompt, concept)]
+            if positions and concept.scope == "class_word":
+                row[:] = True
+                row[positions] = False
+            elif positions:
+                row[: positions[0]] = True
+        return hidden
 
     def _warn_uncalled(self, prompts: list[tuple[int, ...]], called: set[int]) -> None:
         """Warn about prompts that call nothing, the empty and the named plain ones aside."""
@@ -216,7 +220,8 @@ class EncoderState:
             )
             warnings.warn(
                 f"prompt {', '.join(map(str, plain))} of this batch calls no active concept and is "
-                f"drawn by the plain model. Write {words} in it.",
+                f"drawn by the plain model. Write {words} in it as a separate word (add spaces "
+                "around it, or list the form in class_forms).",
                 stacklevel=2,
             )
 
@@ -259,41 +264,13 @@ class EncoderState:
         return output
 
 
-def _word_positions(prompt: tuple[int, ...], concept: LoadedConcept) -> list[int]:
-    """Where the class word stands among a prompt's own tokens, every time."""
-    word, position = concept.class_ids, 0
-    found: list[int] = []
-    while word and position <= len(prompt) - len(word):
-        if prompt[position : position + len(word)] == word:
-            found += range(position, position + len(word))
-            position += len(word)
-        else:
-            position += 1
-    return found
-
-
-def _hidden(
-    prompts: list[tuple[int, ...]], concept: LoadedConcept, offset: int, length: int
-) -> torch.Tensor | None:
-    """Which tokens ``[R T]`` do not see the concept; None where all do.
-
-    Args:
-      prompts: the rows' own tokens, before which stand ``offset`` others.
-      concept: a prompt without its word is seen whole.
-      offset: 1 where rows begin with begin-of-text.
-      length: T.
+def _ids_inside_words(tokenizer: Any) -> frozenset[int]:
+    """Ids of the tokens after which a word goes on: CLIP's byte pairs end a word with ``</w>``,
+    and special and added tokens are words by themselves.
     """
-    if concept.scope == "all":
-        return None
-    hidden = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, prompt in zip(hidden, prompts, strict=True):
-        positions = [position + offset for position in _word_positions(prompt, concept)]
-        if positions and concept.scope == "class_word":
-            row[:] = True
-            row[positions] = False
-        elif positions:
-            row[: positions[0]] = True
-    return hidden
+    whole = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    vocabulary = tokenizer.get_vocab().items()
+    return frozenset(i for token, i in vocabulary if not token.endswith("</w>")) - whole
 
 
 def _hide(logits: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:

@@ -20,7 +20,8 @@ concept are overwritten with (1), computed in float32. A public forward pre-hook
 finds those rows from the token ids. So prompts about other things, the unconditional branch and
 everything while nothing is active stay bit-identical.
 
-When it acts. ``class_word`` concepts: on prompts that contain the words of their base class.
+When it acts. ``class_word`` concepts: on prompts that contain the words of their base class, or one
+of the forms that the file lists (``class_forms``, such as the plural), as words of their own.
 ``always`` concepts: on every prompt except the empty one. Never on negative prompts: those that a
 pipeline, or a user, encodes with the pipeline's ``encode_prompt`` are recognised, because that
 method has its ``prompt_embeds`` by then (``concept_attention.py``). The limit of that rule: code
@@ -28,15 +29,14 @@ that calls the text encoder itself (prompt weighting such as Compel, pipelines w
 ``encode_prompt``) does not say what a prompt is for, and all its prompts count as wanted ones.
 There name those that must stay plain: ``set_catversion(..., plain_prompts=["blurry"])``.
 
-This file and ``concept_attention.py`` need torch, safetensors and transformers, no jax.
-``catversion export --format pipeline`` writes both into the ``pipeline.py`` of a model folder,
-which then needs no package of ours.
+This file, ``concept_attention.py`` and ``loaded_concept.py`` need torch, safetensors and
+transformers, no jax. ``catversion export --format pipeline`` writes them into the ``pipeline.py``
+of a model folder, which then needs no package of ours.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -46,15 +46,11 @@ from typing import Any
 import torch
 
 from catversion_jax.integrations.concept_attention import (
-    SCOPES,
     CatVersionLoadError,
     EncoderState,
     LoadedConcept,
 )
-
-CONCEPT_FILE_NAME = "catversion.safetensors"
-FORMAT_VERSION = 2
-
+from catversion_jax.integrations.loaded_concept import CONCEPT_FILE_NAME, parse_concept
 
 # ---- What a user calls ---------------------------------------------------------------------------
 
@@ -214,62 +210,8 @@ def _resolve_file(path_or_hub_id: str | Path, revision: str | None) -> Path:
         ) from error
 
 
-def _parse_concept(data: bytes, source: str) -> LoadedConcept:
-    import safetensors.torch
-
-    try:
-        tensors = safetensors.torch.load(data)
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
-        if "catversion.format_version" in metadata and metadata["modelspec.hash_sha256"] != digest:
-            raise ValueError("its tensors do not have the checksum it states")
-    except Exception as error:  # SafetensorError, or anything json and torch raise on garbage
-        raise CatVersionLoadError(
-            f"{source}: not a complete safetensors file ({error}). Give a {CONCEPT_FILE_NAME}; "
-            "copy it again."
-        ) from error
-    own = {
-        k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
-    }
-    version = own.get("format_version")
-    if version is None:
-        raise CatVersionLoadError(
-            f"{source}: no catversion metadata (it holds {', '.join(list(tensors)[:3])}): not a "
-            "concept file. LoRAs load with load_lora_weights, embeddings with "
-            "load_textual_inversion."
-        )
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
-        raise CatVersionLoadError(
-            f"{source}: format version {version}, this code reads up to {FORMAT_VERSION}. Update "
-            "catversion-jax."
-        )
-    if own.get("method", "catversion") != "catversion":
-        raise CatVersionLoadError(
-            f"{source}: a concept of method {own['method']}, not keys and values. Use "
-            f"pipe.load_textual_inversion({source!r}) and write {own.get('placeholder_token')} in "
-            "the prompt."
-        )
-    try:
-        layers = tuple(int(i) for i in json.loads(own["layers"]))
-        key, value = (
-            torch.stack([tensors[f"layers.{i}.{part}"] for i in layers]).float()
-            for part in ("key", "value")
-        )
-        texts = ("name", "base_class", "when", "base_model", "text_encoder_sha256")
-        named = {text: own[text] for text in texts}
-        scope = own.get("scope", "all")
-        if scope not in SCOPES:
-            raise ValueError(f"scope={scope!r}")
-        return LoadedConcept(layers, key, value, float(own["logit_bias"]), scope, **named)
-    except (KeyError, ValueError, TypeError) as error:
-        raise CatVersionLoadError(
-            f"{source}: damaged concept file ({error!r}). Export it again."
-        ) from error
-
-
 def _load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str | None, force: bool) -> str:
-    concept = _parse_concept(data, source)
+    concept = parse_concept(data, source)
     encoder = getattr(pipe, "text_encoder", None)
     if encoder is None or getattr(pipe, "tokenizer", None) is None:
         raise CatVersionLoadError(
@@ -279,14 +221,16 @@ def _load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str | None, f
     state = getattr(encoder, "_catversion_state", None) or EncoderState(pipe.tokenizer)
     if not force:
         _check_fingerprint(state, concept, encoder, source)
-    concept.class_ids = _word_ids(pipe.tokenizer, concept.base_class)
-    if not concept.class_ids:
+    concept.class_ids = tuple(
+        _word_ids(pipe.tokenizer, words) for words in (concept.base_class, *concept.class_forms)
+    )
+    if not concept.class_ids[0]:
         raise CatVersionLoadError(
             f"{source}: base class {concept.base_class!r} has no tokens. Export it again."
         )
     state.install(encoder)
     for rival, one in state.loaded.items():
-        if one.class_ids == concept.class_ids:
+        if one.class_ids[0] == concept.class_ids[0]:
             state.active.pop(rival, None)
     name = adapter_name or concept.name
     state.loaded[name] = concept

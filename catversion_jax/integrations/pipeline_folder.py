@@ -3,8 +3,9 @@ need.
 
 ``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)`` then needs torch, diffusers
 and transformers, no package of ours; diffusers 0.42 asks for ``trust_remote_code=True`` with any
-custom pipeline. ``pipeline.py`` is the source of ``concept_attention.py`` and ``diffusers.py`` one
-after the other, the concept files in base64, and a pipeline class that loads them when it is made.
+custom pipeline. ``pipeline.py`` is the source of ``loaded_concept.py``, ``concept_attention.py``
+and ``diffusers.py`` one after the other, the concept files in base64, and a pipeline class that
+loads them when it is made.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from catversion_jax.methods.concept_file import Concept, write_concepts
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
-_SOURCES = ("concept_attention.py", "diffusers.py")
+_SOURCES = ("loaded_concept.py", "concept_attention.py", "diffusers.py")
 _WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 
 _HEADER = '''"""Stable Diffusion with CatVersion concepts: {names}.

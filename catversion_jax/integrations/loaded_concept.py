@@ -1,0 +1,158 @@
+"""A concept file as the PyTorch loader holds it: what it says, checked before it is used.
+
+``docs/reference/concept_file.md`` has the format. A file is refused whole where one tensor or one
+value of its metadata is out of its rule, and the message names that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any
+
+import torch
+
+CONCEPT_FILE_NAME = "catversion.safetensors"
+FORMAT_VERSION = 2
+
+
+class CatVersionLoadError(ValueError):
+    """A concept that cannot be used with this pipeline. The message says the value, the rule and
+    the remedy.
+    """
+
+
+# All tokens, the class word and what follows it, or the class word alone.
+SCOPES = ("all", "from_class_word", "class_word")
+
+
+@dataclasses.dataclass
+class LoadedConcept:
+    """A concept file's content; ``key`` and ``value`` are ``[L P N H]`` float32 on the CPU."""
+
+    layers: tuple[int, ...]
+    key: torch.Tensor
+    value: torch.Tensor
+    logit_bias: float
+    scope: str  # which tokens see it, one of SCOPES
+    name: str
+    base_class: str
+    when: str
+    base_model: str
+    text_encoder_sha256: str
+    class_forms: tuple[str, ...] = ()  # further words that call it, such as a plural
+    class_ids: tuple[tuple[int, ...], ...] = ()  # token ids of the base class and of the forms
+    placed: dict[Any, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
+
+    def at_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Key and value ``[N P H]`` on the device and in the dtype of ``like``; None where it is
+        not adapted.
+        """
+        if layer not in self.layers:
+            return None
+        place = (like.device, like.dtype)
+        if place not in self.placed:  # the encoder may have moved since loading
+            self.placed = {
+                place: [x.permute(0, 2, 1, 3).to(*place) for x in (self.key, self.value)]
+            }
+        key, value = self.placed[place]
+        index = self.layers.index(layer)
+        return key[index], value[index]
+
+
+def parse_concept(data: bytes, source: str) -> LoadedConcept:
+    """The concept in a file's bytes; ``source`` names it in messages.
+
+    Raises:
+      CatVersionLoadError: not a concept file, damaged, or of a newer version.
+    """
+    import safetensors.torch
+
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
+        if "catversion.format_version" in metadata and metadata["modelspec.hash_sha256"] != digest:
+            raise ValueError("its tensors do not have the checksum it states")
+    except Exception as error:  # SafetensorError, or anything json and torch raise on garbage
+        raise CatVersionLoadError(
+            f"{source}: not a complete safetensors file ({error}). Give a {CONCEPT_FILE_NAME}; "
+            "copy it again."
+        ) from error
+    own = {
+        k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
+    }
+    version = own.get("format_version")
+    if version is None:
+        raise CatVersionLoadError(
+            f"{source}: no catversion metadata (it holds {', '.join(list(tensors)[:3])}): not a "
+            "concept file. LoRAs load with load_lora_weights, embeddings with "
+            "load_textual_inversion."
+        )
+    if version not in map(str, range(1, FORMAT_VERSION + 1)):
+        raise CatVersionLoadError(
+            f"{source}: format version {version:.20}, this code reads up to {FORMAT_VERSION}. "
+            "Update catversion-jax."
+        )
+    if own.get("method", "catversion") != "catversion":
+        raise CatVersionLoadError(
+            f"{source}: a concept of method {own['method']}, not keys and values. Use "
+            f"pipe.load_textual_inversion({source!r}) and write {own.get('placeholder_token')} in "
+            "the prompt."
+        )
+    try:
+        return _checked_concept(own, tensors)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise CatVersionLoadError(
+            f"{source}: damaged concept file ({error!r}). Export it again."
+        ) from error
+
+
+def _checked_concept(own: dict[str, str], tensors: dict[str, torch.Tensor]) -> LoadedConcept:
+    """The concept that a file's ``catversion.`` metadata and its tensors describe.
+
+    Raises:
+      KeyError, ValueError, TypeError, RecursionError: one of them is missing or out of its rule;
+        the message names it.
+    """
+    layers = json.loads(own["layers"])
+    numbers = isinstance(layers, list) and all(type(i) is int and i >= 0 for i in layers)
+    if not numbers or not layers or sorted(set(layers)) != layers:
+        raise ValueError(f"layers={own['layers']:.80}, must be ascending numbers, each once")
+    shape = tuple(int(own[key]) for key in ("num_positions", "num_heads", "head_dim"))
+    names = {part: [f"layers.{i}.{part}" for i in layers] for part in ("key", "value")}
+    if unknown := set(tensors).difference(*names.values()):
+        raise ValueError(f"tensor {min(unknown)} belongs to no layer of {layers}")
+    for name in (*names["key"], *names["value"]):
+        tensor = tensors[name]
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or 0 in shape:
+            raise ValueError(
+                f"tensor {name}: {tensor.dtype} of shape {tuple(tensor.shape)}, must be "
+                f"torch.float32 of shape {shape}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"tensor {name} holds NaN or infinite numbers")
+    texts = ("name", "base_class", "when", "base_model", "text_encoder_sha256")
+    named = {text: own[text] for text in texts}
+    logit_bias, scope = float(own["logit_bias"]), own.get("scope", "all")
+    class_forms = json.loads(own.get("class_forms", "[]"))
+    listed = isinstance(class_forms, list) and all(
+        isinstance(form, str) and form.strip() for form in class_forms
+    )
+    for valid, text in (
+        (math.isfinite(logit_bias), f"logit_bias={logit_bias}, must be finite"),
+        (scope in SCOPES, f"scope={scope!r:.80}"),
+        (named["when"] in {"class_word", "always"}, f"when={named['when']!r:.80}"),
+        (named["base_class"].strip(), "base_class is empty"),
+        (named["name"].strip(), "name is empty"),
+        (listed, f"class_forms={own.get('class_forms', '')!r:.80}, must be a list of texts"),
+    ):
+        if not valid:
+            raise ValueError(text)
+    key, value = (torch.stack([tensors[name] for name in names[part]]) for part in names)
+    return LoadedConcept(
+        tuple(layers), key, value, logit_bias, scope, **named, class_forms=tuple(class_forms)
+    )

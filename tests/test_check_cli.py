@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from catversion_jax.cli import main
 
@@ -17,6 +17,12 @@ def photo(seed: int, side: int = 64, mode: str = "RGB") -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 5, len(mode)), np.uint8)
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def circle(side: int) -> Image.Image:
+    """A mask: white in the middle."""
+    y, x = np.mgrid[:side, :side] - side / 2
+    return Image.fromarray(((x**2 + y**2 < (side / 3) ** 2) * 255).astype(np.uint8))
 
 
 def concept(
@@ -83,8 +89,8 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     near = concept(tmp_path / "near", side=200)
     Image.open(near / "0.png").resize((150, 150)).save(near / "again.jpg", quality=70)
     masks = concept(tmp_path / "masks_for_some")
-    Image.new("L", (64, 64)).save(masks / "0.mask.png")
-    Image.new("L", (64, 64)).save(masks / "9.mask.png")
+    for name in ("0", "9"):
+        circle(64).save(masks / f"{name}.mask.png")
     alpha = concept(tmp_path / "see_through")
     photo(7, mode="RGBA").save(alpha / "3.png")
     code, text = check(capsys, tmp_path, "--resolution", 64, "--json")
@@ -177,6 +183,23 @@ def test_words_longer_than_the_context(
     )
     (warning,) = reports["prompt"]["warnings"]
     assert warning.endswith("cut off: 'g table'")  # its first 22 of 28 letters are read
+
+
+def test_masks_that_look_wrong_are_named_unless_they_are_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, fields in (("doubtful", {}), ("meant", {"mask_polarity": "black"})):
+        folder = concept(tmp_path / name, **fields)
+        for i in range(3):
+            ImageOps.invert(circle(64)).save(folder / f"{i}.mask.png")
+    code, text = check(capsys, tmp_path, "--resolution", 64, "--json")
+    assert code == 0
+    doubtful, meant = json.loads(text)["concepts"]
+    (warning,) = doubtful["warnings"]
+    assert warning.startswith("0.png, 1.png, 2.png: the mask is white along the whole border")
+    assert meant["warnings"] == []
+    _, text = check(capsys, tmp_path, "--resolution", 64, "--mask_polarity", "white")
+    assert "warning" not in text
 
 
 def test_check_needs_no_accelerator(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ MASKS = {
     "left": LEFT,
     "right": 255 - LEFT,
     "white": np.full_like(LEFT, 255),
-    "grey": np.where(LEFT, 255, 102).astype(np.uint8),  # 0.4 on the right
+    # 0.4 on the right, of its mean: two values alone would count as black and white
+    "grey": np.where(LEFT, 255, np.indices(LEFT.shape).sum(0) % 2 * 2 + 101).astype(np.uint8),
 }
 
 
@@ -53,6 +54,7 @@ def diverging(one_block_sd_folder: Path, made_once: Callable[..., Path]) -> Path
             "learning_rate": 1e38,
             "random_flip": 0.5,
             "logging_steps": 1,
+            "mask_polarity": "white",  # else the one that is white everywhere is refused
         }
         assert masked(one_block_sd_folder, folder / "concepts", folder / "out", **options) == 3
 
@@ -100,7 +102,23 @@ def test_an_image_without_a_mask_is_named(one_block_sd_folder: Path, tmp_path: P
 def test_an_empty_mask_leaves_no_loss(one_block_sd_folder: Path, tmp_path: Path) -> None:
     folder = write_concept(tmp_path / "cup", LEFT)
     Image.fromarray(np.zeros_like(LEFT)).save(folder / "2.mask.png")
-    assert masked(one_block_sd_folder, folder, tmp_path / "out", unmasked_weight=0) == 3
+    options = {"unmasked_weight": 0, "mask_polarity": "white"}
+    assert masked(one_block_sd_folder, folder, tmp_path / "out", **options) == 3
     reason = (tmp_path / "out" / "concepts" / "cup" / "FAILED.txt").read_text()
     assert "with unmasked_weight=0 an image whose mask is empty" in reason
     assert "use a weight above 0" in reason
+
+
+def test_masks_that_look_wrong_are_refused(one_block_sd_folder: Path, tmp_path: Path) -> None:
+    inverted = np.zeros_like(LEFT)
+    inverted[[0, -1]], inverted[:, [0, -1]] = 255, 255
+    wrong = {"empty": np.zeros_like(LEFT), "inverted": inverted}
+    for name, mask in wrong.items():
+        write_concept(tmp_path / "concepts" / name, mask)
+    assert masked(one_block_sd_folder, tmp_path / "concepts", tmp_path / "out") == 3
+    run = tmp_path / "out" / "concepts"
+    for name, reason in (("empty", "is empty"), ("inverted", "white along the whole border")):
+        message = (run / name / "FAILED.txt").read_text()
+        assert "masked_training=true, but 3 of 3 masks look wrong (0.png: the mask" in message
+        assert reason in message
+        assert '"mask_polarity"' in message

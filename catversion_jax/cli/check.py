@@ -12,7 +12,7 @@ from pathlib import Path
 
 from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptProblem, read_concepts
-from catversion_jax.concepts.fields import WHEN
+from catversion_jax.concepts.fields import MASK_POLARITIES, WHEN
 from catversion_jax.concepts.report import ConceptReport, report_concept
 from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError
@@ -43,6 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"training size in pixels [the model's, else {_SD_RESOLUTION}]",
     )
     parser.add_argument("--alpha", choices=("white", "mask"), default=_DEFAULTS["alpha"])
+    parser.add_argument(
+        "--mask_polarity",
+        choices=MASK_POLARITIES,
+        help="what the object is in mask files [white, and masks that look wrong are named]",
+    )
+    parser.add_argument(
+        "--max_megapixels",
+        type=float,
+        default=_DEFAULTS["max_megapixels"],
+        help=f"largest image that is decoded, in millions [{_DEFAULTS['max_megapixels']:g}]",
+    )
     parser.add_argument(
         "--instance_prompt",
         default=_DEFAULTS["instance_prompt"],
@@ -85,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         concept_column=args.concept_column,
         base_class_column=args.base_class_column,
         default_when=args.when,
+        mask_polarity=args.mask_polarity,
+        max_megapixels=args.max_megapixels,
     )
     reports = [
         report_concept(

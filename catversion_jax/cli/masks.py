@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from catversion_jax.cli.model_arguments import add_dtype_argument, add_source_arguments, load_model
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.concepts import ConceptSpec, read_concepts
-from catversion_jax.concepts.fields import WHEN
+from catversion_jax.concepts.fields import MASK_POLARITIES, WHEN
 from catversion_jax.config import TrainConfig
 from catversion_jax.config.masks import MaskSettings
 from catversion_jax.errors import CatVersionError, ConceptError
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--base_class", help="base class of concepts that do not name their own")
     add("--when", choices=WHEN, default=_TRAIN_DEFAULTS["when"])
+    add("--mask_polarity", choices=MASK_POLARITIES, help="what the object is in given masks")
     add(
         "--overwrite",
         action="store_true",
@@ -93,7 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the masks; 3 when some concepts could not be read."""
     settings = _settings(args)
-    found = read_concepts(args.concepts, base_class=args.base_class, default_when=args.when)
+    found = read_concepts(
+        args.concepts,
+        base_class=args.base_class,
+        default_when=args.when,
+        mask_polarity=args.mask_polarity,
+    )
     failures = {problem.name: problem.message for problem in found.problems}
     make, resolution = _maker(args, settings)
     if args.compare:
@@ -177,7 +183,8 @@ def _write(
 
 
 def _row(spec: ConceptSpec, masks: Sequence[ObjectMask]) -> tuple[str, ...]:
-    from catversion_jax.concepts.mask_files import EMPTY_SHARE, FULL_SHARE
+    from catversion_jax.concepts.mask_files import FULL_SHARE
+    from catversion_jax.concepts.mask_values import EMPTY_SHARE
 
     areas = [mask.area for mask in masks]
     origins = [mask.origin for mask in masks]

@@ -7,11 +7,11 @@ folder, ``fields`` checks the values beside a concept, and ``prompts`` fills tem
 """
 
 from catversion_jax.concepts.folders import ImageSource
+from catversion_jax.concepts.names import check_concept_name
 from catversion_jax.concepts.reading import (
     ConceptList,
     ConceptProblem,
     ConceptSpec,
-    check_concept_name,
     concept_prompts,
     read_concepts,
     read_configured_concepts,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any
 
+from catversion_jax.concepts.folders import MaskPolarity
 from catversion_jax.concepts.prompts import TEMPLATE_SETS
 from catversion_jax.errors import ConceptError
 
 WHEN = ("class_word", "always")
+MASK_POLARITIES: tuple[MaskPolarity, ...] = typing.get_args(MaskPolarity)
 
 
 def prompts_field(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -74,4 +77,13 @@ def when_field(value: Any, where: str) -> str | None:
     """The concept's ``when``, one of :data:`WHEN`; None leaves it to the run."""
     if value is not None and value not in WHEN:
         raise ConceptError(f"{where}: when={value!r}: must be one of {', '.join(WHEN)}.")
+    return value
+
+
+def mask_polarity_field(value: Any, where: str) -> MaskPolarity | None:
+    """The concept's ``mask_polarity``; None leaves it to the run."""
+    if value is not None and value not in MASK_POLARITIES:
+        raise ConceptError(
+            f"{where}: mask_polarity={value!r}: must be one of {', '.join(MASK_POLARITIES)}."
+        )
     return value

@@ -18,13 +18,16 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
+from catversion_jax.config.data import DataOptions
 from catversion_jax.errors import ConceptError
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg",
     ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+MaskPolarity = Literal["white", "black"]
 MASK_FOLDERS = ("masks", "mask")
 _MASK_STEM = re.compile(r"^(?P<image>.+)(-masklabel|\.mask)$", re.IGNORECASE)
 _PAIRED_MASK_STEM = re.compile(r"^(?P<image>.+)[_-]mask$", re.IGNORECASE)
@@ -39,13 +42,18 @@ class ImageSource:
       label: short name for messages and metadata.
       path: the file, or None when only ``data`` is known.
       data: the encoded (not decoded) file contents, or None when ``path`` is to be read.
-      mask: file with the object white and the rest black, or None.
+      mask: file that says where the object is, or None.
+      mask_polarity: what the object is in the mask file and that it is meant so; None for white,
+        with masks that look wrong refused where they decide the loss.
+      max_megapixels: most pixels, in millions, that are decoded.
     """
 
     label: str
     path: Path | None = None
     data: bytes | None = dataclasses.field(default=None, repr=False)
     mask: Path | None = None
+    mask_polarity: MaskPolarity | None = DataOptions.mask_polarity
+    max_megapixels: float = DataOptions.max_megapixels
 
 
 @dataclasses.dataclass(frozen=True)

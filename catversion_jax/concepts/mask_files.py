@@ -18,20 +18,17 @@ from PIL import Image, ImageOps
 from catversion_jax.array_types import Int
 from catversion_jax.concepts import ConceptSpec, ImageSource
 from catversion_jax.concepts.images import decode_upright
+from catversion_jax.concepts.mask_values import INSIDE
 from catversion_jax.errors import ConceptError
 from catversion_jax.runtime.atomic_files import write_atomically
 
 Origin = Literal["given", "alpha", "made"]
 MaskMaker = Callable[[Int[np.ndarray, "n H W 3"], Sequence[str]], Int[np.ndarray, "n H W"]]
 
-EMPTY_SHARE = 0.01
-"""Masks of less of the image count as empty."""
-
 FULL_SHARE = 0.95
 """Masks of more of the image count as full."""
 
 THUMBNAIL_SIDE = 128
-_INSIDE = 128  # least grey of a mask's object
 _CUT_OUT_BACKGROUND = (255, 0, 255)
 
 
@@ -54,7 +51,7 @@ class ObjectMask:
     @property
     def area(self) -> float:
         """Share of the image that is object."""
-        return float((np.asarray(self.mask) >= _INSIDE).mean())
+        return float((np.asarray(self.mask) >= INSIDE).mean())
 
 
 def object_masks(
@@ -101,17 +98,16 @@ def object_masks(
 
 def _read(source: ImageSource) -> tuple[Image.Image, Image.Image | None, Origin]:
     """The upright picture, and the mask the user gave with it."""
-    picture, transparency, mask = decode_upright(source)
-    if mask is not None:
-        return picture, mask, "given"
-    see_through = transparency is not None and transparency.getextrema() != (255, 255)
-    return picture, transparency if see_through else None, "alpha"
+    image = decode_upright(source)
+    if image.mask is not None:
+        return image.picture, image.mask, "given"
+    return image.picture, image.transparency, "alpha"
 
 
 def _fitted(mask: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Image.Image:
     """A square mask at the size of its image, with smooth edges and two values."""
     grey = Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR)
-    return grey.point([255 if value >= _INSIDE else 0 for value in range(256)])
+    return grey.point([255 if value >= INSIDE else 0 for value in range(256)])
 
 
 def mask_paths(spec: ConceptSpec, *, replace: bool = False) -> list[Path]:

@@ -9,15 +9,21 @@ raised, all at once. ``layouts.py`` knows the layouts, ``folders.py`` tells imag
 from __future__ import annotations
 
 import dataclasses
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts.entries import CONCEPT_FILES, Entry
-from catversion_jax.concepts.fields import prompts_field, random_flip_field, seed_field, when_field
-from catversion_jax.concepts.folders import ImageSource, list_images
+from catversion_jax.concepts.fields import (
+    mask_polarity_field,
+    prompts_field,
+    random_flip_field,
+    seed_field,
+    when_field,
+)
+from catversion_jax.concepts.folders import ImageSource, MaskPolarity, list_images
 from catversion_jax.concepts.layouts import read_entries
+from catversion_jax.concepts.names import name_mistakes
 from catversion_jax.concepts.prompts import fill_template, prompt_templates
 from catversion_jax.config import DataOptions
 from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean
@@ -35,11 +41,7 @@ KNOWN_KEYS = (
     "when",
     "images",
     "masks",
-)
-_MAX_NAME_BYTES = 100
-_UNSAFE_CHARACTERS = frozenset('<>:"|?*')
-_DEVICE_NAMES = frozenset(
-    {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
+    "mask_polarity",
 )
 
 
@@ -109,6 +111,8 @@ def read_configured_concepts(options: DataOptions, default_when: str) -> Concept
         concept_column=options.concept_column,
         base_class_column=options.base_class_column,
         default_when=default_when,
+        mask_polarity=options.mask_polarity,
+        max_megapixels=options.max_megapixels,
     )
 
 
@@ -121,6 +125,8 @@ def read_concepts(
     concept_column: str | None = None,
     base_class_column: str | None = None,
     default_when: str = "class_word",
+    mask_polarity: MaskPolarity | None = DataOptions.mask_polarity,
+    max_megapixels: float = DataOptions.max_megapixels,
 ) -> ConceptList:
     """Find the concepts of ``source`` and check them. No image is decoded.
 
@@ -137,6 +143,8 @@ def read_concepts(
       base_class_column: its column with the base class.
       default_when: the run's choice for concepts that make none; under ``always`` prompts need no
         class word.
+      mask_polarity: what the object is in mask files, for concepts that do not say.
+      max_megapixels: most pixels of an image, in millions, that will be decoded.
 
     Raises:
       CatVersionError: the source is not found or not understood, holds no usable concept, or has
@@ -149,14 +157,14 @@ def read_concepts(
         concept_column=concept_column,
         base_class_column=base_class_column,
     )
-    mistakes = _name_mistakes(layout.entries)
+    mistakes = name_mistakes(layout.entries)
     if mistakes:
         raise CatVersionError("\n".join(mistakes))
     concepts: list[ConceptSpec] = []
     problems: list[ConceptProblem] = []
     for entry in layout.entries:
         try:
-            spec = _build_concept(entry, base_class, overrides=layout.single)
+            spec = _build_concept(entry, base_class, layout.single, mask_polarity, max_megapixels)
             concept_prompts(spec, "default", default_when=default_when)
             concepts.append(spec)
         except ConceptError as error:
@@ -190,61 +198,24 @@ def concept_prompts(
     )
 
 
-def check_concept_name(
-    name: str, remedy: str = "Rename it, or set `name` in its entry."
-) -> str | None:
-    """Why ``name`` cannot be a concept's folder name on every file system, or None when it can."""
-    if not name.strip():
-        return f"no name, and none to take from its path. {remedy}"
-    rule = None
-    if "/" in name or "\\" in name or name in (".", ".."):
-        rule = "must not contain path separators or be '.' or '..'"
-    elif len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
-        rule = (
-            f"must be at most {_MAX_NAME_BYTES} bytes long, this one has "
-            f"{len(name.encode('utf-8', 'replace'))}"
-        )
-    elif bad := sorted({c for c in name if c in _UNSAFE_CHARACTERS or not c.isprintable()}):
-        rule = f"must not contain {', '.join(map(repr, bad))}"
-    elif name != name.strip() or name.startswith(".") or name.endswith("."):
-        rule = "must not begin or end with a space or a dot"
-    elif name.split(".")[0].casefold() in _DEVICE_NAMES:
-        rule = "is a reserved device name on Windows"
-    if rule is None:
-        return None
-    return f"concept name {name!r}: {rule}; it becomes a folder name. {remedy}"
-
-
-def _name_mistakes(entries: Iterable[Entry]) -> list[str]:
-    mistakes: list[str] = []
-    seen: dict[str, str] = {}
-    for entry in entries:
-        name = entry.name
-        if mistake := check_concept_name(name):
-            mistakes.append(f"{entry.where}: {mistake}")
-            continue
-        # macOS and Windows would put both into one output folder.
-        folder = unicodedata.normalize("NFC", name).casefold()
-        if folder in seen:
-            other = (
-                ""
-                if seen[folder] == name
-                else f" (as {seen[folder]!r}, one folder on some systems)"
-            )
-            mistakes.append(
-                f"{entry.where}: concept name {name!r}: appears twice{other}. Rename one of them."
-            )
-        seen.setdefault(folder, name)
-    return mistakes
-
-
-def _build_concept(entry: Entry, argument: str | None, *, overrides: bool) -> ConceptSpec:
+def _build_concept(
+    entry: Entry,
+    argument: str | None,
+    overrides: bool,
+    mask_polarity: MaskPolarity | None,
+    max_megapixels: float,
+) -> ConceptSpec:
     if entry.problem:
         raise ConceptError(entry.problem)
     notes = list(entry.notes)
     fields = _checked_keys(entry, notes)
     images, skipped, warnings = _images(entry, fields)
     base_class = _base_class(fields, entry, argument, overrides, notes)
+    polarity = mask_polarity_field(fields.get("mask_polarity"), entry.where) or mask_polarity
+    images = tuple(
+        dataclasses.replace(source, mask_polarity=polarity, max_megapixels=max_megapixels)
+        for source in images
+    )
     return ConceptSpec(
         name=entry.name,
         base_class=base_class,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -50,6 +50,9 @@ class _ImageFacts:
     size: tuple[int, int]
     transparent: bool
     has_mask: bool
+    mask_fault: str | None
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     digest: bytes
     thumbnail: np.ndarray
 
@@ -97,20 +100,24 @@ def report_concept(
         smallest_side=min((min(fact.size) for fact in facts), default=None),
         prompts=prompts,
         warnings=tuple(warnings),
-        notes=spec.notes,
+        notes=(*spec.notes, *_grouped((f.label, note) for f in facts for note in f.notes)),
         problems=tuple(problems),
         skipped=spec.skipped,
     )
 
 
 def _image_facts(source: ImageSource, alpha: Alpha) -> _ImageFacts:
-    opaque, transparency, mask = decode_upright(source, alpha=alpha)
+    image = decode_upright(source, alpha=alpha)
+    opaque = image.picture
     small = opaque.resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
     return _ImageFacts(
         label=source.label,
         size=opaque.size,
-        transparent=transparency is not None and transparency.getextrema() != (255, 255),
-        has_mask=mask is not None,
+        transparent=image.transparency is not None,
+        has_mask=image.mask is not None,
+        mask_fault=image.mask_fault,
+        notes=image.notes,
+        warnings=image.warnings,
         digest=hashlib.sha256(repr(opaque.size).encode() + opaque.tobytes()).digest(),
         thumbnail=np.asarray(small, np.float64),
     )
@@ -124,7 +131,9 @@ def _count_warnings(count: int) -> list[str]:
 
 
 def _image_warnings(facts: Sequence[_ImageFacts], resolution: int, alpha: Alpha) -> list[str]:
-    warnings = []
+    warnings = _grouped((fact.label, text) for fact in facts for text in fact.warnings)
+    faults = _grouped((f.label, f"the mask {f.mask_fault}") for f in facts if f.mask_fault)
+    warnings += [f"{fault} (masked_training refuses it; see mask_polarity)" for fault in faults]
     if small := [f"{f.label} {f.size[0]}x{f.size[1]}" for f in facts if min(f.size) < resolution]:
         warnings.append(f"smaller than {resolution}, will be scaled up: {', '.join(small)}")
     for first, second in itertools.combinations(facts, 2):
@@ -141,6 +150,14 @@ def _image_warnings(facts: Sequence[_ImageFacts], resolution: int, alpha: Alpha)
             f"transparent parts become white (alpha=mask also masks them): {', '.join(see_through)}"
         )
     return warnings
+
+
+def _grouped(remarks: Iterable[tuple[str, str]]) -> list[str]:
+    """Labelled remarks, one line for all images of which the same is said."""
+    labels: dict[str, list[str]] = {}
+    for label, remark in remarks:
+        labels.setdefault(remark, []).append(label)
+    return [f"{', '.join(names)}: {remark}" for remark, names in labels.items()]
 
 
 def _relative_difference(first: np.ndarray, second: np.ndarray) -> float:

@@ -67,6 +67,20 @@ class DataOptions(Options):
         "takes the opaque part as the object mask.",
         decides_result=True,
     )
+    mask_polarity: Literal["white", "black"] | None = option(
+        None,
+        "What the object is in mask files, and that they are meant as they are; null takes white "
+        "and lets masked_training refuse masks that are empty or look inverted. concept.json can "
+        "set it for its concept.",
+        decides_result=True,
+    )
+    max_megapixels: float = option(
+        100.0,
+        "Largest image that is decoded, in millions of pixels; a small file can claim to be huge.",
+        decides_result=False,
+        at_least=0.01,
+        at_most=178.0,  # where Pillow refuses
+    )
     instance_prompt: str = option(
         "{base_class}",
         "Template of the training prompts, in which {base_class} stands for the base class "

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from catversion_jax.array_types import Int
-from catversion_jax.concepts.folders import children, is_image_name
+from catversion_jax.concepts.folders import ImageSource, children, is_image_name
+from catversion_jax.concepts.images import decode_mask, decode_photo
+from catversion_jax.concepts.picture_files import picture_size
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.prompts import EvaluationPrompt
 from catversion_jax.sampling.png import read_metadata, slug
@@ -57,13 +58,7 @@ def read_pixels(path: Path) -> Int[np.ndarray, "H W 3"]:
     Raises:
       CatVersionError: it cannot be read.
     """
-    try:
-        with path.open("rb") as file, Image.open(file) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise CatVersionError(
-            f"{path}: cannot be read as an image ({error}). Draw it again, or remove it."
-        ) from None
+    return np.asarray(decode_photo(ImageSource(path.name, path)).picture)
 
 
 def read_mask(image: Path) -> Int[np.ndarray, "H W"] | None:
@@ -75,9 +70,10 @@ def read_mask(image: Path) -> Int[np.ndarray, "H W"] | None:
     path = mask_path(image)
     if not path.is_file():
         return None
-    mask = read_pixels(path)[..., 0]
-    with image.open("rb") as file, Image.open(file) as picture:
-        size = picture.size
+    drawn = decode_mask(ImageSource(path.name, image, mask=path))
+    if drawn is None:
+        return None
+    mask, size = np.asarray(drawn.grey), picture_size(image)
     if mask.shape != size[::-1]:
         raise CatVersionError(
             f"{path}: is {mask.shape[1]} x {mask.shape[0]} but its image {size[0]} x {size[1]}; "

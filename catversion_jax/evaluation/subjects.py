@@ -131,7 +131,8 @@ def read_references(subject: Subject, masker: MaskMaker | None, resolution: int)
     pictures: list[np.ndarray] = []
     masks: list[np.ndarray | None] = []
     for source in subject.references:
-        opaque, _, mask = decode_upright(source, alpha="mask")
+        image = decode_upright(source, alpha="mask")
+        opaque, mask = image.picture, image.mask
         if mask is None and masker is not None:
             side = min(opaque.size)
             left, top = (opaque.width - side) // 2, (opaque.height - side) // 2

@@ -52,7 +52,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
       CatVersionError: the file is no PNG of ours.
     """
     try:
-        with path.open("rb") as file, Image.open(file) as picture:
+        with path.open("rb") as file, Image.open(file, formats=("PNG",)) as picture:
             return json.loads(picture.info[METADATA_KEY])
     except (OSError, KeyError, ValueError) as error:
         raise CatVersionError(

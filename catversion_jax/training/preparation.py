@@ -142,6 +142,16 @@ def prepare_concept(
             f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each (catversion masks "
             "makes them), or use alpha=mask or masked_training=false with another output_dir."
         )
+    faults = [f"{image.label}: the mask {image.mask_fault}" for image in images if image.mask_fault]
+    if objective.masked_training and faults:
+        raise ConceptError(
+            f"{spec.name}: masked_training=true, but {len(faults)} of {len(images)} masks look "
+            f"wrong ({'; '.join(faults[:3])}). Correct them, or say what the object is in them "
+            'with "mask_polarity": "white" or "black" in concept.json.'
+        )
+    for image in images:
+        for warning in image.warnings:
+            logger.warning(f"{spec.name}: {image.label}: {warning}")
     encoded = encode_concept(
         images,
         backbone.vae,

@@ -42,7 +42,7 @@ def write_strips(out: Path, folder: Path, arms: Mapping[str, Any], count: int) -
     paths = []
     for name in (names[i * len(names) // count] for i in range(min(count, len(names)))):
         spec = specs[name]
-        references = [np.asarray(decode_upright(image)[0]) for image in spec.images]
+        references = [np.asarray(decode_upright(image).picture) for image in spec.images]
         prompts = _prompts(settings["prompt_set"], spec.base_class)
         files = {
             (arm, text): out / "arms" / arm / "images" / name / image_name(text, 0)

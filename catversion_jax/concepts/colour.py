@@ -1,0 +1,137 @@
+"""Stored numbers -> 8-bit sRGB, the colours that Stable Diffusion was trained on.
+
+A picture with an ICC profile is converted (a phone's Display P3 red is 18 levels off otherwise).
+Files of 16 bits and floats are scaled by the range of their numbers, because cameras and scanners
+store 10 or 12 bits in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from catversion_jax.errors import shown
+
+_SRGB = ImageCms.createProfile("sRGB")
+_PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+# A whole picture below this level is black to the eye: numbers of fewer bits than the file has.
+_NEARLY_BLACK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattened:
+    """A picture without transparency.
+
+    Attributes:
+      picture: 8-bit sRGB on the background.
+      transparency: its alpha channel; None where all of it is opaque.
+      notes: what was done to the colours.
+      warnings: what may be wrong with them.
+    """
+
+    picture: Image.Image
+    transparency: Image.Image | None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def flattened(image: Image.Image, background: tuple[int, int, int]) -> Flattened:
+    """A decoded picture as 8-bit sRGB.
+
+    Compositing before any resizing keeps the hidden colours under transparent pixels from bleeding
+    into the edge.
+    """
+    profile = image.info.get("icc_profile")
+    image, warnings = eight_bits(image)
+    alpha = transparency(image)
+    if image.mode in ("LA", "1"):
+        image = image.convert("L")
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGBA").convert("RGB")
+    rgb, notes = image.convert("RGB"), []
+    if profile:
+        try:
+            rgb, notes = _in_srgb(image, profile)
+        # littlecms lets many classes of error through
+        except Exception as error:
+            warnings.append(f"colours taken as sRGB: its colour profile is broken ({shown(error)})")
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
+    if max(high for _, high in rgb.getextrema()) < _NEARLY_BLACK:
+        warnings.append("nearly black; if it should not be, save it with 8 bits per channel")
+    return Flattened(rgb, alpha, tuple(notes), tuple(warnings))
+
+
+def transparency(image: Image.Image) -> Image.Image | None:
+    """The alpha channel of an 8-bit picture, in whichever way its file says it; None where all of
+    it is opaque.
+    """
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, list[str]]:
+    """``RGB`` by way of the profile, and a note where that moved colours.
+
+    Raises:
+      ValueError: the profile is for another kind of picture.
+    """
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = source.profile.xcolor_space
+    if _PROFILE_MODES.get(space) != image.mode:
+        raise ValueError(f"it is for {space.strip()}, the picture is {image.mode}")
+    converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+    if converted is None:
+        raise ValueError("it converts nothing")
+    name = ImageCms.getProfileDescription(source).strip()
+    same = image.mode == "L" or "srgb" in name.casefold()
+    return converted, [] if same else [f"colours converted to sRGB from {name:.60}"]
+
+
+def eight_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """Greyscale of 16 or 32 bits or floats scaled to 8 bits, where Pillow's own conversion clips.
+
+    Returns:
+      The picture, and a line where its numbers do not fill the range of their type.
+    """
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image, np.uint16)
+        top, notes = _range(int(values.max(initial=0)))
+        table = np.arange(2**16, dtype=np.float64) / top
+        return Image.fromarray(_round_to_bytes(table)[values]), notes
+    if image.mode == "I":
+        values = np.asarray(image)
+        top, notes = _range(int(values.max(initial=0)))
+        return Image.fromarray(_round_to_bytes(values / top)), notes
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
+        largest = float(values.max(initial=0.0))
+        # floats count to 1, a highlight beyond it included, or to 255 or 65535
+        top = next((t for t in (1.0, 255.0, 65535.0) if largest <= max(t, _NEARLY_BLACK)), largest)
+        notes = [] if top == 1.0 else [f"floats up to {largest:g}, taken as {top:g} for white"]
+        return Image.fromarray(_round_to_bytes(values / top)), notes
+    return image, []
+
+
+def _range(largest: int) -> tuple[int, list[str]]:
+    """The number that means white, given the largest of a file of 16 or more bits."""
+    if largest == 0:
+        return 65535, []
+    for bits in (8, 10, 12, 16, 24, 32):
+        top = 2**bits - 1
+        if largest <= top:
+            break
+    if bits == 16:
+        dark = largest < 2**14
+        remedy = "if it holds 14 bits, save it again with 8"
+        return top, [f"dark, uses {largest} of 65535 levels; {remedy}"] if dark else []
+    return top, [f"{bits}-bit numbers in a wider file, taken as {top} for white"]
+
+
+def _round_to_bytes(unit: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(unit * 255.0), 0, 255).astype(np.uint8)

@@ -103,6 +103,7 @@ def _concept_facts(path: Path) -> dict[str, Any]:
         "what": concept.learned.kind,
         "name": concept.name,
         "base_class": concept.base_class,
+        "class_forms": list(concept.class_forms),
         "when": concept.when,
         "base_model": concept.base_model,
         "text_encoder_sha256": concept.text_encoder_sha256,

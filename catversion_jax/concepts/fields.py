@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from catversion_jax.concepts.class_words import plural_forms
 from catversion_jax.concepts.folders import MaskPolarity
 from catversion_jax.concepts.prompts import TEMPLATE_SETS
 from catversion_jax.errors import ConceptError
@@ -87,3 +88,23 @@ def mask_polarity_field(value: Any, where: str) -> MaskPolarity | None:
             f"{where}: mask_polarity={value!r}: must be one of {', '.join(MASK_POLARITIES)}."
         )
     return value
+
+
+def class_forms_field(value: Any, base_class: str, where: str) -> tuple[str, ...]:
+    """Forms of the base class that call the concept too: a list of texts, which may be empty, or
+    one text, as a column of a table has it, with ``|`` between them; None is the regular English
+    plural.
+    """
+    if value is None:
+        return plural_forms(base_class)
+    forms = value.split("|") if isinstance(value, str) else value
+    if not isinstance(forms, list) or not all(
+        isinstance(form, str) and any(c.isalnum() for c in form) for form in forms
+    ):
+        raise ConceptError(
+            f"{where}: class_forms={value!r:.100}: must be a list of words that call the concept "
+            f"as well as {base_class!r} does, such as {list(plural_forms(base_class))}, or [] for "
+            "none."
+        )
+    words = (" ".join(form.split()) for form in forms)
+    return tuple(dict.fromkeys(form for form in words if form != base_class))

@@ -1,4 +1,4 @@
-"""Training prompts: templates with a place for the base class, and whether a prompt contains it.
+"""Training prompts: templates with a place for the base class.
 
 ``object`` and ``style`` are short lists after the idea of Textual Inversion (arXiv 2208.01618):
 neutral phrases that vary the medium and the article. ``default`` is the bare base class, as in
@@ -8,10 +8,10 @@ CatVersion's released training.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from catversion_jax.concepts.class_words import contains_inside, contains_words
 from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean
 
 _PHOTOS = ("photo", "close-up photo", "cropped photo", "bright photo", "dark photo", "rendering")
@@ -27,9 +27,6 @@ TEMPLATE_SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-# CLIP's own splitting before byte pairs (openai/CLIP simple_tokenizer.py): contractions, runs of
-# letters, single digits, runs of anything else. Equal pieces give equal tokens.
-_PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _ARTICLE = re.compile(r"\b([Aa]) (?=\{)")
 
@@ -53,18 +50,6 @@ def prompt_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(choice)
 
 
-def contains_words(prompt: str, words: str) -> bool:
-    """Whether ``words`` appear in ``prompt`` next to each other and whole, as the tokenizer would
-    see them.
-    """
-    pieces, wanted = (
-        _PIECES.findall(unicodedata.normalize("NFC", text).lower()) for text in (prompt, words)
-    )
-    return bool(wanted) and any(
-        pieces[i : i + len(wanted)] == wanted for i in range(len(pieces) - len(wanted) + 1)
-    )
-
-
 def with_class_word(template: str, base_class: str) -> str:
     """Put the words into every ``{}`` or ``{base_class}``: "a {}" gives "a dog", "an owl"."""
     template = " ".join(template.split())
@@ -73,7 +58,14 @@ def with_class_word(template: str, base_class: str) -> str:
     return _PLACEHOLDER.sub(lambda _: base_class, template)
 
 
-def fill_template(template: str, base_class: str, *, where: str, needs_class_word: bool) -> str:
+def fill_template(
+    template: str,
+    base_class: str,
+    *,
+    where: str,
+    needs_class_word: bool,
+    class_forms: Sequence[str] = (),
+) -> str:
     """Fill a template as :func:`with_class_word` does, and refuse one that cannot work.
 
     Args:
@@ -81,6 +73,7 @@ def fill_template(template: str, base_class: str, *, where: str, needs_class_wor
       base_class: the words to fill in.
       where: the concept, for messages.
       needs_class_word: whether a prompt without the base-class words is a mistake.
+      class_forms: further forms of the base class, which call the concept as well.
 
     Raises:
       ConceptError: another placeholder or a lone brace, or the base class is missing from the
@@ -92,9 +85,14 @@ def fill_template(template: str, base_class: str, *, where: str, needs_class_wor
             f"{where}: prompt {template!r}: the only placeholders are {{}} and {{base_class}}."
         )
     prompt = with_class_word(template, base_class)
-    if needs_class_word and not contains_words(prompt, base_class):
+    if not needs_class_word or contains_words(prompt, (base_class, *class_forms)):
+        return prompt
+    if contains_inside(prompt, base_class):
         raise ConceptError(
-            f"{where}: prompt {template!r} does not contain the base class {base_class!r}, so the "
-            "concept would not act on it. Write {base_class} where it belongs, or set when=always."
+            f"{where}: prompt {template!r}: the base class {base_class!r} is in it, but not a "
+            "separate word: add spaces or list the form in class_forms, or set when=always."
         )
-    return prompt
+    raise ConceptError(
+        f"{where}: prompt {template!r} does not contain the base class {base_class!r}, so the "
+        "concept would not act on it. Write {base_class} where it belongs, or set when=always."
+    )

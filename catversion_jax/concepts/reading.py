@@ -15,6 +15,7 @@ from typing import Any
 
 from catversion_jax.concepts.entries import CONCEPT_FILES, Entry
 from catversion_jax.concepts.fields import (
+    class_forms_field,
     mask_polarity_field,
     prompts_field,
     random_flip_field,
@@ -32,6 +33,7 @@ KNOWN_KEYS = (
     "name",
     "path",
     "base_class",
+    "class_forms",
     "prompt",
     "prompts",
     "instance_prompt",
@@ -60,6 +62,7 @@ class ConceptSpec:
       skipped: names in its folder that are not training images.
       warnings: what a user should look at before training; shown by ``catversion check``.
       notes: remarks that ask for no correction.
+      class_forms: further forms of the base class that call the concept, such as its plural.
     """
 
     name: str
@@ -72,6 +75,7 @@ class ConceptSpec:
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    class_forms: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +197,13 @@ def concept_prompts(
     templates = spec.prompts or prompt_templates(default_templates)
     needed = (spec.when or default_when) != "always"
     return tuple(
-        fill_template(template, spec.base_class, where=spec.name, needs_class_word=needed)
+        fill_template(
+            template,
+            spec.base_class,
+            where=spec.name,
+            needs_class_word=needed,
+            class_forms=spec.class_forms,
+        )
         for template in templates
     )
 
@@ -227,6 +237,7 @@ def _build_concept(
         skipped=skipped,
         warnings=warnings,
         notes=tuple(notes),
+        class_forms=class_forms_field(fields.get("class_forms"), base_class, entry.where),
     )
 
 

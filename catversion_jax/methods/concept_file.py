@@ -22,17 +22,29 @@ from typing import Any
 
 import numpy as np
 
-from catversion_jax.concepts.fields import WHEN
+from catversion_jax.concepts.class_words import plural_forms
+from catversion_jax.concepts.fields import WHEN, class_forms_field
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.foreign_files import describe_bytes, describe_folder, describe_tensors
 from catversion_jax.methods.learned import Learned, settings
+from catversion_jax.methods.stored_values import (
+    check_tensors,
+    choice,
+    json_object,
+    json_texts,
+    nonblank_text,
+    whole_number,
+)
 from catversion_jax.methods.table import METHODS, UNNAMED_METHOD, method_of
+from catversion_jax.models.weights.safetensors_files import read_header
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 from catversion_jax.runtime.safetensors_bytes import serialize_safetensors
 
 FORMAT_VERSION = 2
 CONCEPT_FILE_NAME = "catversion.safetensors"
+
+_MAX_BYTES = 256 * 2**20  # Stable Diffusion 1.5 has 36 kB; a guard against whole checkpoints
 
 # by width of the text encoder
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}
@@ -55,6 +67,7 @@ class Concept:
       train_config: the resolved training configuration, {} when unknown.
       metrics: final measurements, {} when there are none.
       metadata: the file's metadata as read, {} for a concept that was never in a file.
+      class_forms: further forms of ``base_class`` that call the concept, such as its plural.
     """
 
     learned: Learned
@@ -68,6 +81,7 @@ class Concept:
     train_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    class_forms: tuple[str, ...] = ()
 
     @property
     def residual(self) -> Learned:
@@ -88,6 +102,7 @@ class Concept:
             )
         if self.when not in WHEN:
             raise CatVersionError(f"when={self.when!r}: must be one of {', '.join(WHEN)}.")
+        class_forms_field(list(self.class_forms), self.base_class, str(path))
         make_folder(path.parent)
         write_atomically(path, serialize_safetensors(tensors, _metadata_of(self)))
         return path
@@ -107,6 +122,7 @@ def save_concept(
     images: Sequence[str] = (),
     metrics: Mapping[str, Any] | None = None,
     residual: Learned | None = None,
+    class_forms: Sequence[str] | None = None,
 ) -> Path:
     """Write one concept, atomically and with bytes that depend on nothing but the arguments.
 
@@ -123,6 +139,8 @@ def save_concept(
       images: names of the training images.
       metrics: final measurements; must be expressible in JSON.
       residual: the name that ``learned`` had before version 0.2; scripts may still use it.
+      class_forms: further forms of ``base_class`` that call the concept; None is its regular
+        English plural.
 
     Returns:
       ``path``.
@@ -146,6 +164,7 @@ def save_concept(
         images=tuple(images),
         train_config=dict(config or {}),
         metrics=dict(metrics or {}),
+        class_forms=plural_forms(base_class) if class_forms is None else tuple(class_forms),
     )
     return concept.save(path)
 
@@ -167,6 +186,8 @@ def _metadata_of(concept: Concept) -> dict[str, str]:
         "images": _json(concept.images),
         "train_config": _json(concept.train_config),
     }
+    if concept.class_forms:
+        own["class_forms"] = _json(concept.class_forms)
     if concept.metrics:
         own["metrics"] = _json(concept.metrics)
     metadata = {"format": "pt"} | {f"catversion.{k}": v for k, v in own.items()}
@@ -207,8 +228,13 @@ def load_concept(path: str | Path) -> Concept:
         folder, path = path, path / CONCEPT_FILE_NAME
         if not path.exists() and (what := describe_folder(folder)):
             raise CatVersionError(f"{folder}: this is not a concept but {what}")
+    if path.exists() and not path.is_file():
+        raise CatVersionError(
+            f"{path}: is neither a file nor a folder with {CONCEPT_FILE_NAME} in it. Give a "
+            "concept file written by training or by `catversion export`."
+        )
     try:
-        data = path.read_bytes()
+        data = _read_bytes(path)
     except OSError as error:
         raise CatVersionError(
             f"{path}: cannot be read ({error.strerror}). Give a concept file written by training "
@@ -218,7 +244,7 @@ def load_concept(path: str | Path) -> Concept:
     _check_is_concept(path, metadata, tensors)
     try:
         return _concept_from(metadata, tensors)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise CatVersionError(
             f"{path}: the concept file is damaged ({detail}). Export it again from its training "
@@ -253,7 +279,7 @@ def read_safetensors(data: bytes, path: str | Path) -> tuple[dict[str, str], dic
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CatVersionError(damaged % error) from error
     (length,) = struct.unpack("<Q", data[:8])
-    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
     if (
         "catversion.format_version" in metadata
@@ -265,6 +291,26 @@ def read_safetensors(data: bytes, path: str | Path) -> tuple[dict[str, str], dic
     return metadata, tensors
 
 
+def _read_bytes(path: Path) -> bytes:
+    """The bytes of a file that may be a concept.
+
+    Raises:
+      CatVersionError: it is larger than any concept; what its first bytes give away is said.
+      OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if size <= _MAX_BYTES:
+        return path.read_bytes()
+    with path.open("rb") as file:
+        what = describe_bytes(file.read(16))
+    if what is None:
+        header = read_header(path)
+        what = describe_tensors({name: stored.shape for name, stored in header.items()})
+    raise CatVersionError(
+        f"{path}: {size} bytes, a concept file has at most {_MAX_BYTES}; it is {what}"
+    )
+
+
 def _check_is_concept(
     path: Path, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]
 ) -> None:
@@ -272,9 +318,9 @@ def _check_is_concept(
     if version is None:
         what = describe_tensors({name: tensor.shape for name, tensor in tensors.items()})
         raise CatVersionError(f"{path}: this is not a concept file but {what}")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if version not in map(str, range(1, FORMAT_VERSION + 1)):
         raise CatVersionError(
-            f"{path}: format version {version}; this program reads up to {FORMAT_VERSION}. "
+            f"{path}: format version {version:.20}; this program reads up to {FORMAT_VERSION}. "
             "Update it: pip install --upgrade catversion-jax."
         )
 
@@ -283,24 +329,25 @@ def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -
     own = {
         k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
     }
-    method = own.get("method", UNNAMED_METHOD)
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not known")
-    learned = METHODS[method].from_file(own, tensors)
-    if own["when"] not in WHEN:
-        raise ValueError(f"when={own['when']!r}, must be one of {', '.join(WHEN)}")
+    check_tensors(tensors)
+    method = choice(own, "method", METHODS, UNNAMED_METHOD)
+    base_class = nonblank_text(own, "base_class")
     return Concept(
-        learned=learned,
-        base_class=own["base_class"],
-        name=own["name"],
-        when=own["when"],
+        learned=METHODS[method].from_file(own, tensors),
+        base_class=base_class,
+        name=nonblank_text(own, "name"),
+        when=choice(own, "when", WHEN),
         base_model=own["base_model"],
         text_encoder_sha256=own["text_encoder_sha256"],
-        step=int(own["step"]),
-        images=tuple(json.loads(own["images"])),
-        train_config=json.loads(own["train_config"]),
-        metrics=json.loads(own.get("metrics", "{}")),
+        step=whole_number(own, "step"),
+        images=json_texts(own, "images"),
+        train_config=json_object(own, "train_config"),
+        metrics=json_object(own, "metrics", "{}"),
         metadata=metadata,
+        # A file that lists no forms is called by its base class alone, as those of version 0.2 are.
+        class_forms=class_forms_field(
+            list(json_texts(own, "class_forms", "[]")), base_class, "its metadata"
+        ),
     )
 
 

@@ -170,7 +170,7 @@ class Learned(abc.ABC):
         """The inverse of :meth:`tensors` and :meth:`facts`.
 
         Raises:
-          KeyError, ValueError, TypeError: the file is damaged.
+          KeyError, ValueError, TypeError, RecursionError: the file is damaged.
         """
         static = {f.name: json.loads(facts[f.name]) for f in _fields(cls, static=True)}
         return rebuild(cls, tensors, static)

@@ -35,6 +35,14 @@ from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.learned import Learned
 from catversion_jax.methods.start_values import StartingPoint, start_values
+from catversion_jax.methods.stored_values import (
+    check_names,
+    check_shape,
+    choice,
+    finite_number,
+    layer_numbers,
+    whole_number,
+)
 from catversion_jax.models.clip.adaptation import ExtraKeys
 
 Scope = Literal["all", "from_class_word", "class_word"]
@@ -250,23 +258,24 @@ class KVResidual(Learned):
         """The inverse of :meth:`tensors` and :meth:`facts`; numpy leaves.
 
         Raises:
-          KeyError, ValueError, TypeError: the file is damaged.
+          KeyError, ValueError: the file is damaged.
         """
-        layers = tuple(int(i) for i in json.loads(facts["layers"]))
-        key, value = (
-            np.stack([tensors[f"layers.{i}.{part}"] for i in layers]) for part in ("key", "value")
-        )  # [L P N H]
-        stated = (len(layers), *(int(facts[k]) for k in ("num_positions", "num_heads", "head_dim")))
-        if key.shape != stated or value.shape != key.shape:
-            raise ValueError(f"tensors of shape {key.shape}, the header says {stated}")
-        scope = facts.get("scope", "all")
-        if scope not in SCOPES:
-            raise ValueError(f"scope={scope!r}, must be one of {', '.join(SCOPES)}")
-        arrays: dict[str, Any] = {"key": key, "value": value}
+        layers = layer_numbers(facts, "layers")
+        num_positions, num_heads, head_dim = (
+            whole_number(facts, key) for key in ("num_positions", "num_heads", "head_dim")
+        )
+        names = {part: [f"layers.{i}.{part}" for i in layers] for part in ("key", "value")}
+        check_names(tensors, {*names["key"], *names["value"]})
+        for name, tensor in tensors.items():
+            check_shape(name, tensor, (num_positions, num_heads, head_dim))
+        scope = choice(facts, "scope", SCOPES, "all")
+        arrays: dict[str, Any] = {  # [L P N H]
+            part: np.stack([tensors[name] for name in names[part]]) for part in names
+        }
         return cls(
             **arrays,
             layers=layers,
-            logit_bias=float(facts["logit_bias"]),
+            logit_bias=finite_number(facts, "logit_bias"),
             scope=cast(Scope, scope),
         )
 

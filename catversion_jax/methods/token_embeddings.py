@@ -26,6 +26,7 @@ from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.learned import Learned
 from catversion_jax.methods.start_values import StartingPoint, start_values
+from catversion_jax.methods.stored_values import check_names, check_shape, whole_number
 
 
 @jax.tree_util.register_dataclass
@@ -160,13 +161,13 @@ class TokenEmbeddings(Learned):
         """The inverse of :meth:`tensors` and :meth:`facts`; a numpy leaf.
 
         Raises:
-          KeyError, ValueError, TypeError: the file is damaged.
+          KeyError, ValueError: the file is damaged.
         """
-        vectors = tensors[facts["placeholder_token"]]
-        stated = (int(facts["num_vectors"]), int(facts["width"]))
-        if vectors.shape != stated:
-            raise ValueError(f"vectors of shape {vectors.shape}, the header says {stated}")
-        return cls(vectors)
+        name = facts["placeholder_token"]
+        check_names(tensors, {name})
+        shape = (whole_number(facts, "num_vectors"), whole_number(facts, "width"))
+        check_shape(name, tensors[name], shape)
+        return cls(tensors[name])
 
 
 def placeholder_token(name: str) -> str:

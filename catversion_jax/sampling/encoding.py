@@ -47,7 +47,7 @@ def encode_requests(
     def encoded(prompt: str, concepts: tuple[ConceptUse, ...]) -> np.ndarray:
         key = (
             prompt,
-            *((id(use.learned), use.scale, use.when, use.base_class) for use in concepts),
+            *((id(use.learned), use.scale, use.when, use.class_words) for use in concepts),
         )
         if key not in known:
             known[key] = encode_prompt(backbone, prompt, concepts)

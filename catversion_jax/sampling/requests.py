@@ -8,9 +8,11 @@ the model reads decides: words that are cut off call nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
+from catversion_jax.concepts.class_words import contains_inside
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import Concept
@@ -29,6 +31,7 @@ class ConceptUse:
       learned: what was learned, leaves ``[L P N H]`` or ``[V D]``.
       scale: strength; 0 is the plain model exactly, 1 as trained (:meth:`Learned.scaled`).
       when: ``class_word`` or ``always``.
+      class_forms: further forms of ``base_class`` that call the concept.
     """
 
     name: str
@@ -36,6 +39,7 @@ class ConceptUse:
     learned: Learned
     scale: float = 1.0
     when: str = "class_word"
+    class_forms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.when not in WHEN:
@@ -56,7 +60,19 @@ class ConceptUse:
     @classmethod
     def of(cls, concept: Concept, *, scale: float = 1.0, when: str | None = None) -> ConceptUse:
         """A trained concept as its file says, unless ``when`` says otherwise."""
-        return cls(concept.name, concept.base_class, concept.learned, scale, when or concept.when)
+        return cls(
+            concept.name,
+            concept.base_class,
+            concept.learned,
+            scale,
+            when or concept.when,
+            concept.class_forms,
+        )
+
+    @property
+    def class_words(self) -> tuple[str, ...]:
+        """All that calls the concept: its base class, then the further forms of it."""
+        return (self.base_class, *self.class_forms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +100,19 @@ def active_concepts(
     acting = tuple(
         use
         for use in concepts
-        if use.scale > 0 and (use.when == "always" or tokenizer.contains(prompt, use.base_class))
+        if use.scale > 0 and (use.when == "always" or tokenizer.contains(prompt, use.class_words))
     )
     replaced: dict[tuple[int, ...], str] = {}
     for use in acting:
         if not use.learned.replaces_word:
             continue
-        word = tokenizer.word_ids(use.base_class)
-        if word in replaced:
-            raise CatVersionError(
-                f"concepts {replaced[word]!r} and {use.name!r}: the vectors of both would stand "
-                f"for {use.base_class!r} in {prompt!r}. Use one of them."
-            )
-        replaced[word] = use.name
+        for word in filter(functools.partial(tokenizer.contains, prompt), use.class_words):
+            owner = replaced.setdefault(tokenizer.word_ids(word), use.name)
+            if owner != use.name:
+                raise CatVersionError(
+                    f"concepts {owner!r} and {use.name!r}: the vectors of both would stand "
+                    f"for {word!r} in {prompt!r}. Use one of them."
+                )
     return acting
 
 
@@ -104,7 +120,7 @@ def place_concepts(tokenizer: Tokenizer, prompt: str, acting: Sequence[ConceptUs
     """A prompt's tokens with room for the vectors of the concepts that act on it."""
     return tokenizer.place(
         prompt,
-        [use.base_class for use in acting],
+        [use.class_words for use in acting],
         [use.learned.num_word_places for use in acting],
     )
 
@@ -131,12 +147,23 @@ def prompt_warnings(tokenizer: Tokenizer, requests: Sequence[ImageRequest]) -> t
             ] = None
         for use in request.concepts:
             if use.scale > 0 and not active_concepts(tokenizer, request.prompt, (use,)):
-                messages[
-                    f"prompt {request.prompt!r}: never names concept {use.name!r}, which is called "
-                    f"by {use.base_class!r}, so the plain model draws it; write {use.base_class!r} "
-                    "in the prompt, or use when=always"
-                ] = None
+                messages[_uncalled(request.prompt, use)] = None
     return tuple(messages)
+
+
+def _uncalled(prompt: str, use: ConceptUse) -> str:
+    """What to say of a prompt that does not call a concept."""
+    if contains_inside(prompt, use.base_class):
+        return (
+            f"prompt {prompt!r}: {use.base_class!r}, which calls concept {use.name!r}, is in it "
+            "but not a separate word, so the plain model draws it: add spaces or list the form in "
+            "class_forms, or use when=always"
+        )
+    return (
+        f"prompt {prompt!r}: never names concept {use.name!r}, which is called by "
+        f"{use.base_class!r}, so the plain model draws it; write {use.base_class!r} in the "
+        "prompt, or use when=always"
+    )
 
 
 def check_concept(

@@ -102,6 +102,7 @@ def describe_concept(
             **recorded,
             "prediction_type": backbone.noise_schedule.prediction_type,
         },
+        class_forms=spec.class_forms,
     )
 
 
@@ -168,7 +169,7 @@ def prepare_concept(
             "has no loss. Correct the mask, or use a weight above 0 with another output_dir."
         )
     token_ids = backbone.tokenizer(prompts)
-    word_positions = backbone.tokenizer.word_positions(token_ids[0], spec.base_class)
+    word_positions = backbone.tokenizer.word_positions(token_ids[0], record.class_words)
     learned = init_learned(
         method,
         backbone.text_encoder,
@@ -208,7 +209,7 @@ def _place_prompts(
       ConceptError: a prompt has no room for all learned vectors.
     """
     placed = [
-        backbone.tokenizer.place(prompt, [record.base_class], [learned.num_word_places])
+        backbone.tokenizer.place(prompt, [record.class_words], [learned.num_word_places])
         for prompt in record.prompts
     ]
     needed = learned.num_word_places or 0
@@ -290,7 +291,7 @@ def _check_prompts_fit(record: ConceptRecord, backbone: Backbone) -> None:
         lost = tokenizer.cut_off(prompt)
         if not lost:
             continue
-        if record.when == "class_word" and not tokenizer.contains(prompt, record.base_class):
+        if record.when == "class_word" and not tokenizer.contains(prompt, record.class_words):
             raise ConceptError(
                 f"{record.name}: the base class {record.base_class!r} does not fit into the "
                 f"model's context of {tokenizer.model_max_length} tokens: prompt {prompt!r} loses "

@@ -55,7 +55,13 @@ class SampleGrids:
             for seed in range(self._options.num_validation_images)
         ]
         record = concept.record
-        use = ConceptUse(record.name, record.base_class, learned, when=record.when)
+        use = ConceptUse(
+            record.name,
+            record.base_class,
+            learned,
+            when=record.when,
+            class_forms=record.class_forms,
+        )
         missing = [column for column in columns if column not in self._plain]
         requests = [ImageRequest(prompt, (use,), seed) for prompt, seed in columns]
         requests += [ImageRequest(prompt, (), seed) for prompt, seed in missing]

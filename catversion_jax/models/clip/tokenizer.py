@@ -1,4 +1,11 @@
-"""Prompts to token ids, and the questions a concept asks of a prompt."""
+"""Prompts to token ids, and the questions a concept asks of a prompt.
+
+A prompt contains a class word where the word's tokens follow one another, the token before them
+ends a word, and no end token comes earlier. CLIP's byte pairs mark the last token of a word with
+``</w>``, so that "housecat" does not contain "cat" although its last token is the same. The same
+rule on text, for those who have no tokenizer, is
+:func:`~catversion_jax.concepts.class_words.contains_words`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +20,14 @@ from catversion_jax.errors import CatVersionError
 
 UNSET_LENGTH = 1_000_000
 """transformers writes a length of about 1e30 where a tokenizer's file gives none."""
+
+
+ClassWords = str | Sequence[str]
+"""The word or words that call a concept; or several forms of them, the base class first."""
+
+
+END_OF_WORD = "</w>"
+"""How CLIP's vocabulary spells that a token is the last of its word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +52,10 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, model_max_length: int):
         self.model_max_length = model_max_length
         self._tokenizer = tokenizer
+        whole = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        vocabulary = tokenizer.get_vocab().items()
+        inside = frozenset(i for token, i in vocabulary if not token.endswith(END_OF_WORD))
+        self._inside_word = inside - whole  # the tokens after which a word goes on
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, context: int | None = None) -> Tokenizer:
@@ -91,49 +110,51 @@ class Tokenizer:
         """Ids of a text alone, without start and end."""
         return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def contains(self, prompt: str, base_class: str) -> bool:
-        """Whether the tokens of ``base_class`` follow one another in the part of the prompt that is
-        read.
+    def contains(self, prompt: str, words: ClassWords) -> bool:
+        """Whether the part of the prompt that is read contains one of ``words``.
 
         Raises:
-          CatVersionError: ``base_class`` has no tokens.
+          CatVersionError: the base class has no tokens.
         """
-        wanted = self.word_ids(base_class)
-        if not wanted:
+        forms = self._forms(words)
+        if not forms[0]:
             raise CatVersionError(
-                f"base class {base_class!r}: must be at least one word, such as 'teapot'."
+                f"base class {_base_class(words)!r}: must be at least one word, such as 'teapot'."
             )
-        ids = self.word_ids(prompt)[: self._room]
-        return bool(_occurrences(ids, wanted))
+        return bool(self._occurrences(self._marked(prompt, 0)[: self._room], forms))
 
-    def word_positions(self, token_ids: Sequence[int], words: str) -> tuple[int, ...]:
-        """Where the tokens of ``words`` first follow one another in a row of token ids; () where
-        they do not.
+    def word_positions(self, token_ids: Sequence[int], words: ClassWords) -> tuple[int, ...]:
+        """Where a row of token ids, with its start token, first contains one of ``words``; ()
+        where it does not.
         """
-        wanted, ids = self.word_ids(words), tuple(int(i) for i in token_ids)
-        starts = _occurrences(ids, wanted)
-        return tuple(range(starts[0], starts[0] + len(wanted))) if starts else ()
+        tokens = [(int(i), int(i) not in self._inside_word, ()) for i in token_ids]
+        found = self._occurrences(tokens, self._forms(words))
+        return tuple(range(found[0][0], sum(found[0]))) if found else ()
 
     def place(
-        self, prompt: str, words: Sequence[str] = (), num_word_places: Sequence[int | None] = ()
+        self,
+        prompt: str,
+        words: Sequence[ClassWords] = (),
+        num_word_places: Sequence[int | None] = (),
     ) -> PlacedPrompt:
         """Tokenize a prompt and find every occurrence of each concept's class word in it.
 
         Args:
           prompt: the text.
-          words: the class words of the concepts.
+          words: for each concept its class word, or several forms of it.
           num_word_places: for each, how many tokens stand for its word from now on: None keeps the
             word's own. More tokens move the rest of the prompt; the first keep the word's own ids.
         """
-        tokens = [(i, (-1,) * len(words)) for i in self.word_ids(prompt)]
+        tokens = self._marked(prompt, len(words))
         for concept, (word, num_places) in enumerate(zip(words, num_word_places, strict=True)):
-            tokens = _with_word_places(tokens, self.word_ids(word), num_places, concept)
+            found = self._occurrences(tokens, self._forms(word))
+            tokens = _with_word_places(tokens, found, num_places, concept)
         kept = tokens[: self._room]
         token_ids = self([""])[0]  # start, end, padding
         end = token_ids[1]
         marks = np.full((len(words), len(token_ids)), -1, np.int32)
-        token_ids[1 : len(kept) + 2] = [*(i for i, _ in kept), end]
-        for position, (_, mark) in enumerate(kept, start=1):
+        token_ids[1 : len(kept) + 2] = [*(i for i, *_ in kept), end]
+        for position, (*_, mark) in enumerate(kept, start=1):
             marks[:, position] = mark
         return PlacedPrompt(token_ids, marks, len(tokens) - len(kept))
 
@@ -154,37 +175,66 @@ class Tokenizer:
         start, _ = encoded["offset_mapping"][self._room]
         return prompt[start:]
 
+    def _forms(self, words: ClassWords) -> list[tuple[int, ...]]:
+        return [self.word_ids(form) for form in ((words,) if isinstance(words, str) else words)]
+
+    def _marked(self, prompt: str, num_concepts: int) -> list[_MarkedToken]:
+        """The tokens of a prompt, none of them in a word of ``num_concepts`` concepts."""
+        outside = (-1,) * num_concepts
+        return [(i, i not in self._inside_word, outside) for i in self.word_ids(prompt)]
+
+    def _occurrences(
+        self, tokens: Sequence[_MarkedToken], forms: Sequence[tuple[int, ...]]
+    ) -> list[tuple[int, int]]:
+        """Where one of ``forms`` stands in ``tokens``: the first token and the number of tokens of
+        every occurrence from left to right, none overlapping the one before. Where several begin
+        at one token the longest counts.
+        """
+        ids = tuple(i for i, *_ in tokens)
+        end = self._tokenizer.eos_token_id
+        ids = ids[: ids.index(end)] if end in ids else ids
+        longest_first = sorted(filter(None, forms), key=len, reverse=True)
+        found = list[tuple[int, int]]()
+        free = 0
+        for start in range(len(ids)):
+            if start < free or (start and not tokens[start - 1][1]):
+                continue
+            for form in longest_first:
+                if ids[start : start + len(form)] == form:
+                    found.append((start, len(form)))
+                    free = start + len(form)
+                    break
+        return found
+
     @property
     def _room(self) -> int:
         return self.model_max_length - self._tokenizer.num_special_tokens_to_add()
 
 
-_MarkedToken = tuple[int, tuple[int, ...]]  # an id, and its number in the word of each concept
+# An id, whether it ends a word, and its number in the word of each concept.
+_MarkedToken = tuple[int, bool, tuple[int, ...]]
+
+
+def _base_class(words: ClassWords) -> str:
+    return words if isinstance(words, str) else words[0]
 
 
 def _with_word_places(
-    tokens: Sequence[_MarkedToken], word: Sequence[int], num_places: int | None, concept: int
+    tokens: Sequence[_MarkedToken],
+    found: Sequence[tuple[int, int]],
+    num_places: int | None,
+    concept: int,
 ) -> list[_MarkedToken]:
-    """Mark the occurrences of ``word``, as ``num_places`` tokens or as those it has."""
+    """Mark the occurrences of a word, as ``num_places`` tokens or as those it has."""
     placed: list[_MarkedToken] = []
     position = 0
-    for start in _occurrences([i for i, _ in tokens], word):
+    for start, length in found:
         placed += tokens[position:start]
-        for number in range(len(word) if num_places is None else num_places):
-            identity, marks = tokens[start + number % len(word)]
-            placed.append((identity, (*marks[:concept], number, *marks[concept + 1 :])))
-        position = start + len(word)
+        count = length if num_places is None else num_places
+        for number in range(count):
+            identity, _, marks = tokens[start + number % length]
+            ends_word = number == count - 1 or tokens[start + number % length][1]
+            marks = (*marks[:concept], number, *marks[concept + 1 :])
+            placed.append((identity, ends_word, marks))
+        position = start + length
     return [*placed, *tokens[position:]]
-
-
-def _occurrences(ids: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
-    """Where the tokens ``wanted`` follow one another in ``ids``: the first token of every
-    occurrence from left to right, none overlapping the one before; () where ``wanted`` is empty.
-    """
-    ids, wanted, starts, position = tuple(ids), tuple(wanted), list[int](), 0
-    while wanted and position + len(wanted) <= len(ids):
-        found = ids[position : position + len(wanted)] == wanted
-        if found:
-            starts.append(position)
-        position += len(wanted) if found else 1
-    return tuple(starts)

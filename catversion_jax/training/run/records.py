@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from catversion_jax.concepts.class_words import plural_forms
 from catversion_jax.methods.concept_file import Concept, save_concept
 from catversion_jax.methods.learned import Learned
 
@@ -26,6 +27,7 @@ class ConceptRecord:
       random_flip: probability of a mirrored image.
       seed: of its random numbers.
       config: the run's options that decide the result.
+      class_forms: further forms of ``base_class`` that invoke it.
     """
 
     name: str
@@ -38,11 +40,18 @@ class ConceptRecord:
     random_flip: float
     seed: int
     config: dict[str, Any]
+    class_forms: tuple[str, ...] = ()
+
+    @property
+    def class_words(self) -> tuple[str, ...]:
+        """All that invokes the concept: its base class, then the further forms of it."""
+        return (self.base_class, *self.class_forms)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ConceptRecord:
         """The inverse of :func:`dataclasses.asdict` after a passage through JSON."""
-        lists = {name: tuple(fields[name]) for name in ("images", "prompts")}
+        fields = {"class_forms": (), **fields}
+        lists = {name: tuple(fields[name]) for name in ("images", "prompts", "class_forms")}
         own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**{**own, **lists})
 
@@ -54,14 +63,22 @@ class ConceptRecord:
     def differences(self, concept: Concept) -> list[str]:
         """What a finished concept's file says otherwise, as ``key: there -> here``."""
         stored = {"base_class": concept.base_class, "when": concept.when, "images": concept.images}
+        stored["class_forms"] = self._known_forms(concept.class_forms)
         return refused_changes({**stored, **concept.train_config}, self._decisive())
 
     def changes_since(self, earlier: ConceptRecord) -> list[str]:
         """What the record in a checkpoint says otherwise, as ``key: there -> here``."""
-        return refused_changes(earlier._decisive(), self._decisive())
+        forms = {"class_forms": self._known_forms(earlier.class_forms)}
+        return refused_changes({**earlier._decisive(), **forms}, self._decisive())
+
+    def _known_forms(self, earlier: tuple[str, ...]) -> tuple[str, ...]:
+        """``earlier`` forms to compare with; a run that knew none may go on with the plural."""
+        is_default = self.class_forms == plural_forms(self.base_class)
+        return self.class_forms if is_default and not earlier else earlier
 
     def _decisive(self) -> dict[str, Any]:
         own = {"base_class": self.base_class, "when": self.when, "images": self.images}
+        own["class_forms"] = self.class_forms
         return {**own, **self.train_config()}
 
     def save(self, path: Path, learned: Learned, step: int) -> None:
@@ -77,6 +94,7 @@ class ConceptRecord:
             step=step,
             config=self.train_config(),
             images=self.images,
+            class_forms=self.class_forms,
         )
 
 

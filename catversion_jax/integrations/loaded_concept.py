@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def parse_concept(data: bytes, source: str) -> LoadedConcept:
         )
     try:
         return _checked_concept(own, tensors)
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, ValueError) as error:
         raise CatVersionLoadError(
             f"{source}: damaged concept file ({error!r}). Export it again."
         ) from error
@@ -115,14 +116,13 @@ def _checked_concept(own: dict[str, str], tensors: dict[str, torch.Tensor]) -> L
     """The concept that a file's ``catversion.`` metadata and its tensors describe.
 
     Raises:
-      KeyError, ValueError, TypeError, RecursionError: one of them is missing or out of its rule;
-        the message names it.
+      KeyError, ValueError: one of them is missing or out of its rule; the message names it.
     """
-    layers = json.loads(own["layers"])
+    layers = _value(own, "layers", json.loads)
     numbers = isinstance(layers, list) and all(type(i) is int and i >= 0 for i in layers)
     if not numbers or not layers or sorted(set(layers)) != layers:
         raise ValueError(f"layers={own['layers']:.80}, must be ascending numbers, each once")
-    shape = tuple(int(own[key]) for key in ("num_positions", "num_heads", "head_dim"))
+    shape = tuple(_value(own, key, int) for key in ("num_positions", "num_heads", "head_dim"))
     names = {part: [f"layers.{i}.{part}" for i in layers] for part in ("key", "value")}
     if unknown := set(tensors).difference(*names.values()):
         raise ValueError(f"tensor {min(unknown)} belongs to no layer of {layers}")
@@ -137,8 +137,8 @@ def _checked_concept(own: dict[str, str], tensors: dict[str, torch.Tensor]) -> L
             raise ValueError(f"tensor {name} holds NaN or infinite numbers")
     texts = ("name", "base_class", "when", "base_model", "text_encoder_sha256")
     named = {text: own[text] for text in texts}
-    logit_bias, scope = float(own["logit_bias"]), own.get("scope", "all")
-    class_forms = json.loads(own.get("class_forms", "[]"))
+    logit_bias, scope = _value(own, "logit_bias", float), own.get("scope", "all")
+    class_forms = _value({"class_forms": "[]", **own}, "class_forms", json.loads)
     listed = isinstance(class_forms, list) and all(
         isinstance(form, str) and form.strip() for form in class_forms
     )
@@ -156,3 +156,11 @@ def _checked_concept(own: dict[str, str], tensors: dict[str, torch.Tensor]) -> L
     return LoadedConcept(
         tuple(layers), key, value, logit_bias, scope, **named, class_forms=tuple(class_forms)
     )
+
+
+def _value(own: dict[str, str], key: str, convert: Callable[[str], Any]) -> Any:
+    """A value of the metadata, which are strings."""
+    try:
+        return convert(own[key])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key}={own[key]!r:.80} cannot be read") from error

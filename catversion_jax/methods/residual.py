@@ -266,8 +266,8 @@ class KVResidual(Learned):
         )
         names = {part: [f"layers.{i}.{part}" for i in layers] for part in ("key", "value")}
         check_names(tensors, {*names["key"], *names["value"]})
-        for name, tensor in tensors.items():
-            check_shape(name, tensor, (num_positions, num_heads, head_dim))
+        for name in sorted(tensors):
+            check_shape(name, tensors[name], (num_positions, num_heads, head_dim))
         scope = choice(facts, "scope", SCOPES, "all")
         arrays: dict[str, Any] = {  # [L P N H]
             part: np.stack([tensors[name] for name in names[part]]) for part in names

@@ -22,7 +22,7 @@ _SHOWN = 80  # characters of a value in a message
 
 def check_tensors(tensors: Mapping[str, Any]) -> None:
     """Check that every tensor is float32 and finite, as the format says."""
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor.dtype != np.float32:
             raise ValueError(f"tensor {name:.{_SHOWN}} is {tensor.dtype}, must be float32")
         if not np.isfinite(tensor).all():

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{found['concepts_per_hour']:.0f} concepts an hour: about {hours:.1f} h to go")
     for row in found["concepts"]:
         if row["state"] == "running":
-            print(f"  {row['name']}: step {row['step']} of {found['max_train_steps']}")
+            of = "" if found["max_train_steps"] is None else f" of {found['max_train_steps']}"
+            print(f"  {row['name']}: step {row['step']}{of}")
         elif row["state"] == "quarantined":
             print(f"  {row['name']}: quarantined: {row['reason']}")
     return 0

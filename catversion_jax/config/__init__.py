@@ -23,10 +23,11 @@ from catversion_jax.config.reading import (
 )
 from catversion_jax.config.recording import RecordingOptions
 from catversion_jax.config.sampling import SamplingSettings
-from catversion_jax.config.training import TrainConfig, learning_options
+from catversion_jax.config.training import OPTION_DEFAULTS, TrainConfig, learning_options
 
 __all__ = [
     "ALIASES",
+    "OPTION_DEFAULTS",
     "PRESETS",
     "DataOptions",
     "DeviceOptions",

@@ -84,6 +84,12 @@ class RecordingOptions(Options):
         "to write there.",
         decides_result=False,
     )
+    retrain: Literal["none", "changed"] = option(
+        "none",
+        "What happens to concepts of output_dir whose images, masks, words or model are not what "
+        "they were trained on: none refuses them by name, changed trains exactly these again.",
+        decides_result=False,
+    )
     report_to: Literal["tensorboard", "none"] = option(
         "tensorboard",
         "Where losses are written besides the CSV and JSONL files (diffusers).",

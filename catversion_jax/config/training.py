@@ -7,6 +7,8 @@ on the command line. Names follow diffusers' training scripts where those have t
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from catversion_jax.config.data import DataOptions
@@ -126,6 +128,15 @@ GROUPS: tuple[type[Options], ...] = (
     RecordingOptions,
 )
 """In the order in which people read about them; of ``TrainConfig`` its own option."""
+
+
+OPTION_DEFAULTS: Mapping[str, Any] = types.MappingProxyType(
+    {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+        for field in dataclasses.fields(TrainConfig)
+    }
+)
+"""Every option's default, as JSON and YAML have it."""
 
 
 def learning_options(config: TrainConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from catversion_jax.models.layers.resnet import LayerFactory
 from catversion_jax.models.unet.config import UNetConfig
 from catversion_jax.models.unet.unet import UNet2DConditionModel
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
+from catversion_jax.models.weights.content_digest import ContentDigest
 from catversion_jax.models.weights.convert import load_network
 from catversion_jax.models.weights.fingerprint import text_encoder_sha256
 from catversion_jax.models.weights.hf_config import read_config
@@ -57,6 +58,8 @@ class Backbone:
       latent_downsampling: pixels per latent position, each way.
       latent_channels: of the latents.
       default_resolution: pixels per side the UNet was trained at.
+      digests: of the content of ``text_encoder``, ``unet``, ``vae`` and ``scheduler``, by these
+        names (``content_digest.py``); empty where no weights were read.
     """
 
     text_encoder: Network
@@ -74,6 +77,7 @@ class Backbone:
     latent_downsampling: int
     latent_channels: int
     default_resolution: int
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def load_backbone(
@@ -99,10 +103,17 @@ def load_backbone(
         which and why.
     """
     folder = locate_model(model, revision=revision, variant=variant)
-    load = functools.partial(_load_component, folder, sharding=sharding, variant=variant)
+    digests: dict[str, str] = {}
+    load = functools.partial(
+        _load_component, folder, sharding=sharding, variant=variant, digests=digests
+    )
     backbone = _assemble(str(model), folder, _dtype(dtype), load)
+    scheduler = read_config(folder / "scheduler", "scheduler_config.json")
+    digests["scheduler"] = ContentDigest().hexdigest(scheduler)
     checkpoint = open_checkpoint(folder / "text_encoder", variant=variant)
-    return dataclasses.replace(backbone, text_encoder_sha256=text_encoder_sha256(checkpoint))
+    return dataclasses.replace(
+        backbone, text_encoder_sha256=text_encoder_sha256(checkpoint), digests=digests
+    )
 
 
 def load_model(
@@ -220,8 +231,20 @@ def _load_component(
     *,
     sharding: Any,
     variant: str | None,
+    digests: dict[str, str],
 ) -> Network:
-    return load_network(module_fn, folder / name, dtype=dtype, sharding=sharding, variant=variant)
+    """Read one component; its digest goes into ``digests``."""
+    content = ContentDigest()
+    network = load_network(
+        module_fn,
+        folder / name,
+        dtype=dtype,
+        sharding=sharding,
+        variant=variant,
+        on_weight=content.add,
+    )
+    digests[name] = content.hexdigest(read_config(folder / name))
+    return network
 
 
 def default_dtype() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from catversion_jax.runtime.atomic_files import write_atomically
 from catversion_jax.runtime.bucket_paths import is_in_bucket
+from catversion_jax.runtime.regular_files import read_text
 
 BUCKET_SECONDS = 30.0
 
@@ -25,7 +26,7 @@ class LineFile:
         if text is not None:
             write_atomically(path, text.encode())
         else:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            text = read_text(path) or ""
             if text and not text.endswith("\n"):  # a killed process left half a line
                 self.write("\n")
         if self._in_bucket:

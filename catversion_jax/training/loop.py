@@ -21,6 +21,7 @@ from catversion_jax.config import OptimizerOptions, RecordingOptions
 from catversion_jax.methods.learned import Learned
 from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.runtime.compilation import watch_compilation
+from catversion_jax.runtime.regular_files import make_way
 from catversion_jax.training.early_stop import should_stop
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.preparation import PreparedConcept
@@ -29,7 +30,8 @@ from catversion_jax.training.recorder import Dispatched, Recorder
 from catversion_jax.training.rows import Occupant, Rows
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import Checkpoints, SavedRow
-from catversion_jax.training.run.directory import RunDirectory, finished_state
+from catversion_jax.training.run.directory import RunDirectory
+from catversion_jax.training.run.summary import finished_state, write_summary
 from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
@@ -152,7 +154,7 @@ class TrainingLoop:
         summary: dict[str, float] = _summary(occupant)
         if occupant.step < self._max_steps:
             summary["stopped_early"] = occupant.step
-        self._out.write_summary(name, summary)
+        write_summary(self._out.concept(name), summary)
         record.save(self._out.concept_file(name), learned, occupant.step)
         outcome = finished_state(summary)
         self._out.set_state(name, outcome, summary=summary)
@@ -185,6 +187,7 @@ class TrainingLoop:
                 occupant.plain_loss = rounded(plain[row])
                 if occupant.step == 0:
                     occupant.evaluations.append((0, rounded(start[row])))
+                make_way(self._out.concept(occupant.name), for_folder=True)
                 make_folder(self._out.concept(occupant.name))
                 self._out.clear_failure(occupant.name)
                 self._out.set_state(occupant.name, "running")
@@ -279,10 +282,13 @@ class TrainingLoop:
             for occupant, (learned, failed) in zip(saved, self._rows.exported(saved), strict=True):
                 if failed < 0:
                     file = self._out.concept_file(occupant.name, occupant.step)
+                    make_way(file)
                     occupant.concept.record.save(file, learned, occupant.step)
             for occupant, (learned, _) in zip(drawn, self._rows.exported(drawn), strict=True):
                 folder = self._out.concept(occupant.name) / names.SAMPLES_FOLDER
                 path = folder / f"{occupant.step:06d}.png"
+                make_way(folder, for_folder=True)
+                make_way(path)
                 self._grids.write(path, occupant.concept, learned, occupant.step)
 
     def _save_checkpoint(self) -> None:

@@ -7,6 +7,7 @@ its neighbours.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -26,6 +27,8 @@ from catversion_jax.methods.table import method_for
 from catversion_jax.models.clip.tokenizer import PlacedPrompt
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.weights.network import Network
+from catversion_jax.training.run.directory import READERS
+from catversion_jax.training.run.identity import changed_content, image_digests, token_digest
 from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.start_values import init_learned
 from catversion_jax.training.state import ConceptData, concept_key
@@ -68,8 +71,9 @@ def describe_concept(
     *,
     seed: int,
     recorded: Mapping[str, Any],
+    images: Mapping[str, Any],
 ) -> ConceptRecord:
-    """What decides a concept's result, apart from the pixels; no image is read.
+    """What decides a concept's result; no image is decoded.
 
     Args:
       spec: what the user gave.
@@ -78,6 +82,7 @@ def describe_concept(
       method: what is learned.
       seed: the run's, where the concept has none of its own.
       recorded: the run's options that decide the result, for the concept's file.
+      images: digests of its images, and of its masks where they decide the result.
 
     Raises:
       ConceptError: a prompt does not name the concept, or ``when`` contradicts the method.
@@ -88,6 +93,7 @@ def describe_concept(
             f"{spec.name}: when=always: the vectors of method={method.method} stand for the class "
             "word, so they act only where that is written. Use when=class_word."
         )
+    prompts = concept_prompts(spec, data.instance_prompt, default_when=method.when)
     return ConceptRecord(
         name=spec.name,
         base_class=spec.base_class,
@@ -95,7 +101,7 @@ def describe_concept(
         base_model=backbone.name,
         text_encoder_sha256=backbone.text_encoder_sha256,
         images=tuple(source.label for source in spec.images),
-        prompts=concept_prompts(spec, data.instance_prompt, default_when=method.when),
+        prompts=prompts,
         random_flip=data.random_flip if spec.random_flip is None else spec.random_flip,
         seed=seed if spec.seed is None else spec.seed,
         config={
@@ -103,7 +109,45 @@ def describe_concept(
             "prediction_type": backbone.noise_schedule.prediction_type,
         },
         class_forms=spec.class_forms,
+        digests={
+            **images,
+            "tokens": token_digest(backbone.tokenizer(list(prompts))),
+            **backbone.digests,
+        },
     )
+
+
+def describe_concepts(
+    specs: Sequence[ConceptSpec],
+    backbone: Backbone,
+    data: DataOptions,
+    method: MethodOptions,
+    *,
+    seed: int,
+    recorded: Mapping[str, Any],
+    masked: bool,
+) -> tuple[dict[str, ConceptRecord], dict[str, str]]:
+    """The records of the concepts that can be trained, and why the others cannot, by name.
+
+    Arguments are those of :func:`describe_concept`; ``masked`` says whether masks decide results.
+    """
+    records, failures = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        hashed = [pool.submit(image_digests, spec, masked=masked) for spec in specs]
+        for spec, images in zip(specs, hashed, strict=True):
+            try:
+                records[spec.name] = describe_concept(
+                    spec,
+                    backbone,
+                    data,
+                    method,
+                    seed=seed,
+                    recorded=recorded,
+                    images=images.result(),
+                )
+            except ConceptError as error:
+                failures[spec.name] = str(error)
+    return records, failures
 
 
 def prepare_concept(
@@ -125,8 +169,9 @@ def prepare_concept(
       objective: whether the loss needs masks.
 
     Raises:
-      ConceptError: an image cannot be used, a prompt has no room for the class word or for what is
-        learned, or masks are missing where the loss needs them.
+      ConceptError: an image cannot be used or was changed since the record was made, a prompt has
+        no room for the class word or for what is learned, or masks are missing where the loss needs
+        them.
     """
     prompts = record.prompts
     _check_prompts_fit(record, backbone)
@@ -153,6 +198,12 @@ def prepare_concept(
     for image in images:
         for warning in image.warnings:
             logger.warning(f"{spec.name}: {image.label}: {warning}")
+    digests = image_digests(spec, masked="masks" in record.digests)
+    if changed := changed_content(record.digests, digests, record.images):
+        raise ConceptError(
+            f"{spec.name}: {'; '.join(changed)}: replaced after this run had begun. Run the same "
+            "command again."
+        )
     encoded = encode_concept(
         images,
         backbone.vae,

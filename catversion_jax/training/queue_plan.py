@@ -15,6 +15,9 @@ from catversion_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+LISTED = 20
+"""Concepts that a refusal names; a changed model would name all of a thousand."""
+
 
 @dataclasses.dataclass(frozen=True)
 class QueuePlan:
@@ -37,6 +40,8 @@ def plan_queue(
     run: RunDirectory,
     template: TrainState,
     max_train_steps: int,
+    *,
+    retrains: bool,
 ) -> QueuePlan:
     """Read what ``run`` holds of the concepts in ``records``.
 
@@ -45,13 +50,16 @@ def plan_queue(
       run: what was done before.
       template: a state of any number of rows, for its structure.
       max_train_steps: steps after which a concept is finished.
+      retrains: whether concepts that were changed since are trained again, from the start.
 
     Raises:
-      CatVersionError: a concept that is finished or under way was changed since; all are listed.
+      CatVersionError: a concept that is finished or under way was changed since, and ``retrains``
+        is off; all are listed.
     """
     finals = run.read_finals([*records], max_train_steps)
-    changed = {name: records[name].differences(concept) for name, concept in finals}
-    done = set(changed)
+    compared = {name: records[name].differences(concept) for name, concept in finals}
+    changed = {name: what for name, what in compared.items() if what}
+    done = set(compared) - set(changed)
     saved: dict[str, SavedRow] = {}
     clock = 0
     for folder in sorted(run.checkpoints.glob("process-[0-9]*")):
@@ -63,8 +71,15 @@ def plan_queue(
                 continue
             if name not in saved or saved[name].step < row.step:
                 saved[name] = row
-    changed |= {name: records[name].changes_since(row.record) for name, row in saved.items()}
-    _refuse_changed(run, changed)
+    for name, row in [*saved.items()]:
+        if what := records[name].changes_since(row.record):
+            changed.setdefault(name, what)
+            del saved[name]
+    if changed and not retrains:
+        raise _refused(run, changed)
+    for name, what in changed.items():
+        logger.info("training %s again: %s", name, "; ".join(what))
+        run.reopen(name)
     if saved:
         steps = sorted({row.step for row in saved.values()})
         reached = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
@@ -74,10 +89,11 @@ def plan_queue(
     return QueuePlan((*saved, *fresh), saved, clock)
 
 
-def _refuse_changed(run: RunDirectory, changed: Mapping[str, Sequence[str]]) -> None:
-    lines = [f"  {name}: {'; '.join(what)}" for name, what in changed.items() if what]
-    if lines:
-        raise CatVersionError(
-            f"output_dir={run.root}: these concepts were trained from something else than they are "
-            "now. Give another output_dir, another name, or undo the change:\n" + "\n".join(lines)
-        )
+def _refused(run: RunDirectory, changed: Mapping[str, Sequence[str]]) -> CatVersionError:
+    lines = [f"  {name}: {'; '.join(what)}" for name, what in changed.items()]
+    more = [f"  and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return CatVersionError(
+        f"output_dir={run.root}: these concepts were trained from something else than they are "
+        "now. Give another output_dir, undo the change, or give retrain=changed, which trains "
+        "exactly these again:\n" + "\n".join([*lines[:LISTED], *more])
+    )

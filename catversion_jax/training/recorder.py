@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from catversion_jax.config import RecordingOptions
 from catversion_jax.runtime.line_file import LineFile
+from catversion_jax.runtime.regular_files import make_way, read_text
+from catversion_jax.runtime.spreadsheet_cells import harmless_cell
 from catversion_jax.training.rows import Occupant
 from catversion_jax.training.run import names
 from catversion_jax.training.run.directory import RunDirectory
@@ -57,8 +59,10 @@ class Recorder:
         self._lines = RunMetrics(out.jsonl)
         self._started = time.perf_counter()
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
-        begun = out.timeline.exists()
-        self._timeline = LineFile(out.timeline, None if begun else _line(TIMELINE_COLUMNS))
+        header = _line(TIMELINE_COLUMNS)
+        make_way(out.timeline)
+        begun = (read_text(out.timeline) or "").startswith(header)
+        self._timeline = LineFile(out.timeline, None if begun else header)
         # When the last dispatch was read; None when the device has done other work since.
         self._mark: float | None = None
         self._rate = 0.0
@@ -117,7 +121,9 @@ class Recorder:
         """Open the files of a concept that has got a row."""
         logs = self._out.logs / occupant.name if self._options.report_to == "tensorboard" else None
         path = self._out.concept(occupant.name) / names.METRICS_FILE
-        self._metrics[occupant.name] = ConceptMetrics(path, logs, occupant.step)
+        self._metrics[occupant.name] = ConceptMetrics(
+            path, logs, occupant.step, occupant.evaluations
+        )
         self._open[occupant.row] = occupant
         self._bar.update(occupant.step)
         if occupant.step == 0:
@@ -130,7 +136,8 @@ class Recorder:
         if outcome != "interrupted":
             self._bar.update(self._max_steps - occupant.step)
         times = (f"{occupant.began:.3f}", f"{self.now:.3f}")
-        columns = (occupant.row, occupant.name, *times, occupant.first_step, occupant.step, outcome)
+        name = harmless_cell(occupant.name)
+        columns = (occupant.row, name, *times, occupant.first_step, occupant.step, outcome)
         self._timeline.write(_line(columns))
 
     def skip(self) -> None:

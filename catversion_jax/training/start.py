@@ -28,7 +28,7 @@ from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.loop import Prepared, TrainingLoop
 from catversion_jax.training.planning.abstract import PlannedStep
 from catversion_jax.training.planning.fitting import fitted, largest_concept
-from catversion_jax.training.preparation import describe_concept, prepare_concept
+from catversion_jax.training.preparation import describe_concepts, prepare_concept
 from catversion_jax.training.programs import Programs
 from catversion_jax.training.queue_plan import QueuePlan, plan_queue
 from catversion_jax.training.recorder import Recorder
@@ -252,28 +252,30 @@ def train_concepts(
     """
     run = RunDirectory(config.output_dir)
     with run.lock():
-        recorded = learning_options(config)
+        recorded, retrains = learning_options(config), config.retrain == "changed"
         run.open(
             backbone.name,
             backbone.text_encoder_sha256,
             options=recorded,
             resolved=dump_config(config),
+            digests=backbone.digests,
             may_continue=config.resume_from_checkpoint == "latest",
+            retrains=retrains,
         )
         run.clear_leftovers()
-        failures = {problem.name: problem.message for problem in concepts.problems}
-        data, method = config.data_options, config.method_options
-        specs, records = {}, {}
-        for spec in concepts.concepts:
-            try:
-                records[spec.name] = describe_concept(
-                    spec, backbone, data, method, seed=config.seed, recorded=recorded
-                )
-                specs[spec.name] = spec
-            except ConceptError as error:
-                failures[spec.name] = str(error)
-        template = abstract_state(method, config.optimizer_options, backbone)
-        plan = plan_queue(records, run, template, config.max_train_steps)
+        records, unusable = describe_concepts(
+            concepts.concepts,
+            backbone,
+            config.data_options,
+            config.method_options,
+            seed=config.seed,
+            recorded=recorded,
+            masked=config.masked_training,
+        )
+        failures = {problem.name: problem.message for problem in concepts.problems} | unusable
+        specs = {spec.name: spec for spec in concepts.concepts if spec.name in records}
+        template = abstract_state(config.method_options, config.optimizer_options, backbone)
+        plan = plan_queue(records, run, template, config.max_train_steps, retrains=retrains)
         wait_for_others("every process has read what was done before")
         own = tuple(own_part(plan.names))
         for name in specs:

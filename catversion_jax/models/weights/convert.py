@@ -72,6 +72,7 @@ def load_network(
     sharding: Any = None,
     variant: str | None = None,
     ignore: Sequence[str] = (),
+    on_weight: Callable[[str, np.ndarray], None] | None = None,
 ) -> Network:
     """Build a network and fill it from a folder's safetensors.
 
@@ -82,6 +83,7 @@ def load_network(
       sharding: where the weights go, as for ``jax.device_put``.
       variant: for instance ``"fp16"``.
       ignore: regular expressions of tensor names that belong to parts this network does not have.
+      on_weight: see :func:`convert_state_dict`.
 
     Raises:
       CatVersionError: see :func:`convert_state_dict` and
@@ -90,7 +92,13 @@ def load_network(
     tensors = open_checkpoint(folder, variant=variant)
     target = abstract_network(module_fn)
     return convert_state_dict(
-        tensors, target, dtype=dtype, sharding=sharding, source=str(folder), ignore=ignore
+        tensors,
+        target,
+        dtype=dtype,
+        sharding=sharding,
+        source=str(folder),
+        ignore=ignore,
+        on_weight=on_weight,
     )
 
 
@@ -102,6 +110,7 @@ def convert_state_dict(
     sharding: Any = None,
     source: str = "the state dict",
     ignore: Sequence[str] = (),
+    on_weight: Callable[[str, np.ndarray], None] | None = None,
 ) -> Network:
     """Fill ``target``'s structure with PyTorch tensors, one after another.
 
@@ -112,6 +121,7 @@ def convert_state_dict(
       sharding: where the weights go, as for ``jax.device_put``.
       source: what to call ``tensors`` in the message.
       ignore: regular expressions of names that belong to parts this network does not have.
+      on_weight: is called with the present name of every weight and its numbers as stored.
 
     Raises:
       CatVersionError: missing, unexpected or misshaped tensors; one error lists all.
@@ -132,7 +142,10 @@ def convert_state_dict(
     placed: list[jax.Array] = []
     under_way: list[jax.Array] = []
     for name, parameter in parameters.items():
-        array = parameter.from_torch(np.asarray(tensors[found[name]]))
+        stored = np.asarray(tensors[found[name]])
+        if on_weight is not None:
+            on_weight(name, stored)
+        array = parameter.from_torch(stored)
         placed.append(jax.device_put(np.ascontiguousarray(array, dtype=dtype), sharding))
         under_way.append(placed[-1])
         if sum(array.nbytes for array in under_way) > PENDING_BYTES:

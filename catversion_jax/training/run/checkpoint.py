@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ from catversion_jax.methods.learned import Learned, named_arrays
 from catversion_jax.methods.table import rebuild_learned, settings_of
 from catversion_jax.runtime.atomic_files import make_folder, unwritable
 from catversion_jax.runtime.bucket_paths import absolute, as_path
+from catversion_jax.runtime.regular_files import make_way, move_aside
 from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.state import TrainState
 
@@ -69,6 +72,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
+        for path in (folder.parent, folder):
+            make_way(path, for_folder=True)
         make_folder(folder)
         self._manager = _manager(
             folder,
@@ -84,15 +89,18 @@ class Checkpoints:
         if not rows or step in self._manager.all_steps():
             return
         state = jax.tree.map(lambda *leaves: np.stack(leaves), *(row.state for row in rows))
+        arrays = _arrays(state)
         described = {
             **settings_of(state.learned),
             "concepts": [
                 {**dataclasses.asdict(row.record), "evaluations": row.evaluations} for row in rows
             ],
+            "arrays_sha256": {name: _sha256(array) for name, array in arrays.items()},
         }
+        described["sha256"] = _sha256_of_description(described)
         args = ocp.args.Composite(
             **{
-                _STATE: _ArraysSave(_arrays(state)),
+                _STATE: _ArraysSave(arrays),
                 _CONCEPTS: ocp.args.JsonSave(described),
             }
         )
@@ -177,6 +185,11 @@ def restore_newest(folder: Path, template: TrainState) -> tuple[int, list[SavedR
       folder: of one process.
       template: a state of any number of rows, for its structure.
     """
+    if not folder.is_dir():
+        return 0, []
+    for path in [*folder.iterdir()]:
+        if path.name.isdecimal() and not (path.is_dir() and _is_step(path)):
+            move_aside(path)  # orbax saves no step that is not the newest
     with _manager(folder) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         for step in steps:
@@ -186,7 +199,7 @@ def restore_newest(folder: Path, template: TrainState) -> tuple[int, list[SavedR
                 logger.warning(
                     "%s: is damaged (%s); going on from the checkpoint before it",
                     folder / str(step),
-                    str(error).splitlines()[0] if str(error) else type(error).__name__,
+                    _reason(error),
                 )
                 continue
             return steps[0], rows
@@ -198,8 +211,7 @@ def restore_newest(folder: Path, template: TrainState) -> tuple[int, list[SavedR
 def _restore_rows(
     manager: ocp.CheckpointManager, step: int, template: TrainState
 ) -> list[SavedRow]:
-    described = _restore_description(manager, step)
-    saved = _restore_arrays(manager, step)
+    described, saved = _restore(manager, step)
     opt_leaves, opt_structure = jax.tree.flatten(template.opt_state)
     opt_state = [saved[f"opt_state.{i}"] for i in range(len(opt_leaves))]
     settings = settings_of(template.learned)
@@ -222,7 +234,7 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Le
     """Every healthy concept of one checkpoint step folder: (record, what it learned, step).
 
     Raises:
-      CatVersionError: ``folder`` is not a checkpoint of this package.
+      CatVersionError: ``folder`` is not a checkpoint of this package, or a damaged one.
     """
     folder = absolute(as_path(folder))
     if not (folder / _CONCEPTS).is_dir() or not folder.name.isdigit():
@@ -231,19 +243,24 @@ def concepts_from_checkpoint(folder: str | Path) -> list[tuple[ConceptRecord, Le
             "RUN itself for its finished concepts."
         )
     step = int(folder.name)
-    with _manager(folder.parent) as manager:
-        saved = _restore_arrays(manager, step)
-        described = _restore_description(manager, step)
-    learned = rebuild_learned(_average(saved) or saved, described)
-    return [
-        (
-            ConceptRecord.from_json(concept),
-            jax.tree.map(operator.itemgetter(row), learned),
-            int(saved["step"][row]),
-        )
-        for row, concept in enumerate(described["concepts"])
-        if saved["failed_step"][row] < 0
-    ]
+    try:
+        with _manager(folder.parent) as manager:
+            described, saved = _restore(manager, step)
+        learned = rebuild_learned(_average(saved) or saved, described)
+        return [
+            (
+                ConceptRecord.from_json(concept),
+                jax.tree.map(operator.itemgetter(row), learned),
+                int(saved["step"][row]),
+            )
+            for row, concept in enumerate(described["concepts"])
+            if saved["failed_step"][row] < 0
+        ]
+    except Exception as error:  # whatever a damaged file makes of the readers
+        raise CatVersionError(
+            f"{folder}: the checkpoint is damaged ({_reason(error)}). Export another one, or let "
+            "training go on from it: it takes the one before."
+        ) from error
 
 
 def _arrays(state: TrainState) -> dict[str, np.ndarray]:
@@ -268,11 +285,46 @@ def _average(saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _restore_description(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    args = ocp.args.Composite(**{_CONCEPTS: ocp.args.JsonRestore()})
-    return manager.restore(step, args=args)[_CONCEPTS]
+def _restore(
+    manager: ocp.CheckpointManager, step: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description and the arrays of one checkpoint.
+
+    Raises:
+      ValueError: a number is not the one that was written, or not finite. Checkpoints of version
+        0.1 have no digests.
+    """
+    described: dict[str, Any] = manager.restore(
+        step, args=ocp.args.Composite(**{_CONCEPTS: ocp.args.JsonRestore()})
+    )[_CONCEPTS]
+    saved: dict[str, np.ndarray] = manager.restore(
+        step, args=ocp.args.Composite(**{_STATE: _ArraysRestore()})
+    )[_STATE]
+    if described.get("sha256", digest := _sha256_of_description(described)) != digest:
+        raise ValueError("the description of its concepts was altered")
+    digests = described.get("arrays_sha256")
+    for name, array in saved.items():
+        if digests is not None and digests.get(name) != _sha256(array):
+            raise ValueError(f"the numbers of {name} were altered")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinite numbers")
+    return described, saved
 
 
-def _restore_arrays(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What :func:`_arrays` gave."""
-    return manager.restore(step, args=ocp.args.Composite(**{_STATE: _ArraysRestore()}))[_STATE]
+def _sha256(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _sha256_of_description(described: Mapping[str, Any]) -> str:
+    own = {key: value for key, value in described.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.isascii() and path.name.isdecimal() and len(path.name) < 16
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -14,10 +14,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import csv
 import functools
-import io
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,37 +24,26 @@ from typing import Any
 import filelock
 import jax
 
-from catversion_jax import __version__
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
+from catversion_jax.runtime.regular_files import make_way
 from catversion_jax.training.run import names
-from catversion_jax.training.run.records import refused_changes
+from catversion_jax.training.run.index import FINISHED, STATES, one_line, read_index, write_index
+from catversion_jax.training.run.manifest import check_same_run, write_manifest
+from catversion_jax.training.run.summary import (
+    STOPPED_EARLY,
+    finished_state,
+    read_summary,
+    restored_summary,
+)
 
 logger = logging.getLogger(__name__)
 
-STATES = ("queued", "running", "done", "stopped early", "quarantined")
-FINISHED = ("done", "stopped early")
 INDEX_SECONDS, STOP_SECONDS = 5.0, 2.0
-INDEX_COLUMNS = ("name", "state", "eval_loss", "plain_eval_loss", "file", "reason")
-
-
 READERS = 16
 """Files that are read at once: in a bucket each takes its time."""
-
-
-def read_summary(folder: Path) -> dict[str, float]:
-    """The final losses in a concept's folder; empty where none are recorded."""
-    try:
-        return json.loads((folder / names.SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def finished_state(summary: Mapping[str, float]) -> str:
-    """``"done"`` or ``"stopped early"``, as the final losses of a finished concept say."""
-    return "stopped early" if "stopped_early" in summary else "done"
 
 
 def is_locked(root: Path) -> bool | None:
@@ -115,6 +101,7 @@ class RunDirectory:
             return
         make_folder(self.root)
         path = self.root / f"{names.process_folder(self.process)}.lock"
+        make_way(path)
         try:
             held = filelock.FileLock(path).acquire(blocking=False)
         except filelock.Timeout:
@@ -142,6 +129,7 @@ class RunDirectory:
         start.
         """
         if self.process == 0:
+            make_way(self._stop_file)
             self._stop_file.unlink(missing_ok=True)
             for path in self._indices_of_others():
                 path.unlink(missing_ok=True)
@@ -172,7 +160,9 @@ class RunDirectory:
         *,
         options: Mapping[str, Any],
         resolved: str,
+        digests: Mapping[str, str],
         may_continue: bool,
+        retrains: bool,
     ) -> None:
         """Begin a run in the folder, or check that the run in it is this one.
 
@@ -181,29 +171,33 @@ class RunDirectory:
           text_encoder_sha256: fingerprint of its text encoder.
           options: those that decide the result, as JSON values.
           resolved: all options as YAML text, for ``config.resolved.yaml``.
+          digests: of the content of the model's components.
           may_continue: whether a run that the folder already holds may go on.
+          retrains: whether it may go on with another model, from which every concept is then
+            trained again.
 
         Raises:
           CatVersionError: the folder is not writable, or holds a run that learned with other
-            options, or holds one that may not be continued.
+            options or another model, or holds one that may not be continued.
         """
         settings = {
             "base_model": base_model,
             "text_encoder_sha256": text_encoder_sha256,
+            "digests": dict(digests),
             "options": dict(options),
         }
-        manifest = self.root / names.RUN_FILE
-        if manifest.exists() and self._holds_results():
+        if self._holds_results():
             if not may_continue:
                 raise CatVersionError(
                     f"output_dir={self.root}: already holds a run and resume_from_checkpoint=none "
                     "would overwrite it. Give another output_dir, or leave "
                     "resume_from_checkpoint=latest to continue."
                 )
-            self._check_same_run(manifest, settings)
+            check_same_run(self.root, settings, retrains=retrains)
         self._settings = settings
         if self.process == 0:
-            self._write_manifest()
+            write_manifest(self.root, settings, None)
+            make_way(self.root / names.CONFIG_FILE)
             write_atomically(self.root / names.CONFIG_FILE, resolved.encode())
 
     def _holds_results(self) -> bool:
@@ -231,15 +225,24 @@ class RunDirectory:
 
     def _read_final(self, name: str, *, max_train_steps: int) -> Concept | None:
         path = self.concept_file(name)
-        if not path.exists():
+        make_way(path)
+        if not path.is_file():
             return None
         try:
             concept = load_concept(path)
         except CatVersionError as error:
             logger.warning("%s; training it again", error)
             return None
-        stopped = self.summary(name).get("stopped_early")
+        stopped = restored_summary(self.concept(name), concept).get(STOPPED_EARLY)
         return concept if concept.step in (max_train_steps, stopped) else None
+
+    def reopen(self, name: str) -> None:
+        """A finished concept is to be trained again: what its earlier steps left goes away, its
+        file stays until the new one is there.
+        """
+        self._done.discard(name)
+        for path in self.concept(name).glob(names.STEP_FILES):
+            path.unlink(missing_ok=True)
 
     def is_done(self, name: str) -> bool:
         """Whether :meth:`read_finals` found it finished."""
@@ -251,7 +254,9 @@ class RunDirectory:
 
     def quarantine(self, name: str, reason: str) -> None:
         """Say in the concept's folder why it was given up; nothing else of it is touched."""
+        make_way(self.concept(name), for_folder=True)
         make_folder(self.concept(name))
+        make_way(self.concept(name) / names.FAILED_FILE)
         text = (
             f"{reason}\n\nThe other concepts of the run went on. Correct the images or words and "
             "run the same command again; other options need another output_dir.\n"
@@ -260,16 +265,12 @@ class RunDirectory:
 
     def clear_failure(self, name: str) -> None:
         """Forget an earlier quarantine: the concept is tried again."""
+        make_way(self.concept(name) / names.FAILED_FILE)
         (self.concept(name) / names.FAILED_FILE).unlink(missing_ok=True)
 
     def summary(self, name: str) -> dict[str, float]:
-        """What :meth:`write_summary` wrote; empty when it did not."""
+        """The concept's final losses; empty where none are recorded."""
         return read_summary(self.concept(name))
-
-    def write_summary(self, name: str, summary: Mapping[str, float]) -> None:
-        """The concept's final evaluation losses, for people and for ``index.csv``."""
-        text = json.dumps(summary, indent=1) + "\n"
-        write_atomically(self.concept(name) / names.SUMMARY_FILE, text.encode())
 
     # ------------------------------------------------------------------ the state of all concepts
 
@@ -306,14 +307,15 @@ class RunDirectory:
 
     def _look_at_others(self) -> None:
         for path in self._indices_of_others():
-            rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-            self._index |= {row["name"]: row for row in rows if row["name"] in self._others}
+            self._index |= {
+                row["name"]: row for row in read_index(path) if row["name"] in self._others
+            }
 
     def set_state(
         self, name: str, state: str, summary: Mapping[str, float] | None = None, reason: str = ""
     ) -> None:
         """Note what became of a concept; :meth:`refresh_index` or :meth:`write_index` write it."""
-        row = {"name": name, "state": state, "reason": reason.split("\n")[0]}
+        row = {"name": name, "state": state, "reason": one_line(reason)}
         if state in FINISHED:
             row["file"] = self.concept_file(name).relative_to(self.root).as_posix()
         for key in ("eval_loss", "plain_eval_loss"):
@@ -337,44 +339,8 @@ class RunDirectory:
             rows = [row for row in rows if row["name"] not in self._others]
         elif self._others:
             self._look_at_others()
-        text = io.StringIO()
-        writer = csv.DictWriter(text, INDEX_COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.index, text.getvalue().encode())
+        write_index(self.index, rows)
         if self.process:
             return
         counts = collections.Counter(row["state"] for row in self._index.values())
-        self._write_manifest({state: counts[state] for state in STATES})
-
-    def _write_manifest(self, counts: Mapping[str, int] | None = None) -> None:
-        content = {"catversion_jax": __version__, **self._settings}
-        if counts is not None:
-            content["concepts"] = counts
-        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-        write_atomically(self.root / names.RUN_FILE, text.encode())
-
-    def _check_same_run(self, manifest: Path, settings: Mapping[str, Any]) -> None:
-        try:
-            old = json.loads(manifest.read_text(encoding="utf-8"))
-            before = {
-                **old["options"],
-                "base model": old["base_model"],
-                "weights": old["text_encoder_sha256"],
-            }
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CatVersionError(
-                f"{manifest}: is not readable as a run ({error}). Give another output_dir."
-            ) from None
-        now = {
-            **settings["options"],
-            "base model": settings["base_model"],
-            "weights": settings["text_encoder_sha256"],
-        }
-        changed = refused_changes(before, now)
-        if changed:
-            raise CatVersionError(
-                f"output_dir={self.root}: holds a run that learned with other options "
-                f"({'; '.join(changed)}). Continue it with its own options (config.resolved.yaml) "
-                "or give another output_dir."
-            )
+        write_manifest(self.root, self._settings, {state: counts[state] for state in STATES})

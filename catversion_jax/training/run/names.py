@@ -27,6 +27,8 @@ FAILED_FILE = "FAILED.txt"
 SAMPLES_FOLDER = "samples"
 
 _STEM, _SUFFIX = CONCEPT_FILE_NAME.rsplit(".", 1)
+STEP_FILES = f"{_STEM}-*.{_SUFFIX}"
+"""Glob pattern of the concept files of intermediate steps."""
 _STEP_FILE = re.compile(rf"^{_STEM}-(\d+)\.{_SUFFIX}$")
 
 

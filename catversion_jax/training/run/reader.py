@@ -6,9 +6,9 @@ The commands status, evaluate, export and inspect ask here. Nothing in this modu
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,13 @@ from catversion_jax.methods.concept_file import (
 )
 from catversion_jax.methods.foreign_files import describe_folder
 from catversion_jax.runtime.bucket_paths import absolute, as_path
+from catversion_jax.runtime.regular_files import read_json_object, read_text
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import concepts_from_checkpoint
-from catversion_jax.training.run.directory import finished_state, is_locked, read_summary
+from catversion_jax.training.run.directory import is_locked
+from catversion_jax.training.run.index import index_of_folders, read_index
+from catversion_jax.training.run.metrics import read_evaluations, read_metric_rows
+from catversion_jax.training.run.summary import finished_state, read_summary
 
 _CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete step
 
@@ -51,21 +55,21 @@ def read_status(root: Path) -> dict[str, Any]:
       CatVersionError: the folder is no run.
     """
     index, manifest = root / names.INDEX_FILE, root / names.RUN_FILE
-    if not index.is_file() or not manifest.is_file():
+    if not any(path.exists() for path in (index, manifest)):
         raise CatVersionError(
             f"{root}: is not a training run: it has no {names.INDEX_FILE}. Give the output_dir of "
             "one."
         )
-    lines = index.read_text(encoding="utf-8").splitlines()
-    rows: list[dict[str, Any]] = list(csv.DictReader(lines))
+    rows: list[dict[str, Any]] = [*(read_index(index) or index_of_folders(root))]
     for row in rows:
         if row["state"] == "running":
             row["step"] = _last_step(root / names.CONCEPTS_FOLDER / row["name"])
-    options = json.loads(manifest.read_text(encoding="utf-8"))["options"]
+    options = read_json_object(manifest).get("options")
+    steps = options.get("max_train_steps") if isinstance(options, dict) else None
     return {
         "counts": dict(collections.Counter(row["state"] for row in rows)),
         "locked": is_locked(root),
-        "max_train_steps": options["max_train_steps"],
+        "max_train_steps": steps if isinstance(steps, int) else None,
         "concepts_per_hour": _rate(root / names.RUN_METRICS_FILE),
         "concepts": rows,
     }
@@ -73,22 +77,20 @@ def read_status(root: Path) -> dict[str, Any]:
 
 def _last_step(folder: Path) -> int:
     """The step of the last row of a concept's losses; 0 where there is none yet."""
-    path = folder / names.METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    first = lines[-1].split(",")[0] if lines else ""
-    return int(first) if first.isdigit() else 0
+    rows = read_metric_rows(folder / names.METRICS_FILE)
+    return rows[-1][0] if rows else 0
 
 
 def _rate(path: Path) -> float:
     """Concepts per hour, as the newest line that has the number says."""
-    if not path.is_file():
-        return 0.0
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+    for line in reversed((read_text(path) or "").splitlines()):
         if '"concepts_per_hour"' in line:
             try:
-                return float(json.loads(line)["concepts_per_hour"])
-            except ValueError:
-                continue  # half a line, still being written
+                rate = float(json.loads(line)["concepts_per_hour"])
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                continue  # half a line, still being written, or damaged
+            if 0 <= rate < math.inf:
+                return rate
     return 0.0
 
 
@@ -132,11 +134,7 @@ def read_trained_concept(root: Path, name: str, base_class: str) -> TrainedConce
 
 def evaluation_losses(folder: Path) -> tuple[tuple[int, float], ...]:
     """(step, evaluation loss) of a concept's folder, in order; empty where nothing is recorded."""
-    path = folder / names.METRICS_FILE
-    if not path.is_file():
-        return ()
-    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-    return tuple((int(r["step"]), float(r["eval_loss"])) for r in rows if r["eval_loss"])
+    return read_evaluations(folder / names.METRICS_FILE)
 
 
 def plain_loss(folder: Path) -> float | None:
@@ -208,10 +206,8 @@ def recorded_model(folder: Path) -> str | None:
     path = _file_of_run(folder, names.RUN_FILE)
     if path is None:
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["base_model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    name = read_json_object(path).get("base_model")
+    return name if isinstance(name, str) else None
 
 
 def recorded_concepts(folder: Path) -> ConceptList:
@@ -226,7 +222,13 @@ def recorded_concepts(folder: Path) -> ConceptList:
             f"{folder}: records no training images (no {names.CONFIG_FILE}). Give them with "
             "--concepts."
         )
-    config = load_config(path)
+    try:
+        config = load_config(path)
+    except CatVersionError as error:
+        raise CatVersionError(
+            f"{error}\nSo {folder} does not say which images it was trained on. Give them with "
+            "--concepts."
+        ) from None
     try:
         return read_configured_concepts(config.data_options, config.when)
     except CatVersionError as error:

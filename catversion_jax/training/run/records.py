@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts.class_words import plural_forms
+from catversion_jax.config import OPTION_DEFAULTS
 from catversion_jax.methods.concept_file import Concept, save_concept
 from catversion_jax.methods.learned import Learned
+from catversion_jax.training.run.identity import changed_content, same_images
+
+_NO_OPTION = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,8 @@ class ConceptRecord:
       seed: of its random numbers.
       config: the run's options that decide the result.
       class_forms: further forms of ``base_class`` that invoke it.
+      digests: of what was trained on (:mod:`~catversion_jax.training.run.identity`), as JSON
+        values; {} in files of version 0.1, which then count as unchanged.
     """
 
     name: str
@@ -41,6 +47,7 @@ class ConceptRecord:
     seed: int
     config: dict[str, Any]
     class_forms: tuple[str, ...] = ()
+    digests: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def class_words(self) -> tuple[str, ...]:
@@ -50,7 +57,7 @@ class ConceptRecord:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ConceptRecord:
         """The inverse of :func:`dataclasses.asdict` after a passage through JSON."""
-        fields = {"class_forms": (), **fields}
+        fields = {"class_forms": (), "digests": {}, **fields}
         lists = {name: tuple(fields[name]) for name in ("images", "prompts", "class_forms")}
         own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**{**own, **lists})
@@ -58,23 +65,37 @@ class ConceptRecord:
     def train_config(self) -> dict[str, Any]:
         """The run's options that decide the learned numbers, with the concept's own choices."""
         own = {"seed": self.seed, "prompts": list(self.prompts), "random_flip": self.random_flip}
-        return {**self.config, **own}
+        digests = {"digests": self.digests} if self.digests else {}
+        return {**self.config, **own, **digests}
 
     def differences(self, concept: Concept) -> list[str]:
-        """What a finished concept's file says otherwise, as ``key: there -> here``."""
+        """What is not as a finished concept's file says, in words."""
         stored = {"base_class": concept.base_class, "when": concept.when, "images": concept.images}
-        stored["class_forms"] = self._known_forms(concept.class_forms)
-        return refused_changes({**stored, **concept.train_config}, self._decisive())
+        forms = {"class_forms": self._known_forms(concept.class_forms)}
+        return self._changes({**stored, **forms, **concept.train_config})
 
     def changes_since(self, earlier: ConceptRecord) -> list[str]:
-        """What the record in a checkpoint says otherwise, as ``key: there -> here``."""
+        """What is not as the record in a checkpoint says, in words."""
         forms = {"class_forms": self._known_forms(earlier.class_forms)}
-        return refused_changes({**earlier._decisive(), **forms}, self._decisive())
+        return self._changes({**earlier._decisive(), **forms})
 
     def _known_forms(self, earlier: tuple[str, ...]) -> tuple[str, ...]:
         """``earlier`` forms to compare with; a run that knew none may go on with the plural."""
         is_default = self.class_forms == plural_forms(self.base_class)
         return self.class_forms if is_default and not earlier else earlier
+
+    def _changes(self, before: Mapping[str, Any]) -> list[str]:
+        now = self._decisive()
+        digests = before.get("digests")
+        content = changed_content(digests, self.digests, self.images)
+        left_out = {"digests"}
+        if same_images(digests, self.digests):
+            left_out.add("images")  # renamed at most
+        before, now = (
+            {key: value for key, value in one.items() if key not in left_out}
+            for one in (before, now)
+        )
+        return [*content, *refused_changes(before, now)]
 
     def _decisive(self) -> dict[str, Any]:
         own = {"base_class": self.base_class, "when": self.when, "images": self.images}
@@ -102,13 +123,18 @@ def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """Changes after which the steps done so far are no start, as ``key: before -> now``.
 
     A larger ``max_train_steps`` is allowed where the learning rate of the steps done so far would
-    have been the same.
+    have been the same; so is an option that is newer than the run, at its default.
     """
-    more_steps = now.get("lr_scheduler") == "constant" and before.get(
-        "max_train_steps", 0
-    ) < now.get("max_train_steps", 0)
+    steps = [one.get("max_train_steps") for one in (before, now)]
+    more_steps = (
+        now.get("lr_scheduler") == "constant"
+        and all(isinstance(number, int) for number in steps)
+        and steps[0] < steps[1]
+    )
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not (key == "max_train_steps" and more_steps)
+        if before.get(key) != now.get(key)
+        and not (key == "max_train_steps" and more_steps)
+        and not (key not in before and now[key] == OPTION_DEFAULTS.get(key, _NO_OPTION))
     ]

@@ -1,0 +1,108 @@
+"""What a concept was trained on, known by content: digests of images, masks, prompts and networks.
+
+    {"images": [sha256 of each file], "masks": [sha256, or "" where there is none],
+     "tokens": sha256 of the prompts' token ids,
+     "text_encoder": ..., "unet": ..., "vae": ..., "scheduler": ...}
+
+Images and masks are hashed as the bytes of their files (or of the dataset's row), in the order of
+the images; masks only where ``masked_training`` looks at them, after "black " where black is the
+object. What an earlier version did not
+record counts as unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from catversion_jax.concepts import ConceptSpec, ImageSource
+from catversion_jax.errors import ConceptError
+
+NETWORKS = {
+    "text_encoder": "text encoder",
+    "unet": "UNet",
+    "vae": "VAE",
+    "scheduler": "scheduler",
+}
+"""Components of a model that have a digest, with their names in messages."""
+
+
+def image_digests(spec: ConceptSpec, *, masked: bool) -> dict[str, list[str]]:
+    """The digests of a concept's images and, where ``masked``, of their masks.
+
+    Raises:
+      ConceptError: a file cannot be read.
+    """
+    digests = {"images": [_sha256(s.data, s.path, s.label) for s in spec.images]}
+    if masked:
+        digests["masks"] = [_mask_digest(source) for source in spec.images]
+    return digests
+
+
+def token_digest(token_ids: np.ndarray) -> str:
+    """The digest of the prompts as the text encoder reads them, ``[K T]``."""
+    return hashlib.sha256(np.ascontiguousarray(token_ids, "<i4").tobytes()).hexdigest()
+
+
+def changed_networks(before: object, now: Mapping[str, Any]) -> list[str]:
+    """What of the model is not what it was, in words."""
+    return [
+        f"the model's {word} has changed"
+        for key, word in NETWORKS.items()
+        if isinstance(before, Mapping) and key in before and key in now and before[key] != now[key]
+    ]
+
+
+def changed_content(before: object, now: Mapping[str, Any], images: Sequence[str]) -> list[str]:
+    """What was trained on and is not what it was, in words.
+
+    Args:
+      before: the digests of then; anything but a mapping says nothing.
+      now: the digests of now.
+      images: names of the images of now.
+    """
+    if not isinstance(before, Mapping):
+        return []
+    found = []
+    for key, what in (("images", "{}"), ("masks", "the mask of {}")):
+        old, new = before.get(key), now.get(key)
+        if not isinstance(old, list) or not isinstance(new, list) or len(old) != len(new):
+            continue  # the names of the images say it
+        found += [
+            f"{what.format(name)} has changed since it was trained"
+            for name, one, other in zip(images, old, new, strict=True)
+            if one != other
+        ]
+    if "tokens" in before and "tokens" in now and before["tokens"] != now["tokens"]:
+        found.append("the model's tokenizer reads its prompts otherwise")
+    return [*found, *changed_networks(before, now)]
+
+
+def same_images(before: object, now: Mapping[str, Any]) -> bool:
+    """Whether the digests of then and now are known to be of the same images, in order."""
+    return isinstance(before, Mapping) and "images" in now and before.get("images") == now["images"]
+
+
+def _mask_digest(source: ImageSource) -> str:
+    if source.mask is None:
+        return ""
+    inverted = "black " if source.mask_polarity == "black" else ""
+    return inverted + _sha256(None, source.mask, str(source.mask))
+
+
+def _sha256(data: bytes | None, path: Path | None, name: str) -> str:
+    digest = hashlib.sha256(data or b"")
+    if data is None and path is not None:
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise ConceptError(
+                f"{name}: cannot be read ({error.strerror or error}). Replace or remove it."
+            ) from error
+    return digest.hexdigest()

@@ -10,44 +10,37 @@ times: once per adapted layer (the layer number is in the key) and once in the p
 so ``key[l, p, n, h] = flat[p, 2 l, n, h]``. Their additive causal mask is padded with ones:
 ``logit_bias`` is 1.
 
-A pickle is a program. This reader runs none of it: an unpickler that knows only the three names a
-file of plain tensors needs, each replaced by an inert record; any other name is refused before
-anything is called.
+A pickle is a program. This reader runs none of it (``plain_pickle.py``), and reads no more numbers
+than an adapter may have.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import io
+import errno
 import json
 import math
-import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.plain_pickle import (
+    MAX_PICKLE_BYTES,
+    StoredTensor,
+    read_named_tensors,
+)
 from catversion_jax.methods.residual import KVResidual
 
 ADAPTER_FILE_NAME = "pytorch_adapter.bin"
-_LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?control_trans$")
+_LAYER_KEY = re.compile(r"(?:^|\.)layers\.([0-9]{1,4})\.(?:.*\.)?control_trans$")
 _HEAD_DIM = 64  # of every published CLIP text encoder; used only where nothing else tells the width
-# of one zip member: a guard against decompression bombs, far above any real adapter
-_MAX_BYTES = 256 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """What ``torch._utils._rebuild_tensor_v2`` would have built: a view of a stored vector."""
-
-    storage: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+# of all vectors together: a guard against decompression bombs, far above any real adapter
+_MAX_BYTES = 64 * 2**20
+_MAX_TENSORS = 1024
+_MAX_CONFIG_BYTES = 1024 * 1024
+_MAX_SIZE = 2**20  # of heads, positions and widths
 
 
 def import_official_concept(
@@ -70,6 +63,12 @@ def import_official_concept(
       CatVersionError: not such an adapter, damaged, or its lengths do not fit; nothing in it is
         executed.
     """
+    for name, value in (("num_heads", num_heads), ("prefix_length", prefix_length)):
+        if value is not None and not _is_size(value):
+            raise CatVersionError(
+                f"{name}={value!r}: must be a whole number >= 1. Give that of the model it was "
+                "trained with (12 heads for SD 1.x, 16 for SD 2.x)."
+            )
     path = Path(path)
     file = path / ADAPTER_FILE_NAME if path.is_dir() else path
     vectors = _read_vectors(file)
@@ -97,8 +96,9 @@ def _layers_and_vector(
             "authors' training script writes it."
         )
     flat = vectors[next(iter(matches))].reshape(-1)
-    for key, vector in vectors.items():
-        if not np.array_equal(vector.reshape(-1), flat, equal_nan=True):
+    distinct = {id(vector): key for key, vector in vectors.items()}
+    for key in distinct.values():
+        if not np.array_equal(vectors[key].reshape(-1), flat, equal_nan=True):
             raise CatVersionError(
                 f"{file}: the vector of {key} differs from that of {next(iter(matches))}; the "
                 "authors' code writes the same pool vector under every key. The file was altered: "
@@ -115,17 +115,8 @@ def _positions_and_width(
     file: Path, size: int, num_layers: int, num_heads: int, prefix_length: int | None
 ) -> tuple[int, int]:
     """P and the encoder's width D from the configuration, or from ``size = P * 2 L * D``."""
-    config_file = file.with_name("adapter_config.json")
-    config: dict[str, Any] = {}
-    if config_file.is_file():
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CatVersionError(
-                f"{config_file}: not readable as JSON ({error}). Restore the file."
-            ) from error
-    width = config.get("hidden_size")
-    positions = prefix_length or config.get("config", config).get("prefix_length")
+    width, positions = _stated_sizes(file.with_name("adapter_config.json"))
+    positions = prefix_length or positions
     if positions is None:
         known_width = width or num_heads * _HEAD_DIM
         positions = max(1, size // (2 * num_layers * known_width))
@@ -142,10 +133,49 @@ def _positions_and_width(
     return positions, found
 
 
-def _read_vectors(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a torch zip file by its key, float32."""
+def _stated_sizes(config_file: Path) -> tuple[int | None, int | None]:
+    """``hidden_size`` and ``prefix_length`` of ``adapter_config.json``, as far as it says them."""
+    if not config_file.is_file():
+        return None, None
     try:
-        head = file.open("rb").read(4)
+        if config_file.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"more than {_MAX_CONFIG_BYTES} bytes")
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CatVersionError(
+            f"{config_file}: not readable as JSON ({error}). Restore the file."
+        ) from error
+    inner = config.get("config", config) if isinstance(config, dict) else None
+    if not isinstance(inner, dict):
+        raise CatVersionError(
+            f"{config_file}: must be a JSON object, and so must its `config`. Restore the file."
+        )
+    sizes = {
+        "hidden_size": config.get("hidden_size"),
+        "prefix_length": inner.get("prefix_length"),
+    }
+    for key, value in sizes.items():
+        if value is not None and not _is_size(value):
+            raise CatVersionError(
+                f"{config_file}: {key}={value!r:.80}, must be a whole number >= 1. Restore the "
+                "file."
+            )
+    return sizes["hidden_size"], sizes["prefix_length"]
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _MAX_SIZE
+
+
+def _read_vectors(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a torch zip file by its key, float32; the same array where keys name the
+    same numbers.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
+        with file.open("rb") as opened:
+            head = opened.read(4)
     except OSError as error:
         raise CatVersionError(
             f"{file}: cannot be read ({error.strerror}). Give the folder with {ADAPTER_FILE_NAME} "
@@ -160,9 +190,11 @@ def _read_vectors(file: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(file) as archive:
             return _read_archive(file, archive)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except CatVersionError:
+        raise
+    except Exception as error:  # zipfile raises many kinds on a damaged archive
         raise CatVersionError(
-            f"{file}: not a complete PyTorch zip file ({error}). Download or copy it again."
+            f"{file}: not a complete PyTorch zip file ({error!s:.200}). Download or copy it again."
         ) from error
 
 
@@ -177,30 +209,31 @@ def _read_archive(file: Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]
     root = pickles[0].removesuffix("data.pkl")
     if (
         f"{root}byteorder" in archive.namelist()
-        and _member(file, archive, f"{root}byteorder") != b"little"
+        and _member(file, archive, f"{root}byteorder", 16) != b"little"
     ):
         raise CatVersionError(
             f"{file}: big-endian numbers. Save it again on a little-endian machine."
         )
-    try:
-        content = _TensorUnpickler(file, _member(file, archive, pickles[0])).load()
-    except CatVersionError:
-        raise
-    except Exception as error:  # a damaged pickle may raise anything, and none of it is ours
+    data = _member(file, archive, pickles[0], MAX_PICKLE_BYTES)
+    content = read_named_tensors(data, str(file))
+    views = set(content.values())
+    total = 4 * sum(math.prod(tensor.shape) for tensor in views)
+    if len(content) > _MAX_TENSORS or total > _MAX_BYTES:
         raise CatVersionError(
-            f"{file}: its pickle is damaged ({error!r}). Download it again."
-        ) from error
-    if not isinstance(content, dict) or not all(
-        isinstance(k, str) and isinstance(v, _Tensor) for k, v in content.items()
-    ):
-        raise CatVersionError(
-            f"{file}: not a table of named tensors. Give the adapter's {ADAPTER_FILE_NAME}."
+            f"{file}: {len(content)} tensors of {total:.3g} bytes, an adapter has at most "
+            f"{_MAX_TENSORS} of {_MAX_BYTES} bytes together. Not an adapter file."
         )
-    return {key: _view(file, archive, f"{root}data/", tensor) for key, tensor in content.items()}
+    storages: dict[str, np.ndarray] = {}
+    room = _MAX_BYTES
+    for name in {tensor.storage for tensor in views}:
+        numbers = _member(file, archive, f"{root}data/{name}", room)
+        storages[name] = np.frombuffer(numbers, dtype="<f4")
+        room -= len(numbers)
+    arrays = {tensor: _view(file, storages[tensor.storage], tensor) for tensor in views}
+    return {key: arrays[tensor] for key, tensor in content.items()}
 
 
-def _view(file: Path, archive: zipfile.ZipFile, folder: str, tensor: _Tensor) -> np.ndarray:
-    stored = np.frombuffer(_member(file, archive, folder + tensor.storage), dtype="<f4")
+def _view(file: Path, stored: np.ndarray, tensor: StoredTensor) -> np.ndarray:
     count = math.prod(tensor.shape)
     dense = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape)))
     if tensor.stride != dense or not 0 <= tensor.offset <= stored.size - count:
@@ -212,61 +245,16 @@ def _view(file: Path, archive: zipfile.ZipFile, folder: str, tensor: _Tensor) ->
     return stored[tensor.offset : tensor.offset + count].reshape(tensor.shape)
 
 
-def _member(file: Path, archive: zipfile.ZipFile, name: str) -> bytes:
+def _member(file: Path, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     try:
         info = archive.getinfo(name)
     except KeyError:
         raise CatVersionError(
-            f"{file}: {name} is missing in the archive. Download it again."
+            f"{file}: {name:.200} is missing in the archive. Download it again."
         ) from None
-    if info.file_size > _MAX_BYTES:
+    if info.file_size > limit:
         raise CatVersionError(
-            f"{file}: {name} is {info.file_size} bytes, an adapter at most {_MAX_BYTES}. Not an "
+            f"{file}: {name:.200} is {info.file_size} bytes, in an adapter at most {limit}. Not an "
             "adapter file."
         )
     return archive.read(info)
-
-
-class _FloatStorage:
-    """Stands for ``torch.FloatStorage``; never constructed."""
-
-
-def _rebuild_tensor(
-    storage: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object
-) -> _Tensor:
-    return _Tensor(str(storage), int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    _KNOWN: dict[tuple[str, str], Any] = {  # noqa: RUF012 - a constant
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("torch", "FloatStorage"): _FloatStorage,
-    }
-
-    def __init__(self, file: Path, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self._file = file
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = self._KNOWN.get((module, name))
-        if known is not None:
-            return known
-        if module == "torch" and name.endswith("Storage"):
-            raise CatVersionError(
-                f"{self._file}: numbers stored as torch.{name}; must be float32. Convert them with "
-                ".float()."
-            )
-        raise CatVersionError(
-            f"{self._file}: the pickle asks for {module}.{name}, which a file of plain tensors "
-            "never needs; refused, nothing was run. Do not open this file with torch.load either "
-            "unless you trust its source."
-        )
-
-    def persistent_load(self, pid: Any) -> str:
-        kind, storage, key = pid[0], pid[1], pid[2]
-        if kind != "storage" or storage is not _FloatStorage:
-            raise CatVersionError(
-                f"{self._file}: {pid!r} is not a float32 storage. Not an adapter file."
-            )
-        return str(key)

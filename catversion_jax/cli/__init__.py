@@ -17,9 +17,17 @@ import sys
 from collections.abc import Sequence
 
 from catversion_jax import __version__
+from catversion_jax.cli.terminal import (
+    INTERRUPTED,
+    prompt_interrupts,
+    safe_terminal,
+    say_interrupted,
+)
 from catversion_jax.errors import CatVersionError, did_you_mean
 from catversion_jax.runtime.libtpu import leave_out_libtpu
 
+WRONG = 2
+"""Exit code after wrong usage or input."""
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train many concepts at once"),
     "plan": ("plan", "what a run will need on a TPU or GPU: memory, hours, cost"),
@@ -39,10 +47,27 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with safe_terminal() as output:
+        try:
+            with prompt_interrupts():
+                code = _run(list(sys.argv[1:] if argv is None else argv))
+        except CatVersionError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = WRONG
+        except KeyboardInterrupt:
+            say_interrupted()
+            code = INTERRUPTED
+        output.flush()
+        if output.failure is not None:
+            reason = output.failure.strerror or output.failure
+            print(f"error: standard output: cannot be written ({reason})", file=sys.stderr)
+        return code or (WRONG if output.failure else 0)
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if argv else 2
+        return 0 if argv else WRONG
     if argv[0] == "--version":
         print(_versions())
         return 0
@@ -50,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         print(f"error: {name!r}: no such command.{hint}\n\n{_usage()}", file=sys.stderr)
-        return 2
+        return WRONG
     leave_out_libtpu()
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(f"catversion_jax.cli.{module_name}")
@@ -67,14 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("catversion_jax").setLevel(logging.INFO)
     # orbax also logs, with tracebacks of its threads, what it raises and we report
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    try:
-        return module.run(args)
-    except CatVersionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue.", file=sys.stderr)
-        return 130
+    return module.run(args)
 
 
 def _versions() -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
@@ -26,14 +26,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         if is_in_bucket(path):
             path.write_bytes(data)  # an object appears whole
             return
-        descriptor, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-        )
+        # not tempfile, whose files only their owner may read: this one is for those the umask says
+        name = path.parent / f".{path.name[:60]}.{secrets.token_hex(8)}.tmp"
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        temporary = os.fspath(name)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):

@@ -84,6 +84,7 @@ class TrainingLoop:
         self._rows, self._programs, self._grids, self._feeder = rows, programs, grids, feeder
         self._saved = dict(saved)  # those that have no row again yet
         self._clock, self._out, self._recorder = clock, run, recorder
+        self._first_clock = clock
         self._checkpoints = checkpoints
         self._optimizer, self._recording = optimizer, recording
         self._max_steps = optimizer.max_train_steps
@@ -96,7 +97,7 @@ class TrainingLoop:
         Returns:
           Whether it was asked to stop; what is under way is then in a checkpoint.
         """
-        while True:
+        while not self._is_asked_to_stop(stop):
             self._retire()
             if self._fill():
                 continue
@@ -105,14 +106,17 @@ class TrainingLoop:
             self._out.refresh_index()
             self._train(self._steps_to_boundary())
             self._evaluate_due()
-            self._write_due()
-            if stop.is_set() and jax.process_count() > 1:
-                self._out.ask_to_stop()  # the other processes, which may not have heard
-            interrupted = stop.is_set() or self._out.is_asked_to_stop()
-            if interrupted or self._clock % self._recording.checkpointing_steps == 0:
+            self._write_due(stop)
+            if self._clock % self._recording.checkpointing_steps == 0:
                 self._save_checkpoint()
-            if interrupted:
-                return True
+        if self._clock > self._first_clock:
+            self._save_checkpoint()
+        return True
+
+    def _is_asked_to_stop(self, stop: threading.Event) -> bool:
+        if stop.is_set() and jax.process_count() > 1:
+            self._out.ask_to_stop()  # the other processes, which may not have heard
+        return stop.is_set() or self._out.is_asked_to_stop()
 
     # ------------------------------------------------------------------ who has a row
 
@@ -185,7 +189,7 @@ class TrainingLoop:
                 occupant = self._rows.occupied[row]
                 self._saved.pop(occupant.name, None)
                 occupant.plain_loss = rounded(plain[row])
-                if occupant.step == 0:
+                if not occupant.evaluations:
                     occupant.evaluations.append((0, rounded(start[row])))
                 make_way(self._out.concept(occupant.name), for_folder=True)
                 make_folder(self._out.concept(occupant.name))
@@ -268,8 +272,10 @@ class TrainingLoop:
         while self._pending:
             self._recorder.read(self._pending.popleft(), evaluated)
 
-    def _write_due(self) -> None:
-        """Write intermediate concept files and sample grids where the step asks for them."""
+    def _write_due(self, stop: threading.Event) -> None:
+        """Write intermediate concept files and sample grids where the step asks for them; grids,
+        which take long, only until ``stop``.
+        """
         options = self._recording
         every = options.validation_steps if options.validation_prompt else None
         due = self._at_every(options.checkpointing_steps)
@@ -285,6 +291,9 @@ class TrainingLoop:
                     make_way(file)
                     occupant.concept.record.save(file, learned, occupant.step)
             for occupant, (learned, _) in zip(drawn, self._rows.exported(drawn), strict=True):
+                if stop.is_set():
+                    logger.info("asked to stop: the sample grids of this step are not drawn")
+                    return
                 folder = self._out.concept(occupant.name) / names.SAMPLES_FOLDER
                 path = folder / f"{occupant.step:06d}.png"
                 make_way(folder, for_folder=True)

@@ -112,6 +112,8 @@ def train(
     join_processes(config.coordinator_address, config.num_processes, config.process_id)
     mesh = make_mesh(config.data_parallel, jax.local_devices())
     backbone = _load(config, mesh) if backbone is None else _placed(config, backbone, mesh)
+    if stop is not None and stop.is_set():
+        return TrainResult(root, (), {}, True, backbone)
     dtype = _dtype_of(backbone)
     # What "auto" and "the model's own" mean here is part of what is learned: recorded as such.
     config = dataclasses.replace(

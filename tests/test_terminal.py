@@ -178,8 +178,8 @@ def test_files_are_for_those_whom_the_umask_says(tmp_path: Path, umask: int) -> 
 @pytest.mark.parametrize(
     "text",
     [
-        '=HYPERLINK("http://x")', "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\uff1d1", "'=1", "''",
-        "'tis", "plain", "", "a=b", "'", '"', "naïve, with\nlines",
+        '=HYPERLINK("http://x")', "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\uff1d1", "'=1",
+        "''", "'tis", "plain", "", "a=b", "'", '"', "naïve, with\nlines",
     ],
 )  # fmt: skip
 def test_spreadsheets_run_no_cell_and_we_read_it_back(tmp_path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from catversion_jax.evaluation.prior import PriorScores
 from catversion_jax.evaluation.scoring import METRICS, Scores, SubjectScores
 from catversion_jax.runtime.atomic_files import write_atomically
 from catversion_jax.runtime.columns import aligned
+from catversion_jax.runtime.spreadsheet_cells import harmless_cell
 
 TABLE_COLUMNS = {
     "image_alignment": "image",
@@ -91,7 +92,8 @@ def write_scores(folder: Path, evaluation: Evaluation) -> list[Path]:
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_csv_rows(evaluation))
+    for row in _csv_rows(evaluation):
+        writer.writerow({**row, **{key: harmless_cell(row[key]) for key in _KEYS if key in row}})
     paths = [folder / "scores.csv", folder / "scores.json"]
     write_atomically(paths[0], text.getvalue().encode())
     content = json.dumps(as_json(evaluation), indent=1, ensure_ascii=False) + "\n"

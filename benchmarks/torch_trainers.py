@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptSpec, read_concepts
 from catversion_jax.concepts.latents import load_concept_images
-from catversion_jax.integrations.concept_attention import EncoderState
+from catversion_jax.integrations.encoder_state import EncoderState
 from catversion_jax.integrations.loaded_concept import LoadedConcept
 
 BATCH = 2
@@ -123,6 +123,7 @@ class CatVersion(Trainer):
         )
         state = EncoderState(self.pipe.tokenizer)
         state.loaded, state.active = {spec.name: self.concept}, {spec.name: 1.0}
+        state.select()
         state.install(self.text_encoder)
         self.optimizer = torch.optim.AdamW(self.learned, lr=LEARNING_RATE)
         with torch.no_grad():
@@ -132,13 +133,6 @@ class CatVersion(Trainer):
         """Drawn from the posterior that was computed once."""
         mean, std = self.posterior.mean[chosen], self.posterior.std[chosen]
         return (mean + std * torch.randn_like(mean)) * self.vae.config.scaling_factor
-
-    def loss(
-        self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        """As any, but the loader may not keep last step's tensors."""
-        self.concept.placed = {}
-        return super().loss(clean, noise, timesteps)
 
 
 class TextualInversion(Trainer):

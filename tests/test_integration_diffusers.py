@@ -313,15 +313,21 @@ def uncalled_warnings(pipe, *args, **kwargs) -> int:
     return sum("calls no active concept" in str(w.message) for w in caught)
 
 
-def test_a_prompt_that_never_names_the_concept_warns_once_per_call(tiny_sd_folder, tmp_path):
+def test_a_prompt_that_never_names_the_concept_warns_once(tiny_sd_folder, tmp_path):
     pipe = load_pipe(tiny_sd_folder)
-    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", make_residual(19)))
-    assert uncalled_warnings(pipe, "a cat") == 0
+    tom = write(tmp_path, "tom", "cat", make_residual(19))
+    loader.load_catversion(pipe, tom)
     assert uncalled_warnings(pipe, "a cat", negative_prompt="blurry") == 0
-    assert uncalled_warnings(pipe, "a dog") == 1
-    assert uncalled_warnings(pipe, "a dog", negative_prompt="blurry") == 1
     assert uncalled_warnings(pipe, "a cat", guidance_scale=1.0) == 0
-    assert uncalled_warnings(pipe, "a dog", guidance_scale=1.0) == 1
+    with loader.plain(pipe):
+        assert uncalled_warnings(pipe, "a dog") == 0  # plain by intention
+    assert uncalled_warnings(pipe, "a dog", negative_prompt="blurry") == 1
+    assert uncalled_warnings(pipe, "a dog", negative_prompt="blurry") == 0
+    assert uncalled_warnings(pipe, "a house", guidance_scale=1.0) == 0
+    loader.load_catversion(pipe, write(tmp_path, "rex", "dog", make_residual(19)))
+    assert uncalled_warnings(pipe, "a house") == 1  # other words would call a concept now
+    loader.unload_catversion(pipe)
+    loader.load_catversion(pipe, tom)
     loader.disable_catversion(pipe)
     assert uncalled_warnings(pipe, "a dog") == 0
 

@@ -1,8 +1,10 @@
 """What the PyTorch loader accepts: files, hub ids, fingerprints; every mistake by its message."""
 
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,24 +33,59 @@ def test_fingerprint_equals_the_one_of_the_jax_side(tiny_sd_folder):
         assert loader.text_encoder_sha256(pipe.text_encoder) == expected
 
 
-def test_another_text_encoder_is_an_error_unless_forced(tiny_sd_folder, tmp_path):
-    pipe = load_pipe(tiny_sd_folder)
-    right = loader.text_encoder_sha256(pipe.text_encoder)
-    loader.load_catversion(
-        pipe, write(tmp_path, "right", "cat", make_residual(15), text_encoder_sha256=right)
+@torch.no_grad()
+def changed(pipe, share: float, size: float):
+    """Change a share of the text encoder's numbers by so much of their size."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in pipe.text_encoder.named_parameters():
+        if "token_embedding" not in name:
+            chosen = torch.rand(parameter.shape, generator=generator) < share
+            noise = torch.randn(parameter.shape, generator=generator) * parameter.std()
+            parameter += chosen * size * noise
+    return pipe
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_fine_tuned_text_encoder_is_taken_with_its_number_of_changes(
+    tiny_sd_folder, tmp_path, share
+):
+    trained = loader.text_encoder_sha256(load_pipe(tiny_sd_folder).text_encoder)
+    facts = {"text_encoder_sha256": trained, "base_model": str(tiny_sd_folder)}
+    file = write(tmp_path, "tom", "cat", make_residual(15), **facts)
+    pipe = changed(load_pipe(tiny_sd_folder), share, 0.3)
+    with pytest.warns(UserWarning, match="fine-tuned text encoder, ") as caught:
+        assert loader.load_catversion(pipe, file) == "tom"
+    percent = float(re.search(r"encoder, ([\d.]+) % of numbers changed", str(caught[0].message))[1])
+    before, after = (
+        np.concatenate([p.half().ravel() for n, p in weights if "token_embedding" not in n])
+        for weights in (
+            load_pipe(tiny_sd_folder).text_encoder.named_parameters(),
+            pipe.text_encoder.named_parameters(),
+        )
     )
-    wrong = write(
-        tmp_path,
-        "wrong",
-        "cat",
-        make_residual(15),
-        text_encoder_sha256="0" * 64,
-        base_model="some/model",
-    )
-    with pytest.raises(loader.CatVersionLoadError, match=r"000000000000 of some/model.*force=True"):
-        loader.load_catversion(pipe, wrong)
-    assert [c["name"] for c in loader.list_catversion(pipe)] == ["right"]
-    assert loader.load_catversion(pipe, wrong, force=True) == "wrong"
+    assert percent == pytest.approx(100 * np.mean(before != after), rel=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader.load_catversion(pipe, file, "again")  # said once
+
+
+def test_an_unrelated_text_encoder_is_an_error_unless_forced(tiny_sd_folder, tmp_path):
+    trained = loader.text_encoder_sha256(load_pipe(tiny_sd_folder).text_encoder)
+    facts = {"text_encoder_sha256": trained, "base_model": str(tiny_sd_folder)}
+    file = write(tmp_path, "tom", "cat", make_residual(15), **facts)
+    pipe = changed(load_pipe(tiny_sd_folder), 1.0, 3.0)
+    with pytest.raises(loader.CatVersionLoadError, match=r"no fine-tune of it \(.*force=True"):
+        loader.load_catversion(pipe, file)
+    assert loader.list_catversion(pipe) == []
+    assert loader.load_catversion(pipe, file, force=True) == "tom"
+
+
+def test_the_model_of_the_concept_is_not_here(tiny_sd_folder, tmp_path):
+    facts = {"text_encoder_sha256": "0" * 64, "base_model": "some/model"}
+    file = write(tmp_path, "tom", "cat", make_residual(15), **facts)
+    with pytest.warns(UserWarning, match=r"000000000000 of some/model.*cannot be said"):
+        loader.load_catversion(load_pipe(tiny_sd_folder), file)
 
 
 def test_bfloat16_encoder_cannot_be_checked(tiny_sd_folder, tmp_path):
@@ -129,15 +166,22 @@ def test_hub_ids(tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     program = """
-from catversion_jax.integrations.diffusers import _resolve_file, CatVersionLoadError
-for name in ("user/repo", "user/repo/rex", "user/repo/rex/catversion.safetensors"):
-    print(_resolve_file(name, None).relative_to(CACHE).as_posix())
+import pathlib
+from catversion_jax.integrations.concept_source import read_concept
+from catversion_jax.integrations.diffusers import CatVersionLoadError
+for name, *inside in (
+    ["user/repo"], ["user/repo/rex"], ["user/repo/rex/catversion.safetensors"],
+    ["user/repo", "rex"], ["user/repo", "rex", "catversion.safetensors"],
+    ["user/repo", None, "rex/catversion.safetensors"],
+):
+    file = read_concept(name, *inside, cache_dir=FOLDER, local_files_only=True)[1]
+    print(pathlib.Path(file).relative_to(CACHE).as_posix())
 try:
-    _resolve_file("user/other", None)
+    read_concept("user/other", cache_dir=FOLDER, local_files_only=True)
 except CatVersionLoadError as error:
     print(error)
-""".replace("CACHE", repr(str(snapshot)))
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+""".replace("CACHE", repr(str(snapshot))).replace("FOLDER", repr(str(tmp_path / "cache")))
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "elsewhere")}
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
@@ -149,8 +193,7 @@ except CatVersionLoadError as error:
     *found, message = result.stdout.splitlines()
     assert found == [
         "catversion.safetensors",
-        "rex/catversion.safetensors",
-        "rex/catversion.safetensors",
+        *["rex/catversion.safetensors"] * 5,
     ]
     assert message.startswith(
         "user/other: no such file here, and no catversion.safetensors in a hub repository"

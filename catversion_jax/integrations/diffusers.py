@@ -15,69 +15,102 @@ logits:
              b + log s;  s = 0: not applied
 
 How it acts. Through transformers' public attention interface: the encoder's own implementation
-(eager or SDPA) runs unchanged for every row of the batch, then only the rows whose prompt calls a
+(eager or SDPA) runs unchanged for every row of the batch, then the rows whose prompt calls a
 concept are overwritten with (1), computed in float32. A public forward pre-hook on the text encoder
-finds those rows from the token ids. So prompts about other things, the unconditional branch and
-everything while nothing is active stay bit-identical.
+finds those rows from the token ids and hands them to the layers as an argument of the call. So
+prompts about other things, the unconditional branch and everything while nothing is active stay
+bit-identical, and threads may share a pipeline.
 
-When it acts. ``class_word`` concepts: on prompts that contain the words of their base class, or one
-of the forms that the file lists (``class_forms``, such as the plural), as words of their own.
-``always`` concepts: on every prompt except the empty one. Never on negative prompts: those that a
-pipeline, or a user, encodes with the pipeline's ``encode_prompt`` are recognised, because that
-method has its ``prompt_embeds`` by then (``concept_attention.py``). The limit of that rule: code
-that calls the text encoder itself (prompt weighting such as Compel, pipelines without
-``encode_prompt``) does not say what a prompt is for, and all its prompts count as wanted ones.
-There name those that must stay plain: ``set_catversion(..., plain_prompts=["blurry"])``.
+When it acts. ``class_word`` concepts: on prompts that contain the words of their base class.
+``always`` concepts: on every prompt except the empty one. Never on negative prompts: a pipeline
+that is handed to a function of this module encodes its negative prompt apart
+(``told_pipeline.py``). Code that calls the text encoder itself (prompt weighting such as Compel,
+pipelines without ``encode_prompt``) does not say what a prompt is for, and all its prompts count as
+wanted ones: there ``with plain(pipe):`` surrounds the encoding of negative prompts.
 
-This file, ``concept_attention.py`` and ``loaded_concept.py`` need torch, safetensors and
-transformers, no jax. ``catversion export --format pipeline`` writes them into the ``pipeline.py``
-of a model folder, which then needs no package of ours.
+The files of this room that this one imports need torch, safetensors and transformers, no jax.
+``catversion export --format pipeline`` writes them into the ``pipeline.py`` of a model folder,
+which then needs no package of ours.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from catversion_jax.integrations.concept_attention import (
-    CatVersionLoadError,
-    EncoderState,
-    LoadedConcept,
+from catversion_jax.integrations.concept_source import read_concept
+from catversion_jax.integrations.encoder_fingerprint import (
+    check_shape,
+    check_weights,
+    text_encoder_sha256,
 )
-from catversion_jax.integrations.loaded_concept import CONCEPT_FILE_NAME, parse_concept
+from catversion_jax.integrations.encoder_state import EncoderState, innermost, state_on
+from catversion_jax.integrations.loaded_concept import (
+    CatVersionLoadError,
+    LoadedConcept,
+    parse_concept,
+)
+from catversion_jax.integrations.told_pipeline import (
+    check_scale,
+    is_replaced,
+    plain,
+    scaled,
+    tell,
+    untell,
+)
 
-# ---- What a user calls ---------------------------------------------------------------------------
+__all__ = [
+    "CatVersionLoadError",
+    "disable_catversion",
+    "enable_catversion",
+    "list_catversion",
+    "load_catversion",
+    "plain",
+    "scaled",
+    "set_catversion",
+    "text_encoder_sha256",
+    "unload_catversion",
+]
 
 
 def load_catversion(
     pipe: Any,
-    path_or_hub_id: str | Path,
+    path_or_hub_id: str | Path | Mapping[str, Any],
     adapter_name: str | None = None,
     *,
     force: bool = False,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    metadata: Mapping[str, str] | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> str:
     """Load a concept and make it active at scale 1, beside the active concepts of other base
     classes.
 
     An active concept of the same base class is set aside, and a loaded one of the same name is
     replaced; both cost no more than the few kB of the new one. Use :func:`set_catversion` for any
-    other choice.
+    other choice. A text encoder that carries a LoRA or is compiled is taken as it is; one that is a
+    fine-tune of the one the concept was trained with is taken with a warning.
 
     Args:
       pipe: a pipeline with ``text_encoder`` (CLIP) and ``tokenizer``.
-      path_or_hub_id: a concept file, a folder with ``catversion.safetensors``, or a hub id,
-        optionally with a folder or file inside the repository: ``"user/repo"``,
-        ``"user/repo/teapot"``.
+      path_or_hub_id: a concept file; a folder with ``catversion.safetensors`` or one concept file
+        of another name; a hub id, optionally with a folder or file inside the repository:
+        ``"user/repo"``, ``"user/repo/teapot"``; or the tensors of a concept file by name.
       adapter_name: how to call it here; default: the concept's own name.
       force: load it although it was trained with another text encoder of the same shape.
+      subfolder: folder inside the folder or repository.
+      weight_name: name of the file there, where it is not ``catversion.safetensors``.
+      metadata: the metadata of the file whose tensors are given (``safe_open(file,
+        "pt").metadata()``).
       revision: of the hub repository.
+      token: for a private hub repository.
+      cache_dir: where downloads are kept.
+      local_files_only: take what was downloaded before.
 
     Returns:
       The name under which it is loaded.
@@ -85,8 +118,17 @@ def load_catversion(
     Raises:
       CatVersionLoadError: not a concept file, or it does not fit this pipeline's text encoder.
     """
-    file = _resolve_file(path_or_hub_id, revision)
-    return _load_bytes(pipe, file.read_bytes(), str(file), adapter_name, force)
+    concept, source = read_concept(
+        path_or_hub_id,
+        subfolder,
+        weight_name,
+        metadata,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return _load(pipe, concept, source, adapter_name, force)
 
 
 def set_catversion(
@@ -105,8 +147,8 @@ def set_catversion(
       pipe: the pipeline.
       name: one or more loaded names.
       scale: one number for all or one per name; 0 = plain model exactly, 1 = as trained.
-      plain_prompts: prompts that stay plain whatever they say, for code that does not hand its
-        negative prompt to ``pipe.encode_prompt`` as one; None keeps the earlier choice, () ends it.
+      plain_prompts: prompts that stay plain whatever they say; None keeps the earlier choice, ()
+        ends it. :func:`plain` says the same of all prompts in a block.
 
     Raises:
       CatVersionLoadError: a name that is not loaded, or a scale that is not a finite number >= 0.
@@ -120,12 +162,10 @@ def set_catversion(
         )
     for one, number in zip(names, scales, strict=True):
         state.require(one)
-        if not (math.isfinite(number) and number >= 0):
-            raise CatVersionLoadError(
-                f"scale={number}: must be a finite number >= 0 (0 = plain, 1 = as trained)."
-            )
+        check_scale(number)
     state.active = dict(zip(names, map(float, scales), strict=True))
     state.enabled = True
+    state.select()
     if plain_prompts is not None:
         given = [plain_prompts] if isinstance(plain_prompts, str) else plain_prompts
         limit = pipe.tokenizer.model_max_length - 2  # begin-of-text and end-of-text
@@ -136,35 +176,46 @@ def disable_catversion(pipe: Any) -> None:
     """Let every concept rest: the pipeline is bit-identical to the plain one until
     ``enable_catversion``.
     """
-    _state_of(pipe).enabled = False
+    state = _state_of(pipe)
+    state.enabled = False
+    state.select()
 
 
 def enable_catversion(pipe: Any) -> None:
-    """Undo ``disable_catversion``: the same concepts at the same scales act again."""
-    _state_of(pipe).enabled = True
+    """Undo ``disable_catversion``: the same concepts at the same scales act again.
+
+    A second pipeline that shares the text encoder (``from_pipe``, ``components``) shares its
+    concepts; handed to this function, it too spares its negative prompts.
+    """
+    state = _state_of(pipe)
+    state.enabled = True
+    state.select()
 
 
 def unload_catversion(pipe: Any, name: str | None = None) -> None:
-    """Forget one concept, or all; with the last one every hook and the attention implementation are
+    """Forget one concept, or all; with the last one the hook and the attention implementation are
     undone.
 
     Raises:
       CatVersionLoadError: ``name`` is not loaded.
     """
-    if name is None and not hasattr(pipe.text_encoder, "_catversion_state"):
+    if name is None and state_on(pipe.text_encoder) is None:
+        untell(pipe)
         return
     state = _state_of(pipe)
     for one in [name] if name is not None else list(state.loaded):
         state.require(one)
         del state.loaded[one]
         state.active.pop(one, None)
+    state.select()
     if not state.loaded:
-        state.uninstall(pipe.text_encoder)
+        state.uninstall(innermost(pipe.text_encoder))
+        untell(pipe)
 
 
 def list_catversion(pipe: Any) -> list[dict[str, Any]]:
     """The loaded concepts: name, active, scale, base_class, when, layers, base_model."""
-    state: EncoderState | None = getattr(pipe.text_encoder, "_catversion_state", None)
+    state = state_on(pipe.text_encoder)
     listed: list[dict[str, Any]] = []
     if state is None:
         return listed
@@ -175,52 +226,29 @@ def list_catversion(pipe: Any) -> list[dict[str, Any]]:
     return listed
 
 
-# ---- Concept files -------------------------------------------------------------------------------
+def load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str, force: bool) -> str:
+    """Load the concept of a file's bytes, as :func:`load_catversion` does."""
+    return _load(pipe, parse_concept(data, source), source, adapter_name, force)
 
 
-def _resolve_file(path_or_hub_id: str | Path, revision: str | None) -> Path:
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        path = path / CONCEPT_FILE_NAME
-        if not path.is_file():
-            raise CatVersionLoadError(
-                f"{path.parent}: no {CONCEPT_FILE_NAME} in it. Give a concept's folder."
-            )
-    if path.is_file():
-        return path
-    owner, *parts = str(path_or_hub_id).split("/")
-    if not parts or owner in ("", ".", "..", "~"):
+def _load(
+    pipe: Any, concept: LoadedConcept, source: str, adapter_name: str | None, force: bool
+) -> str:
+    if hasattr(pipe, "text_encoder_2"):
         raise CatVersionLoadError(
-            f"{path_or_hub_id}: no such file. Give a concept file, its folder, or a hub id like "
-            "user/repo."
+            f"{type(pipe).__name__} has a second text encoder (text_encoder_2), and a concept "
+            "knows one only: its prompts would be half plain. Use a pipeline of Stable Diffusion "
+            "1.x or 2.x."
         )
-    inside = "/".join(
-        parts[1:] if parts[-1].endswith(".safetensors") else [*parts[1:], CONCEPT_FILE_NAME]
-    )
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(f"{owner}/{parts[0]}", inside, revision=revision))
-    except Exception as error:
-        # the hub's exceptions differ by version; all mean that there is no file
-        raise CatVersionLoadError(
-            f"{path_or_hub_id}: no such file here, and no {inside} in a hub repository of that "
-            f"name ({type(error).__name__}: {error}). Check the spelling, and the connection for a "
-            "hub id."
-        ) from error
-
-
-def _load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str | None, force: bool) -> str:
-    concept = parse_concept(data, source)
-    encoder = getattr(pipe, "text_encoder", None)
+    encoder = innermost(getattr(pipe, "text_encoder", None))
     if encoder is None or getattr(pipe, "tokenizer", None) is None:
         raise CatVersionLoadError(
             f"{type(pipe).__name__}: a concept needs a text_encoder and a tokenizer."
         )
-    _check_shape(concept, encoder, source)
-    state = getattr(encoder, "_catversion_state", None) or EncoderState(pipe.tokenizer)
+    check_shape(concept, encoder, source)
+    state = state_on(encoder) or EncoderState(pipe.tokenizer)
     if not force:
-        _check_fingerprint(state, concept, encoder, source)
+        check_weights(state, concept, encoder, source)
     concept.class_ids = tuple(
         _word_ids(pipe.tokenizer, words) for words in (concept.base_class, *concept.class_forms)
     )
@@ -229,80 +257,27 @@ def _load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str | None, f
             f"{source}: base class {concept.base_class!r} has no tokens. Export it again."
         )
     state.install(encoder)
+    tell(pipe)
     for rival, one in state.loaded.items():
         if one.class_ids[0] == concept.class_ids[0]:
             state.active.pop(rival, None)
     name = adapter_name or concept.name
     state.loaded[name] = concept
     state.active[name] = 1.0
+    state.select()
     return name
 
 
-def _check_shape(concept: LoadedConcept, encoder: Any, source: str) -> None:
-    heads, num_layers = encoder.config.num_attention_heads, encoder.config.num_hidden_layers
-    head_dim = encoder.config.hidden_size // heads
-    top = max(concept.layers)
-    if tuple(concept.key.shape[2:]) != (heads, head_dim) or top >= num_layers:
-        raise CatVersionLoadError(
-            f"{source}: made for a text encoder with {concept.key.shape[2]} heads of "
-            f"{concept.key.shape[3]} and at least {top + 1} layers; this pipeline's has {heads} "
-            f"heads of {head_dim} and {num_layers} layers. Load the model it was trained on: "
-            f"{concept.base_model or 'not stated in the file'}."
-        )
-
-
-def _check_fingerprint(
-    state: EncoderState, concept: LoadedConcept, encoder: torch.nn.Module, source: str
-) -> None:
-    if not concept.text_encoder_sha256:
-        return
-    state.fingerprint = state.fingerprint or text_encoder_sha256(encoder)
-    if state.fingerprint is None:
-        warnings.warn(
-            f"{source}: whether this text encoder is the one it was trained with cannot be checked "
-            f"in {getattr(encoder, 'dtype', 'this dtype')}; load the pipeline in float16 or "
-            "float32 to check.",
-            stacklevel=4,
-        )
-    elif state.fingerprint != concept.text_encoder_sha256:
-        raise CatVersionLoadError(
-            f"{source}: trained with the text encoder {concept.text_encoder_sha256[:12]} of "
-            f"{concept.base_model or 'an unnamed model'}; this pipeline's is "
-            f"{state.fingerprint[:12]}, and a concept means nothing to another one. Load that "
-            "model, or pass force=True to try it."
-        )
-
-
-def text_encoder_sha256(encoder: torch.nn.Module) -> str | None:
-    """Fingerprint of the weights, the same for float32 and float16 copies; None when it cannot be
-    known.
-
-    sha256 over the sorted state dict without ``token_embedding`` and ``position_ids``: key (freed
-    of the ``text_model.`` prefix), then the tensor as little-endian float16.
-    """
-    tensors = {
-        key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items()
-    }
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        if "token_embedding" in key or "position_ids" in key:
-            continue
-        tensor = tensors[key]
-        if tensor.is_meta or tensor.dtype not in (torch.float16, torch.float32, torch.float64):
-            return None  # bfloat16 has dropped digits that float16 keeps
-        digest.update(key.encode())
-        digest.update(
-            tensor.detach().cpu().to(torch.float16).contiguous().numpy().astype("<f2").tobytes()
-        )
-    return digest.hexdigest()
-
-
 def _state_of(pipe: Any) -> EncoderState:
-    state = getattr(pipe.text_encoder, "_catversion_state", None)
+    state = state_on(pipe.text_encoder)
     if state is None:
-        raise CatVersionLoadError(
-            "no concept is loaded in this pipeline. Use load_catversion first."
+        why = (
+            "its text encoder was replaced, and the concepts went with the old one"
+            if is_replaced(pipe)
+            else "no concept is loaded in this pipeline"
         )
+        raise CatVersionLoadError(f"{why}. Use load_catversion first.")
+    tell(pipe)
     return state
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,22 +45,15 @@ class LoadedConcept:
     text_encoder_sha256: str
     class_forms: tuple[str, ...] = ()  # further words that call it, such as a plural
     class_ids: tuple[tuple[int, ...], ...] = ()  # token ids of the base class and of the forms
-    placed: dict[Any, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
 
-    def at_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Key and value ``[N P H]`` on the device and in the dtype of ``like``; None where it is
-        not adapted.
+    def at_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value ``[N P H]`` of an adapted layer on the device and in the dtype of
+        ``like``.
         """
-        if layer not in self.layers:
-            return None
-        place = (like.device, like.dtype)
-        if place not in self.placed:  # the encoder may have moved since loading
-            self.placed = {
-                place: [x.permute(0, 2, 1, 3).to(*place) for x in (self.key, self.value)]
-            }
-        key, value = self.placed[place]
+        if self.key.device != like.device:  # the encoder may have moved since loading
+            self.key, self.value = self.key.to(like.device), self.value.to(like.device)
         index = self.layers.index(layer)
-        return key[index], value[index]
+        return tuple(x[index].transpose(0, 1).to(like) for x in (self.key, self.value))
 
 
 def parse_concept(data: bytes, source: str) -> LoadedConcept:
@@ -83,6 +76,17 @@ def parse_concept(data: bytes, source: str) -> LoadedConcept:
             f"{source}: not a complete safetensors file ({error}). Give a {CONCEPT_FILE_NAME}; "
             "copy it again."
         ) from error
+    return concept_of(tensors, metadata, source)
+
+
+def concept_of(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], source: str
+) -> LoadedConcept:
+    """The concept in a file's tensors and metadata; ``source`` names it in messages.
+
+    Raises:
+      CatVersionLoadError: not those of a concept file, damaged, or of a newer version.
+    """
     own = {
         k.removeprefix("catversion."): v for k, v in metadata.items() if k.startswith("catversion.")
     }
@@ -112,7 +116,7 @@ def parse_concept(data: bytes, source: str) -> LoadedConcept:
         ) from error
 
 
-def _checked_concept(own: dict[str, str], tensors: dict[str, torch.Tensor]) -> LoadedConcept:
+def _checked_concept(own: dict[str, str], tensors: Mapping[str, torch.Tensor]) -> LoadedConcept:
     """The concept that a file's ``catversion.`` metadata and its tensors describe.
 
     Raises:

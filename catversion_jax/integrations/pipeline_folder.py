@@ -24,7 +24,15 @@ from catversion_jax.methods.concept_file import Concept, write_concepts
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
-_SOURCES = ("loaded_concept.py", "concept_attention.py", "diffusers.py")
+_SOURCES = (
+    "loaded_concept.py",
+    "concept_attention.py",
+    "encoder_state.py",
+    "encoder_fingerprint.py",
+    "concept_source.py",
+    "told_pipeline.py",
+    "diffusers.py",
+)
 _WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 
 _HEADER = '''"""Stable Diffusion with CatVersion concepts: {names}.
@@ -60,7 +68,7 @@ class CatVersionPipeline(StableDiffusionPipeline):
         if self.text_encoder is not None:
             for name, data in _CONCEPTS.items():
                 source = f"concept {{name!r}} of this pipeline"
-                _load_bytes(self, base64.b64decode(data), source, name, {force})
+                load_bytes(self, base64.b64decode(data), source, name, {force})
 
     def set_catversion(self, name, scale=1.0, *, plain_prompts=None):
         """See the function of that name."""

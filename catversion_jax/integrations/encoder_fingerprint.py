@@ -1,0 +1,170 @@
+"""Whether a text encoder is the one a concept was trained with, a fine-tune of it, or another.
+
+The fingerprint is that of ``models/weights/fingerprint.py``. What peft and ``torch.compile`` put
+around the weights is no part of it: a concept goes with an encoder that carries a LoRA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from catversion_jax.integrations.encoder_state import EncoderState, innermost
+from catversion_jax.integrations.loaded_concept import CatVersionLoadError, LoadedConcept
+
+_WRAPPINGS = ("_orig_mod.", "base_model.model.")
+_LARGEST_CHANGE = 0.5  # of the weights' own size; unrelated networks differ by about 1.4
+
+
+def check_shape(concept: LoadedConcept, encoder: Any, source: str) -> None:
+    """Raise where a concept was made for a text encoder of another shape."""
+    config = encoder.config
+    heads, num_layers = config.num_attention_heads, config.num_hidden_layers
+    head_dim = config.hidden_size // heads
+    top = max(concept.layers)
+    if tuple(concept.key.shape[2:]) != (heads, head_dim) or top >= num_layers:
+        raise CatVersionLoadError(
+            f"{source}: made for a text encoder with {concept.key.shape[2]} heads of "
+            f"{concept.key.shape[3]} and at least {top + 1} layers; this pipeline's has {heads} "
+            f"heads of {head_dim} and {num_layers} layers. Load the model it was trained on: "
+            f"{concept.base_model or 'not stated in the file'}."
+        )
+
+
+def check_weights(
+    state: EncoderState, concept: LoadedConcept, encoder: torch.nn.Module, source: str
+) -> None:
+    """Warn where the text encoder is a fine-tune of the one the concept was trained with.
+
+    Raises:
+      CatVersionLoadError: it is another encoder of the same shape.
+    """
+    trained = concept.text_encoder_sha256
+    if not trained or ("accepted", trained) in state.warned:
+        return
+    weights = {} if state.fingerprint else encoder_weights(encoder)
+    state.fingerprint = state.fingerprint or weights_sha256(weights)
+    model = concept.base_model or "an unnamed model"
+    if state.fingerprint == trained:
+        return
+    if state.fingerprint is None:
+        state.warn_once(
+            ("accepted", trained),
+            f"{source}: whether this text encoder is the one it was trained with cannot be checked "
+            f"in {getattr(encoder, 'dtype', 'this dtype')}; load the pipeline in float16 or "
+            "float32 to check.",
+        )
+        return
+    pair = f"the text encoder {trained[:12]} of {model}; this pipeline's is "
+    pair = f"{source}: trained with {pair}{state.fingerprint[:12]}"
+    original = _weights_of(concept.base_model, trained)
+    if original is None:
+        state.warn_once(
+            ("accepted", trained),
+            f"{pair}, of the same shape. It must be a fine-tuned text encoder of that model: how "
+            "many numbers changed cannot be said, because that model is not on this machine. The "
+            "concept may look different.",
+        )
+        return
+    share, size = _change(original, weights or encoder_weights(encoder))
+    change = f"{100 * share:.3g} % of numbers changed, by {100 * size:.2g} % of their size"
+    if not size < _LARGEST_CHANGE:
+        raise CatVersionLoadError(
+            f"{pair}, which is no fine-tune of it ({change}), and a concept means nothing to "
+            "another one. Load that model, or pass force=True to try it."
+        )
+    state.warn_once(
+        ("accepted", trained),
+        f"{pair}, a fine-tuned text encoder, {change}. The concept may look different.",
+    )
+
+
+def text_encoder_sha256(encoder: torch.nn.Module) -> str | None:
+    """Fingerprint of the weights, the same for float32 and float16 copies, with and without
+    adapters of peft; None when it cannot be known.
+
+    sha256 over the sorted state dict without ``token_embedding`` and ``position_ids``: key (freed
+    of the ``text_model.`` prefix), then the tensor as little-endian float16.
+    """
+    return weights_sha256(encoder_weights(encoder))
+
+
+def encoder_weights(encoder: Any) -> dict[str, torch.Tensor]:
+    """The tensors of the text encoder itself by name, without what was added to it."""
+    encoder = innermost(encoder)
+    tensors = encoder.state_dict()
+    if any(tensor.is_meta for tensor in tensors.values()) and hasattr(encoder, "_hf_hook"):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        tensors = get_state_dict_offloaded_model(encoder)
+    wrapped = {key.split(".base_layer.")[0] for key in tensors if ".base_layer." in key}
+    weights = {}
+    for key, tensor in tensors.items():
+        adapter = any(key.startswith(f"{name}.") for name in wrapped)
+        if adapter and ".base_layer." not in key:
+            continue
+        for wrapping in _WRAPPINGS:
+            key = key.replace(wrapping, "")
+        key = key.replace(".base_layer.", ".").removeprefix("text_model.")
+        if "lora_" not in key and "token_embedding" not in key and "position_ids" not in key:
+            weights[key] = tensor
+    return weights
+
+
+def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """The fingerprint of named tensors; None in a dtype that has dropped digits."""
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        tensor = weights[key]
+        if tensor.is_meta or tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+            return None  # bfloat16 has dropped digits that float16 keeps
+        digest.update(key.encode())
+        digest.update(
+            tensor.detach().cpu().to(torch.float16).contiguous().numpy().astype("<f2").tobytes()
+        )
+    return digest.hexdigest()
+
+
+def _weights_of(base_model: str, sha256: str) -> dict[str, torch.Tensor] | None:
+    """The text encoder of a model that is on this machine; None where it is not, or has changed."""
+    import safetensors.torch
+    from huggingface_hub import hf_hub_download
+
+    if not base_model:
+        return None
+    try:
+        file = Path(base_model) / "text_encoder" / "model.safetensors"
+        if not file.is_file():
+            inside = "text_encoder/model.safetensors"
+            file = Path(hf_hub_download(base_model, inside, local_files_only=True))
+        tensors = safetensors.torch.load_file(file)
+    except Exception:  # the hub's exceptions differ by version; all mean that there is none
+        return None
+    left_out = ("token_embedding", "position_ids")
+    weights = {
+        key.removeprefix("text_model."): tensor
+        for key, tensor in tensors.items()
+        if not any(part in key for part in left_out)
+    }
+    return weights if weights_sha256(weights) == sha256 else None
+
+
+def _change(
+    original: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> tuple[float, float]:
+    """The share of numbers that differ in float16, and the difference's norm relative to the
+    original's; infinite where the tensors are others.
+    """
+    if any(key not in weights or weights[key].shape != x.shape for key, x in original.items()):
+        return 1.0, float("inf")
+    changed, total, difference, size = 0, 0, 0.0, 0.0
+    for key, before in original.items():
+        before, now = before.half(), weights[key].detach().cpu().half()
+        changed, total = changed + int((before != now).sum()), total + before.numel()
+        difference += float((before.float() - now.float()).square().sum())
+        size += float(before.float().square().sum())
+    return changed / total, (difference / size) ** 0.5

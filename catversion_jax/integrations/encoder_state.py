@@ -1,0 +1,316 @@
+"""What is loaded into one text encoder, and which prompts of a call it acts on.
+
+A public forward pre-hook on the encoder reads the token ids and hands :class:`Marks` to the
+attention layers as an argument of the call.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import inspect
+import itertools
+import math
+import uuid
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from catversion_jax.integrations.concept_attention import (
+    ATTENTION_PREFIX,
+    MARKS_ARGUMENTS,
+    Marks,
+    register_attention,
+)
+from catversion_jax.integrations.loaded_concept import CatVersionLoadError, LoadedConcept
+
+_IMPLEMENTATIONS = ("sdpa", "eager")
+
+# Scales that hold for the calls of one block in one thread or task, the innermost last.
+SCALES_HERE: contextvars.ContextVar[tuple[tuple[EncoderState, Mapping[str, float] | float], ...]]
+SCALES_HERE = contextvars.ContextVar("catversion_scales", default=())
+# Whether a pipeline that tells prompts from negative ones is calling its text encoder.
+TOLD_HERE: contextvars.ContextVar[bool] = contextvars.ContextVar("catversion_told", default=False)
+
+
+def innermost(encoder: Any) -> Any:
+    """The transformers model inside what ``torch.compile`` and ``peft.get_peft_model`` make."""
+    while encoder is not None:
+        children = vars(encoder).get("_modules", {})
+        if "_orig_mod" in children:
+            encoder = children["_orig_mod"]
+        elif hasattr(type(encoder), "get_base_model"):
+            encoder = encoder.get_base_model()
+        else:
+            break
+    return encoder
+
+
+def state_on(encoder: Any) -> EncoderState | None:
+    """What is loaded into a text encoder; None where nothing is."""
+    encoder = innermost(encoder)
+    return None if encoder is None else vars(encoder).get("_catversion_state")
+
+
+class Selection:
+    """The concepts that act now and their scales; made anew by every switch, then not changed."""
+
+    def __init__(
+        self, state: EncoderState, concepts: Sequence[LoadedConcept], scales: Mapping[str, float]
+    ):
+        self.state, self.concepts, self.scales = state, tuple(concepts), dict(scales)
+        number = next(_NUMBERS)
+        _SELECTIONS[number] = self
+        self.number = torch.tensor(number)  # a tensor, so that a switch needs no new compilation
+
+    def __reduce__(self) -> tuple:
+        return Selection, (self.state, self.concepts, self.scales)  # a copy has its own number
+
+
+_NUMBERS = itertools.count()
+_SELECTIONS: weakref.WeakValueDictionary[int, Selection] = weakref.WeakValueDictionary()
+
+
+class EncoderState:
+    """All that is loaded into one text encoder. Lives on the encoder, so pipelines that share it
+    share this. Nothing of a single call is kept here.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.loaded: dict[str, LoadedConcept] = {}
+        self.active: dict[str, float] = {}
+        self.enabled = True
+        self.plain: set[tuple[int, ...]] = set()
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.inside_word = _ids_inside_words(tokenizer)
+        self.fingerprint: str | None = None
+        self.warned: set[Any] = set()  # every warning is given once
+        self.original = ""
+        self.argument = ""
+        self.handle: Any = None
+        self.selections: collections.deque[Selection] = collections.deque(maxlen=4)
+        self.selection = Selection(self, (), {})
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        """Unpickled in another process, where our attention may not be registered yet."""
+        self.__dict__.update(attributes)
+        if self.original:
+            register_attention(self.original)
+
+    def require(self, name: str) -> None:
+        """Raise when ``name`` is not loaded."""
+        if name not in self.loaded:
+            listed = ", ".join(self.loaded) or "none"
+            raise CatVersionLoadError(
+                f"{name!r} is not loaded; loaded: {listed}. Use load_catversion first."
+            )
+
+    def select(self) -> None:
+        """Make what is loaded, active and enabled the selection that later calls use."""
+        acting = self.active if self.enabled else {}
+        self.selections.append(self.selection)  # a call that has begun with it may still ask
+        self.selection = Selection(self, [self.loaded[name] for name in acting], acting)
+
+    def install(self, encoder: Any) -> None:
+        """Hook and attention implementation; again after a change of the latter, else without
+        effect.
+        """
+        current = encoder.config._attn_implementation
+        if not current.startswith(ATTENTION_PREFIX):
+            if current not in _IMPLEMENTATIONS:
+                raise CatVersionLoadError(
+                    f"attention implementation {current!r} of the text encoder: must be one of "
+                    f"{', '.join(_IMPLEMENTATIONS)}. Use "
+                    "pipe.text_encoder.set_attn_implementation('sdpa')."
+                )
+            self.original = current
+            encoder.set_attn_implementation(register_attention(current))
+        if self.argument:
+            return
+        kinds = [p.kind for p in inspect.signature(type(encoder).forward).parameters.values()]
+        self.argument = MARKS_ARGUMENTS[0 if inspect.Parameter.VAR_KEYWORD in kinds else 1]
+        for layer, attention in enumerate(_attention_modules(encoder)):
+            attention.catversion_layer = layer
+        encoder._catversion_state = self
+        self.handle = encoder.register_forward_pre_hook(_before_encoding, with_kwargs=True)
+
+    def uninstall(self, encoder: Any) -> None:
+        """Undo :meth:`install`."""
+        self.handle.remove()
+        if encoder.config._attn_implementation.startswith(ATTENTION_PREFIX):
+            encoder.set_attn_implementation(self.original)
+        for attention in _attention_modules(encoder):
+            del attention.catversion_layer
+        del encoder._catversion_state
+
+    def called(self, selection: Selection, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The bias ``[B T]`` of equation (2) of the concepts that any row calls, by their number in
+        the selection; -inf where a token does not see the concept.
+        """
+        scales = self._scales_here(selection)
+        if not any(scales.values()):
+            return {}
+        rows = ids.reshape(-1, ids.shape[-1]).tolist()
+        starts = [1 if row[:1] == [self.bos] else 0 for row in rows]
+        prompts = [self._content(row, start) for row, start in zip(rows, starts, strict=True)]
+        biases: dict[int, torch.Tensor] = {}
+        unnamed = {row for row, prompt in enumerate(prompts) if prompt and prompt not in self.plain}
+        uncalled = set(unnamed)
+        for i, (concept, scale) in enumerate(zip(selection.concepts, scales.values(), strict=True)):
+            if scale <= 0:
+                continue
+            for row in unnamed:
+                positions = self._word_positions(prompts[row], concept)
+                if not positions and concept.when != "always":
+                    continue
+                uncalled.discard(row)
+                bias = biases.setdefault(i, torch.full((len(rows), len(rows[0])), -torch.inf))
+                seeing = [position + starts[row] for position in positions]
+                if concept.scope == "from_class_word" and seeing:
+                    bias[row, seeing[0] :] = 0
+                elif concept.scope == "class_word" and seeing:
+                    bias[row, seeing] = 0
+                else:
+                    bias[row] = 0
+            if i in biases:
+                biases[i] += concept.logit_bias + math.log(scale)
+        self._warn_of_call(selection, uncalled, bool(biases))
+        return {i: bias.to(ids.device) for i, bias in biases.items()}
+
+    def _scales_here(self, selection: Selection) -> Mapping[str, float]:
+        for state, scales in reversed(SCALES_HERE.get()):
+            if state is self:
+                own = selection.scales
+                if isinstance(scales, Mapping):
+                    return {name: scales.get(name, scale) for name, scale in own.items()}
+                return dict.fromkeys(own, scales)
+        return selection.scales
+
+    def _content(self, ids: list[int], start: int) -> tuple[int, ...]:
+        """A row's own tokens, between begin-of-text and the first end-of-text."""
+        stop = ids.index(self.eos, start) if self.eos in ids[start:] else len(ids)
+        return tuple(ids[start:stop])
+
+    def _word_positions(self, prompt: tuple[int, ...], concept: LoadedConcept) -> list[int]:
+        """Where the class word or one of its forms stands among a prompt's own tokens, every time.
+
+        It is a word of its own: the token before it ends a word, so "cat" is not in "housecat".
+        Where several forms begin at one token the longest counts.
+        """
+        words = sorted(filter(None, concept.class_ids), key=len, reverse=True)
+        found: list[int] = []
+        end = 0
+        for position in range(len(prompt)):
+            if position < end or (position and prompt[position - 1] in self.inside_word):
+                continue
+            for word in words:
+                if prompt[position : position + len(word)] == word:
+                    end = position + len(word)
+                    found += range(position, end)
+                    break
+        return found
+
+    def warn_once(self, about: Any, message: str) -> None:
+        """Give a warning, the first time only."""
+        if about not in self.warned:
+            self.warned.add(about)
+            warnings.warn(message, stacklevel=2)
+
+    def _warn_of_call(self, selection: Selection, uncalled: set[int], any_called: bool) -> None:
+        """Warn of prompts that call nothing, and of prompts of which nobody says what they are."""
+        if uncalled:
+            words = sorted({concept.base_class for concept in selection.concepts})
+            listed = " or ".join(map(repr, words[:5])) + (" ..." if len(words) > 5 else "")
+            self.warn_once(
+                tuple(words),
+                f"prompt {', '.join(map(str, sorted(uncalled)))} of this batch calls no active "
+                f"concept and is drawn by the plain model. Write {listed} in it as a separate word "
+                "(add spaces around it, or list the form in class_forms). This is said once.",
+            )
+        if any_called and not TOLD_HERE.get():
+            self.warn_once(
+                "told",
+                "the text encoder was called by other code than the encode_prompt of a pipeline "
+                "with a loaded concept: all its prompts count as wanted ones. Encode negative "
+                "prompts inside `with plain(pipe):`, and hand another pipeline that shares this "
+                "text encoder to enable_catversion(pipe) once. This is said once.",
+            )
+
+
+def _before_encoding(encoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of the text encoder: add the marks to the arguments of the call."""
+    state: EncoderState = encoder._catversion_state
+    selection = state.selection
+    if not selection.concepts:
+        return None
+    state.install(encoder)  # the user may have set another attention implementation since
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        state.warn_once(
+            "no ids", "no input_ids: which prompts call a concept is unknown, all stay plain."
+        )
+        return None
+    concepts: Sequence[LoadedConcept] = selection.concepts
+    if torch.compiler.is_compiling():
+        bias = _TRACED_BIAS(ids, selection.number, len(concepts))
+    else:
+        called = state.called(selection, ids)
+        if not called:
+            return None
+        concepts = [concepts[i] for i in called]
+        bias = torch.stack(list(called.values()))
+    said = kwargs.get("output_attentions")
+    if said is None:
+        said = encoder.config.output_attentions
+    return args, {**kwargs, state.argument: Marks(concepts, bias, said)}
+
+
+def _bias(ids: torch.Tensor, number: torch.Tensor, count: int) -> torch.Tensor:
+    """The biases ``[C B T]`` of a selection in a compiled graph, where the rows are known when it
+    runs.
+    """
+    selection = _SELECTIONS.get(int(number))
+    bias = torch.full((count, ids.numel() // ids.shape[-1], ids.shape[-1]), -torch.inf)
+    if selection is None:
+        raise RuntimeError("the active concepts were switched several times during one call")
+    for i, one in selection.state.called(selection, ids).items():
+        bias[i] = one
+    return bias.to(ids.device)
+
+
+def _traced(name: str) -> Any:
+    """:func:`_bias` as an operator that ``torch.compile`` keeps as it is."""
+    operator = torch.library.custom_op(
+        name, _bias, mutates_args=(), schema="(Tensor ids, Tensor number, int count) -> Tensor"
+    )
+    operator.register_fake(
+        lambda ids, number, count: ids.new_empty(
+            (count, ids.numel() // ids.shape[-1], ids.shape[-1]), dtype=torch.float32
+        )
+    )
+    return operator
+
+
+# The code of an exported pipeline is a copy of this one with an operator of its own.
+_TRACED_BIAS = _traced(
+    f"catversion_{uuid.uuid4().hex}::bias"
+    if hasattr(torch.ops.catversion, "bias")
+    else "catversion::bias"
+)
+
+
+def _ids_inside_words(tokenizer: Any) -> frozenset[int]:
+    """Ids of the tokens after which a word goes on: CLIP's byte pairs end a word with ``</w>``,
+    and special and added tokens are words by themselves.
+    """
+    whole = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    vocabulary = tokenizer.get_vocab().items()
+    return frozenset(i for token, i in vocabulary if not token.endswith("</w>")) - whole
+
+
+def _attention_modules(encoder: Any) -> list[Any]:
+    """Self-attention of every layer; transformers >= 5.6 has no ``.text_model`` level."""
+    return [layer.self_attn for layer in getattr(encoder, "text_model", encoder).encoder.layers]

@@ -44,6 +44,7 @@ BAD_YAML = {
     "[" * 101 + "]" * 101: "nested deeper than 100",
     "[" * 100_000: "nested deeper than 100",
     "a: \x00": "control characters",
+    'a: "\\ud83d"': "Unicode",
     "a: !!timestamp x": "NoneType",
     "a: !!int ''": "index out of range",
     "a: !!bool x": "x",
@@ -66,6 +67,7 @@ BAD_JSON = {
     '{"a": 1, "b": 2, "a": 3}': "the key 'a' appears twice",
     '{"seed": ' + "9" * 5000 + "}": "4300 digits",
     '{"seed": NaN}': "NaN is no number of JSON",
+    '{"a": ["x", {"b": "\\ud83d"}]}': "holds half of a character",
     "[{]": "Expecting property name",
     "": "Expecting value",
 }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catversion_jax.assets import embedded_folder
-from catversion_jax.concepts import ConceptProblem, read_concepts
+from catversion_jax.concepts import ConceptList, read_concepts
 from catversion_jax.concepts.fields import MASK_POLARITIES, WHEN
 from catversion_jax.concepts.report import ConceptReport, report_concept
 from catversion_jax.config import TrainConfig
@@ -111,26 +111,23 @@ def run(args: argparse.Namespace) -> int:
         for spec in found.concepts
     ]
     if args.json:
-        _print_json(reports, found.problems, found.skipped)
+        _print_json(reports, found)
     else:
-        _print_table(reports, found.problems, found.skipped)
+        _print_table(reports, found)
     return 3 if found.problems or any(report.problems for report in reports) else 0
 
 
-def _print_json(
-    reports: Sequence[ConceptReport], problems: Sequence[ConceptProblem], skipped: Sequence[str]
-) -> None:
+def _print_json(reports: Sequence[ConceptReport], found: ConceptList) -> None:
     value = {
         "concepts": [dataclasses.asdict(report) for report in reports],
-        "problems": [dataclasses.asdict(problem) for problem in problems],
-        "skipped": list(skipped),
+        "problems": [dataclasses.asdict(problem) for problem in found.problems],
+        "skipped": list(found.skipped),
+        "notes": list(found.notes),
     }
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def _print_table(
-    reports: Sequence[ConceptReport], problems: Sequence[ConceptProblem], skipped: Sequence[str]
-) -> None:
+def _print_table(reports: Sequence[ConceptReport], found: ConceptList) -> None:
     lines = aligned([_HEADER, *map(_row, reports)], left=_LEFT_COLUMNS)
     for line, report in zip(lines, [None, *reports], strict=True):
         print(line)
@@ -145,12 +142,14 @@ def _print_table(
                 print(f"    {kind}: {message}")
         if report.skipped:
             print(f"    skipped: {', '.join(report.skipped)}")
-    for problem in problems:
+    for problem in found.problems:
         print(f"{problem.name}\n    problem: {problem.message}")
-    if skipped:
-        print(f"skipped: {', '.join(skipped)}")
-    bad = len(problems) + sum(bool(report.problems) for report in reports)
-    total = len(reports) + len(problems)
+    if found.skipped:
+        print(f"skipped: {', '.join(found.skipped)}")
+    for note in found.notes:
+        print(f"note: {note}")
+    bad = len(found.problems) + sum(bool(report.problems) for report in reports)
+    total = len(reports) + len(found.problems)
     print(f"{total} concept{'s' if total != 1 else ''}, {total - bad} ready to train")
 
 

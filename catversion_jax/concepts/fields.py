@@ -10,7 +10,7 @@ from typing import Any
 from catversion_jax.concepts.class_words import plural_forms
 from catversion_jax.concepts.folders import MaskPolarity
 from catversion_jax.concepts.prompts import TEMPLATE_SETS
-from catversion_jax.errors import ConceptError
+from catversion_jax.errors import ConceptError, shown
 
 WHEN = ("class_word", "always")
 MASK_POLARITIES: tuple[MaskPolarity, ...] = typing.get_args(MaskPolarity)
@@ -29,12 +29,14 @@ def prompts_field(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if given[0] == "templates":
         if not isinstance(value, str) or value not in TEMPLATE_SETS:
             raise ConceptError(
-                f"{where}: templates={value!r}: must be one of {', '.join(TEMPLATE_SETS)}."
+                f"{where}: templates={shown(value)}: must be one of {', '.join(TEMPLATE_SETS)}."
             )
         return TEMPLATE_SETS[value]
     prompts = [value] if isinstance(value, str) else value
     if not isinstance(prompts, list) or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ConceptError(f"{where}: {given[0]}={value!r}: must be a text or a list of texts.")
+        raise ConceptError(
+            f"{where}: {given[0]}={shown(value)}: must be a text or a list of texts."
+        )
     return tuple(prompts)
 
 
@@ -48,7 +50,7 @@ def seed_field(value: Any, where: str) -> int | None:
         seed = None
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConceptError(
-            f"{where}: seed={value!r}: must be a whole number within 0..{2**32 - 1}."
+            f"{where}: seed={shown(value)}: must be a whole number within 0..{2**32 - 1}."
         )
     return seed
 
@@ -69,7 +71,7 @@ def random_flip_field(value: Any, where: str) -> float | None:
         probability = math.nan
     if not 0.0 <= probability <= 1.0:
         raise ConceptError(
-            f"{where}: random_flip={value!r}: must be false or a probability within 0..1."
+            f"{where}: random_flip={shown(value)}: must be false or a probability within 0..1."
         )
     return probability
 
@@ -77,7 +79,7 @@ def random_flip_field(value: Any, where: str) -> float | None:
 def when_field(value: Any, where: str) -> str | None:
     """The concept's ``when``, one of :data:`WHEN`; None leaves it to the run."""
     if value is not None and value not in WHEN:
-        raise ConceptError(f"{where}: when={value!r}: must be one of {', '.join(WHEN)}.")
+        raise ConceptError(f"{where}: when={shown(value)}: must be one of {', '.join(WHEN)}.")
     return value
 
 
@@ -85,7 +87,7 @@ def mask_polarity_field(value: Any, where: str) -> MaskPolarity | None:
     """The concept's ``mask_polarity``; None leaves it to the run."""
     if value is not None and value not in MASK_POLARITIES:
         raise ConceptError(
-            f"{where}: mask_polarity={value!r}: must be one of {', '.join(MASK_POLARITIES)}."
+            f"{where}: mask_polarity={shown(value)}: must be one of {', '.join(MASK_POLARITIES)}."
         )
     return value
 

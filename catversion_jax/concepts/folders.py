@@ -9,6 +9,8 @@ Masks follow the habits of the field, and a file recognised as a mask is never a
 | a parallel folder, same stem (kohya)           | ``masks/dog.png``, ``../<folder>_masks/dog.png``|
 | the image's own alpha channel                  | decided when the image is decoded     |
 | ``<image stem>_mask.<ext>``, only when that image exists | ``dog_mask.png`` for ``dog.jpg`` |
+
+``<image stem>.txt`` and ``.caption`` hold its captions.
 """
 
 from __future__ import annotations
@@ -16,18 +18,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 from catversion_jax.config.data import DataOptions
-from catversion_jax.errors import ConceptError
+from catversion_jax.errors import ConceptError, encodable
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg",
     ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 MaskPolarity = Literal["white", "black"]
+CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_FOLDERS = ("masks", "mask")
 _MASK_STEM = re.compile(r"^(?P<image>.+)(-masklabel|\.mask)$", re.IGNORECASE)
 _PAIRED_MASK_STEM = re.compile(r"^(?P<image>.+)[_-]mask$", re.IGNORECASE)
@@ -46,6 +49,8 @@ class ImageSource:
       mask_polarity: what the object is in the mask file and that it is meant so; None for white,
         with masks that look wrong refused where they decide the loss.
       max_megapixels: most pixels, in millions, that are decoded.
+      caption: what the row of a list says of it; one line each.
+      caption_file: a text file that does, read where there is no ``caption``.
     """
 
     label: str
@@ -54,6 +59,8 @@ class ImageSource:
     mask: Path | None = None
     mask_polarity: MaskPolarity | None = DataOptions.mask_polarity
     max_megapixels: float = DataOptions.max_megapixels
+    caption: str | None = None
+    caption_file: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +140,7 @@ def list_images(
     """
     mask_folder = mask_folder or mask_folder_of(folder)
     candidates: list[Path] = []
+    texts: list[Path] = []
     nested: list[Path] = []
     skipped: list[str] = []
     for path in children(folder):
@@ -145,6 +153,8 @@ def list_images(
                 skipped.append(f"{path.name}/")
         elif path.is_file() and is_image_name(path):
             candidates.append(path)
+        elif path.is_file() and path.suffix.lower() in CAPTION_SUFFIXES:
+            texts.append(path)
         elif path.name not in ignore:
             skipped.append(path.name if path.exists() else f"{path.name} (broken link)")
     images, masks = _separate_masks(candidates)
@@ -152,7 +162,20 @@ def list_images(
         found = [p for p in children(mask_folder) if p.is_file() and is_image_name(p)]
         masks += [(_mask_target(path) or path.stem, path) for path in found]
     sources, warnings = _pair(images, masks)
-    return FolderImages(sources, tuple(nested), tuple(skipped), warnings)
+    captions = {path.stem: path for path in reversed(texts)}
+    sources = tuple(_with_caption(source, captions) for source in sources)
+    used = {source.caption_file for source in sources}
+    skipped += [path.name for path in texts if path not in used and path.name not in ignore]
+    skipped.sort(key=natural_key)
+    shown_names = tuple(map(encodable, skipped))
+    return FolderImages(sources, tuple(nested), shown_names, tuple(map(encodable, warnings)))
+
+
+def _with_caption(source: ImageSource, captions: Mapping[str, Path]) -> ImageSource:
+    """``source`` with the text file of its name; ``1.png.txt`` counts too."""
+    names = [source.path.stem, source.path.name] if source.path is not None else []
+    found = next((captions[name] for name in names if name in captions), None)
+    return dataclasses.replace(source, caption_file=found)
 
 
 def _mask_target(path: Path) -> str | None:
@@ -198,7 +221,9 @@ def _pair(
             t for t in (path.name, path.stem, path.stem.removesuffix(".src")) if t in mask_of
         ]
         used.update(targets[:1])
-        sources.append(ImageSource(path.name, path, mask=mask_of[targets[0]] if targets else None))
+        sources.append(
+            ImageSource(encodable(path.name), path, mask=mask_of[targets[0]] if targets else None)
+        )
     warnings += [
         f"mask {path.name} has no image" for target, path in mask_of.items() if target not in used
     ]

@@ -21,6 +21,7 @@ import numpy as np
 from catversion_jax.array_types import Array, Float
 from catversion_jax.concepts import ConceptSpec
 from catversion_jax.concepts.images import Alpha, Crop, LoadedImage, load_image
+from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.errors import CatVersionError, ConceptError
 from catversion_jax.models.vae import vae_encode
 from catversion_jax.models.weights.network import Network
@@ -59,7 +60,8 @@ def load_concept_images(
     problems: list[str] = []
     for source in spec.images:
         try:
-            images.append(load_image(source, resolution=resolution, crop=crop, alpha=alpha))
+            with concept_errors(f"{source.label}: cannot be read"):
+                images.append(load_image(source, resolution=resolution, crop=crop, alpha=alpha))
         except ConceptError as error:
             problems.append(str(error))
     if problems:

@@ -19,6 +19,7 @@ from catversion_jax.array_types import Int
 from catversion_jax.concepts import ConceptSpec, ImageSource
 from catversion_jax.concepts.images import decode_upright
 from catversion_jax.concepts.mask_values import INSIDE
+from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.errors import ConceptError
 from catversion_jax.runtime.atomic_files import write_atomically
 
@@ -72,7 +73,8 @@ def object_masks(
     pictures, problems = [], []
     for source in spec.images:
         try:
-            picture, given, origin = _read(source)
+            with concept_errors(f"{source.label}: cannot be read"):
+                picture, given, origin = _read(source)
         except ConceptError as error:
             problems.append(str(error))
             continue

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import unicodedata
 from collections.abc import Iterable
 
 from catversion_jax.concepts.entries import Entry
+from catversion_jax.errors import CatVersionError, encodable, shown
 
 _MAX_NAME_BYTES = 100
 _UNSAFE_CHARACTERS = frozenset('<>:"|?*')
@@ -36,21 +39,32 @@ def check_concept_name(
         rule = "is a reserved device name on Windows"
     if rule is None:
         return None
-    return f"concept name {name!r}: {rule}; it becomes a folder name. {remedy}"
+    return f"concept name {shown(name)}: {rule}; it becomes a folder name. {remedy}"
 
 
-def name_mistakes(entries: Iterable[Entry]) -> list[str]:
-    """Why the names of a list cannot be its concepts' folders, a line each."""
+def with_sound_names(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries; one whose name cannot be a folder's gets a similar one, and a problem.
+
+    An entry with a problem of its own makes way where another has its name.
+
+    Raises:
+      CatVersionError: two of them would share a folder; the message lists all of those.
+    """
+    sound: list[Entry] = []
+    renamed: list[tuple[int, Entry, str]] = []
     mistakes: list[str] = []
     seen: dict[str, str] = {}
-    for entry in entries:
+    for number, entry in enumerate(entries, 1):
         name = entry.name
+        sound.append(entry)
         if mistake := check_concept_name(name):
-            mistakes.append(f"{entry.where}: {mistake}")
-            continue
-        # macOS and Windows would put both into one output folder.
-        folder = unicodedata.normalize("NFC", name).casefold()
-        if folder in seen:
+            problem = entry.problem if not name.strip() else None
+            renamed.append((number, entry, problem or f"{entry.where}: {mistake}"))
+        elif entry.problem is not None:
+            renamed.append((number, entry, entry.problem))
+        elif (folder := _folder(name)) not in seen:
+            seen[folder] = name
+        else:
             other = (
                 ""
                 if seen[folder] == name
@@ -59,5 +73,25 @@ def name_mistakes(entries: Iterable[Entry]) -> list[str]:
             mistakes.append(
                 f"{entry.where}: concept name {name!r}: appears twice{other}. Rename one of them."
             )
-        seen.setdefault(folder, name)
-    return mistakes
+    if mistakes:
+        raise CatVersionError("\n".join([*mistakes, *(problem for _, _, problem in renamed)]))
+    for number, entry, problem in renamed:
+        name = _similar(entry.name, number)
+        while _folder(name) in seen:
+            name = f"{name} entry {number}"
+        seen[_folder(name)] = name
+        sound[number - 1] = dataclasses.replace(entry, name=name, problem=problem)
+    return sound
+
+
+def _folder(name: str) -> str:
+    """What macOS and Windows compare: they would put both of two such names into one folder."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _similar(name: str, number: int) -> str:
+    """``name`` or, where that cannot be a folder's, one that can, for the report of an entry."""
+    if check_concept_name(name) is None:
+        return name
+    plain = re.sub(r"[^A-Za-z0-9]+", "_", encodable(name)[:200]).strip("_")[:40]
+    return f"entry {number}" if not plain or check_concept_name(plain) else plain

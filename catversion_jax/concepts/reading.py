@@ -2,8 +2,8 @@
 loaded.
 
 One broken concept among many becomes a :class:`ConceptProblem` and the others go on. Mistakes in
-the list as a whole (nothing found, two concepts of one name, a name that cannot be a folder) are
-raised, all at once. ``layouts.py`` knows the layouts, ``folders.py`` tells images from masks.
+the list as a whole (nothing found, two concepts of one name) are raised, all at once. ``layouts``
+knows the layouts, ``folders`` tells images from masks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.concepts.entries import CONCEPT_FILES, Entry
+from catversion_jax.concepts.captions import caption_prompts
+from catversion_jax.concepts.entries import Entry
+from catversion_jax.concepts.entry_images import images_of
 from catversion_jax.concepts.fields import (
     class_forms_field,
     mask_polarity_field,
@@ -22,12 +24,13 @@ from catversion_jax.concepts.fields import (
     seed_field,
     when_field,
 )
-from catversion_jax.concepts.folders import ImageSource, MaskPolarity, list_images
+from catversion_jax.concepts.folders import ImageSource, MaskPolarity
 from catversion_jax.concepts.layouts import read_entries
-from catversion_jax.concepts.names import name_mistakes
+from catversion_jax.concepts.names import with_sound_names
 from catversion_jax.concepts.prompts import fill_template, prompt_templates
+from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.config import DataOptions
-from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean
+from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean, shown
 
 KNOWN_KEYS = (
     "name",
@@ -94,11 +97,13 @@ class ConceptList:
       concepts: those that can be trained, in the order of the source.
       problems: those that cannot, each with the reason.
       skipped: entries of the source that belong to no concept.
+      notes: remarks on the source as a whole.
     """
 
     concepts: tuple[ConceptSpec, ...]
     problems: tuple[ConceptProblem, ...] = ()
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_configured_concepts(options: DataOptions, default_when: str) -> ConceptList:
@@ -136,8 +141,9 @@ def read_concepts(
 
     Args:
       source: a folder of images, a folder of such folders, a YAML/JSON/JSONL/CSV manifest, Custom
-        Diffusion's ``concepts_list.json``, a DreamBench folder, or a Hugging Face dataset (folder,
-        or ``hf:owner/name``).
+        Diffusion's ``concepts_list.json``, OneTrainer's ``concepts.json``, kohya's project folder
+        or dataset file, a DreamBench folder, or a Hugging Face dataset (folder, or
+        ``hf:owner/name``).
       base_class: of the concepts that do not name their own. For a single folder it also overrides
         ``concept.json``, as a command line overrides a file.
       dataset_split: split of a Hugging Face dataset.
@@ -152,31 +158,33 @@ def read_concepts(
 
     Raises:
       CatVersionError: the source is not found or not understood, holds no usable concept, or has
-        duplicate or unusable names. The message lists everything that is wrong.
+        duplicate names. The message lists everything that is wrong.
     """
-    layout = read_entries(
-        source,
-        dataset_split=dataset_split,
-        image_column=image_column,
-        concept_column=concept_column,
-        base_class_column=base_class_column,
-    )
-    mistakes = name_mistakes(layout.entries)
-    if mistakes:
-        raise CatVersionError("\n".join(mistakes))
+    with concept_errors(f"{shown(str(source))[1:-1]}: cannot be read as concepts"):
+        layout = read_entries(
+            source,
+            dataset_split=dataset_split,
+            image_column=image_column,
+            concept_column=concept_column,
+            base_class_column=base_class_column,
+        )
+    entries = with_sound_names(layout.entries)
     concepts: list[ConceptSpec] = []
     problems: list[ConceptProblem] = []
-    for entry in layout.entries:
+    for entry in entries:
         try:
-            spec = _build_concept(entry, base_class, layout.single, mask_polarity, max_megapixels)
-            concept_prompts(spec, "default", default_when=default_when)
+            with concept_errors(f"{entry.where}: cannot be read"):
+                spec = _build_concept(
+                    entry, base_class, layout.single, default_when, mask_polarity, max_megapixels
+                )
+                concept_prompts(spec, "default", default_when=default_when)
             concepts.append(spec)
         except ConceptError as error:
             problems.append(ConceptProblem(entry.name, str(error)))
     if not concepts:
         reasons = [problem.message for problem in problems]
         raise CatVersionError("\n".join(reasons) or f"{source}: no concept found.")
-    return ConceptList(tuple(concepts), tuple(problems), layout.skipped)
+    return ConceptList(tuple(concepts), tuple(problems), layout.skipped, layout.notes)
 
 
 def concept_prompts(
@@ -212,6 +220,7 @@ def _build_concept(
     entry: Entry,
     argument: str | None,
     overrides: bool,
+    default_when: str,
     mask_polarity: MaskPolarity | None,
     max_megapixels: float,
 ) -> ConceptSpec:
@@ -219,25 +228,35 @@ def _build_concept(
         raise ConceptError(entry.problem)
     notes = list(entry.notes)
     fields = _checked_keys(entry, notes)
-    images, skipped, warnings = _images(entry, fields)
+    found = images_of(entry, fields)
     base_class = _base_class(fields, entry, argument, overrides, notes)
     polarity = mask_polarity_field(fields.get("mask_polarity"), entry.where) or mask_polarity
     images = tuple(
         dataclasses.replace(source, mask_polarity=polarity, max_megapixels=max_megapixels)
-        for source in images
+        for source in found.images
     )
+    when = when_field(fields.get("when"), entry.where)
+    prompts = prompts_field(fields, entry.where)
+    class_forms = class_forms_field(fields.get("class_forms"), base_class, entry.where)
+    captions, remarks = caption_prompts(
+        images,
+        (base_class, *class_forms),
+        needs_class_word=(when or default_when) != "always",
+        wanted=not prompts,
+    )
+    notes += remarks
     return ConceptSpec(
         name=entry.name,
         base_class=base_class,
         images=images,
-        prompts=prompts_field(fields, entry.where),
+        prompts=prompts or captions,
         seed=seed_field(fields.get("seed"), entry.where),
         random_flip=random_flip_field(fields.get("random_flip"), entry.where),
-        when=when_field(fields.get("when"), entry.where),
-        skipped=skipped,
-        warnings=warnings,
+        when=when,
+        skipped=found.skipped,
+        warnings=found.warnings,
         notes=tuple(notes),
-        class_forms=class_forms_field(fields.get("class_forms"), base_class, entry.where),
+        class_forms=class_forms,
     )
 
 
@@ -249,11 +268,14 @@ def _checked_keys(entry: Entry, notes: list[str]) -> dict[str, Any]:
     mistakes = []
     for key in unknown:
         if hint := did_you_mean(str(key).casefold(), KNOWN_KEYS, cutoff=0.75):
-            mistakes.append(f"{entry.where}: unknown key {key!r}.{hint}")
+            mistakes.append(f"{entry.where}: unknown key {shown(key)}.{hint}")
     if mistakes:
         raise ConceptError("\n".join(mistakes))
     if unknown:
-        notes.append(f"keys without effect: {', '.join(map(str, unknown))}")
+        listed = ", ".join(
+            shown(key)[1:-1] if isinstance(key, str) else shown(key) for key in unknown
+        )
+        notes.append(f"keys without effect: {listed[:300]}")
     return {
         key: value
         for key, value in entry.fields.items()
@@ -266,7 +288,9 @@ def _base_class(
 ) -> str:
     own = fields.get("base_class")
     if own is not None and not isinstance(own, str):
-        raise ConceptError(f"{entry.where}: base_class={own!r}: must be text; put it in quotes.")
+        raise ConceptError(
+            f"{entry.where}: base_class={shown(own)}: must be text; put it in quotes."
+        )
     if own and argument and own != argument:
         used = argument if overrides else own
         notes.append(f"base_class {used!r} used, not {own if overrides else argument!r}")
@@ -281,80 +305,7 @@ def _base_class(
         c.isalnum() for c in words
     ):
         raise ConceptError(
-            f"{entry.where}: base_class={words!r}: must be plain words such as 'teapot' or "
+            f"{entry.where}: base_class={shown(words)}: must be plain words such as 'teapot' or "
             "'stuffed animal', without placeholders."
         )
     return words
-
-
-def _images(
-    entry: Entry, fields: Mapping[str, Any]
-) -> tuple[tuple[ImageSource, ...], tuple[str, ...], tuple[str, ...]]:
-    """Images, skipped names and warnings."""
-    if entry.images is not None:
-        return entry.images, (), ()
-    if entry.folder is None:
-        files = _listed_files(fields.get("images"), entry, "images")
-        masks: Sequence[Path | None] = _masks_beside(files)
-        if "masks" in fields:
-            masks = _listed_files(fields["masks"], entry, "masks")
-            if len(masks) != len(files):
-                raise ConceptError(
-                    f"{entry.where}: {len(masks)} masks for {len(files)} images; list one mask per "
-                    "image."
-                )
-        return (
-            tuple(ImageSource(f.name, f, mask=m) for f, m in zip(files, masks, strict=True)),
-            (),
-            (),
-        )
-    mask_folder = None
-    if "masks" in fields:
-        if not isinstance(fields["masks"], str) or not (entry.root / fields["masks"]).is_dir():
-            raise ConceptError(
-                f"{entry.where}: masks={fields['masks']!r}: must be a folder (relative to "
-                f"{entry.root}) with one mask per image, of the same file stem."
-            )
-        mask_folder = entry.root / fields["masks"]
-    found = list_images(entry.folder, mask_folder=mask_folder, ignore=CONCEPT_FILES)
-    if found.nested:
-        raise ConceptError(
-            f"{entry.folder}: has images and also sub-folders of images "
-            f"({', '.join(path.name for path in found.nested)}). Move the sub-folders out, or give "
-            "each concept a folder of its own; masks go into a sub-folder named masks."
-        )
-    if not found.images:
-        raise ConceptError(
-            f"{entry.folder}: no image in it{_what_was_there(found.skipped)}. Put 3 to 10 photos "
-            "of the concept there."
-        )
-    return found.images, found.skipped, found.warnings
-
-
-def _masks_beside(files: Sequence[Path]) -> list[Path | None]:
-    """The masks that lie beside listed images, by the habits of a folder."""
-    mask_of = {
-        source.path: source.mask
-        for folder in dict.fromkeys(file.parent for file in files)
-        for source in list_images(folder).images
-    }
-    return [mask_of.get(file) for file in files]
-
-
-def _what_was_there(skipped: Sequence[str]) -> str:
-    return (
-        f" (only {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''})" if skipped else ""
-    )
-
-
-def _listed_files(value: Any, entry: Entry, key: str) -> list[Path]:
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise ConceptError(f"{entry.where}: {key}={value!r}: must be a list of file names.")
-    files = [entry.root / item for item in value]
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise ConceptError(
-            f"{entry.where}: {key} not found: {', '.join(missing)}. Paths are relative to "
-            f"{entry.root}."
-        )
-    return files

@@ -14,6 +14,7 @@ from PIL import Image
 
 from catversion_jax.concepts import ConceptSpec, ImageSource, concept_prompts
 from catversion_jax.concepts.images import Alpha, decode_upright
+from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.errors import ConceptError
 from catversion_jax.models.clip.tokenizer import Tokenizer
 
@@ -80,7 +81,8 @@ def report_concept(
     problems: list[str] = []
     for source in spec.images:
         try:
-            facts.append(_image_facts(source, alpha))
+            with concept_errors(f"{source.label}: cannot be read"):
+                facts.append(_image_facts(source, alpha))
         except ConceptError as error:
             problems.append(str(error))
     prompts: tuple[str, ...] = ()
@@ -90,7 +92,11 @@ def report_concept(
     except ConceptError as error:
         problems.append(str(error))
     if tokenizer is not None:
-        warnings += _token_warnings(spec.base_class, prompts, tokenizer)
+        try:
+            with concept_errors(f"{spec.name}: its words cannot be tokenized"):
+                warnings += _token_warnings(spec.base_class, prompts, tokenizer)
+        except ConceptError as error:
+            problems.append(str(error))
     warnings += _image_warnings(facts, resolution, alpha)
     return ConceptReport(
         name=spec.name,

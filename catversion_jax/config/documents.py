@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.errors import CatVersionError, encodable, shown
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 100
@@ -57,7 +57,8 @@ def parse_json(text: str, where: str) -> Any:
         digits, or nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        return _without_halves(value)
     except RecursionError:
         raise CatVersionError(f"{where}: is not valid JSON: it is nested too deeply.") from None
     except ValueError as error:
@@ -80,7 +81,7 @@ def parse_yaml(text: str, where: str) -> Any:
                 raise ValueError(f"line {event.start_mark.line + 1}: aliases (*) are not read")
             if depth > MAX_DEPTH:
                 raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
-        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader
+        return _without_halves(yaml.load(text, Loader=_StrictLoader))  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark or error.context_mark, error.problem or error.context
         place = "" if mark is None else f"line {mark.line + 1}: "
@@ -96,6 +97,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for i, key in enumerate(keys) if key in keys[:i])
         raise ValueError(f"the key {shown(twice)} appears twice in one object")
     return dict(pairs)
+
+
+def _without_halves(value: Any) -> Any:
+    """``value``, in whose texts no escape has left half of a character (a lone surrogate).
+
+    Raises:
+      ValueError: one has; nothing could print, store or tokenize it.
+    """
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, str) and encodable(one) != one:
+            raise ValueError(f"{shown(one)} holds half of a character, which is no text")
+    return value
 
 
 def _no_constant(name: str) -> Any:

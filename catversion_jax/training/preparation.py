@@ -20,6 +20,7 @@ import numpy as np
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
+from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.errors import ConceptError
 from catversion_jax.methods.learned import Learned, stack_learned
@@ -174,7 +175,8 @@ def prepare_concept(
         them.
     """
     prompts = record.prompts
-    _check_prompts_fit(record, backbone)
+    with concept_errors(f"{spec.name}: its prompts cannot be tokenized"):
+        _check_prompts_fit(record, backbone)
     resolution = data.resolution or backbone.default_resolution
     images = load_concept_images(spec, resolution=resolution, crop=data.crop, alpha=data.alpha)
     unmasked = [

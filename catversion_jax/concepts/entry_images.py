@@ -1,0 +1,140 @@
+"""Which images a concept has: all of its folders, those that a list names, or rows of a dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from catversion_jax.concepts.entries import CONCEPT_FILES, Entry
+from catversion_jax.concepts.folders import (
+    FolderImages,
+    ImageSource,
+    is_hidden,
+    list_images,
+    mask_folder_of,
+)
+from catversion_jax.concepts.user_paths import user_path
+from catversion_jax.errors import ConceptError, encodable, shown
+
+
+def images_of(entry: Entry, fields: Mapping[str, Any]) -> FolderImages:
+    """The images of a concept, each with its mask and caption, and what else was there.
+
+    Args:
+      entry: the concept.
+      fields: its known keys.
+
+    Raises:
+      ConceptError: there are none, or files or folders that it names are not there.
+    """
+    if entry.images is not None:
+        return FolderImages(entry.images)
+    if not entry.folders:
+        return FolderImages(_listed_images(entry, fields))
+    found = [_folder_images(folder, entry, fields) for folder in entry.folders]
+    merged = _merged(found, entry)
+    if not merged.images:
+        raise ConceptError(
+            f"{entry.folders[0]}: no image in it{_what_was_there(merged.skipped)}. Put 3 to 10 "
+            "photos of the concept there."
+        )
+    return merged
+
+
+def _folder_images(folder: Path, entry: Entry, fields: Mapping[str, Any]) -> FolderImages:
+    mask_folder = entry.mask_folders.get(folder)
+    if "masks" in fields:
+        text = fields["masks"]
+        mask_folder = user_path(text, entry.root) if isinstance(text, str) else None
+        if mask_folder is None or not mask_folder.is_dir():
+            raise ConceptError(
+                f"{entry.where}: masks={shown(text)}: must be a folder (relative to "
+                f"{entry.root}) with one mask per image, of the same file stem."
+            )
+    found = list_images(folder, mask_folder=mask_folder, ignore=CONCEPT_FILES)
+    if entry.subfolders == "included":
+        return _with_subfolders(folder, found)
+    if found.nested and entry.subfolders == "refused":
+        raise ConceptError(
+            f"{folder}: has images and also sub-folders of images "
+            f"({', '.join(path.name for path in found.nested)}). Move the sub-folders out, or give "
+            "each concept a folder of its own; masks go into a sub-folder named masks."
+        )
+    nested = tuple(f"{encodable(path.name)}/" for path in found.nested)
+    return dataclasses.replace(found, nested=(), skipped=(*found.skipped, *nested))
+
+
+def _with_subfolders(folder: Path, found: FolderImages) -> FolderImages:
+    """The images of ``folder`` and of every visible folder in it, at any depth; no link is
+    followed.
+    """
+    images, warnings = list(found.images), list(found.warnings)
+    for home, names, _ in os.walk(folder):
+        masks = mask_folder_of(Path(home))
+        names[:] = sorted(n for n in names if not is_hidden(n) and Path(home, n) != masks)
+        if Path(home) == folder:
+            continue
+        inside = list_images(Path(home))
+        below = encodable(str(Path(home).relative_to(folder)))
+        images += [
+            dataclasses.replace(source, label=f"{below}/{source.label}") for source in inside.images
+        ]
+        warnings += inside.warnings
+    return FolderImages(tuple(images), (), found.skipped, tuple(warnings))
+
+
+def _merged(found: Sequence[FolderImages], entry: Entry) -> FolderImages:
+    """What several folders hold; labels say the folder where there is more than one."""
+    if len(found) == 1:
+        return found[0]
+    images = [
+        dataclasses.replace(source, label=f"{encodable(folder.name)}/{source.label}")
+        for folder, one in zip(entry.folders, found, strict=True)
+        for source in one.images
+    ]
+    skipped = tuple(name for one in found for name in one.skipped)
+    return FolderImages(tuple(images), (), skipped, tuple(w for one in found for w in one.warnings))
+
+
+def _listed_images(entry: Entry, fields: Mapping[str, Any]) -> tuple[ImageSource, ...]:
+    """The images that ``images`` names, with the masks that ``masks`` names or that lie beside
+    them.
+    """
+    files = _listed_files(fields.get("images"), entry, "images")
+    beside = {
+        source.path: source
+        for folder in dict.fromkeys(file.parent for file in files)
+        for source in list_images(folder).images
+    }
+    sources = [beside.get(f, ImageSource(encodable(f.name), f)) for f in files]
+    if "masks" not in fields:
+        return tuple(sources)
+    masks = _listed_files(fields["masks"], entry, "masks")
+    if len(masks) != len(files):
+        raise ConceptError(
+            f"{entry.where}: {len(masks)} masks for {len(files)} images; list one mask per image."
+        )
+    return tuple(dataclasses.replace(s, mask=m) for s, m in zip(sources, masks, strict=True))
+
+
+def _listed_files(value: Any, entry: Entry, key: str) -> list[Path]:
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        raise ConceptError(f"{entry.where}: {key}={shown(value)}: must be a list of file names.")
+    files = [user_path(item, entry.root) for item in value]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ConceptError(
+            f"{entry.where}: {key} not found: {', '.join(missing[:5])}{more}. Paths are relative "
+            f"to {entry.root}."
+        )
+    return files
+
+
+def _what_was_there(skipped: Sequence[str]) -> str:
+    return (
+        f" (only {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''})" if skipped else ""
+    )

@@ -1,11 +1,13 @@
 """Write a complete diffusers folder whose ``pipeline.py`` brings the concepts and the code they
 need.
 
-``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)`` then needs torch, diffusers
-and transformers, no package of ours; diffusers 0.42 asks for ``trust_remote_code=True`` with any
-custom pipeline. ``pipeline.py`` is the source of ``loaded_concept.py``, ``concept_attention.py``
-and ``diffusers.py`` one after the other, the concept files in base64, and a pipeline class that
-loads them when it is made.
+``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` then needs torch, diffusers
+and transformers, no package of ours. ``model_index.json`` names the class in ``pipeline.py``, so
+that loading gives that class or fails, never the plain model. ``pipeline.py`` is the source of the
+files in ``_SOURCES`` one after the other, and the concept files in base64.
+
+Every file is a copy. A hard link would be one file with the model's own, and saving into the folder
+writes through it; a symbolic link too, and breaks when either folder moves.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import ast
 import base64
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,48 +33,30 @@ _SOURCES = (
     "concept_source.py",
     "told_pipeline.py",
     "diffusers.py",
+    "exported_pipeline.py",
 )
 _WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 
 _HEADER = '''"""Stable Diffusion with CatVersion concepts: {names}.
 
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
 Written by `catversion export --format pipeline`. The class word in a prompt calls its concept.
-Change scales with `pipe.set_catversion(name, 0.7)`.
+Change scales with `pipe.set_catversion(name, 0.7)` or `with pipe.scaled(0.7):`.
 """
 
 from __future__ import annotations
 
 '''
 
-_PIPELINE = '''
+_CONCEPTS = """
 
-# ---- The concepts of this folder and the pipeline that loads them --------------------------------
+# ---- The concepts of this folder -----------------------------------------------------------------
 
-import base64
-import functools
-
-from diffusers import StableDiffusionPipeline
-
-_CONCEPTS = {concepts}
-
-
-class CatVersionPipeline(StableDiffusionPipeline):
-    """StableDiffusionPipeline with the concepts above loaded and active."""
-
-    @functools.wraps(StableDiffusionPipeline.__init__)
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.text_encoder is not None:
-            for name, data in _CONCEPTS.items():
-                source = f"concept {{name!r}} of this pipeline"
-                load_bytes(self, base64.b64decode(data), source, name, {force})
-
-    def set_catversion(self, name, scale=1.0, *, plain_prompts=None):
-        """See the function of that name."""
-        set_catversion(self, name, scale, plain_prompts=plain_prompts)
-'''
+CatVersionPipeline.force = {force}
+CatVersionPipeline.source = Path(__file__).read_text(encoding="utf-8")
+CatVersionPipeline.concepts = {concepts}
+"""
 
 _README = """# {title}
 
@@ -86,12 +69,13 @@ A diffusers model folder with CatVersion concepts.
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 pipe("{prompt}").images[0]
 ```
 
-Without `custom_pipeline` the folder is the plain model. The folder `catversion/` holds the concept
-files.
+It needs torch 2.6, diffusers 0.35 and transformers 4.57 or newer. `trust_remote_code=True` lets the
+folder's `pipeline.py` run, which loads the concepts; without it the folder does not load. The
+folder `catversion/` holds the concept files.
 """
 
 
@@ -103,7 +87,7 @@ def pipeline_source(concepts: Mapping[str, bytes], *, force: bool = False) -> st
     encoded = {name: base64.b64encode(data).decode() for name, data in concepts.items()}
     entries = "".join(f"    {name!r}: {data!r},\n" for name, data in encoded.items())
     names = ", ".join(concepts).replace("\\", "/").replace('"', "'")
-    tail = _PIPELINE.format(concepts="{\n" + entries + "}", force=force)
+    tail = _CONCEPTS.format(concepts="{\n" + entries + "}", force=force)
     return _HEADER.format(names=names) + "\n\n".join(bodies) + tail
 
 
@@ -114,8 +98,7 @@ def export_pipeline(
     *,
     force: bool = False,
 ) -> Path:
-    """Write the folder: model files (hard links where the disk allows, else copies), concepts,
-    ``pipeline.py``.
+    """Write the folder: copies of the model's files, concepts, ``pipeline.py``.
 
     Args:
       output: a new or empty folder.
@@ -129,8 +112,8 @@ def export_pipeline(
     output, model_folder = as_path(output), as_path(model_folder)
     if is_in_bucket(output):
         raise CatVersionError(
-            f"{output}: a pipeline folder must lie on this machine, because the model's files are "
-            "linked into it. Give a local folder and copy that to the bucket."
+            f"{output}: a pipeline folder must lie on this machine, because diffusers reads it as "
+            "files. Give a local folder and copy that to the bucket."
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CatVersionError(
@@ -142,9 +125,10 @@ def export_pipeline(
         if not isinstance(component, list) or component[0] is None:
             continue
         if (model_folder / name).is_dir():
-            _link_folder(model_folder / name, output / name)
+            _copy_folder(model_folder / name, output / name)
         else:  # a download that left out, say, the safety checker
             index[name] = [None, None]
+    index["_class_name"] = ["pipeline", "CatVersionPipeline"]
     index["requires_safety_checker"] = bool((index.get("safety_checker") or [None])[0])
     files = write_concepts(concepts, output / "catversion")
     data = {concept.name: file.read_bytes() for concept, file in zip(concepts, files, strict=True)}
@@ -186,7 +170,7 @@ def _read_index(model_folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _link_folder(source: Path, target: Path) -> None:
+def _copy_folder(source: Path, target: Path) -> None:
     """Files of one component; pickled weights are left out where safetensors are beside them."""
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
     has_safetensors = any(path.suffix == ".safetensors" for path in files)
@@ -196,9 +180,6 @@ def _link_folder(source: Path, target: Path) -> None:
         copy = target / path.relative_to(source)
         make_folder(copy.parent)
         try:
-            os.link(path.resolve(), copy)  # a hub cache holds links to the real files
-        except OSError:
-            try:
-                shutil.copyfile(path, copy)
-            except OSError as error:
-                raise unwritable(copy, error) from error
+            shutil.copyfile(path, copy)  # what a link of a hub cache leads to
+        except OSError as error:
+            raise unwritable(copy, error) from error

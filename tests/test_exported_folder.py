@@ -1,0 +1,173 @@
+"""The exported pipeline folder in diffusers' hands: it loads with its concepts or not at all, is
+saved and loaded again, gives other pipelines, and shares no file with the model it was made from.
+"""
+
+import configparser
+import hashlib
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the folder is for PyTorch: pip install '.[torch]'")
+pytest.importorskip("diffusers", reason="the folder is for diffusers: pip install '.[torch]'")
+
+from diffusers import (  # noqa: E402
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from tiny_pipelines import load_pipe, make_residual, write  # noqa: E402
+
+from catversion_jax.integrations import diffusers as loader  # noqa: E402
+from catversion_jax.integrations.pipeline_folder import export_pipeline  # noqa: E402
+from catversion_jax.methods.concept_file import Concept  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+UGLY = {"negative_prompt": "an ugly cat"}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_sd_folder, tmp_path_factory) -> Path:
+    concepts = [
+        Concept(make_residual(0, bias=1.0), "cat", "tom"),
+        Concept(make_residual(1, bias=1.0), "dog", "rex"),
+    ]
+    return export_pipeline(tmp_path_factory.mktemp("exported") / "out", tiny_sd_folder, concepts)
+
+
+@pytest.fixture
+def expected(tiny_sd_folder, tmp_path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embeddings of a prompt with the concept and of a negative prompt without it."""
+    pipe = load_pipe(tiny_sd_folder)
+    _, plain = encoded(pipe)
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", make_residual(0, bias=1.0)))
+    return encoded(pipe)[0], plain
+
+
+@torch.no_grad()
+def encoded(pipe) -> tuple[torch.Tensor, torch.Tensor]:
+    return pipe.encode_prompt("a cat", "cpu", 1, True, **UGLY)
+
+
+def check(pipe, expected) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the text encoder was called")
+        got = encoded(pipe)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_saving_into_the_folder_changes_no_file_of_the_model(tiny_sd_folder, exported, tmp_path):
+    before = digests(tiny_sd_folder)
+    inodes = {path.stat().st_ino for path in tiny_sd_folder.rglob("*")}
+    files = [path for path in exported.rglob("*") if path.is_file()]
+    assert not any(path.is_symlink() or path.stat().st_ino in inodes for path in files)
+    out = export_pipeline(tmp_path / "out", tiny_sd_folder, [Concept(make_residual(0), "cat", "x")])
+    for path in out.rglob("*"):
+        if path.is_file():
+            with path.open("r+b") as file:
+                file.write(b"written through")
+    assert digests(tiny_sd_folder) == before
+
+
+def test_a_hub_cache_is_copied_too(tiny_sd_folder, tmp_path):
+    """Its snapshot holds links to blobs elsewhere."""
+    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+    blobs.mkdir()
+    for path in tiny_sd_folder.rglob("*"):
+        if path.is_file():
+            blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+            blob.write_bytes(path.read_bytes())
+            link = snapshot / path.relative_to(tiny_sd_folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)
+    before = digests(blobs)
+    out = export_pipeline(tmp_path / "out", snapshot, [Concept(make_residual(0), "cat", "x")])
+    pipe = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    pipe.save_pretrained(out)
+    assert digests(blobs) == before
+
+
+@pytest.mark.parametrize("kind", [DiffusionPipeline, StableDiffusionPipeline])
+def test_it_loads_with_its_concepts_or_not_at_all(exported, expected, kind):
+    for options in ({}, {"custom_pipeline": str(exported)}):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            kind.from_pretrained(exported, **options)
+        pipe = kind.from_pretrained(exported, **options, trust_remote_code=True)
+        assert [concept["name"] for concept in loader.list_catversion(pipe)] == ["tom", "rex"]
+        check(pipe, expected)
+    for automatic in (AutoPipelineForText2Image, AutoPipelineForImage2Image):
+        with pytest.raises(ValueError, match="CatVersionPipeline"):
+            automatic.from_pretrained(exported)
+
+
+def test_save_and_load_again(exported, expected, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(exported, trust_remote_code=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="save_pretrained")
+        pipe.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    check(again, expected)
+    again.save_pretrained(tmp_path / "twice")
+    check(DiffusionPipeline.from_pretrained(tmp_path / "twice", trust_remote_code=True), expected)
+    loader.load_catversion(again, write(tmp_path, "new", "house", make_residual(2)))
+    with pytest.warns(UserWarning, match="new loaded since are not in it"):
+        again.save_pretrained(tmp_path / "thrice")
+
+
+def test_two_folders_in_one_process(tiny_sd_folder, exported, expected, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(exported, trust_remote_code=True)
+    other = [Concept(make_residual(5), "cat", "other")]
+    out = export_pipeline(tmp_path / "other", tiny_sd_folder, other)
+    second = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    assert [concept["name"] for concept in loader.list_catversion(second)] == ["other"]
+    check(pipe, expected)
+    assert not torch.equal(encoded(second)[0], expected[0])
+    pipe.save_pretrained(tmp_path / "saved")
+    check(DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True), expected)
+
+
+def test_pipelines_made_of_it_spare_negative_prompts(exported, expected):
+    pipe = DiffusionPipeline.from_pretrained(exported, trust_remote_code=True)
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    assert isinstance(other, StableDiffusionImg2ImgPipeline)
+    assert other.text_encoder is pipe.text_encoder
+    check(other, expected)
+    check(AutoPipelineForInpainting.from_pipe(other), expected)
+    pipe.set_catversion("tom", 0.5)
+    back = AutoPipelineForText2Image.from_pipe(other)
+    assert type(back).__name__ == "CatVersionPipeline"
+    assert [(c["name"], c["scale"]) for c in loader.list_catversion(back)] == [
+        ("tom", 0.5),
+        ("rex", None),
+    ]
+    with back.scaled(1.0):
+        check(back, expected)
+    with back.plain():
+        assert torch.equal(encoded(back)[1], expected[1])
+        assert not torch.equal(encoded(back)[0], expected[0])
+
+
+def test_the_readme_says_the_oldest_versions(exported):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extra = setup["options.extras_require"]["torch"] + setup["options"]["install_requires"]
+    readme = (exported / "README.md").read_text()
+    for name in ("torch", "diffusers", "transformers"):
+        version = re.search(rf"^{name}>=([\d.]+)$", extra, re.MULTILINE)[1]
+        assert f"{name} {version}" in readme

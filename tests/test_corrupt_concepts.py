@@ -221,6 +221,20 @@ def test_metadata_of_other_types(tmp_path, read):
             read(path)
 
 
+def test_a_layer_that_is_there_twice(tmp_path, read):
+    """The library keeps one of two tensors of the same name."""
+    path = tmp_path / "x.safetensors"
+    good_concept(path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip()
+    entry = json.dumps(json.loads(header)["layers.2.key"]).encode()
+    twice = header[:-1] + b',"layers.2.key":' + entry + b"}"
+    path.write_bytes(len(twice).to_bytes(8, "little") + twice + data[8 + length :])
+    with pytest.raises(ValueError, match=r"layers\.2\.key.*twice"):
+        read(path)
+
+
 def test_neither_file_nor_folder_and_whole_checkpoints(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CatVersionError, match="neither a file nor a folder"):

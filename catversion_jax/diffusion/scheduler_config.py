@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from catversion_jax.errors import CatVersionError, did_you_mean
+from catversion_jax.errors import CatVersionError, did_you_mean, shown
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -35,6 +35,7 @@ _CLIPS_BY_DEFAULT = (
     "DDIMInverseScheduler",
     "DDPMParallelScheduler",
 )
+_MOST_TIMESTEPS = 100_000
 # Keys that would change the result and have only these values here.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "clip_sample": (False, None),
@@ -121,11 +122,12 @@ class NoiseScheduleConfig:
         values.update(
             {key: value for key, value in given.items() if key in known and value is not None}
         )
-        if "trained_betas" in values:
-            values["trained_betas"] = tuple(float(beta) for beta in values["trained_betas"])
+        if isinstance(values.get("trained_betas"), list):
+            values["trained_betas"] = tuple(values["trained_betas"])
         return cls(**values)
 
     def __post_init__(self) -> None:
+        _check_values(self)
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         _check_choice("timestep_spacing", self.timestep_spacing, (*TIMESTEP_SPACINGS, None))
@@ -136,11 +138,37 @@ class NoiseScheduleConfig:
                 f"num_train_timesteps={self.num_train_timesteps}: one beta per timestep is needed; "
                 "correct one of the two."
             )
-        if self.num_train_timesteps < 1:
-            raise CatVersionError(
-                f"scheduler config: num_train_timesteps={self.num_train_timesteps}: must be at "
-                "least 1 (Stable Diffusion has 1000)."
-            )
+
+
+def _check_values(config: NoiseScheduleConfig) -> None:
+    """Types and ranges of everything that is not a choice of words."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "bool" and type(value) is not bool:
+            _refuse(field.name, value, "true or false")
+    for name, low in (("num_train_timesteps", 1), ("steps_offset", 0)):
+        value = getattr(config, name)
+        if type(value) is not int or not low <= value <= _MOST_TIMESTEPS:
+            _refuse(name, value, f"a whole number within {low}..{_MOST_TIMESTEPS}")
+    for name in ("beta_start", "beta_end"):
+        value = getattr(config, name)
+        if not _is_beta(value) or value == 1:
+            _refuse(name, value, "a number above 0 and below 1")
+    betas = config.trained_betas
+    if betas is not None and not (isinstance(betas, tuple) and all(map(_is_beta, betas))):
+        _refuse("trained_betas", betas, "a list of numbers above 0 and at most 1")
+
+
+def _is_beta(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
+
+
+def _refuse(key: str, value: Any, rule: str) -> NoReturn:
+    raise CatVersionError(
+        f"scheduler config: {key}={shown(value)}: must be {rule} (Stable Diffusion has "
+        "num_train_timesteps=1000, betas from 0.00085 to 0.012). Correct "
+        "scheduler/scheduler_config.json, or download it again."
+    )
 
 
 def _check_choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -148,7 +176,7 @@ def _check_choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         choices = " or ".join("null" if choice is None else repr(choice) for choice in allowed)
         raise CatVersionError(
-            f"scheduler config: {key}={value!r} is not supported, it must be {choices}. "
+            f"scheduler config: {key}={shown(value)} is not supported, it must be {choices}. "
             f"Set {key} accordingly in scheduler/scheduler_config.json if the model allows it."
         )
 
@@ -156,8 +184,8 @@ def _check_choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def _unknown_key_message(key: str, class_name: str, known: set[str]) -> str:
     hint = did_you_mean(key, sorted({*known, *_REQUIRED_VALUES, *_STEP_RULE_KEYS}))
     return (
-        f"scheduler config: unknown key {key!r} (scheduler class {class_name or 'not named'}): it "
-        f"might change the result, so it is not ignored.{hint} Models that are not trained on "
-        "betas (flow matching, EDM) cannot be used; otherwise remove the key from "
-        "scheduler/scheduler_config.json."
+        f"scheduler config: unknown key {shown(key)} (scheduler class "
+        f"{class_name[:80] or 'not named'}): it might change the result, so it is not "
+        f"ignored.{hint} Models that are not trained on betas (flow matching, "
+        "EDM) cannot be used; otherwise remove the key from scheduler/scheduler_config.json."
     )

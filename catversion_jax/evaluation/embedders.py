@@ -8,7 +8,6 @@ picture's vector does not depend on what else is embedded.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.array_types import Array, Float, Int
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
-from catversion_jax.models.clip.vision import load_clip
+from catversion_jax.models.clip.vision import load_clip, sub_config
 from catversion_jax.models.vit import load_vit
 from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.network import Network
@@ -89,13 +88,17 @@ class ClipEmbedder(ImageEmbedder):
         """
         config = read_config(folder)
         network = load_clip(folder)
-        context = (config.get("text_config") or {}).get("max_position_embeddings", 77)
+        source = str(Path(folder) / "config.json")
+        text, vision = (
+            sub_config(config, f"{part}_config", source=source) for part in ("text", "vision")
+        )
         own, beside = Path(folder), Path(folder).parent / "tokenizer"
         has_own = any((own / name).is_file() for name in ("tokenizer.json", "vocab.json"))
         self.tokenizer = Tokenizer.from_folder(
-            own if has_own or not beside.is_dir() else beside, context=context
+            own if has_own or not beside.is_dir() else beside,
+            context=text.get("max_position_embeddings", 77),
+            vocab_size=text.get("vocab_size"),
         )
-        vision = config.get("vision_config_dict") or config.get("vision_config") or {}
         super().__init__(folder, network, vision.get("image_size", 224), CLIP_MEAN, CLIP_STD)
 
     def texts(self, prompts: Sequence[str]) -> Float[np.ndarray, "n E"]:
@@ -132,13 +135,18 @@ def _preprocessor(folder: Path) -> dict[str, Sequence[float]]:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return {key: value[key] for key in ("image_mean", "image_std") if key in value}
-    except (OSError, ValueError, TypeError) as error:
-        raise CatVersionError(
-            f"{path}: cannot be read as JSON ({error}). Download it again."
-        ) from (error)
+    value = read_config(folder, path.name)
+    colours = {key: value[key] for key in ("image_mean", "image_std") if key in value}
+    for key, colour in colours.items():
+        low = 1e-3 if key == "image_std" else -1e3
+        numbers = isinstance(colour, list) and all(
+            type(x) in (int, float) and low <= x <= 1e3 for x in colour
+        )
+        if not numbers or len(colour) != 3:
+            raise CatVersionError(
+                f"{path}: {key} = {shown(colour)}, must be three numbers. Download it again."
+            )
+    return colours
 
 
 def _in_batches(

@@ -67,7 +67,8 @@ def parse_concept(data: bytes, source: str) -> LoadedConcept:
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_repetition)
+        metadata = header.get("__metadata__") or {}
         digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
         if "catversion.format_version" in metadata and metadata["modelspec.hash_sha256"] != digest:
             raise ValueError("its tensors do not have the checksum it states")
@@ -168,3 +169,13 @@ def _value(own: dict[str, str], key: str, convert: Callable[[str], Any]) -> Any:
         return convert(own[key])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{key}={own[key]!r:.80} cannot be read") from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name appears twice; parsers would keep the last."""
+    names = [name for name, _ in pairs]
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"the name {twice:.80} appears twice")
+    return unique

@@ -24,7 +24,7 @@ import numpy as np
 
 from catversion_jax.concepts.class_words import plural_forms
 from catversion_jax.concepts.fields import WHEN, class_forms_field
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.foreign_files import describe_bytes, describe_folder, describe_tensors
 from catversion_jax.methods.learned import Learned, settings
 from catversion_jax.methods.stored_values import (
@@ -36,7 +36,7 @@ from catversion_jax.methods.stored_values import (
     whole_number,
 )
 from catversion_jax.methods.table import METHODS, UNNAMED_METHOD, method_of
-from catversion_jax.models.weights.safetensors_files import read_header
+from catversion_jax.models.weights.safetensors_files import parse_header, read_header
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 from catversion_jax.runtime.safetensors_bytes import serialize_safetensors
@@ -274,12 +274,12 @@ def read_safetensors(data: bytes, path: str | Path) -> tuple[dict[str, str], dic
     what = describe_bytes(data)
     if what:
         raise CatVersionError(f"{path}: this is not a concept file but {what}")
+    (length,) = struct.unpack("<Q", data[:8])
     try:
         tensors = load(data)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise CatVersionError(damaged % error) from error
-    (length,) = struct.unpack("<Q", data[:8])
-    metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        metadata = parse_header(data[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise CatVersionError(damaged % shown(error)) from error
     digest = "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
     if (
         "catversion.format_version" in metadata

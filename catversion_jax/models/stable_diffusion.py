@@ -176,7 +176,9 @@ def _assemble(name: str, folder: Path, weights: Any, load: Callable[..., Network
         read_config(folder / "scheduler", "scheduler_config.json")
     )
     tokenizer = Tokenizer.from_folder(
-        folder / "tokenizer", context=text_config.max_position_embeddings
+        folder / "tokenizer",
+        context=text_config.max_position_embeddings,
+        vocab_size=text_config.vocab_size,
     )
 
     def text_encoder(rngs: nnx.Rngs) -> CLIPTextModel:
@@ -269,10 +271,11 @@ def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Network:
         )
     config = read_config(folder)
     ignore: tuple[str, ...] = ()
-    if "CLIPTextModelWithProjection" in (config.get("architectures") or ()):
+    if config.get("architectures") == ["CLIPTextModelWithProjection"]:
         ignore = (r"^text_projection\.",)
     if config.get("model_type") == "clip":
-        config = dict(sub_config(config, "text_config"))
+        source = str(folder / "config.json")
+        config = dict(sub_config(config, "text_config", source=source))
         ignore = (r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$")
     weights = _dtype(dtype)
     text_config = CLIPTextConfig.from_hf(config, source=str(folder / "config.json"))
@@ -304,6 +307,11 @@ def _check_components_fit(
             f"{folder}: unet cross_attention_dim = {' and '.join(map(str, contexts))} but "
             f"text_encoder hidden_size = {text.hidden_size}; they must be equal. The components "
             "are of different models: download the model again."
+        )
+    if (vae.in_channels, vae.out_channels) != (3, 3):
+        raise CatVersionError(
+            f"{folder}: vae in_channels = {vae.in_channels} and out_channels = {vae.out_channels}, "
+            "must both be 3 (red, green, blue). Use a Stable Diffusion 1.x or 2.x model."
         )
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise CatVersionError(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.layers.multi_head import Attention
 from catversion_jax.models.layers.resnet import (
     ACTIVATIONS,
@@ -31,7 +31,11 @@ from catversion_jax.models.layers.resnet import (
     Upsample2D,
     check_groups,
 )
-from catversion_jax.models.weights.hf_config import check_supported
+from catversion_jax.models.weights.hf_config import (
+    check_integers,
+    check_numbers,
+    check_supported,
+)
 from catversion_jax.models.weights.network import Network
 
 GROUP_NORM_EPSILON = 1e-6
@@ -51,6 +55,14 @@ DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
     "scaling_factor": 0.18215,
 }
+RANGES = {
+    "in_channels": (1, 64),
+    "out_channels": (1, 64),
+    "latent_channels": (1, 64),
+    "layers_per_block": (1, 16),
+    "norm_num_groups": (1, 2**14),
+}
+MOST_BLOCKS = 8
 IGNORED = frozenset({"force_upcast", "sample_size"})
 DOWN_BLOCK, UP_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
@@ -102,17 +114,28 @@ class VAEConfig:
             accepted = {tuple: (tuple, list), float: (float, int)}.get(kind, (kind,))
             if type(values[key]) not in accepted:
                 raise CatVersionError(
-                    f"{source}: {key}={values[key]!r} must be of type {kind.__name__}. Correct the "
-                    "configuration."
+                    f"{source}: {key}={shown(values[key])} must be of type {kind.__name__}. "
+                    "Correct the configuration."
                 )
-        values["block_out_channels"] = tuple(values["block_out_channels"])
+        check_integers(values, RANGES, source=source)
+        check_numbers(values, {"scaling_factor": (1e-6, 1e6)}, source=source)
+        widths = values["block_out_channels"] = tuple(values["block_out_channels"])
+        if not 1 <= len(widths) <= MOST_BLOCKS:
+            raise CatVersionError(
+                f"{source}: block_out_channels has {len(widths)} entries, must have 1 to "
+                f"{MOST_BLOCKS}. Correct the configuration."
+            )
+        for width in widths:
+            check_integers(
+                {"block_out_channels": width}, {"block_out_channels": (1, 2**14)}, source=source
+            )
         for key, kind_of_block in block_keys.items():
-            blocks = list(config.get(key, [kind_of_block]))
-            if blocks != [kind_of_block] * len(values["block_out_channels"]):
+            blocks = config.get(key, [kind_of_block])
+            if blocks not in ([kind_of_block] * len(widths), (kind_of_block,) * len(widths)):
                 raise CatVersionError(
-                    f"{source}: {key}={blocks} must be {kind_of_block!r} once for each entry of "
-                    f"block_out_channels={list(values['block_out_channels'])}. Use a Stable "
-                    "Diffusion 1.x or 2.x autoencoder."
+                    f"{source}: {key}={shown(blocks)} must be {kind_of_block!r} once for each "
+                    f"entry of block_out_channels={list(widths)}. Use a Stable Diffusion 1.x or "
+                    "2.x autoencoder."
                 )
         check_groups(values["norm_num_groups"], values["block_out_channels"], source=source)
         return cls(**values)

@@ -19,12 +19,32 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.adaptation import ExtraKeys, Heads, ProcessHeads
 from catversion_jax.models.layers.activations import gelu, quick_gelu
 from catversion_jax.models.layers.attention import attention
-from catversion_jax.models.weights.hf_config import TRANSFORMERS_IGNORED, check_supported
+from catversion_jax.models.weights.hf_config import (
+    TRANSFORMERS_IGNORED,
+    check_integers,
+    check_numbers,
+    check_supported,
+)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": gelu,
 }
+
+
+SIZES = {
+    "hidden_size": (1, 2**14),
+    "intermediate_size": (1, 2**17),
+    "num_hidden_layers": (1, 128),
+    "num_attention_heads": (1, 1024),
+    "vocab_size": (1, 2**22),
+    "max_position_embeddings": (3, 2**14),
+    "eos_token_id": (0, 2**22),
+    "num_channels": (1, 16),
+    "image_size": (1, 2**12),
+    "patch_size": (1, 2**12),
+}
+"""Ranges of the sizes; the largest CLIP (bigG) has 48 layers of width 1664."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +75,15 @@ class EncoderConfig:
             ignored=TRANSFORMERS_IGNORED,
             only={"hidden_act": tuple(ACTIVATIONS), "model_type": (cls.model_type,)},
         )
-        for name, field in fields.items():
-            if field.type == "int" and not isinstance(config.get(name, 0), int):
-                raise CatVersionError(
-                    f"{source}: {name} = {config[name]!r}, must be one integer. Use such a model, "
-                    "or correct the file."
-                )
-        return cls(**{name: value for name, value in config.items() if name in fields})
+        check_integers(config, {k: v for k, v in SIZES.items() if k in fields}, source=source)
+        check_numbers(config, {"layer_norm_eps": (1e-20, 1.0)}, source=source)
+        made = cls(**{name: value for name, value in config.items() if name in fields})
+        if made.hidden_size % made.num_attention_heads:
+            raise CatVersionError(
+                f"{source}: num_attention_heads = {made.num_attention_heads} must divide "
+                f"hidden_size = {made.hidden_size}. Use such a model, or correct the file."
+            )
+        return made
 
 
 class CLIPAttention(nnx.Module):

@@ -16,7 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.models.weights.hf_config import read_config
+
+MIN_LENGTH = 3
+"""Start, one token, end."""
 
 UNSET_LENGTH = 1_000_000
 """transformers writes a length of about 1e30 where a tokenizer's file gives none."""
@@ -58,15 +62,18 @@ class Tokenizer:
         self._inside_word = inside - whole  # the tokens after which a word goes on
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, context: int | None = None) -> Tokenizer:
+    def from_folder(
+        cls, folder: str | Path, *, context: int | None = None, vocab_size: int | None = None
+    ) -> Tokenizer:
         """Read a tokenizer folder.
 
         Args:
           folder: with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
           context: positions of the text encoder, the length where the folder gives none.
+          vocab_size: embeddings of the text encoder; a token beyond them is a mistake.
 
         Raises:
-          CatVersionError: no tokenizer there, or no length known.
+          CatVersionError: no tokenizer there, one that does not fit, or no length known.
         """
         folder = Path(folder)
         found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
@@ -77,25 +84,42 @@ class Tokenizer:
                 f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, "
                 f"found {'no folder' if found is None else found}. Download the model again."
             )
+        _check_files(folder)
         # Here, as it is heavy; AutoTokenizer would import torch as well. Since transformers 5 it is
         # CLIPTokenizer's other name.
         from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
 
         try:
             tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            made = cls(tokenizer, _length(tokenizer.model_max_length, context, folder))
+            problem = made._problem(vocab_size)
+        except CatVersionError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise anything on wrong files
             raise CatVersionError(
-                f"{folder}: the tokenizer cannot be read ({error}). Download it again."
+                f"{folder}: the tokenizer cannot be read ({shown(error)}). Download it again."
             ) from error
-        length = tokenizer.model_max_length
-        if length > UNSET_LENGTH:
-            if context is None:
-                raise CatVersionError(
-                    f"{folder}: tokenizer_config.json gives no model_max_length. Add it (77 for "
-                    "Stable Diffusion)."
-                )
-            length = context
-        return cls(tokenizer, int(length))
+        if problem:
+            raise CatVersionError(f"{folder}: {problem}. Download the tokenizer again.")
+        return made
+
+    def _problem(self, vocab_size: int | None) -> str | None:
+        """What makes the vocabulary useless, as in an empty vocab.json; None where nothing does."""
+        tokenizer = self._tokenizer
+        own = set(tokenizer.get_vocab().values()) - set(tokenizer.get_added_vocab().values())
+        if not own:
+            return "the vocabulary (vocab.json or tokenizer.json) is empty"
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        row = self(["a"])[0]
+        if None in special or row[0] != special[0] or len(self.word_ids("a")) == 0:
+            return "the tokenizer has no start token, no end token or no letters"
+        largest = max(*own, *special, *(int(i) for i in row))
+        if vocab_size is not None and largest >= vocab_size:
+            return (
+                f"token {largest} is beyond the text encoder's vocab_size = {vocab_size}; the two "
+                "are of different models"
+            )
+        return None
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids ``[B T]`` int32 with start and end, truncated and padded to
@@ -209,6 +233,45 @@ class Tokenizer:
     @property
     def _room(self) -> int:
         return self.model_max_length - self._tokenizer.num_special_tokens_to_add()
+
+
+def _check_files(folder: Path) -> None:
+    """Make sure that all files of a tokenizer are small regular files with JSON objects in them.
+
+    Raises:
+      CatVersionError: one is not.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.name == "merges.txt" and not path.is_file():
+            raise CatVersionError(f"{path}: is not a regular file. Download it again.")
+        if path.suffix == ".json":
+            read_config(folder, path.name)
+
+
+def _length(stated: Any, context: int | None, folder: Path) -> int:
+    """Tokens of a prompt: what the folder states, or the text encoder's ``context``.
+
+    Raises:
+      CatVersionError: neither is known, or they contradict each other.
+    """
+    if type(stated) not in (int, float) or not stated >= MIN_LENGTH:
+        raise CatVersionError(
+            f"{folder}: tokenizer_config.json has model_max_length = {shown(stated)}, must be a "
+            f"whole number >= {MIN_LENGTH} (77 for Stable Diffusion). Correct it."
+        )
+    if stated <= UNSET_LENGTH and (context is None or stated <= context):
+        return int(stated)
+    if context is None:
+        raise CatVersionError(
+            f"{folder}: tokenizer_config.json gives no model_max_length. Add it (77 for "
+            "Stable Diffusion)."
+        )
+    if stated <= UNSET_LENGTH:
+        raise CatVersionError(
+            f"{folder}: tokenizer_config.json has model_max_length = {stated}, but the text "
+            f"encoder has {context} positions. Correct it, or download the model again."
+        )
+    return context
 
 
 # An id, whether it ends a word, and its number in the word of each concept.

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from catversion_jax.array_types import Array, Float, Int
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.clip.encoder import CLIPEncoder, EncoderConfig, layer_norm
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.weights.convert import load_network
 from catversion_jax.models.weights.hf_config import (
     TRANSFORMERS_IGNORED,
+    check_integers,
     check_supported,
     read_config,
 )
@@ -67,6 +68,7 @@ class CLIPConfig:
         Raises:
           CatVersionError: a key that changes the computation and is not supported.
         """
+        check_integers(config, {"projection_dim": (1, 2**14)}, source=source)
         parts = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
         check_supported(
             config,
@@ -77,10 +79,11 @@ class CLIPConfig:
         )
         return cls(
             text=CLIPTextConfig.from_hf(
-                sub_config(config, "text_config"), source=f"{source}, text_config"
+                sub_config(config, "text_config", source=source), source=f"{source}, text_config"
             ),
             vision=CLIPVisionConfig.from_hf(
-                sub_config(config, "vision_config"), source=f"{source}, vision_config"
+                sub_config(config, "vision_config", source=source),
+                source=f"{source}, vision_config",
             ),
             projection_dim=config.get("projection_dim", cls.projection_dim),
         )
@@ -180,12 +183,20 @@ class CLIPModel(nnx.Module):
         return self.text_projection(self.text_model.pooled(last, token_ids))
 
 
-def sub_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def sub_config(config: Mapping[str, Any], name: str, *, source: str) -> Mapping[str, Any]:
     """``text_config`` or ``vision_config``; as in transformers an old ``<name>_dict`` beside it
     wins.
+
+    Raises:
+      CatVersionError: it is no JSON object.
     """
     old = config.get(f"{name}_dict")
-    return old if old is not None else config.get(name) or {}
+    found = old if old is not None else config.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise CatVersionError(
+            f"{source}: {name} = {shown(found)}, must be a JSON object. Download it again."
+        )
+    return found
 
 
 def load_clip(folder: str | Path, *, dtype: Any = jnp.float32, sharding: Any = None) -> Network:

@@ -6,9 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.layers.resnet import ACTIVATIONS, check_groups
-from catversion_jax.models.weights.hf_config import check_supported
+from catversion_jax.models.weights.hf_config import (
+    check_integers,
+    check_numbers,
+    check_supported,
+)
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -47,6 +51,21 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "resnet_out_scale_factor": (1.0, 1),
     "resnet_time_scale_shift": ("default",),
     "time_embedding_type": ("positional",),
+}
+
+_MOST_CHANNELS = 2**14
+_MOST_BLOCKS = 8
+RANGES = {
+    "in_channels": (1, 64),
+    "out_channels": (1, 64),
+    "norm_num_groups": (1, _MOST_CHANNELS),
+    "sample_size": (1, 2**12),
+}
+PER_BLOCK_RANGES = {
+    "layers_per_block": (1, 16),
+    "transformer_layers_per_block": (1, 32),
+    "num_heads": (1, 2**14),
+    "cross_attention_dim": (1, 2**14),
 }
 
 SCALARS: dict[str, tuple[type, ...]] = {
@@ -117,15 +136,14 @@ class UNetConfig:
             if type(values[key]) not in kinds:
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise CatVersionError(
-                    f"{source}: {key}={values[key]!r} must be a single {expected}. Correct the "
-                    "configuration."
+                    f"{source}: {key}={shown(values[key])} must be a single {expected}. "
+                    "Correct the configuration."
                 )
-        sample_size = values["sample_size"] or DEFAULTS["sample_size"]
-        if not isinstance(sample_size, int):
-            raise CatVersionError(
-                f"{source}: sample_size = {sample_size!r}, must be one integer (square images). "
-                "Use such a model."
-            )
+        sample_size = DEFAULTS["sample_size"]
+        if values["sample_size"] is not None:
+            sample_size = values["sample_size"]
+        check_integers({**values, "sample_size": sample_size}, RANGES, source=source)
+        check_numbers(values, {"norm_eps": (0.0, 1.0), "freq_shift": (-1e3, 1e3)}, source=source)
         parsed = cls(
             **{key: values[key] for key in SCALARS},
             act_fn=values["act_fn"],
@@ -144,10 +162,19 @@ class UNetConfig:
             only_cross_attention=per_block("only_cross_attention", bool),
             sample_size=sample_size,
         )
+        for key, bounds in PER_BLOCK_RANGES.items():
+            for value in getattr(parsed, key):
+                check_integers({key: value}, {key: bounds}, source=source)
         parsed._check_divisions(source)
         return parsed
 
     def _check_divisions(self, source: str) -> None:
+        halvings = len(self.block_out_channels) - 1
+        if self.sample_size % 2**halvings:
+            raise CatVersionError(
+                f"{source}: sample_size = {self.sample_size} must be a multiple of {2**halvings}, "
+                f"since the network halves it {halvings} times. Correct the configuration."
+            )
         check_groups(self.norm_num_groups, self.block_out_channels, source=source)
         uses_heads = [
             down or up
@@ -170,12 +197,12 @@ class UNetConfig:
 def _integers(value: Any, key: str, *, source: str) -> tuple[int, ...]:
     if (
         not isinstance(value, Sequence)
-        or not value
-        or not all(isinstance(v, int) and v > 0 for v in value)
+        or not 1 <= len(value) <= _MOST_BLOCKS
+        or not all(type(v) is int and 1 <= v <= _MOST_CHANNELS for v in value)
     ):
         raise CatVersionError(
-            f"{source}: {key}={value!r} must be a list of positive integers. Correct the "
-            "configuration."
+            f"{source}: {key}={shown(value)} must be a list of at most {_MOST_BLOCKS} positive "
+            f"integers up to {_MOST_CHANNELS}. Correct the configuration."
         )
     return tuple(value)
 
@@ -187,22 +214,22 @@ def _per_block(value: Any, key: str, kind: type, count: int, *, source: str) -> 
     # bool is a subclass of int: a flag where a number belongs is refused too.
     if not fits or not all(type(entry) is kind for entry in entries):
         raise CatVersionError(
-            f"{source}: {key}={value!r} must be one {kind.__name__} or a list of {count} (one for "
-            "each entry of block_out_channels). Another layout is not supported; correct the "
+            f"{source}: {key}={shown(value)} must be one {kind.__name__} or a list of {count} (one "
+            "for each entry of block_out_channels). Another layout is not supported; correct the "
             "configuration."
         )
     return tuple(entries)
 
 
 def _block_types(
-    value: Sequence[str], supported: Mapping[str, bool], count: int, *, source: str
+    value: Any, supported: Mapping[str, bool], count: int, *, source: str
 ) -> tuple[bool, ...]:
     """Whether each block has cross-attention."""
-    unknown = [name for name in value if name not in supported]
-    if unknown or len(value) != count:
+    names = value if isinstance(value, list | tuple) else ()
+    if len(names) != count or not all(isinstance(n, str) and n in supported for n in names):
         raise CatVersionError(
-            f"{source}: block types {list(value)} must be {count} (one for each entry of "
+            f"{source}: block types {shown(value)} must be {count} (one for each entry of "
             f"block_out_channels) out of {sorted(supported)}. Use a Stable Diffusion 1.x or 2.x "
             "model."
         )
-    return tuple(supported[name] for name in value)
+    return tuple(supported[name] for name in names)

@@ -49,6 +49,9 @@ IGNORED = (r"(^|\.)position_ids$",)
 PENDING_BYTES = 256 * 1024 * 1024
 """Host arrays whose transfer may be under way at once."""
 
+MOST_LISTED = 40
+"""Names of each kind in a message."""
+
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
@@ -237,7 +240,9 @@ def _mismatch(source: str, missing: list[str], unexpected: list[str], misshaped:
         ("misshaped", misshaped),
     ):
         if names:
-            lines += [f"{len(names)} {title}:", *(f"  {name}" for name in names)]
+            lines += [f"{len(names)} {title}:", *(f"  {name}" for name in names[:MOST_LISTED])]
+        if len(names) > MOST_LISTED:
+            lines.append(f"  and {len(names) - MOST_LISTED} more")
     lines.append(
         "Check that weights and config.json belong to the same model and the download is complete."
     )

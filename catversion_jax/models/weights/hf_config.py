@@ -1,4 +1,8 @@
-"""Reading a Hugging Face ``config.json``: a key that changes the computation is never ignored."""
+"""Reading a Hugging Face ``config.json``: a key that changes the computation is never ignored.
+
+A model's files come from strangers. Sizes are checked for type and range before anything is built
+from them, since one wrong number can otherwise mean hours or all memory.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,15 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
+
+_MOST_LISTED = 20
+
+MAX_CONFIG_BYTES = 16 * 2**20
+"""Of a configuration; those of known models have a few kB."""
+
+Range = tuple[float, float]
+"""The least and the largest value, both allowed."""
 
 # Bookkeeping, initialization, training, text generation and labels: what every transformers model
 # carries.
@@ -38,7 +50,7 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
     """
     path = Path(folder) / name
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(_read_bounded(path))
     except FileNotFoundError:
         found = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else None
         state = f"the folder holds {found}" if found is not None else "the folder does not exist"
@@ -46,15 +58,63 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
             f"{path}: not found ({state}). A Hugging Face model folder has its configuration "
             "there; check the path, or download the model again."
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CatVersionError(
-            f"{path}: cannot be read as JSON ({error}). Download the model's configuration again."
+            f"{path}: cannot be read as JSON ({shown(error)}). Download the model's configuration "
+            "again."
         ) from error
     if not isinstance(config, dict):
         raise CatVersionError(
             f"{path}: holds a {type(config).__name__}, must be a JSON object. Download it again."
         )
     return config
+
+
+def _read_bounded(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
+    return data
+
+
+def check_integers(
+    values: Mapping[str, Any], ranges: Mapping[str, tuple[int, int]], *, source: str
+) -> None:
+    """Check that each of the named values is one whole number within its range.
+
+    Raises:
+      CatVersionError: one is not; a missing one passes.
+    """
+    for key, (low, high) in ranges.items():
+        value = values.get(key, low)
+        if type(value) is not int:  # true and 1.0 are no sizes
+            raise CatVersionError(
+                f"{source}: {key} = {shown(value)}, must be one integer. Use such a model, or "
+                "correct the file."
+            )
+        if not low <= value <= high:
+            raise CatVersionError(
+                f"{source}: {key} = {shown(value)}, must be within {low}..{high}. Use such a "
+                "model, or correct the file."
+            )
+
+
+def check_numbers(values: Mapping[str, Any], ranges: Mapping[str, Range], *, source: str) -> None:
+    """Check that each of the named values is one finite number within its range.
+
+    Raises:
+      CatVersionError: one is not; a missing one passes.
+    """
+    for key, (low, high) in ranges.items():
+        value = values.get(key, low)
+        if type(value) not in (int, float) or not low <= value <= high:  # NaN is in no range
+            raise CatVersionError(
+                f"{source}: {key} = {shown(value)}, must be one number within {low:g}..{high:g}. "
+                "Use such a model, or correct the file."
+            )
 
 
 def check_supported(
@@ -86,11 +146,13 @@ def check_supported(
         if name in only:
             if not any(_same(value, allowed) for allowed in only[name]):
                 allowed_text = " or ".join(json.dumps(allowed) for allowed in only[name])
-                offending.append(f"{name} = {json.dumps(value)} (supported: {allowed_text})")
+                offending.append(f"{name:.80} = {_json(value)} (supported: {allowed_text})")
         elif name in used or name in ignored or name.startswith("_"):
             continue
         elif value is not None and value is not False and value not in ("", [], {}, ()):
-            offending.append(f"{name} = {json.dumps(value)} (unknown key)")
+            offending.append(f"{name:.80} = {_json(value)} (unknown key)")
+    if len(offending) > _MOST_LISTED:
+        offending[_MOST_LISTED:] = [f"and {len(offending) - _MOST_LISTED} more"]
     if offending:
         raise CatVersionError(
             f"{source}: this network computes something catversion_jax does not support:\n  "
@@ -98,6 +160,12 @@ def check_supported(
             + "\nUse a Stable Diffusion 1.x or 2.x model, or report the model so that it can be "
             "added."
         )
+
+
+def _json(value: Any) -> str:
+    """A value as the file has it, where that is short."""
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _same(value: Any, allowed: Any) -> bool:

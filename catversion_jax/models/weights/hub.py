@@ -8,8 +8,8 @@ import re
 from pathlib import Path, PurePosixPath
 
 from catversion_jax.assets import EMBEDDED_MODEL, embedded_folder
-from catversion_jax.errors import CatVersionError
-from catversion_jax.models.weights.hf_config import read_config
+from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.models.weights.model_index import component_class, read_model_index
 from catversion_jax.models.weights.safetensors_files import (
     STEMS,
     missing_weights,
@@ -68,17 +68,22 @@ def locate_model(
 
 
 def _check_components(folder: Path) -> None:
-    found = sorted(path.name for path in folder.iterdir())
+    try:
+        found = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise CatVersionError(
+            f"{folder}: cannot be read ({error.strerror}). Allow it, or give another folder."
+        ) from error
     if "model_index.json" not in found:
         raise CatVersionError(
             f"{folder}: is not a diffusers folder; expected {FILES_EXPECTED}, found {found}. Give "
             "the folder that holds model_index.json."
         )
-    index = read_config(folder, "model_index.json")
-    if index.get("text_encoder_2", [None])[0] is not None:
+    index = read_model_index(folder)
+    if component_class(index, "text_encoder_2") is not None:
         raise CatVersionError(
-            f"{folder}: {index.get('_class_name')} has two text encoders; supported are Stable "
-            "Diffusion 1.x and 2.x. Use such a model."
+            f"{folder}: {shown(index.get('_class_name'))} has two text encoders; supported are "
+            "Stable Diffusion 1.x and 2.x. Use such a model."
         )
     missing = [
         name for name in (*COMPONENTS, "tokenizer", "scheduler") if not (folder / name).is_dir()
@@ -89,7 +94,7 @@ def _check_components(folder: Path) -> None:
             f"{found}. Download the model again."
         )
     for name, expected in COMPONENTS.items():
-        actual = (index.get(name) or [None, None])[-1]
+        actual = component_class(index, name)
         if actual not in (None, expected, f"Flax{expected}"):
             raise CatVersionError(
                 f"{folder}: its {name} is a {actual}, must be a {expected}. Use a Stable Diffusion "

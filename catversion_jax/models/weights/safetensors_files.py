@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import struct
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.models.weights.hf_config import read_config
 
 STEMS = ("diffusion_pytorch_model", "model")
 """File names without ending: diffusers writes the first, transformers the second."""
@@ -39,7 +41,11 @@ DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 
-HEADER_LIMIT = 100 * 1024 * 1024  # the format's own limit
+HEADER_LIMIT = 32 * 1024 * 1024
+"""Bytes of a header; the format allows 100 MB, known models have less than 1 MB."""
+
+SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
+"""Plain names: what an index names lies beside it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +144,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
       CatVersionError: not a whole safetensors file, or a dtype that needs dequantization.
     """
+    if path.exists() and not path.is_file():
+        raise CatVersionError(f"{path}: is not a regular file. Download it again.")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -152,37 +160,80 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 "probably cut off or of another kind. Download it again."
             )
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
+            header = parse_header(file.read(length))
+        except (ValueError, RecursionError) as error:
             raise CatVersionError(
-                f"{path}: damaged safetensors header ({error}). Download it again."
+                f"{path}: damaged safetensors header ({shown(error)}). Download it again."
             ) from error
+    if not isinstance(header, dict):
+        raise CatVersionError(
+            f"{path}: damaged safetensors header ({shown(header, 80)} is no object). Download it "
+            "again."
+        )
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise CatVersionError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}; supported are "
-                f"{', '.join(DTYPES)}. Use the model's unquantized weights."
-            )
-        dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        if end - begin != int(np.prod(shape)) * dtype.itemsize or 8 + length + end > size:
-            raise CatVersionError(
-                f"{path}: tensor {name} lies outside the file ({size} bytes); the file is cut off "
-                "or damaged. Download it again."
-            )
-        tensors[name] = StoredTensor(path, 8 + length + begin, shape, dtype)
-    return tensors
+    return {
+        name: _stored_tensor(path, name, entry, 8 + length, size) for name, entry in header.items()
+    }
+
+
+def parse_header(data: bytes) -> Any:
+    """The JSON of a header, in which no name may appear twice.
+
+    Raises:
+      ValueError, RecursionError: it is not such JSON.
+    """
+    return json.loads(data, object_pairs_hook=_without_repetition)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"the name {shown(twice)} appears twice")
+    return unique
+
+
+def _stored_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:
+    """One entry of a header, checked against a file of ``size`` bytes whose data begin at
+    ``start``.
+    """
+    shape, offsets = (
+        entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "data_offsets")
+    )
+    whole = all(
+        isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        for numbers in (shape, offsets)
+    )
+    if not whole or len(offsets) != 2 or not isinstance(entry.get("dtype"), str):
+        raise CatVersionError(
+            f"{path}: tensor {name:.200} has the header {shown(entry)}; must be dtype, shape and "
+            "two data_offsets. The file is damaged: download it again."
+        )
+    if entry["dtype"] not in DTYPES:
+        raise CatVersionError(
+            f"{path}: tensor {name:.200} has dtype {entry['dtype']:.40}; supported are "
+            f"{', '.join(DTYPES)}. Use the model's unquantized weights."
+        )
+    dtype = np.dtype(DTYPES[entry["dtype"]])
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
+        raise CatVersionError(
+            f"{path}: tensor {name:.200} lies outside the file ({size} bytes); the file is cut off "
+            "or damaged. Download it again."
+        )
+    return StoredTensor(path, start + begin, tuple(shape), dtype)
 
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    weight_map = read_config(index.parent, index.name).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
         raise CatVersionError(
-            f"{index}: not an index of shards ({error!r}). Download it again."
-        ) from error
+            f"{index}: not an index of shards; weight_map = {shown(weight_map)} must give each "
+            "tensor the name of a .safetensors file beside it. Download it again."
+        )
+    shards = sorted(set(names))
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
         raise CatVersionError(

@@ -51,7 +51,8 @@ def flattened(image: Image.Image, background: tuple[int, int, int]) -> Flattened
         image = image.convert("L")
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGBA").convert("RGB")
-    rgb, notes = image.convert("RGB"), []
+    rgb = image.convert("RGB")
+    notes: list[str] = []
     if profile:
         try:
             rgb, notes = _in_srgb(image, profile)
@@ -60,7 +61,7 @@ def flattened(image: Image.Image, background: tuple[int, int, int]) -> Flattened
             warnings.append(f"colours taken as sRGB: its colour profile is broken ({shown(error)})")
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
-    if max(high for _, high in rgb.getextrema()) < _NEARLY_BLACK:
+    if int(np.asarray(rgb).max(initial=0)) < _NEARLY_BLACK:
         warnings.append("nearly black; if it should not be, save it with 8 bits per channel")
     return Flattened(rgb, alpha, tuple(notes), tuple(warnings))
 
@@ -112,9 +113,11 @@ def eight_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
         values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
         largest = float(values.max(initial=0.0))
         # floats count to 1, a highlight beyond it included, or to 255 or 65535
-        top = next((t for t in (1.0, 255.0, 65535.0) if largest <= max(t, _NEARLY_BLACK)), largest)
-        notes = [] if top == 1.0 else [f"floats up to {largest:g}, taken as {top:g} for white"]
-        return Image.fromarray(_round_to_bytes(values / top)), notes
+        white = next(
+            (t for t in (1.0, 255.0, 65535.0) if largest <= max(t, _NEARLY_BLACK)), largest
+        )
+        notes = [] if white == 1.0 else [f"floats up to {largest:g}, taken as {white:g} for white"]
+        return Image.fromarray(_round_to_bytes(values / white)), notes
     return image, []
 
 

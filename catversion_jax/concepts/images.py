@@ -117,11 +117,11 @@ def decode_upright(source: ImageSource, *, alpha: Alpha = "white") -> UprightIma
     """
     photo = decode_photo(source)
     mask = decode_mask(source)
+    grey, fault = photo.transparency if alpha == "mask" else None, None
     if mask is not None:
         grey, fault = _at_size(mask.grey, source, photo.picture.size), mask.fault
-    else:
-        grey = photo.transparency if alpha == "mask" else None
-        fault = None if grey is None else mask_fault(grey)
+    elif grey is not None:
+        fault = mask_fault(grey)
     return UprightImage(
         photo.picture,
         photo.transparency,

@@ -10,6 +10,7 @@ concept, so the base class has to be said, and the concept is named after all of
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -101,7 +102,7 @@ def read_dataset_file(path: Path) -> Layout:
         )
     entries = [
         quarantined_entry(
-            name, f"{path} ({name})", path.parent, lambda n=name, s=subsets: _entry(path, n, s)
+            name, f"{path} ({name})", path.parent, functools.partial(_entry, path, name, subsets)
         )
         for name, subsets in names.items()
     ]
@@ -122,8 +123,9 @@ def _subsets(
       CatVersionError: tables are not where kohya has them.
     """
     datasets = content.get("datasets")
-    for dataset in datasets if isinstance(datasets, list) else [None]:
-        subsets = dataset.get("subsets") if isinstance(dataset, Mapping) else None
+    for dataset in datasets if isinstance(datasets, list) else [{}]:
+        dataset = dataset if isinstance(dataset, Mapping) else {}
+        subsets = dataset.get("subsets")
         if not isinstance(subsets, list) or not all(isinstance(s, Mapping) for s in subsets):
             raise CatVersionError(
                 f"{path}: is no dataset file of kohya's: it must have [[datasets]] with "

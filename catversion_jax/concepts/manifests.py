@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,9 @@ def read_manifest(path: Path) -> Layout:
     custom_diffusion = any("instance_data_dir" in values for values in mappings)
     read_row = _custom_diffusion_entry if custom_diffusion else _plain_entry
     entries = [
-        quarantined_entry(_name_of(row), row.where, path.parent, lambda r=row: read_row(path, r))
+        quarantined_entry(
+            _name_of(row), row.where, path.parent, functools.partial(read_row, path, row)
+        )
         for row in rows
     ]
     return Layout(tuple(entries), notes=notes)

@@ -7,6 +7,7 @@ settings (crop jitter, balancing, seeds drawn at random) belong to its own train
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def read_onetrainer(path: Path, rows: Sequence[Row]) -> Layout:
             skipped.append(f"{shown(name)[1:-1]} ({reason} in {path.name})")
             continue
         entries.append(
-            quarantined_entry(name, row.where, path.parent, lambda r=row: _entry(path, r))
+            quarantined_entry(name, row.where, path.parent, functools.partial(_entry, path, row))
         )
     if not entries:
         raise CatVersionError(f"{path}: no concept of it is used: {', '.join(skipped)}.")

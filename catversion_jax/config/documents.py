@@ -11,16 +11,20 @@ import codecs
 import json
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING or not yaml.__with_libyaml__:
+    from yaml import SafeLoader as _Loader
+else:
+    from yaml import CSafeLoader as _Loader
 
 from catversion_jax.errors import CatVersionError, encodable, shown
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 100
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 

@@ -14,6 +14,9 @@ import safetensors.numpy
 
 from catversion_jax.diffusion import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError
+from catversion_jax.integrations.pipeline_folder import export_pipeline
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.clip.text import CLIPTextConfig
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vision import CLIPConfig
@@ -166,6 +169,66 @@ def test_names_in_model_index(model, entry):
     with pytest.raises(CatVersionError, match=r"model_index\.json: ") as caught:
         locate_model(model)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.fixture
+def concept() -> Concept:
+    pair = np.ones((2, 1, 1, 5, 32), np.float32)
+    return Concept(KVResidual(*pair, (0,)), "cat", "tom")
+
+
+def test_export_reads_no_path_from_model_index(model, concept, tmp_path):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "config.json").write_text("{}")
+    rewrite(model / "model_index.json", **{"../secret": ["diffusers", "X"]})
+    with pytest.raises(CatVersionError, match="must be a plain name"):
+        export_pipeline(tmp_path / "out", model, [concept])
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "secret"]
+
+
+def test_export_says_which_links_leave_the_model(model, concept, tmp_path, caplog):
+    outside, shared = tmp_path / "outside", model / "shared.json"
+    outside.write_text("secret")
+    shared.write_text("{}")
+    (model / "unet/notes.json").symlink_to(outside)
+    (model / "vae/shared.json").symlink_to(shared)
+    (model / "vae/broken.json").symlink_to(tmp_path / "nowhere")
+    export_pipeline(tmp_path / "out", model, [concept])
+    assert f"unet/notes.json -> {outside}" in caplog.text
+    assert "vae" not in caplog.text
+    for copy in ("unet/notes.json", "vae/shared.json"):
+        assert (tmp_path / "out" / copy).is_file()
+        assert not (tmp_path / "out" / copy).is_symlink()
+    assert not os.path.lexists(tmp_path / "out/vae/broken.json")
+
+
+def test_export_of_a_hub_cache_has_nothing_to_say(embedded_model, concept, tmp_path, caplog):
+    """Every file of a snapshot is a link to its blob."""
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for file in sorted(embedded_model.rglob("*.json")):
+        blob, link = (
+            blobs / str(len(list(blobs.iterdir()))),
+            snapshot / file.relative_to(embedded_model),
+        )
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blob)
+        link.symlink_to(blob)
+    export_pipeline(tmp_path / "out", snapshot, [concept])
+    assert not caplog.records
+
+
+def test_export_of_a_link_to_a_whole_disk_ends(model, concept, tmp_path):
+    many = tmp_path / "disk"
+    for number in range(1100):
+        (many / str(number % 10)).mkdir(parents=True, exist_ok=True)
+        (many / str(number % 10) / str(number)).touch()
+    shutil.rmtree(model / "vae")
+    (model / "vae").symlink_to(many)
+    with pytest.raises(CatVersionError, match="more than 1000 files"):
+        export_pipeline(tmp_path / "out", model, [concept])
 
 
 # ---- headers of weights --------------------------------------------------------------------------

@@ -123,7 +123,8 @@ class DinoEmbedder(ImageEmbedder):
 def folder_sha256(folder: Path) -> str:
     """Hash of a model folder's configuration and weights, whatever the files' dates."""
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    files = [path for path in folder.glob("*.safetensors") if path.is_file()]
+    for path in sorted([folder / "config.json", *files]):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 22):

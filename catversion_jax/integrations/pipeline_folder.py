@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import ast
 import base64
+import itertools
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import Concept, write_concepts
+from catversion_jax.models.weights.model_index import read_model_index
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
@@ -35,7 +37,10 @@ _SOURCES = (
     "diffusers.py",
     "exported_pipeline.py",
 )
+_MOST_FILES = 1000  # of one component
 _WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
+
+logger = logging.getLogger(__name__)
 
 _HEADER = '''"""Stable Diffusion with CatVersion concepts: {names}.
 
@@ -119,15 +124,24 @@ def export_pipeline(
         raise CatVersionError(
             f"{output}: exists and is not an empty folder. Give a new folder for the pipeline."
         )
-    index = _read_index(model_folder)
+    index = read_model_index(model_folder)
     make_folder(output)
+    leaving: list[str] = []
     for name, component in index.items():
         if not isinstance(component, list) or component[0] is None:
             continue
         if (model_folder / name).is_dir():
-            _copy_folder(model_folder / name, output / name)
+            leaving += _copy_folder(model_folder / name, output / name, model_folder)
         else:  # a download that left out, say, the safety checker
             index[name] = [None, None]
+    if leaving:
+        logger.warning(
+            "%s: links lead out of the model folder, and what they lead to is copied into %s; make "
+            "sure that it may be there: %s",
+            model_folder,
+            output,
+            ", ".join(leaving[:5]) + (f" and {len(leaving) - 5} more" if len(leaving) > 5 else ""),
+        )
     index["_class_name"] = ["pipeline", "CatVersionPipeline"]
     index["requires_safety_checker"] = bool((index.get("safety_checker") or [None])[0])
     files = write_concepts(concepts, output / "catversion")
@@ -160,26 +174,45 @@ def _body(source: str) -> str:
     return "".join(lines).strip() + "\n"
 
 
-def _read_index(model_folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((model_folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+def _copy_folder(source: Path, target: Path, model_folder: Path) -> list[str]:
+    """Copy the files of one component; pickled weights are left out where safetensors are beside
+    them. What a link leads to is copied, never the link.
+
+    Returns:
+      The links that lead out of the model folder, and where to.
+
+    Raises:
+      CatVersionError: more files than a component has, or one cannot be copied.
+    """
+    found = (path for path in source.rglob("*") if path.is_file())
+    files = sorted(itertools.islice(found, _MOST_FILES + 1))
+    if len(files) > _MOST_FILES:
         raise CatVersionError(
-            f"{model_folder}: no readable model_index.json ({error}). Give a diffusers folder as "
-            "--model."
-        ) from error
-
-
-def _copy_folder(source: Path, target: Path) -> None:
-    """Files of one component; pickled weights are left out where safetensors are beside them."""
-    files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+            f"{source}: holds more than {_MOST_FILES} files, no component of a model does. Give a "
+            "diffusers folder as --model."
+        )
     has_safetensors = any(path.suffix == ".safetensors" for path in files)
+    leaving = []
     for path in files:
         if has_safetensors and path.suffix in _WEIGHTS:
             continue
+        if not _belongs_to(path.resolve(), model_folder):
+            leaving.append(f"{path.relative_to(model_folder)} -> {path.resolve()}")
         copy = target / path.relative_to(source)
         make_folder(copy.parent)
         try:
-            shutil.copyfile(path, copy)  # what a link of a hub cache leads to
+            shutil.copyfile(path, copy)
         except OSError as error:
             raise unwritable(copy, error) from error
+    return leaving
+
+
+def _belongs_to(file: Path, model_folder: Path) -> bool:
+    """Whether a file lies in the model folder, or is where a hub cache keeps that folder's files:
+    ``models--X/snapshots/COMMIT`` holds links to ``models--X/blobs``.
+    """
+    folder = model_folder.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parents[1] / "blobs")
+    return any(file.is_relative_to(home) for home in homes)

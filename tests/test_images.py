@@ -346,3 +346,15 @@ def test_a_large_photo_is_not_a_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     photo = source(Image.new("RGB", (40, 40), (5, 6, 7)))  # above PIL's warning, below its refusal
     assert constant(load_image(photo, resolution=8)) == [5, 6, 7]
+
+
+def test_heic(tmp_path: Path) -> None:
+    """As iPhones store photos, once the plugin is there."""
+    plugin = pytest.importorskip("pillow_heif", reason="pip install 'catversion-jax[heic]'")
+    upright = np.zeros((64, 96, 3), np.uint8)
+    upright[:, 48:] = (200, 40, 30)
+    plugin.from_pillow(Image.fromarray(upright)).save(tmp_path / "a.HEIC", quality=100)
+    photo = ImageSource("a.HEIC", tmp_path / "a.HEIC")
+    pixels = bytes_of(load_image(photo, resolution=64))
+    assert np.abs(pixels[:, 40:] - (200, 40, 30)).max() <= 6
+    assert pixels[:, :24].max() <= 6

@@ -216,6 +216,12 @@ def test_csv_as_spreadsheets_write_it(
     assert ("columns are separated by" in out) == (delimiter != ",")
 
 
+def test_csv_with_excel_s_own_first_line(tmp_path: Path) -> None:
+    put_images(tmp_path / "pot", "1.png")
+    (tmp_path / "m.csv").write_text("sep=;\r\nname;path;base_class\r\npot;pot;pot\r\n")
+    assert [spec.name for spec in read_concepts(tmp_path / "m.csv").concepts] == ["pot"]
+
+
 def test_csv_with_a_column_twice(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("name,path,base_class,path\na,b,c,d\n")
     with pytest.raises(CatVersionError, match="the column 'path' appears twice in the header"):

@@ -1,5 +1,6 @@
 """One concept that cannot be read never stops the others, whatever is wrong with its files."""
 
+import ast
 import contextlib
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 from concept_folders import put_images
 from PIL import Image, PngImagePlugin
 
+import catversion_jax
 from catversion_jax.cli import main
 from catversion_jax.concepts import read_concepts
 from catversion_jax.concepts.latents import load_concept_images
@@ -233,3 +235,16 @@ def test_no_program_is_started_for_a_picture(
     with pytest.raises(ConceptError, match=r"not an image of an allowed format"):
         load_concept_images(spec, resolution=8)
     assert not ran.exists()
+
+
+def test_every_picture_is_opened_by_an_allow_list() -> None:
+    """``Image.open`` without ``formats`` tries all of Pillow's formats, PostScript among them."""
+    package = Path(catversion_jax.__file__).parent
+    calls = [
+        (path.relative_to(package), node)
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
+    ]
+    assert len(calls) > 1
+    assert [str(p) for p, call in calls if "formats" not in {k.arg for k in call.keywords}] == []

@@ -4,12 +4,13 @@ id.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.concepts.entries import Entry, Layout
+from catversion_jax.concepts.entries import Entry, Layout, quarantined_entry
 from catversion_jax.concepts.folders import ImageSource
-from catversion_jax.errors import CatVersionError, did_you_mean
+from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean
 
 
 def read_dataset(
@@ -49,13 +50,16 @@ def read_dataset(
     labels = {c: rows.features[c].int2str for c in kept if hasattr(rows.features[c], "int2str")}
     for index, row in enumerate(rows):
         row.update({c: to_text(row[c]) for c, to_text in labels.items() if row[c] is not None})
-        groups.setdefault(_concept_name(row, concept_column, name, source), []).append((index, row))
+        value = name if concept_column is None else row[concept_column]
+        groups.setdefault(f"row {index}" if value is None else str(value), []).append((index, row))
     if not groups:
         raise CatVersionError(f"{source}: split {split!r} has no rows.")
-    entries = [
-        _entry(source, concept, members, image_column, base_class_column)
-        for concept, members in groups.items()
-    ]
+    entries = []
+    for concept, members in groups.items():
+        read = functools.partial(
+            _entry, source, concept, members, image_column, concept_column, base_class_column
+        )
+        entries.append(quarantined_entry(concept, f"{source} concept {concept!r}", Path(), read))
     return Layout(tuple(entries), single=concept_column is None)
 
 
@@ -92,25 +96,20 @@ def _load(source: str, split: str) -> Any:
         ) from error
 
 
-def _concept_name(row: dict[str, Any], column: str | None, name: str, source: str) -> str:
-    if column is None:
-        return name
-    value = row[column]
-    if value is None:
-        raise CatVersionError(
-            f"{source}: column {column!r}: a row has no concept name; fill it or drop the row."
-        )
-    return str(value)
-
-
 def _entry(
     source: str,
     name: str,
     members: list[tuple[int, dict[str, Any]]],
     image_column: str,
+    concept_column: str | None,
     base_class_column: str | None,
 ) -> Entry:
     where = f"{source} concept {name!r}"
+    if concept_column is not None and members[0][1][concept_column] is None:
+        raise ConceptError(
+            f"{source}: column {concept_column!r}: {name} has no concept name; fill it or drop the "
+            "row."
+        )
     images, empty = [], []
     for index, row in members:
         image = row[image_column] or {}

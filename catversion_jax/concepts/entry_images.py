@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ from catversion_jax.concepts.user_paths import user_path
 from catversion_jax.errors import ConceptError, encodable, shown
 
 
-def images_of(entry: Entry, fields: Mapping[str, Any]) -> FolderImages:
+def images_of(
+    entry: Entry,
+    fields: Mapping[str, Any],
+    list_folder: Callable[[Path], FolderImages] = list_images,
+) -> FolderImages:
     """The images of a concept, each with its mask and caption, and what else was there.
 
     Args:
       entry: the concept.
       fields: its known keys.
+      list_folder: lists a folder that listed images lie in; many concepts may lie in one.
 
     Raises:
       ConceptError: there are none, or files or folders that it names are not there.
@@ -33,7 +38,7 @@ def images_of(entry: Entry, fields: Mapping[str, Any]) -> FolderImages:
     if entry.images is not None:
         return FolderImages(entry.images)
     if not entry.folders:
-        return FolderImages(_listed_images(entry, fields))
+        return FolderImages(_listed_images(entry, fields, list_folder))
     found = [_folder_images(folder, entry, fields) for folder in entry.folders]
     merged = _merged(found, entry)
     if not merged.images:
@@ -99,7 +104,9 @@ def _merged(found: Sequence[FolderImages], entry: Entry) -> FolderImages:
     return FolderImages(tuple(images), (), skipped, tuple(w for one in found for w in one.warnings))
 
 
-def _listed_images(entry: Entry, fields: Mapping[str, Any]) -> tuple[ImageSource, ...]:
+def _listed_images(
+    entry: Entry, fields: Mapping[str, Any], list_folder: Callable[[Path], FolderImages]
+) -> tuple[ImageSource, ...]:
     """The images that ``images`` names, with the masks that ``masks`` names or that lie beside
     them.
     """
@@ -107,7 +114,7 @@ def _listed_images(entry: Entry, fields: Mapping[str, Any]) -> tuple[ImageSource
     beside = {
         source.path: source
         for folder in dict.fromkeys(file.parent for file in files)
-        for source in list_images(folder).images
+        for source in list_folder(folder).images
     }
     sources = [beside.get(f, ImageSource(encodable(f.name), f)) for f in files]
     if "masks" not in fields:

@@ -43,6 +43,7 @@ from catversion_jax.config.documents import read_text
 from catversion_jax.errors import CatVersionError, ConceptError, encodable
 
 _DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "metadata.parquet")
+_SPLIT_FOLDERS = ("train", "validation", "test")
 _HUB_ID = re.compile(r"^(hf:)?(?P<id>[\w.-]+/[\w.-]+)$")
 
 
@@ -66,7 +67,12 @@ def read_entries(
     if not path.is_dir():
         return _hub_dataset(str(source), path, columns)
     listed = next((path / name for name in METADATA_FILES if (path / name).is_file()), None)
-    if listed is not None and (dataset_split, image_column) == ("train", "image"):
+    has_splits = any((path / name).is_dir() for name in _SPLIT_FOLDERS)
+    if (
+        listed is not None
+        and (dataset_split, image_column) == ("train", "image")
+        and not has_splits
+    ):
         return read_metadata(path, listed, concept_column, base_class_column)
     if listed is not None or any((path / name).is_file() for name in _DATASET_FILES):
         return _dataset(str(path), path.resolve().name, columns)
@@ -103,14 +109,19 @@ def read_folder_of_folders(folder: Path, classes: Mapping[str, str] | None = Non
     gives base classes by folder name.
     """
     inside = [path for path in children(folder) if path.name != DREAMBENCH_FILE]
-    subfolders = [path for path in inside if path.is_dir() and not is_hidden(path.name)]
-    skipped = [
-        f"{path.name}/" if path.is_dir() else path.name for path in inside if path not in subfolders
-    ]
-    unused = [path for path in subfolders if is_regularisation(path.name)]
-    skipped += [f"{path.name}/ (regularisation images, not used)" for path in unused]
+    subfolders: list[Path] = []
+    skipped: list[str] = []
+    for path in inside:
+        if not path.is_dir():
+            skipped.append(path.name)
+        elif is_hidden(path.name):
+            skipped.append(f"{path.name}/")
+        elif is_regularisation(path.name):
+            skipped.append(f"{path.name}/ (regularisation images, not used)")
+        else:
+            subfolders.append(path)
     masks = _parallel_masks(subfolders)
-    concepts = [path for path in subfolders if path not in masks and path not in unused]
+    concepts = [path for path in subfolders if path not in masks]
     if not concepts:
         found = f" (only {', '.join(skipped[:5])})" if skipped else ""
         raise CatVersionError(

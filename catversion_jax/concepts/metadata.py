@@ -33,12 +33,12 @@ def read_metadata(
     rows, notes = read_rows(file)
     columns = list(dict.fromkeys(key for row in rows for key in _values(row)))
     wanted = {"concept_column": concept_column, "base_class_column": base_class_column}
-    for option, column in {**wanted, "the column of images": _FILE}.items():
+    for option, column in {**wanted, "images": _FILE}.items():
         if column is not None and column not in columns:
-            hint = did_you_mean(column, columns)
+            there = shown(", ".join(map(str, columns)))[1:-1]
             raise CatVersionError(
-                f"{file}: {option}={column!r}: no such column; there are "
-                f"{shown(', '.join(columns))[1:-1]}.{hint}"
+                f"{file}: {option}={column!r}: no such column; there are {there}."
+                f"{did_you_mean(column, map(str, columns))}"
             )
     known = _Known(folder)
     unlisted = _unlisted(known, rows)

@@ -9,7 +9,8 @@ knows the layouts, ``folders`` tells images from masks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from catversion_jax.concepts.fields import (
     seed_field,
     when_field,
 )
-from catversion_jax.concepts.folders import ImageSource, MaskPolarity
+from catversion_jax.concepts.folders import FolderImages, ImageSource, MaskPolarity, list_images
 from catversion_jax.concepts.layouts import read_entries
 from catversion_jax.concepts.names import with_sound_names
 from catversion_jax.concepts.prompts import fill_template, prompt_templates
@@ -169,13 +170,20 @@ def read_concepts(
             base_class_column=base_class_column,
         )
     entries = with_sound_names(layout.entries)
+    list_folder = functools.cache(list_images)
     concepts: list[ConceptSpec] = []
     problems: list[ConceptProblem] = []
     for entry in entries:
         try:
             with concept_errors(f"{entry.where}: cannot be read"):
                 spec = _build_concept(
-                    entry, base_class, layout.single, default_when, mask_polarity, max_megapixels
+                    entry,
+                    base_class,
+                    layout.single,
+                    default_when,
+                    mask_polarity,
+                    max_megapixels,
+                    list_folder,
                 )
                 concept_prompts(spec, "default", default_when=default_when)
             concepts.append(spec)
@@ -223,12 +231,13 @@ def _build_concept(
     default_when: str,
     mask_polarity: MaskPolarity | None,
     max_megapixels: float,
+    list_folder: Callable[[Path], FolderImages],
 ) -> ConceptSpec:
     if entry.problem:
         raise ConceptError(entry.problem)
     notes = list(entry.notes)
     fields = _checked_keys(entry, notes)
-    found = images_of(entry, fields)
+    found = images_of(entry, fields, list_folder)
     base_class = _base_class(fields, entry, argument, overrides, notes)
     polarity = mask_polarity_field(fields.get("mask_polarity"), entry.where) or mask_polarity
     images = tuple(

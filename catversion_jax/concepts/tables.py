@@ -55,8 +55,10 @@ def read_rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:
 
 
 def _csv_rows(path: Path, text: str) -> tuple[list[Row], tuple[str, ...]]:
-    header = text.lstrip().split("\n", 1)[0]
+    header, _, rest = text.lstrip("\r\n").partition("\n")
     delimiter = max(_DELIMITERS, key=header.count)
+    if header.strip()[:4].casefold() == "sep=":  # Excel's own line before the header
+        delimiter, text = next((d for d in _DELIMITERS if header[4:5] == d), delimiter), rest
     reader = csv.DictReader(
         io.StringIO(text, newline=""),
         restkey=_EXTRA,

@@ -11,20 +11,16 @@ import codecs
 import json
 from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-
-if TYPE_CHECKING or not yaml.__with_libyaml__:
-    from yaml import SafeLoader as _Loader
-else:
-    from yaml import CSafeLoader as _Loader
 
 from catversion_jax.errors import CatVersionError, encodable, shown
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 100
 
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -125,7 +121,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
-class _StrictLoader(_Loader):
+class _StrictLoader(_Loader):  # type: ignore[misc]  # PyYAML has no types
     """``yaml.SafeLoader`` without merge keys and repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

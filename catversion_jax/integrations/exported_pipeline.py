@@ -18,7 +18,6 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from diffusers.pipelines import auto_pipeline
 
 from catversion_jax.integrations.diffusers import load_bytes, set_catversion
 from catversion_jax.integrations.encoder_state import state_on
@@ -78,11 +77,23 @@ class CatVersionPipeline(ToldPipeline, StableDiffusionPipeline):
         return saved
 
 
-# AutoPipelineForImage2Image.from_pipe and its like find pipelines that spare negative prompts too.
-auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["catversion"] = CatVersionPipeline
-auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["catversion"] = told_class(
-    StableDiffusionImg2ImgPipeline, "CatVersionImg2ImgPipeline"
-)
-auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["catversion"] = told_class(
-    StableDiffusionInpaintPipeline, "CatVersionInpaintPipeline"
-)
+def register_connected() -> None:
+    """Let ``AutoPipelineForImage2Image.from_pipe`` and its like find pipelines that spare negative
+    prompts too.
+    """
+    try:
+        from diffusers.pipelines import auto_pipeline
+    except (ImportError, RuntimeError):  # it imports all pipelines: one may need another version
+        return
+    for mapping, kind in (
+        (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, CatVersionPipeline),
+        (
+            auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+            told_class(StableDiffusionImg2ImgPipeline, "CatVersionImg2ImgPipeline"),
+        ),
+        (
+            auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
+            told_class(StableDiffusionInpaintPipeline, "CatVersionInpaintPipeline"),
+        ),
+    ):
+        mapping["catversion"] = kind

@@ -61,6 +61,7 @@ _CONCEPTS = """
 CatVersionPipeline.force = {force}
 CatVersionPipeline.source = Path(__file__).read_text(encoding="utf-8")
 CatVersionPipeline.concepts = {concepts}
+register_connected()
 """
 
 _README = """# {title}

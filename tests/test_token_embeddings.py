@@ -82,8 +82,11 @@ def test_diffusers_loads_the_concept_file(
     np.testing.assert_array_equal(load_concept(file).learned.vectors, vectors)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
     pipe.load_textual_inversion(str(file))
+    trigger = load_concept(file).metadata["modelspec.trigger_phrase"]
+    assert trigger in pipe.tokenizer.get_added_vocab()
+    assert f"'{trigger}'" in load_concept(file).metadata["modelspec.usage_hint"]
     for prompt in ("a cat on me", "cat", "a cat, a cat", "so many of these cat words"):
-        theirs, _ = pipe.encode_prompt(prompt.replace("cat", "<my_cat>"), "cpu", 1, False)
+        theirs, _ = pipe.encode_prompt(prompt.replace("cat", trigger), "cpu", 1, False)
         ours = encode_prompt(backbone, prompt, [use(vectors)])
         assert relative_error(ours, theirs[0].detach()) < 1e-4, prompt
         assert relative_error(ours, encode_prompt(backbone, prompt, [])) > 1e-2

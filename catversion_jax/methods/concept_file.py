@@ -363,8 +363,10 @@ def _check_finite(path: Path, learned: Learned, tensors: Mapping[str, np.ndarray
 def _modelspec(concept: Concept) -> dict[str, str]:
     """The keys of Stability AI's ModelSpec that do not change from one writing to the next."""
     name, config = concept.name, concept.train_config
+    # other programs call token embeddings by their token, ours by the class word
+    trigger = concept.learned.facts(name).get("placeholder_token", concept.base_class)
     hint = (
-        f"write '{concept.base_class}' in the prompt"
+        f"write '{trigger}' in the prompt"
         if concept.when == "class_word"
         else "acts on every conditional prompt"
     )
@@ -376,7 +378,7 @@ def _modelspec(concept: Concept) -> dict[str, str]:
         "implementation": "catversion_jax",
         "title": name,
         "description": f"{concept.learned.modelspec_description.format(name=name)}.",
-        "trigger_phrase": concept.base_class,
+        "trigger_phrase": trigger,
         "usage_hint": hint,
         "tags": f"{adapter}, text-to-image, personalization",
     }

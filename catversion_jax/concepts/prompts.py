@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from catversion_jax.concepts.class_words import contains_inside, contains_words
-from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean
+from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean, shown
 
 _PHOTOS = ("photo", "close-up photo", "cropped photo", "bright photo", "dark photo", "rendering")
 _PAINTINGS = ("painting", "close-up painting", "bright painting", "picture", "drawing")
@@ -43,7 +43,7 @@ def prompt_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
             return TEMPLATE_SETS[choice]
         hint = did_you_mean(choice, TEMPLATE_SETS)
         if hint and "{" not in choice:
-            raise CatVersionError(f"prompt templates {choice!r}: no such set.{hint}")
+            raise CatVersionError(f"prompt templates {shown(choice)}: no such set.{hint}")
         return (choice,)
     if not choice:
         raise CatVersionError("prompt templates: the list is empty; give at least '{base_class}'.")
@@ -82,17 +82,17 @@ def fill_template(
     other = [name for name in _PLACEHOLDER.findall(template) if name not in ("", "base_class")]
     if other or set(_PLACEHOLDER.sub("", template)) & {"{", "}"}:
         raise ConceptError(
-            f"{where}: prompt {template!r}: the only placeholders are {{}} and {{base_class}}."
+            f"{where}: prompt {shown(template)}: the only placeholders are {{}} and {{base_class}}."
         )
     prompt = with_class_word(template, base_class)
     if not needs_class_word or contains_words(prompt, (base_class, *class_forms)):
         return prompt
     if contains_inside(prompt, base_class):
         raise ConceptError(
-            f"{where}: prompt {template!r}: the base class {base_class!r} is in it, but not a "
+            f"{where}: prompt {shown(template)}: the base class {base_class!r} is in it, but not a "
             "separate word: add spaces or list the form in class_forms, or set when=always."
         )
     raise ConceptError(
-        f"{where}: prompt {template!r} does not contain the base class {base_class!r}, so the "
+        f"{where}: prompt {shown(template)} does not contain the base class {base_class!r}, so the "
         "concept would not act on it. Write {base_class} where it belongs, or set when=always."
     )

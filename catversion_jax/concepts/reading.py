@@ -49,6 +49,7 @@ KNOWN_KEYS = (
     "masks",
     "mask_polarity",
 )
+_LONGEST_BASE_CLASS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +303,7 @@ def _base_class(
         )
     if own and argument and own != argument:
         used = argument if overrides else own
-        notes.append(f"base_class {used!r} used, not {own if overrides else argument!r}")
+        notes.append(f"base_class {shown(used)} used, not {shown(own if overrides else argument)}")
         own = used
     words = " ".join((own or argument or "").split())
     if not words:
@@ -310,11 +311,10 @@ def _base_class(
             f"{entry.where}: no base class. Say what it is a kind of: base_class=teapot on the "
             f'command line, or {{"base_class": "teapot"}} in {entry.base_class_home}.'
         )
-    if any(c in "{}<>" or not c.isprintable() for c in words) or not any(
-        c.isalnum() for c in words
-    ):
+    sound = all(c not in "{}<>" and c.isprintable() for c in words)
+    if not sound or not any(c.isalnum() for c in words) or len(words) > _LONGEST_BASE_CLASS:
         raise ConceptError(
             f"{entry.where}: base_class={shown(words)}: must be plain words such as 'teapot' or "
-            "'stuffed animal', without placeholders."
+            f"'stuffed animal', without placeholders, at most {_LONGEST_BASE_CLASS} characters."
         )
     return words

@@ -15,7 +15,7 @@ from PIL import Image
 from catversion_jax.concepts import ConceptSpec, ImageSource, concept_prompts
 from catversion_jax.concepts.images import Alpha, decode_upright
 from catversion_jax.concepts.quarantine import concept_errors
-from catversion_jax.errors import ConceptError
+from catversion_jax.errors import ConceptError, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
 
 # CatVersion and its peers train on this many images.
@@ -182,5 +182,7 @@ def _token_warnings(base_class: str, prompts: Sequence[str], tokenizer: Tokenize
         )
     for prompt in prompts:
         if cut := tokenizer.cut_off(prompt):
-            warnings.append(f"prompt {prompt!r} is longer than the model reads; cut off: {cut!r}")
+            warnings.append(
+                f"prompt {shown(prompt)} is longer than the model reads; cut off: {shown(cut)}"
+            )
     return warnings

@@ -3,6 +3,7 @@ pipelines.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -397,6 +398,19 @@ def test_import_says_where_the_fingerprint_comes_from(
     assert "--model some/hub-id: not a folder here, so the concept file states no finger" in logged
     concept = load_concept(tmp_path / "out" / "teapot")
     assert (concept.base_model, concept.text_encoder_sha256) == ("some/hub-id", "")
+
+
+def test_inspect_names_a_damaged_concept_and_lists_the_others(
+    run_folder: Path, tmp_path: Path, capsys
+) -> None:
+    run = shutil.copytree(run_folder / "concepts", tmp_path / "concepts")
+    bad = tmp_path / "concepts" / "bad" / "catversion.safetensors"
+    bad.parent.mkdir()
+    bad.write_bytes(b"{" * 100)
+    code, text = catversion(capsys, "inspect", run)
+    assert code == 2
+    assert f"{bad}: " in text
+    assert str(tmp_path / "concepts" / "tom") in text
 
 
 def test_inspect(run_folder: Path, tmp_path: Path, capsys) -> None:

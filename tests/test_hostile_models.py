@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 
 from catversion_jax.diffusion import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError
@@ -347,6 +348,17 @@ def test_tokenizers(embedded_model, tmp_path, case):
         Tokenizer.from_folder(folder, context=32, vocab_size=1350)
     assert time.monotonic() - start < SECONDS
     assert len(str(caught.value)) < 1000
+
+
+def test_merges_that_were_not_downloaded_to_the_end(embedded_model, tmp_path):
+    """What is left is a file in order, and every prompt would be other tokens."""
+    folder = Path(shutil.copytree(embedded_model / "tokenizer", tmp_path / "tokenizer"))
+    lines = (folder / "merges.txt").read_text().splitlines(keepends=True)
+    (folder / "merges.txt").write_text("".join(lines[: len(lines) * 9 // 10]))
+    loaded = transformers.CLIPTokenizer.from_pretrained(folder)
+    assert loaded("a teapot").input_ids  # nobody else says anything
+    with pytest.raises(CatVersionError, match=r"merges\.txt is cut off"):
+        Tokenizer.from_folder(folder, context=32)
 
 
 def test_a_tokenizer_of_another_model(embedded_model):

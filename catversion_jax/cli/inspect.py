@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,27 @@ def run(args: argparse.Namespace) -> int:
     if official.is_file() and official.suffix == ".bin":
         facts = _official_facts(path, args.num_heads)
     elif not (path / CONCEPT_FILE_NAME).is_file() and (folders := concept_folders(path)):
-        listed = {str(folder): _concept_facts(folder) for folder in folders}
-        print(json.dumps(listed, indent=2) if args.json else _as_table(listed))
-        return 0
+        return _list_concepts(folders, as_json=args.json)
     else:
         facts = _concept_facts(path)
     if args.prompt is not None:
         facts["attention_mass"] = _attention_mass(path, args.model, args.prompt)
     print(json.dumps(facts, indent=2) if args.json else _as_text(facts))
+    return 0
+
+
+def _list_concepts(folders: Sequence[Path], *, as_json: bool) -> int:
+    """Print the concepts that can be read, then what is wrong with the others; the exit code."""
+    listed, problems = {}, []
+    for folder in folders:
+        try:
+            listed[str(folder)] = _concept_facts(folder)
+        except CatVersionError as error:
+            problems.append(str(error))
+    if listed:
+        print(json.dumps(listed, indent=2) if as_json else _as_table(listed))
+    if problems:
+        raise CatVersionError("\n".join(problems))
     return 0
 
 

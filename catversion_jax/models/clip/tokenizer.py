@@ -10,6 +10,7 @@ rule on text, for those who have no tokenizer, is
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ ClassWords = str | Sequence[str]
 
 END_OF_WORD = "</w>"
 """How CLIP's vocabulary spells that a token is the last of its word."""
+
+
+_WHOLE_WORD = re.compile(r"[a-z]{2,}</w>")
+_LAST_WORDS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +124,21 @@ class Tokenizer:
                 f"token {largest} is beyond the text encoder's vocab_size = {vocab_size}; the two "
                 "are of different models"
             )
+        if self._lacks_merges():
+            return "the last words of vocab.json are never made: merges.txt is cut off"
         return None
+
+    def _lacks_merges(self) -> bool:
+        """Whether the rules that make the last words of the vocabulary are missing, as in a file
+        that was not downloaded to its end. Rules are kept in the order of their products, and all
+        words of published vocabularies are made by them.
+        """
+        vocabulary = self._tokenizer.get_vocab()
+        words = [token for token in vocabulary if _WHOLE_WORD.fullmatch(token)]
+        last = sorted(words, key=vocabulary.__getitem__)[-_LAST_WORDS:]
+        made = [self.word_ids(word.removesuffix(END_OF_WORD)) for word in last]
+        wrong = sum(ids != (vocabulary[word],) for word, ids in zip(last, made, strict=True))
+        return wrong > len(last) / 10
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids ``[B T]`` int32 with start and end, truncated and padded to

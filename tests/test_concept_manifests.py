@@ -107,6 +107,10 @@ def test_broken_manifests(tmp_path: Path, name: str, text: str, message: str) ->
         ({"base_class": "{cup}"}, "must be plain words"),
         ({"base_class": 3}, "must be text"),
         ({"masks": "gone"}, "must be a folder"),
+        ({"masks": "."}, "each would be its own mask"),
+        ({"mask_polarity": "grey"}, "must be one of white, black"),
+        ({"base_class": "cup " * 100}, "at most 200 characters"),
+        ({"name": ["cup"]}, "must be text"),
         ({"promts": ["a {}"]}, "Did you mean 'prompts'"),
     ],
 )

@@ -119,6 +119,9 @@ def test_masks_that_look_wrong_are_refused(one_block_sd_folder: Path, tmp_path: 
     run = tmp_path / "out" / "concepts"
     for name, reason in (("empty", "is empty"), ("inverted", "white along the whole border")):
         message = (run / name / "FAILED.txt").read_text()
-        assert "masked_training=true, but 3 of 3 masks look wrong (0.png: the mask" in message
+        assert (
+            "masked_training=true, but 3 of 3 masks look wrong (0.png, 1.png, 2.png: the mask"
+            in message
+        )
         assert reason in message
         assert '"mask_polarity"' in message

@@ -244,6 +244,8 @@ def test_images_that_a_list_leaves_out_are_noted(tmp_path: Path, kind: str) -> N
     assert spec.prompts == ("a pot", "pots, blue")
     assert "captions without the base class 'pot' are not used: 2.png" in spec.notes
     assert found.notes == (f"not listed in metadata.{kind}, so not used: 3.png",)
+    (folder / "concept.json").write_text('{"base_class": "pot", "name": "mine"}')
+    assert [spec.name for spec in read_concepts(folder).concepts] == ["mine"]
 
 
 def test_rows_of_a_list_that_name_no_image(tmp_path: Path) -> None:

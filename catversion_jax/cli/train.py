@@ -129,6 +129,8 @@ def _announce(config: TrainConfig, concepts: ConceptList) -> None:
     print(f"{len(concepts.concepts)} concept{plural}, {num_images} images from {config.concepts}")
     for line in concepts.skipped:
         print(f"  skipped {line}")
+    for line in concepts.notes:
+        print(f"  {line}")
     for spec in concepts.concepts:
         for line in (*spec.warnings, *spec.notes):
             print(f"  {spec.name}: {line}")

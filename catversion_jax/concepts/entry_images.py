@@ -59,6 +59,11 @@ def _folder_images(folder: Path, entry: Entry, fields: Mapping[str, Any]) -> Fol
                 f"{entry.where}: masks={shown(text)}: must be a folder (relative to "
                 f"{entry.root}) with one mask per image, of the same file stem."
             )
+    if mask_folder is not None and os.path.samefile(folder, mask_folder):
+        raise ConceptError(
+            f"{entry.where}: {mask_folder}: is the folder of the images itself, so each would be "
+            "its own mask. Give the masks a folder, or name them x.mask.png."
+        )
     found = list_images(folder, mask_folder=mask_folder, ignore=CONCEPT_FILES)
     if entry.subfolders == "included":
         return _with_subfolders(folder, found)

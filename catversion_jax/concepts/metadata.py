@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from catversion_jax.concepts.entries import Entry, Layout
+from catversion_jax.concepts.folder_entries import with_concept_file
 from catversion_jax.concepts.folders import ImageSource, list_images
 from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.concepts.tables import Row, read_rows
@@ -113,9 +114,9 @@ def _entry(
                     "drop the row."
                 )
             images = tuple(_image(known, row, unlisted) for row in rows)
-            return dataclasses.replace(
-                entry, images=images, fields=_base_class(where, rows, base_class_column)
-            )
+            fields = _base_class(where, rows, base_class_column)
+            entry = dataclasses.replace(entry, images=images, fields=fields)
+            return with_concept_file(entry, known.folder) if concept_column is None else entry
     except ConceptError as error:
         return dataclasses.replace(entry, problem=str(error))
 

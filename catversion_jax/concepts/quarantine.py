@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from catversion_jax.errors import CatVersionError, ConceptError, shown
 
@@ -31,3 +31,11 @@ def concept_errors(failed: str, remedy: str = ". Correct or remove it.") -> Iter
     except Exception as error:
         reason = getattr(error, "strerror", None) or shown(error)
         raise ConceptError(f"{failed} ({reason}){remedy}") from error
+
+
+def grouped(remarks: Iterable[tuple[str, str]]) -> list[str]:
+    """Labelled remarks, one line for all images of which the same is said."""
+    labels: dict[str, list[str]] = {}
+    for label, remark in remarks:
+        labels.setdefault(remark, []).append(label)
+    return [f"{', '.join(names)}: {remark}" for remark, names in labels.items()]

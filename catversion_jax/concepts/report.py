@@ -7,14 +7,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from catversion_jax.concepts import ConceptSpec, ImageSource, concept_prompts
 from catversion_jax.concepts.images import Alpha, decode_upright
-from catversion_jax.concepts.quarantine import concept_errors
+from catversion_jax.concepts.quarantine import concept_errors, grouped
 from catversion_jax.errors import ConceptError, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ def report_concept(
         smallest_side=min((min(fact.size) for fact in facts), default=None),
         prompts=prompts,
         warnings=tuple(warnings),
-        notes=(*spec.notes, *_grouped((f.label, note) for f in facts for note in f.notes)),
+        notes=(*spec.notes, *grouped((f.label, note) for f in facts for note in f.notes)),
         problems=tuple(problems),
         skipped=spec.skipped,
     )
@@ -137,8 +137,8 @@ def _count_warnings(count: int) -> list[str]:
 
 
 def _image_warnings(facts: Sequence[_ImageFacts], resolution: int, alpha: Alpha) -> list[str]:
-    warnings = _grouped((fact.label, text) for fact in facts for text in fact.warnings)
-    faults = _grouped((f.label, f"the mask {f.mask_fault}") for f in facts if f.mask_fault)
+    warnings = grouped((fact.label, text) for fact in facts for text in fact.warnings)
+    faults = grouped((f.label, f"the mask {f.mask_fault}") for f in facts if f.mask_fault)
     warnings += [f"{fault} (masked_training refuses it; see mask_polarity)" for fault in faults]
     if small := [f"{f.label} {f.size[0]}x{f.size[1]}" for f in facts if min(f.size) < resolution]:
         warnings.append(f"smaller than {resolution}, will be scaled up: {', '.join(small)}")
@@ -156,14 +156,6 @@ def _image_warnings(facts: Sequence[_ImageFacts], resolution: int, alpha: Alpha)
             f"transparent parts become white (alpha=mask also masks them): {', '.join(see_through)}"
         )
     return warnings
-
-
-def _grouped(remarks: Iterable[tuple[str, str]]) -> list[str]:
-    """Labelled remarks, one line for all images of which the same is said."""
-    labels: dict[str, list[str]] = {}
-    for label, remark in remarks:
-        labels.setdefault(remark, []).append(label)
-    return [f"{', '.join(names)}: {remark}" for remark, names in labels.items()]
 
 
 def _relative_difference(first: np.ndarray, second: np.ndarray) -> float:

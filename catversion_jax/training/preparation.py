@@ -20,7 +20,7 @@ import numpy as np
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
-from catversion_jax.concepts.quarantine import concept_errors
+from catversion_jax.concepts.quarantine import concept_errors, grouped
 from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.errors import ConceptError
 from catversion_jax.methods.learned import Learned, stack_learned
@@ -190,12 +190,12 @@ def prepare_concept(
             f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each (catversion masks "
             "makes them), or use alpha=mask or masked_training=false with another output_dir."
         )
-    faults = [f"{image.label}: the mask {image.mask_fault}" for image in images if image.mask_fault]
+    faults = [(i.label, f"the mask {i.mask_fault}") for i in images if i.mask_fault]
     if objective.masked_training and faults:
         raise ConceptError(
             f"{spec.name}: masked_training=true, but {len(faults)} of {len(images)} masks look "
-            f"wrong ({'; '.join(faults[:3])}). Correct them, or say what the object is in them "
-            'with "mask_polarity": "white" or "black" in concept.json.'
+            f"wrong ({'; '.join(grouped(faults)[:3])}). Correct them, or say what the object is "
+            'in them with "mask_polarity": "white" or "black" in concept.json.'
         )
     for image in images:
         for warning in image.warnings:

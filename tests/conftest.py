@@ -21,10 +21,13 @@ from catversion_jax.assets import embedded_folder
 # its backend.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Small shapes are loops of few turns: unrolled in full they take most of the time of compiling.
-UNROLL_LITTLE = "--xla_backend_extra_options=-unroll-threshold=30"
-if UNROLL_LITTLE not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNROLL_LITTLE}".strip()
+# The tests compile for most of their time and compute for little: LLVM need optimize only lightly
+# what it writes, and not unroll small shapes' loops in full. XLA's own passes stay as they are.
+COMPILE_QUICKLY = (
+    "--xla_backend_optimization_level=1 --xla_backend_extra_options=-unroll-threshold=30"
+)
+if COMPILE_QUICKLY not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_QUICKLY}".strip()
 # Several tests compile the same program: once is enough, for all processes of pytest -n.
 if "CATVERSION_TEST_COMPILATION_CACHE" not in os.environ:
     folder = tempfile.mkdtemp(prefix="catversion-xla-")

@@ -37,12 +37,12 @@ def test_public_names_are_there_and_documented():
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_sd_folder, tmp_path_factory):
+def trained(one_block_sd_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("library")
     write_toy_concepts(root / "concepts")
     config = cv.TrainConfig(
         concepts=str(root / "concepts"),
-        pretrained_model_name_or_path=str(tiny_sd_folder),
+        pretrained_model_name_or_path=str(one_block_sd_folder),
         output_dir=str(root / "run"),
         max_train_steps=4,
         eval_steps=2,

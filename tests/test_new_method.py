@@ -75,11 +75,11 @@ def row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_trained_written_inspected_and_drawn_with(
-    tiny_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    one_block_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_toy_concepts(tmp_path / "toys")
     options = {
-        "pretrained_model_name_or_path": str(tiny_sd_folder),
+        "pretrained_model_name_or_path": str(one_block_sd_folder),
         "concepts": str(tmp_path / "toys"),
         "output_dir": str(tmp_path / "run"),
         "method": "value_shift",
@@ -112,7 +112,7 @@ def test_it_is_trained_written_inspected_and_drawn_with(
 
     # A constant added to every value is added to the attention's result, so the last layer's shift
     # reaches the encoder's output through that layer's out_proj and MLP alone.
-    backbone = load_backbone(tiny_sd_folder)
+    backbone = load_backbone(one_block_sd_folder)
     use = ConceptUse(concept.name, concept.base_class, learned)
     prompt = f"a {concept.base_class}"
     plain, acting = encode_prompt(backbone, prompt, []), encode_prompt(backbone, prompt, [use])
@@ -121,9 +121,9 @@ def test_it_is_trained_written_inspected_and_drawn_with(
         ConceptUse(concept.name, concept.base_class, learned, scale=0.5)
 
 
-def test_a_shift_of_the_values_shifts_the_attention_output(tiny_sd_folder: Path) -> None:
+def test_a_shift_of_the_values_shifts_the_attention_output(one_block_sd_folder: Path) -> None:
     """The weights of a softmax sum to one: softmax(QK)(V + s) = softmax(QK) V + s."""
-    backbone = load_backbone(tiny_sd_folder)
+    backbone = load_backbone(one_block_sd_folder)
     shift = np.random.default_rng(0).normal(size=(1, 4, 8)).astype(np.float32)
     layer = backbone.num_text_layers - 1
     ids = backbone.tokenizer(["a cat"])

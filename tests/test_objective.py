@@ -50,7 +50,7 @@ def torch_text_states(
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_losses_and_gradients_of_two_concepts_equal_torch(
-    tiny_sd_folder: Path, snr_gamma: float | None
+    one_block_sd_folder: Path, snr_gamma: float | None
 ) -> None:
     """The concepts share one call of the UNet here; torch computes one after the other."""
     rng = np.random.default_rng(0)
@@ -58,15 +58,15 @@ def test_losses_and_gradients_of_two_concepts_equal_torch(
     latents, noise = (rng.normal(size=(2, 2, 4, 8, 8)).astype(np.float32) for _ in range(2))
     timesteps = np.array([[17, 801], [430, 5]], np.int32)
     mask = (rng.uniform(size=(2, 2, 8, 8)) > 0.5).astype(np.float32)
-    backbone = load_backbone(tiny_sd_folder)
+    backbone = load_backbone(one_block_sd_folder)
     prompts = ["a teapot", "the teapot on a hill", "a red cat", "cat"]
     token_ids = backbone.tokenizer(prompts).reshape(2, 2, -1)
 
-    scheduler = DDPMScheduler.from_pretrained(tiny_sd_folder, subfolder="scheduler")
+    scheduler = DDPMScheduler.from_pretrained(one_block_sd_folder, subfolder="scheduler")
     text_encoder = CLIPTextModel.from_pretrained(
-        tiny_sd_folder / "text_encoder", attn_implementation="eager"
+        one_block_sd_folder / "text_encoder", attn_implementation="eager"
     )
-    unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet")
+    unet = UNet2DConditionModel.from_pretrained(one_block_sd_folder / "unet")
     torch_key, torch_value = (torch.tensor(x, requires_grad=True) for x in (key, value))
 
     def torch_loss(concept: int) -> torch.Tensor:

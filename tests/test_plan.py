@@ -32,15 +32,20 @@ CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 6
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("model", "name"),
     [
-        "v5e:4x4",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("v5e:1x1", "v5p:2x2x4", "v6e:1x1")),
+        ("one_block_sd_folder", "v5e:4x4"),
+        *(
+            pytest.param("embedded_model", name, marks=pytest.mark.slow)
+            for name in ("v5e:1x1", "v5e:4x4", "v5p:2x2x4", "v6e:1x1")
+        ),
     ],
 )
-def test_the_embedded_model_compiles_without_a_collective(name: str) -> None:
+def test_the_step_compiles_without_a_collective(
+    model: str, name: str, request: pytest.FixtureRequest
+) -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
-    backbone = abstract_backbone("tiny-sd", dtype="bfloat16")
+    backbone = abstract_backbone(str(request.getfixturevalue(model)), dtype="bfloat16")
     planned = planned_step(CONFIG, backbone)
     target = parse_slice(name)
     mesh = tpu_mesh(target)

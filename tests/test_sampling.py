@@ -28,8 +28,8 @@ PEERS = {
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_sd_folder):
-    return load_backbone(tiny_sd_folder)
+def backbone(one_block_sd_folder):
+    return load_backbone(one_block_sd_folder)
 
 
 def random_concept(backbone, word, seed=0, **options):
@@ -73,18 +73,20 @@ def compare_with_torch(folder, backbone, settings, shape=None):
 
 
 @pytest.mark.parametrize("sampler", PEERS)
-def test_images_equal_the_torch_pipelines(tiny_sd_folder, backbone, sampler):
+def test_images_equal_the_torch_pipelines(one_block_sd_folder, backbone, sampler):
     compare_with_torch(
-        tiny_sd_folder, backbone, SamplingSettings(sampler=sampler, num_inference_steps=6)
+        one_block_sd_folder, backbone, SamplingSettings(sampler=sampler, num_inference_steps=6)
     )
 
 
 @pytest.mark.parametrize("guidance_scale", [0.5, 1.0])
-def test_no_guidance_at_or_below_one_and_another_size(tiny_sd_folder, backbone, guidance_scale):
+def test_no_guidance_at_or_below_one_and_another_size(
+    one_block_sd_folder, backbone, guidance_scale
+):
     settings = SamplingSettings(
         num_inference_steps=3, guidance_scale=guidance_scale, height=24, width=32
     )
-    result, expected = compare_with_torch(tiny_sd_folder, backbone, settings, shape=(12, 16))
+    result, expected = compare_with_torch(one_block_sd_folder, backbone, settings, shape=(12, 16))
     assert result.images.shape == expected.shape == (2, 24, 32, 3)
 
 
@@ -123,9 +125,9 @@ def test_an_image_is_the_same_bits_whatever_the_batch(backbone, sampler):
     assert np.abs(draw_requests(backbone, others, settings).pixels - alone.pixels).max() > 0.01
 
 
-def test_every_device_draws_images_of_its_own(tiny_sd_folder, backbone):
+def test_every_device_draws_images_of_its_own(one_block_sd_folder, backbone):
     mesh = make_mesh(1, jax.devices()[:3])
-    spread = load_backbone(tiny_sd_folder, sharding=replicated(mesh))
+    spread = load_backbone(one_block_sd_folder, sharding=replicated(mesh))
     dog = random_concept(backbone, "dog")
     requests = [ImageRequest("a dog", (dog,), seed=seed) for seed in range(5)]
     settings = SamplingSettings("euler_ancestral", num_inference_steps=3)

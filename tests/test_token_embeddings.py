@@ -33,8 +33,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_sd_folder: Path) -> Backbone:
-    return load_backbone(tiny_sd_folder)
+def backbone(one_block_sd_folder: Path) -> Backbone:
+    return load_backbone(one_block_sd_folder)
 
 
 def use(vectors: np.ndarray, word: str = "cat", **options: object) -> ConceptUse:
@@ -73,14 +73,14 @@ def test_more_tokens_than_the_word_has_move_the_rest(backbone: Backbone) -> None
 
 @pytest.mark.parametrize("num_vectors", [1, 5])
 def test_diffusers_loads_the_concept_file(
-    backbone: Backbone, tiny_sd_folder: Path, tmp_path: Path, num_vectors: int
+    backbone: Backbone, one_block_sd_folder: Path, tmp_path: Path, num_vectors: int
 ) -> None:
     vectors = draw(num_vectors, 32, seed=1)
     file = save_concept(
         tmp_path / "x.safetensors", TokenEmbeddings(vectors), base_class="cat", name="my cat"
     )
     np.testing.assert_array_equal(load_concept(file).learned.vectors, vectors)
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    pipe = StableDiffusionPipeline.from_pretrained(one_block_sd_folder)
     pipe.load_textual_inversion(str(file))
     trigger = load_concept(file).metadata["modelspec.trigger_phrase"]
     assert trigger in pipe.tokenizer.get_added_vocab()
@@ -92,14 +92,14 @@ def test_diffusers_loads_the_concept_file(
         assert relative_error(ours, encode_prompt(backbone, prompt, [])) > 1e-2
 
 
-def test_loss_and_gradient_equal_torch(backbone: Backbone, tiny_sd_folder: Path) -> None:
+def test_loss_and_gradient_equal_torch(backbone: Backbone, one_block_sd_folder: Path) -> None:
     vectors, (latents, noise) = draw(2, 32, seed=3), draw(2, 2, 4, 8, 8, seed=4)
     timesteps = np.array([17, 801], np.int32)
     placed = [backbone.tokenizer.place(p, ["cat"], [2]) for p in ("a cat", "the cat on a hill")]
     token_ids = np.stack([one.token_ids for one in placed])
     word_places = np.stack([one.word_places[0] for one in placed])
 
-    text_encoder = CLIPTextModel.from_pretrained(tiny_sd_folder / "text_encoder")
+    text_encoder = CLIPTextModel.from_pretrained(one_block_sd_folder / "text_encoder")
     vocabulary = text_encoder.get_input_embeddings().num_embeddings
     text_encoder.resize_token_embeddings(vocabulary + 2, mean_resizing=False)
     table = text_encoder.get_input_embeddings().weight
@@ -107,8 +107,8 @@ def test_loss_and_gradient_equal_torch(backbone: Backbone, tiny_sd_folder: Path)
     ids = torch.tensor(
         np.where(word_places >= 0, vocabulary + word_places, token_ids).astype(np.int64)
     )
-    unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet")
-    scheduler = DDPMScheduler.from_pretrained(tiny_sd_folder, subfolder="scheduler")
+    unet = UNet2DConditionModel.from_pretrained(one_block_sd_folder / "unet")
+    scheduler = DDPMScheduler.from_pretrained(one_block_sd_folder, subfolder="scheduler")
     steps = torch.tensor(timesteps, dtype=torch.long)
     noisy = scheduler.add_noise(torch.tensor(latents), torch.tensor(noise), steps)
     context = text_encoder(ids).last_hidden_state

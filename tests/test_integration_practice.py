@@ -111,8 +111,9 @@ def test_blocks_hold_for_their_thread_alone(tiny_sd_folder, pipe):
     assert torch.equal(encode(pipe, "a cat"), full)
     with pytest.raises(loader.CatVersionLoadError, match="'tim' is not active; active: tom, rex"):
         loader.scaled(pipe, {"tim": 1}).__enter__()
-    with pytest.raises(loader.CatVersionLoadError, match=r"scale=-1.*>= 0"):
-        loader.scaled(pipe, -1).__enter__()
+    for wrong in (-1, float("nan"), None, "1", {"tom": "half"}):
+        with pytest.raises(loader.CatVersionLoadError, match=r"scale=.*must be a finite number"):
+            loader.scaled(pipe, wrong).__enter__()
 
 
 def lora_config():

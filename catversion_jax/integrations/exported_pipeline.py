@@ -31,7 +31,8 @@ class CatVersionPipeline(ToldPipeline, StableDiffusionPipeline):
     force: ClassVar[bool] = False  # whatever text encoder they were trained with
     source: ClassVar[str] = ""  # of pipeline.py, for folders that are saved
 
-    @functools.wraps(StableDiffusionPipeline.__init__)
+    # diffusers reads the parameters of this one
+    @functools.wraps(StableDiffusionPipeline.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.text_encoder is None:

@@ -53,7 +53,8 @@ class LoadedConcept:
         if self.key.device != like.device:  # the encoder may have moved since loading
             self.key, self.value = self.key.to(like.device), self.value.to(like.device)
         index = self.layers.index(layer)
-        return tuple(x[index].transpose(0, 1).to(like) for x in (self.key, self.value))
+        key, value = (x[index].transpose(0, 1).to(like) for x in (self.key, self.value))
+        return key, value
 
 
 def parse_concept(data: bytes, source: str) -> LoadedConcept:
@@ -141,7 +142,7 @@ def _checked_concept(own: dict[str, str], tensors: Mapping[str, torch.Tensor]) -
         if not torch.isfinite(tensor).all():
             raise ValueError(f"tensor {name} holds NaN or infinite numbers")
     texts = ("name", "base_class", "when", "base_model", "text_encoder_sha256")
-    named = {text: own[text] for text in texts}
+    named: dict[str, Any] = {text: own[text] for text in texts}
     logit_bias, scope = _value(own, "logit_bias", float), own.get("scope", "all")
     class_forms = _value({"class_forms": "[]", **own}, "class_forms", json.loads)
     listed = isinstance(class_forms, list) and all(

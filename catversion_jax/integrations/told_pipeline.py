@@ -58,8 +58,7 @@ def scaled(pipe: Any, scale: float | Mapping[str, float]) -> Iterator[None]:
       CatVersionLoadError: a name that is not active, or a scale that is not a finite number >= 0.
     """
     state = state_on(pipe.text_encoder)
-    numbers = scale.values() if isinstance(scale, Mapping) else [scale]
-    for number in numbers:
+    for number in scale.values() if isinstance(scale, Mapping) else [scale]:
         check_scale(number)
     if isinstance(scale, Mapping):
         for name in scale:
@@ -78,11 +77,15 @@ def scaled(pipe: Any, scale: float | Mapping[str, float]) -> Iterator[None]:
         SCALES_HERE.reset(token)
 
 
-def check_scale(number: float) -> None:
+def check_scale(number: Any) -> None:
     """Raise where a number is no scale."""
-    if not (math.isfinite(number) and number >= 0):
+    try:
+        valid = math.isfinite(number) and number >= 0
+    except TypeError:
+        valid = False
+    if not valid:
         raise CatVersionLoadError(
-            f"scale={number}: must be a finite number >= 0 (0 = plain, 1 = as trained)."
+            f"scale={number!r:.80}: must be a finite number >= 0 (0 = plain, 1 = as trained)."
         )
 
 
@@ -138,7 +141,8 @@ def told_class(base: type, name: str) -> type:
     def __reduce__(self: Any) -> tuple:  # it has no name to be found under
         return _rebuild, (base, name), self.__dict__
 
-    own = {"__module__": base.__module__, "__doc__": base.__doc__, "__reduce__": __reduce__}
+    own: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
+    own |= {"__reduce__": __reduce__, "_catversion_base": base}
     for method in ("encode_prompt", "save_pretrained"):
         if hasattr(base, method):
             own[method] = _documented(getattr(base, method), getattr(ToldPipeline, method))
@@ -154,7 +158,7 @@ def _documented(original: Any, told: Any) -> Any:
 
 
 def _rebuild(base: type, name: str) -> Any:
-    kind = told_class(base, name)
+    kind: Any = told_class(base, name)
     return kind.__new__(kind)
 
 
@@ -163,7 +167,8 @@ def tell(pipe: Any) -> None:
     if not hasattr(type(pipe), "encode_prompt"):
         return
     if not isinstance(pipe, ToldPipeline):
-        pipe.__class__ = told_class(type(pipe), type(pipe).__name__)
+        kind: Any = type(pipe)
+        pipe.__class__ = told_class(kind, kind.__name__)
     encoder = id(innermost(pipe.text_encoder))
     if vars(pipe).get("_catversion_encoder") != encoder:
         pipe._catversion_encoder = encoder
@@ -171,10 +176,10 @@ def tell(pipe: Any) -> None:
 
 def untell(pipe: Any) -> None:
     """Undo :func:`tell`."""
-    kind = type(pipe)
-    if kind.__bases__[0] is ToldPipeline and kind is told_class(kind.__bases__[1], kind.__name__):
-        pipe.__class__ = kind.__bases__[1]
-        del pipe._catversion_encoder
+    base = vars(type(pipe)).get("_catversion_base")
+    if base is not None:
+        pipe.__class__ = base
+        vars(pipe).pop("_catversion_encoder", None)
 
 
 def is_replaced(pipe: Any) -> bool:

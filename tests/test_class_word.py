@@ -3,6 +3,7 @@ its tokens, the PyTorch loader and an exported pipeline.
 """
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import random
@@ -20,6 +21,7 @@ from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, prompt_warnings
+from catversion_jax.training.run.records import ConceptRecord
 
 CASES = [  # class word, its further forms, prompt, whether the prompt contains it
     ("cat", (), "a cat on ice", True),
@@ -177,6 +179,52 @@ def test_a_form_serves_in_a_training_prompt(tmp_path):
     read_concepts(make_concept_folder(tmp_path / "pot", EXAMPLES, **given))
     with pytest.raises(CatVersionError, match="not a separate word: add spaces or list the form"):
         read_concepts(make_concept_folder(tmp_path / "off", EXAMPLES, class_forms=[], **given))
+
+
+def test_forms_in_a_manifest(tmp_path):
+    make_concept_folder(tmp_path / "pot", EXAMPLES)
+    (tmp_path / "list.csv").write_text(
+        "name,path,base_class,class_forms\na,pot,teapot,teapots|tea pot\nb,pot,goose,\n"
+    )
+    forms = [spec.class_forms for spec in read_concepts(tmp_path / "list.csv").concepts]
+    assert forms == [("teapots", "tea pot"), ("gooses",)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "changes"),
+    [
+        (("teapots",), ("teapots",), []),
+        ((), ("teapots",), []),  # a run of version 0.2 goes on
+        ((), ("tea pot",), ["class_forms: () -> ('tea pot',)"]),
+        (("teapots",), (), ["class_forms: ('teapots',) -> ()"]),
+    ],
+)
+def test_changed_forms_of_a_trained_concept_are_named(tmp_path, residual, stored, given, changes):
+    of_both = {"base_class": "teapot", "base_model": "", "text_encoder_sha256": ""}
+    file = save_concept(
+        tmp_path / "x.safetensors",
+        residual,
+        class_forms=stored,
+        images=("1.png",),
+        config={"seed": 0, "prompts": ["teapot"], "random_flip": 0.5},
+        **of_both,
+    )
+    record = ConceptRecord(
+        name="x",
+        when="class_word",
+        images=("1.png",),
+        prompts=("teapot",),
+        random_flip=0.5,
+        seed=0,
+        config={},
+        class_forms=given,
+        **of_both,
+    )
+    assert record.differences(load_concept(file)) == changes
+    earlier = dataclasses.asdict(dataclasses.replace(record, class_forms=stored))
+    if not stored:
+        del earlier["class_forms"]  # as version 0.2 wrote it
+    assert record.changes_since(ConceptRecord.from_json(earlier)) == changes
 
 
 def make_residual(config):

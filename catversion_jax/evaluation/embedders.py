@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +138,9 @@ def _preprocessor(folder: Path) -> dict[str, Sequence[float]]:
     if not path.is_file():
         return {}
     value = read_config(folder, path.name)
-    colours = {key: value[key] for key in ("image_mean", "image_std") if key in value}
+    colours: dict[str, Any] = {
+        key: value[key] for key in ("image_mean", "image_std") if key in value
+    }
     for key, colour in colours.items():
         low = 1e-3 if key == "image_std" else -1e3
         numbers = isinstance(colour, list) and all(

@@ -63,10 +63,10 @@ def import_official_concept(
       CatVersionError: not such an adapter, damaged, or its lengths do not fit; nothing in it is
         executed.
     """
-    for name, value in (("num_heads", num_heads), ("prefix_length", prefix_length)):
-        if value is not None and not _is_size(value):
+    for name, size in (("num_heads", num_heads), ("prefix_length", prefix_length)):
+        if size is not None and not _is_size(size):
             raise CatVersionError(
-                f"{name}={value!r}: must be a whole number >= 1. Give that of the model it was "
+                f"{name}={size!r}: must be a whole number >= 1. Give that of the model it was "
                 "trained with (12 heads for SD 1.x, 16 for SD 2.x)."
             )
     path = Path(path)

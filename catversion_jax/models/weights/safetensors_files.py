@@ -198,6 +198,8 @@ def _stored_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> 
     """One entry of a header, checked against a file of ``size`` bytes whose data begin at
     ``start``.
     """
+    shape: Any
+    offsets: Any
     shape, offsets = (
         entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "data_offsets")
     )

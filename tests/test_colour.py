@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from catversion_jax.concepts import ImageSource
 from catversion_jax.concepts.images import decode_photo
@@ -98,6 +98,27 @@ def test_a_broken_profile_is_named_and_the_pixels_stay(profile: bytes) -> None:
     assert photo.picture.getpixel((0, 0)) == (202, 59, 44)
     (warning,) = photo.warnings
     assert warning.startswith("colours taken as sRGB: its colour profile is broken")
+
+
+def test_other_colours_than_srgb_without_a_profile_are_named() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = {ExifTags.IFD.Interop.value: {ExifTags.Interop.InteropIndex: "R03"}}
+    red = Image.new("RGB", (8, 8), (202, 59, 44))
+    (warning,) = decode_photo(encoded(red, "JPEG", exif=exif)).warnings
+    assert "Adobe RGB" in warning
+
+    def png(**chunks: bytes) -> tuple[str, ...]:
+        info = PngImagePlugin.PngInfo()
+        for name, content in chunks.items():
+            info.add(name.encode(), content)
+        return decode_photo(encoded(red, pnginfo=info)).warnings
+
+    p3 = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+    srgb = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+    assert "cHRM" in png(cHRM=p3)[0]
+    assert "gAMA chunk says 1" in png(gAMA=struct.pack(">I", 100_000))[0]
+    assert png(cHRM=srgb, gAMA=struct.pack(">I", 45_455)) == ()
+    assert png(sRGB=b"\0", gAMA=struct.pack(">I", 100_000)) == ()
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])

@@ -11,12 +11,14 @@ import dataclasses
 import io
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from catversion_jax.errors import shown
 
 _SRGB = ImageCms.createProfile("sRGB")
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+_SRGB_RED, _SRGB_GAMMA = (0.64, 0.33), 1 / 2.2
+_SRGB_PRIMARIES = (1, 2)  # of ITU-T H.273: BT.709, and unspecified
 # A whole picture below this level is black to the eye: numbers of fewer bits than the file has.
 _NEARLY_BLACK = 16
 
@@ -45,7 +47,10 @@ def flattened(image: Image.Image, background: tuple[int, int, int]) -> Flattened
     into the edge.
     """
     profile = image.info.get("icc_profile")
+    other = None if profile else _other_space(image)
     image, warnings = eight_bits(image)
+    if other is not None:
+        warnings.append(f"colours taken as sRGB, but {other}; save it as sRGB")
     alpha = transparency(image)
     if image.mode in ("LA", "1"):
         image = image.convert("L")
@@ -74,6 +79,28 @@ def transparency(image: Image.Image) -> Image.Image | None:
         return None
     alpha = image.convert("RGBA").getchannel("A")
     return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _other_space(image: Image.Image) -> str | None:
+    """What else than a profile says that the colours are not sRGB: a camera's Adobe RGB, the chunks
+    of a PNG, or the numbers of a HEIC file. None where nothing does.
+    """
+    try:
+        exif = image.getexif()
+        if exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) == "R03":
+            return "its EXIF data says Adobe RGB"
+        primaries = (image.info.get("nclx_profile") or {}).get("color_primaries")
+        if primaries not in (None, *_SRGB_PRIMARIES):
+            return f"it says primaries {primaries} (ITU-T H.273)"
+        if "srgb" in image.info:
+            return None
+        x, y = image.info.get("chromaticity", (0, 0, *_SRGB_RED))[2:4]
+        if abs(x - _SRGB_RED[0]) + abs(y - _SRGB_RED[1]) > 0.01:
+            return "its cHRM chunk says other primaries"
+        gamma = image.info.get("gamma", _SRGB_GAMMA)
+        return f"its gAMA chunk says {gamma:g}" if abs(gamma - _SRGB_GAMMA) > 0.02 else None
+    except Exception:
+        return None  # EXIF data that cannot be parsed says nothing about colours
 
 
 def _in_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, list[str]]:

@@ -176,6 +176,17 @@ def test_pipelines_made_of_it_spare_negative_prompts(exported, expected):
         assert not torch.equal(encoded(back)[0], expected[0])
 
 
+def test_older_transformers_find_the_text_encoder(tiny_sd_folder, exported):
+    """transformers before 5.6 knows its tensors as ``text_model.*``; others get random weights."""
+    from safetensors.torch import load_file
+
+    file = Path("text_encoder") / "model.safetensors"
+    copied, original = load_file(exported / file), load_file(tiny_sd_folder / file)
+    names = {f"text_model.{name.removeprefix('text_model.')}": name for name in original}
+    assert copied.keys() == names.keys()
+    assert all(torch.equal(copied[name], original[old]) for name, old in names.items())
+
+
 def test_the_readme_says_the_oldest_versions(exported):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")

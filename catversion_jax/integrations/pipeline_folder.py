@@ -135,6 +135,8 @@ def export_pipeline(
             leaving += _copy_folder(model_folder / name, output / name, model_folder)
         else:  # a download that left out, say, the safety checker
             index[name] = [None, None]
+    if (index.get("text_encoder") or [None, None])[1] == "CLIPTextModel":
+        name_for_older_transformers(output / "text_encoder")
     if leaving:
         logger.warning(
             "%s: links lead out of the model folder, and what they lead to is copied into %s; make "
@@ -159,6 +161,44 @@ def export_pipeline(
     write_atomically(output / "README.md", readme.encode())
     write_atomically(output / "pipeline.py", pipeline_source(data, force=force).encode())
     return output
+
+
+def name_for_older_transformers(text_encoder: Path) -> None:
+    """Give the tensors of a CLIPTextModel's folder the prefix ``text_model.``.
+
+    transformers before 5.6 writes it and reads no other names: it would go on with random weights.
+    Newer ones write names without it and read both. Damaged files, and those of an index, stay.
+
+    Raises:
+      CatVersionError: a file cannot be written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if any(text_encoder.glob("*.index.json")):
+        return
+    for file in text_encoder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "np") as whole:
+                named = any(key.startswith("text_model.") for key in whole.keys())  # noqa: SIM118
+        except SafetensorError:
+            continue
+        if not named:
+            try:
+                _prefix_names(file)
+            except OSError as error:
+                raise unwritable(file, error) from error
+
+
+def _prefix_names(file: Path) -> None:
+    renamed = file.with_suffix(".renamed")
+    with file.open("rb") as old, renamed.open("wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        header = {k if k == "__metadata__" else f"text_model.{k}": v for k, v in header.items()}
+        data = json.dumps(header, separators=(",", ":")).encode()
+        data += b" " * (-len(data) % 8)
+        new.write(len(data).to_bytes(8, "little") + data)
+        shutil.copyfileobj(old, new)
+    renamed.replace(file)
 
 
 def _body(source: str) -> str:

@@ -28,6 +28,8 @@ from train_vae import make_vae
 from training import load_average
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
+from catversion_jax.integrations.pipeline_folder import name_for_older_transformers
+
 
 def pipeline(work: Path) -> StableDiffusionPipeline:
     """The averaged networks in float32."""
@@ -61,6 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = pipeline(args.work)
     pipe.to(torch.float16).save_pretrained(args.out, safe_serialization=True)
+    name_for_older_transformers(args.out / "text_encoder")
     shutil.rmtree(args.out / "tokenizer")
     shutil.copytree(args.work / "tokenizer", args.out / "tokenizer")
     load_clip(args.work).half().save_pretrained(args.out / "clip")

@@ -21,7 +21,7 @@ from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.clip.text import CLIPTextConfig
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vision import CLIPConfig
-from catversion_jax.models.stable_diffusion import abstract_backbone
+from catversion_jax.models.stable_diffusion import abstract_backbone, load_text_encoder
 from catversion_jax.models.unet.config import UNetConfig
 from catversion_jax.models.vae import VAEConfig
 from catversion_jax.models.vit import ViTConfig
@@ -285,6 +285,17 @@ def test_good_headers_are_read(tmp_path):
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(read[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint8, np.bool_])
+def test_weights_that_are_no_floats(embedded_model, tmp_path, dtype):
+    folder = Path(shutil.copytree(embedded_model / "text_encoder", tmp_path / "text_encoder"))
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("fc1.weight"))
+    tensors[name] = tensors[name].astype(dtype)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CatVersionError, match=rf"fc1\.weight holds {np.dtype(dtype)}"):
+        load_text_encoder(folder)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**63 - 1, 2**64 - 1])

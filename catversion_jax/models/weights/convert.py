@@ -127,7 +127,8 @@ def convert_state_dict(
       on_weight: is called with the present name of every weight and its numbers as stored.
 
     Raises:
-      CatVersionError: missing, unexpected or misshaped tensors; one error lists all.
+      CatVersionError: missing, unexpected or misshaped tensors, of which one error lists all; or
+        one that holds no floating-point numbers.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(target.params)
     made = (Parameter.of(path, leaf.shape) for path, leaf in leaves)
@@ -146,6 +147,11 @@ def convert_state_dict(
     under_way: list[jax.Array] = []
     for name, parameter in parameters.items():
         stored = np.asarray(tensors[found[name]])
+        if not jnp.issubdtype(stored.dtype, jnp.floating):
+            raise CatVersionError(
+                f"{source}: {found[name]} holds {stored.dtype}, must be floating-point numbers. "
+                "Use the model's unquantized weights."
+            )
         if on_weight is not None:
             on_weight(name, stored)
         array = parameter.from_torch(stored)

@@ -295,6 +295,16 @@ def test_an_output_that_cannot_be_written(said, tmp_path, tiny_sd_folder, foreig
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_an_output_inside_the_photos(said, tmp_path: Path) -> None:
+    """Its sample grids would be the next run's photos."""
+    concepts = photos(tmp_path / "many" / "cup").parent
+    (tmp_path / "link").symlink_to(concepts)
+    for output in (concepts, concepts / "out", concepts / "cup" / "out", "link/out", "x/../many"):
+        words = [f"output_dir={output}: lies inside concepts={concepts}", "a folder outside"]
+        said(2, *train("nowhere", concepts, output), words=words)
+    assert not (concepts / "out").exists()
+
+
 def fill_disk(process: subprocess.Popen) -> None:
     """From now on no file of the process can grow beyond 100 bytes: what a full disk does to it."""
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.compilation import use_compilation_cache, watch_compilation
 
 
@@ -54,3 +55,19 @@ def test_without_a_folder_it_says_so(cache: Path) -> None:
     assert (cache / "other").is_dir()
     jax.config.update("jax_compilation_cache_dir", None)
     assert str(found) == "no compilation cache"
+
+
+@pytest.mark.parametrize("home", ["under a file", "of nobody"])
+def test_without_a_home_folder_there_is_no_cache_and_one_line_says_so(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, home: str
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    folder = "~/.cache/catversion/xla" if home == "under a file" else "~nosuchuser/xla"
+    use_compilation_cache(folder)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no compilation cache, so every start compiles anew: ")
+    assert len(record.getMessage().splitlines()) == 1
+    assert jax.config.values["jax_compilation_cache_dir"] == str(cache)  # as before
+    with pytest.raises(CatVersionError, match="cannot be written"):  # one that was asked for
+        use_compilation_cache(str(tmp_path / "file" / "xla"))

@@ -92,6 +92,24 @@ def test_sharding_places_every_weight(tiny_sd_folder):
 # ---- variants ------------------------------------------------------------------------------------
 
 
+def test_a_component_without_the_variant_is_read_plain(tiny_sd_folder, tmp_path, caplog):
+    """An fp16 UNet beside a plain text encoder, as many models on the hub are."""
+    folder = shutil.copytree(tiny_sd_folder, tmp_path / "mixed")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    pipe.unet.save_pretrained(folder / "unet", variant="fp16")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    # The remedy of the one message leads to a model that loads.
+    with pytest.raises(CatVersionError, match=r"unet: no safetensors .*Pass variant='fp16'"):
+        load_backbone(folder)
+    mixed, plain = load_backbone(folder, variant="fp16"), load_backbone(tiny_sd_folder)
+    assert "text_encoder and vae has no weights of variant 'fp16'; its plain" in caplog.text
+    assert mixed.text_encoder_sha256 == plain.text_encoder_sha256
+    same = {key for key in plain.digests if plain.digests[key] == mixed.digests[key]}
+    assert same == {"text_encoder", "vae", "scheduler"}
+    with pytest.raises(CatVersionError, match=r"variant 'bf16'"):  # a slip
+        load_backbone(folder, variant="bf16")
+
+
 def test_fp16_variant_equals_the_fp16_pipeline(tiny_sd_folder, tmp_path):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd_folder).to(torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16")

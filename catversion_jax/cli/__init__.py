@@ -17,13 +17,14 @@ import sys
 from collections.abc import Sequence
 
 from catversion_jax import __version__
+from catversion_jax.cli.paths import check_values
 from catversion_jax.cli.terminal import (
     INTERRUPTED,
     prompt_interrupts,
     safe_terminal,
     say_interrupted,
 )
-from catversion_jax.errors import CatVersionError, did_you_mean
+from catversion_jax.errors import CatVersionError, did_you_mean, shown
 from catversion_jax.runtime.libtpu import leave_out_libtpu
 
 WRONG = 2
@@ -53,6 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = _run(list(sys.argv[1:] if argv is None else argv))
         except CatVersionError as error:
             print(f"error: {error}", file=sys.stderr)
+            code = WRONG
+        except OSError as error:  # a path that is too long, a disk that is gone
+            place = f"{shown(error.filename)}: " if error.filename else ""
+            print(
+                f"error: {place}{error.strerror or shown(error)}. Give another path, or free what "
+                "is lacking, and run the same command again.",
+                file=sys.stderr,
+            )
+            code = WRONG
+        except MemoryError as error:
+            print(
+                f"error: out of memory ({shown(error)}). Ask for less at once: a smaller "
+                "resolution or batch_size, fewer images.",
+                file=sys.stderr,
+            )
             code = WRONG
         except KeyboardInterrupt:
             say_interrupted()
@@ -86,6 +102,7 @@ def _run(argv: list[str]) -> int:
     )
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv[1:])
+    check_values(vars(args))
     # transformers is here for its tokenizer; that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -103,12 +103,16 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
     from catversion_jax.models.weights.fingerprint import text_encoder_sha256
     from catversion_jax.models.weights.hub import locate_model
     from catversion_jax.models.weights.safetensors_files import open_checkpoint
+    from catversion_jax.models.weights.variants import component_variants
 
     for concept in concepts:
         if obstacle := concept.learned.pipeline_obstacle:
             raise CatVersionError(f"--format pipeline: concept {concept.name!r} {obstacle}")
     folder = locate_model(_model_of(args, concepts), revision=args.revision, variant=args.variant)
-    ours = text_encoder_sha256(open_checkpoint(folder / "text_encoder", variant=args.variant))
+    variants = component_variants(folder, args.variant)
+    ours = text_encoder_sha256(
+        open_checkpoint(folder / "text_encoder", variant=variants["text_encoder"])
+    )
     for concept in concepts:
         if concept.text_encoder_sha256 not in ("", ours) and not args.force:
             raise CatVersionError(

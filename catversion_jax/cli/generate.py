@@ -16,7 +16,8 @@ from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.progress import progress
 from catversion_jax.cli.prompt_files import read_prompts
 from catversion_jax.concepts.fields import WHEN
-from catversion_jax.errors import CatVersionError
+from catversion_jax.config.sampling import MAX_IMAGES_PER_PROMPT, check_count
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.sampling.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -84,10 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw everything; files that are there already are kept."""
-    if args.num_images_per_prompt < 1:
-        raise CatVersionError(
-            f"--num_images_per_prompt {args.num_images_per_prompt}: must be at least 1."
-        )
+    check_count("--num_images_per_prompt", args.num_images_per_prompt, MAX_IMAGES_PER_PROMPT)
     settings = given_sampling_settings(args)
     rows = [Prompt(p) for p in args.prompt] if args.prompt else read_prompts(args.prompts)
     seeds = range(args.seed, args.seed + args.num_images_per_prompt)
@@ -125,9 +123,11 @@ def _read_latents(path: Path) -> np.ndarray:
     try:
         with path.open("rb") as file:
             value = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    # Of a damaged header numpy lets errors of many classes through, MemoryError included.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or shown(error)
         raise CatVersionError(
-            f"--latents {path}: is not a readable .npy array ({error}). Write it with "
+            f"--latents {path}: is not a readable .npy array ({reason}). Write it with "
             "np.save(file, latents)."
         ) from None
     if not isinstance(value, np.ndarray):

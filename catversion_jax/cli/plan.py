@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from catversion_jax.training.planning.chips import Slice
 
 GB = 1e9
+MOST_CONCEPTS, MOST_IMAGES = 10**9, 10**4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,11 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from catversion_jax.config import load_config
+    from catversion_jax.config.sampling import check_count
 
     config = load_config(args.config, [*args.overrides, "concepts=planned"])
-    for name, value in (("--concepts", args.concepts), ("--images", args.images)):
-        if value < 1:
-            raise CatVersionError(f"{name} {value}: must be at least 1.")
+    check_count("--concepts", args.concepts, MOST_CONCEPTS)
+    check_count("--images", args.images, MOST_IMAGES)
+    if args.price_per_chip_hour is not None and args.price_per_chip_hour < 0:
+        raise CatVersionError(
+            f"--price_per_chip_hour {args.price_per_chip_hour}: must be at least 0."
+        )
     if not 0 < args.utilization <= 1:
         raise CatVersionError(f"--utilization {args.utilization}: must be above 0, at most 1.")
     # The TPU is compiled for, not used; what runs here runs on the CPU.

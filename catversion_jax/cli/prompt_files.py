@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from catversion_jax.errors import CatVersionError, did_you_mean
+from catversion_jax.config.documents import parse_json, parse_yaml, read_text
+from catversion_jax.errors import CatVersionError, did_you_mean, shown
 from catversion_jax.sampling.prompts import Prompt
 
 _KEYS = {"prompt": str, "concepts": list, "seed": int, "negative_prompt": str}
@@ -23,12 +21,9 @@ def read_prompts(path: Path) -> list[Prompt]:
       CatVersionError: unreadable, empty, or a row that is no prompt; the message names its number.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CatVersionError(
-            f"--prompts {path}: cannot be read ({reason}). Give a text file."
-        ) from None
+        text = read_text(path)
+    except CatVersionError as error:
+        raise CatVersionError(f"--prompts {error} Give a text file.") from None
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         rows = [_row(path, n, _json(path, n, line)) for n, line in _lines(text)]
@@ -47,19 +42,13 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 def _json(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
-    except ValueError as error:
-        raise CatVersionError(
-            f'--prompts {path}, line {number}: is not JSON ({error}). Write {{"prompt": "a dog"}} '
-            "on each line."
-        ) from None
+        return parse_json(line, f"--prompts {path}, line {number}")
+    except CatVersionError as error:
+        raise CatVersionError(f'{error} Write {{"prompt": "a dog"}} on each line.') from None
 
 
 def _yaml_list(path: Path, text: str) -> list[Any]:
-    try:
-        value = yaml.safe_load(text)  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise CatVersionError(f"--prompts {path}: is not valid YAML: {error}") from None
+    value = parse_yaml(text, f"--prompts {path}")  # JSON is YAML
     if not isinstance(value, list):
         raise CatVersionError(
             f"--prompts {path}: holds {type(value).__name__}, must be a list of prompts or of rows "
@@ -74,21 +63,23 @@ def _row(path: Path, number: int, value: Any) -> Prompt:
         return Prompt(value)
     if not isinstance(value, Mapping) or "prompt" not in value:
         raise CatVersionError(
-            f"{where}: {value!r} has no 'prompt'. The keys are {', '.join(_KEYS)}."
+            f"{where}: {shown(value)} has no 'prompt'. The keys are {', '.join(_KEYS)}."
         )
     for key, item in value.items():
         if key not in _KEYS:
             raise CatVersionError(
-                f"{where}: unknown key {key!r}, the keys are {', '.join(_KEYS)}."
+                f"{where}: unknown key {shown(key)}, the keys are {', '.join(_KEYS)}."
                 f"{did_you_mean(str(key), _KEYS)}"
             )
         if isinstance(item, bool) or not isinstance(item, _KEYS[key]):
             raise CatVersionError(
-                f"{where}: {key}={item!r}, must be of type {_KEYS[key].__name__}."
+                f"{where}: {key}={shown(item)}, must be of type {_KEYS[key].__name__}."
             )
     concepts = value.get("concepts")
     if concepts is not None and not all(isinstance(item, str) for item in concepts):
-        raise CatVersionError(f"{where}: concepts={concepts!r}, must be a list of names or paths.")
+        raise CatVersionError(
+            f"{where}: concepts={shown(concepts)}, must be a list of names or paths."
+        )
     return Prompt(
         value["prompt"],
         None if concepts is None else tuple(concepts),

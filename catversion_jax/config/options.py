@@ -22,10 +22,13 @@ import types
 import typing
 from typing import Any, Literal
 
-from catversion_jax.errors import CatVersionError, did_you_mean
+from catversion_jax.errors import CatVersionError, did_you_mean, encodable, shown
 
 DecidesResult = bool | Literal["with early_stop"]
 """Whether an option changes the learned numbers; some do so only where ``early_stop`` is on."""
+
+LARGEST = 2**31 - 1
+"""Largest whole number of an option whose definition gives no bound: what 32 bits hold."""
 
 _TYPE_NAMES = {str: "text", bool: "true or false", types.NoneType: "null"}
 
@@ -55,8 +58,11 @@ class Statement:
         """What is wrong with a number; None for a good one and for anything but a number."""
         if not isinstance(value, int | float):
             return None
+        is_finite = abs(value) < math.inf
+        bound = LARGEST if self.below is None and self.at_most is None else math.inf
         allowed = (
-            math.isfinite(value)
+            is_finite
+            and not (isinstance(value, int) and value > bound)
             and (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
@@ -64,9 +70,11 @@ class Statement:
         if allowed:
             return None
         rules = [self.range] if self.range else []
-        if not math.isfinite(value) and self.at_most is None:
+        if not is_finite and self.at_most is None:
             rules.append("finite")
-        return f"{name}={value}: must be {' and '.join(rules)}."
+        elif isinstance(value, int) and value > bound:
+            rules.append(f"at most {LARGEST}")
+        return f"{name}={shown(value)}: must be {' and '.join(rules)}."
 
 
 def option(
@@ -121,6 +129,7 @@ class Options:
         if not problems:
             values = [(name, getattr(self, name)) for name in names]
             problems = [p for n, v in values if (p := statement_of(type(self), n).problem(n, v))]
+            problems += [p for name in names if (p := self._text_problem(name))]
         problems = problems or self.contradictions()
         if problems:
             raise CatVersionError("\n".join(problems))
@@ -142,7 +151,18 @@ class Options:
             elif isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
                 return None
         words = type_in_words(type(self), name)
-        return f"{name}={value!r}: must be {words}.{did_you_mean(str(value), choices)}"
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        return f"{name}={shown(value)}: must be {words}.{hint}"
+
+    def _text_problem(self, name: str) -> str | None:
+        value = getattr(self, name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and ("\0" in text or encodable(text) != text):
+                return (
+                    f"{name}={shown(text)}: must be text without NUL that UTF-8 can hold; rename "
+                    "what it names."
+                )
+        return None
 
 
 def statement_of(group: type[Options], name: str) -> Statement:

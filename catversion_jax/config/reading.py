@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from catversion_jax.assets import SHIPPED_CONFIGS
+from catversion_jax.config.documents import parse_yaml, read_text
 from catversion_jax.config.options import (
     DecidesResult,
     accepted_types,
@@ -21,7 +22,7 @@ from catversion_jax.config.options import (
 )
 from catversion_jax.config.presets import PRESETS
 from catversion_jax.config.training import GROUPS, TrainConfig, plain_values
-from catversion_jax.errors import CatVersionError, did_you_mean
+from catversion_jax.errors import CatVersionError, did_you_mean, shown
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
 
@@ -52,7 +53,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         key, sep, text = item.partition("=")
         if not sep:
             raise CatVersionError(
-                f"{item!r}: an override is key=value, for example learning_rate=5e-3."
+                f"{shown(item)}: an override is key=value, for example learning_rate=5e-3."
             )
         values[key] = _parse_value(ALIASES.get(key, key), text)
     return make_config(values)
@@ -68,7 +69,7 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     if values.get("concepts", "") is None:
         del values["concepts"]
     unknown = [
-        f"{key!r}: no such option.{did_you_mean(key, OPTION_NAMES, cutoff=0.5)} "
+        f"{shown(key)}: no such option.{did_you_mean(str(key), OPTION_NAMES, cutoff=0.5)} "
         "`catversion train --help` lists all."
         for key in values
         if key not in OPTION_NAMES
@@ -77,9 +78,10 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         raise CatVersionError("\n".join(unknown))
     # A method's usual settings come with it unless another preset, or none, is asked for.
     method = values.get("method", "none")
-    preset = values.get("preset", method if method in PRESETS else "none")
-    if preset not in PRESETS:
-        raise CatVersionError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}.")
+    usual = method if isinstance(method, str) and method in PRESETS else "none"
+    preset = values.get("preset", usual)
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise CatVersionError(f"preset={shown(preset)}: must be one of {', '.join(PRESETS)}.")
     merged = {**PRESETS[preset], **values, "preset": preset}
     return TrainConfig(**{key: _coerce(key, value) for key, value in merged.items()})
 
@@ -156,14 +158,12 @@ def _config_path(path: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        text = read_text(path)
+    except CatVersionError as error:
         raise CatVersionError(
-            f"--config {path}: cannot be read ({error.strerror}). Give the path of a YAML file; "
-            "see configs/."
+            f"--config {error} Give the path of a YAML file; see configs/."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CatVersionError(f"--config {path}: is not valid YAML: {error}") from None
+    values = parse_yaml(text, f"--config {path}")
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -179,10 +179,7 @@ def _parse_value(name: str, text: str) -> Any:
     is_text = str in accepted or tuple[str, ...] in accepted
     if is_text and text not in ("", "null") and text[0] not in "['\"":
         return text  # prompts and paths such as "a {x}: y" need no quoting
-    try:
-        return yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        raise CatVersionError(f"{name}={text!r}: the value is not valid YAML; quote it.") from None
+    return parse_yaml(text, f"{name}={shown(text)}") if text else None
 
 
 def _coerce(name: str, value: Any) -> Any:
@@ -194,16 +191,13 @@ def _coerce(name: str, value: Any) -> Any:
         if isinstance(value, str):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
-    if float in accepted and not isinstance(value, bool):
-        if isinstance(value, int):
+    if float in accepted and not isinstance(value, bool) and isinstance(value, int | str):
+        try:
             return float(value)
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                return value
+        except (ValueError, OverflowError):
+            return value
     if str in accepted and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+        return shown(value)
     if name == "layers" and isinstance(value, list):
         return ",".join(str(item) for item in value)
     # YAML 1.1 reads a bare `no` as false: mixed_precision=no is what diffusers users type.

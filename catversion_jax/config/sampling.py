@@ -9,6 +9,13 @@ from typing import Any
 from catversion_jax.errors import CatVersionError
 
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++")
+MAX_SIDE = 8192
+"""Most pixels of a drawn image's side: more is a slip of the keyboard, and no memory holds it."""
+MAX_BATCH_SIZE = 4096
+MAX_IMAGES_PER_PROMPT = 1000
+"""Most seeds of one prompt in one call, all of which are one page."""
+MAX_IMAGES = 1_000_000
+"""Most images of one call."""
 KARRAS_SAMPLERS = ("euler", "dpmsolver++")
 
 
@@ -32,12 +39,27 @@ class SamplingSettings:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise CatVersionError(f"batch_size={self.batch_size}: must be at least 1.")
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size, MAX_BATCH_SIZE)
+        for name in ("height", "width"):
+            if (side := getattr(self, name)) is not None and side > MAX_SIDE:
+                raise CatVersionError(f"{name}={side}: must be at most {MAX_SIDE} pixels.")
         if not math.isfinite(self.guidance_scale):
             raise CatVersionError(
                 f"guidance_scale={self.guidance_scale}: must be a finite number; 7.5 is usual."
             )
+
+
+def check_count(name: str, count: int, most: int) -> None:
+    """Make sure that a number of things is within 1..most.
+
+    Raises:
+      CatVersionError: it is not.
+    """
+    if count < 1:
+        raise CatVersionError(f"{name}={count}: must be at least 1.")
+    if count > most:
+        raise CatVersionError(f"{name}={count}: must be at most {most}.")
 
 
 def sampling_settings(**given: Any) -> SamplingSettings:

@@ -8,7 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from catversion_jax.concepts import ConceptList, read_concepts
-from catversion_jax.config.sampling import sampling_settings
+from catversion_jax.config.sampling import (
+    MAX_IMAGES_PER_PROMPT,
+    check_count,
+    sampling_settings,
+)
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.embedders import ClipEmbedder, DinoEmbedder
 from catversion_jax.evaluation.job import EvaluationJob
@@ -134,10 +138,11 @@ def evaluate(
     prompt_set = load_prompt_set(prompts)
     count = num_images_per_prompt
     count = prompt_set.num_images_per_prompt if count is None else count
-    if count < 1:
-        raise CatVersionError(f"num_images_per_prompt={count}: must be at least 1.")
-    if num_prior_images < 0:
-        raise CatVersionError(f"num_prior_images={num_prior_images}: must be at least 0.")
+    check_count("num_images_per_prompt", count, MAX_IMAGES_PER_PROMPT)
+    if not 0 <= num_prior_images <= MAX_IMAGES_PER_PROMPT:
+        raise CatVersionError(
+            f"num_prior_images={num_prior_images}: must be within 0..{MAX_IMAGES_PER_PROMPT}."
+        )
     folder = as_path(source)
     if isinstance(concepts, str):
         concepts = read_concepts(concepts, base_class=base_class)

@@ -13,7 +13,7 @@ from typing import Any
 
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
-from catversion_jax.evaluation.image_folders import image_name, mask_path
+from catversion_jax.evaluation.image_folders import image_name, mask_path, read_pixels
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.subjects import Subject
 from catversion_jax.methods.concept_file import load_concept
@@ -113,7 +113,11 @@ def draw_missing(
 
 
 def _is_there(path: Path, metadata: dict[str, Any]) -> bool:
+    """Whether an image was drawn as it would be now, and can still be decoded."""
     try:
-        return path.is_file() and says_the_same(read_metadata(path), metadata)
+        if not path.is_file() or not says_the_same(read_metadata(path), metadata):
+            return False
+        read_pixels(path)
+        return True
     except CatVersionError:
         return False

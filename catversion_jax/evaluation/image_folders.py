@@ -136,7 +136,7 @@ def _recorded(path: Path, filled: Sequence[str]) -> tuple[int, int] | None:
     try:
         settings = read_metadata(path)
         return filled.index(settings["prompt"]), int(settings["seed"])
-    except (CatVersionError, ValueError, KeyError, TypeError):
+    except (CatVersionError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

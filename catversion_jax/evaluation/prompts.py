@@ -12,10 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from catversion_jax.concepts.prompts import fill_template
-from catversion_jax.errors import CatVersionError
+from catversion_jax.config.documents import parse_yaml, read_text
+from catversion_jax.errors import CatVersionError, shown
 
 _KEYS = (
     "description",
@@ -88,12 +87,11 @@ def load_prompt_set(name_or_file: str) -> PromptSet:
         return _from_yaml(name_or_file, text)
     path = Path(name_or_file)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        text = read_text(path)
+    except CatVersionError as error:
         raise CatVersionError(
-            f"--prompts {name_or_file}: is no shipped set ({', '.join(shipped_prompt_sets())}) and "
-            f"cannot be read as a file ({reason})."
+            f"--prompts {name_or_file}: is no shipped set ({', '.join(shipped_prompt_sets())}), "
+            f"and as a file: {error}"
         ) from None
     if path.suffix.lower() in (".yaml", ".yml"):
         return _from_yaml(name_or_file, text)
@@ -113,15 +111,14 @@ def edit_text(template: str) -> str:
 
 
 def _from_yaml(name: str, text: str) -> PromptSet:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CatVersionError(f"--prompts {name}: is not valid YAML: {error}") from None
+    value = parse_yaml(text, f"--prompts {name}")
     if isinstance(value, list):
         value = {"prompts": value}
     if not isinstance(value, dict) or (unknown := set(value) - set(_KEYS)):
         what = (
-            f"unknown key {sorted(unknown)[0]!r}" if isinstance(value, dict) else repr(value)[:40]
+            f"unknown key {shown(min(unknown, key=str))}"
+            if isinstance(value, dict)
+            else shown(value, 40)
         )
         raise CatVersionError(
             f"--prompts {name}: {what}; must be a list of prompts, or the keys {', '.join(_KEYS)}."
@@ -129,7 +126,12 @@ def _from_yaml(name: str, text: str) -> PromptSet:
     count = value.get("num_images_per_prompt", 4)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise CatVersionError(
-            f"--prompts {name}: num_images_per_prompt={count!r}, must be a whole number >= 1."
+            f"--prompts {name}: num_images_per_prompt={shown(count)}, must be a whole number >= 1."
+        )
+    classes = value.get("live_classes", ())
+    if not isinstance(classes, list | tuple):
+        raise CatVersionError(
+            f"--prompts {name}: live_classes={shown(classes)}, must be a list of class words."
         )
     if ("live_prompts" in value) != ("live_classes" in value):
         raise CatVersionError(
@@ -143,7 +145,7 @@ def _from_yaml(name: str, text: str) -> PromptSet:
         str(value.get("description", "")),
         str(value.get("source", "")),
         _prompts(name, value["live_prompts"]) if "live_prompts" in value else (),
-        tuple(map(str, value.get("live_classes", ()))),
+        tuple(map(str, classes)),
     )
 
 
@@ -158,13 +160,17 @@ def _prompts(name: str, rows: Any) -> tuple[EvaluationPrompt, ...]:
         row = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise CatVersionError(
-                f"--prompts {name}, prompt {number}: {row!r} must be a text, or have the keys "
+                f"--prompts {name}, prompt {number}: {shown(row)} must be a text, or have the keys "
                 "prompt and edit."
             )
         if row["prompt"].count("{}") != 1:
             raise CatVersionError(
-                f"--prompts {name}, prompt {number}: {row['prompt']!r} must hold {{}} once, where "
-                "the class word belongs."
+                f"--prompts {name}, prompt {number}: {shown(row['prompt'])} must hold {{}} once, "
+                "where the class word belongs."
+            )
+        if not isinstance(row.get("edit", ""), str):
+            raise CatVersionError(
+                f"--prompts {name}, prompt {number}: edit={shown(row['edit'])}, must be a text."
             )
         prompts.append(EvaluationPrompt(row["prompt"], row.get("edit", edit_text(row["prompt"]))))
     return tuple(prompts)

@@ -141,11 +141,24 @@ def table_lines(evaluation: Evaluation) -> list[str]:
         real = real_means(subjects)
         rows.append(["training images", *(number(real.get(m)) for m in shown), "", ""])
         lines += [*aligned(rows, left=(0,)), ""]
+    lines += _unscored(evaluation)
     for name, prior in evaluation.priors.items():
         lines.append(f"{name}: {describe_prior(prior)}")
     lines += ["", "protocol"]
     lines += [f"  {key}: {value}" for key, value in evaluation.protocol.items()]
     return lines
+
+
+def _unscored(evaluation: Evaluation) -> list[str]:
+    """A line for each concept that has images of no prompt of the set."""
+    return [
+        f"{method}, {subject.name}: {len(subject.ignored)} images not scored, as they show no "
+        f"prompt of the set: {', '.join(subject.ignored[:8])}"
+        f"{' ...' if len(subject.ignored) > 8 else ''}"
+        for method, subjects in evaluation.methods.items()
+        for subject in subjects
+        if subject.ignored
+    ]
 
 
 def describe_prior(prior: PriorScores) -> str:

@@ -28,6 +28,8 @@ from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.hub import locate_model
 from catversion_jax.models.weights.network import Network, abstract_network
 from catversion_jax.models.weights.safetensors_files import open_checkpoint
+from catversion_jax.models.weights.variants import component_variants
+from catversion_jax.runtime.bucket_paths import home_expanded
 from catversion_jax.runtime.precision import use_full_float32
 from catversion_jax.runtime.sharding import make_mesh, replicated
 
@@ -93,7 +95,8 @@ def load_backbone(
     Args:
       model: a diffusers folder, or a Hugging Face hub id.
       revision: branch, tag or commit of the hub id.
-      variant: for instance ``"fp16"``: read ``*.fp16.safetensors``.
+      variant: for instance ``"fp16"``: read ``*.fp16.safetensors``, and the plain files of a
+        component that has only those.
       dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet. With float32, products of
         float32 matrices keep all their bits on accelerators too, in the whole process.
       sharding: where the weights go, as for ``jax.device_put``.
@@ -103,14 +106,14 @@ def load_backbone(
         which and why.
     """
     folder = locate_model(model, revision=revision, variant=variant)
-    digests: dict[str, str] = {}
+    variants, digests = component_variants(folder, variant), dict[str, str]()
     load = functools.partial(
-        _load_component, folder, sharding=sharding, variant=variant, digests=digests
+        _load_component, folder, sharding=sharding, variants=variants, digests=digests
     )
     backbone = _assemble(str(model), folder, _dtype(dtype), load)
     scheduler = read_config(folder / "scheduler", "scheduler_config.json")
     digests["scheduler"] = ContentDigest().hexdigest(scheduler)
-    checkpoint = open_checkpoint(folder / "text_encoder", variant=variant)
+    checkpoint = open_checkpoint(folder / "text_encoder", variant=variants["text_encoder"])
     return dataclasses.replace(
         backbone, text_encoder_sha256=text_encoder_sha256(checkpoint), digests=digests
     )
@@ -232,7 +235,7 @@ def _load_component(
     dtype: Any,
     *,
     sharding: Any,
-    variant: str | None,
+    variants: Mapping[str, str | None],
     digests: dict[str, str],
 ) -> Network:
     """Read one component; its digest goes into ``digests``."""
@@ -242,7 +245,7 @@ def _load_component(
         folder / name,
         dtype=dtype,
         sharding=sharding,
-        variant=variant,
+        variant=variants[name],
         on_weight=content.add,
     )
     digests[name] = content.hexdigest(read_config(folder / name))
@@ -263,7 +266,7 @@ def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Network:
     Raises:
       CatVersionError: the folder is not a CLIP's, or its weights do not fit.
     """
-    folder = Path(folder).expanduser()
+    folder = home_expanded(folder)
     if (folder / "model_index.json").is_file():
         raise CatVersionError(
             f"{folder}: is a whole diffusers folder. Give {folder / 'text_encoder'} instead, or "

@@ -7,12 +7,13 @@ on it, and needs the bucket's library: ``pip install 'catversion-jax[gcs]'``.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import cast
 
 from etils import epath
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, encodable, shown
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
@@ -25,7 +26,9 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     if "://" not in text:
         return Path(text)
     if not text.startswith("gs://"):
-        raise CatVersionError(f"{text}: must be a folder or begin with gs://.")
+        raise CatVersionError(f"{encodable(text[:200])}: must be a folder or begin with gs://.")
+    if not re.match(r"gs://[a-z0-9][a-z0-9._-]{0,221}(/|$)", text):
+        raise CatVersionError(f"{encodable(text[:200])}: must be like gs://BUCKET/folder.")
     try:
         import fsspec.config
         import gcsfs  # noqa: F401
@@ -36,6 +39,20 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     # Other processes write there too: what a listing said a while ago is not to be relied on.
     fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
     return cast(Path, epath.Path(text))
+
+
+def home_expanded(path: str | os.PathLike[str]) -> Path:
+    """``path`` with the home folder in place of ``~`` or ``~user``.
+
+    Raises:
+      CatVersionError: there is no such user, or no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CatVersionError(
+            f"{shown(os.fspath(path))}: its ~ stands for no folder ({error}). Write the whole path."
+        ) from None
 
 
 def absolute(path: Path) -> Path:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.monitoring
 
-from catversion_jax.runtime.atomic_files import make_folder
+from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.atomic_files import check_writable, make_folder
+from catversion_jax.runtime.bucket_paths import home_expanded
+
+logger = logging.getLogger(__name__)
 
 _PROGRAM = "/jax/core/compile/backend_compile_duration"
 _HIT = "/jax/compilation_cache/cache_hits"
@@ -20,17 +25,30 @@ def use_compilation_cache(folder: str | None) -> None:
 
     Args:
       folder: a folder, which is created, or a URL that JAX can write to, such as ``gs://...``.
-        None leaves JAX as it is configured.
+        None leaves JAX as it is configured. One in a home folder (``~``) that cannot be written is
+        done without, which is logged: services and containers often have no home folder.
 
     Raises:
-      CatVersionError: the folder cannot be created.
+      CatVersionError: another folder cannot be created or written.
     """
     if folder is None:
         return
     if "://" not in folder:
-        folder = str(Path(folder).expanduser())
-        make_folder(Path(folder))
+        try:
+            folder = str(_writable(folder))
+        except CatVersionError as error:
+            if not folder.startswith("~"):
+                raise
+            logger.warning("no compilation cache, so every start compiles anew: %s", error)
+            return
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _writable(folder: str) -> Path:
+    path = home_expanded(folder)
+    make_folder(path)
+    check_writable(path)
+    return path
 
 
 class Compilation:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, TypeGuard, cast
 
+from catversion_jax.config.sampling import MAX_IMAGES, check_count
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import (
     CONCEPT_FILE_NAME,
@@ -59,8 +60,10 @@ class ConceptShelf:
         """One request for each prompt and seed, prompt by prompt.
 
         Raises:
-          CatVersionError: a prompt names an unknown concept, or a seed is out of range.
+          CatVersionError: a prompt names an unknown concept, a seed is out of range, or there are
+            too many images.
         """
+        check_count("number of images", len(prompts) * len(seeds), MAX_IMAGES)
         return [
             ImageRequest(
                 row.prompt,

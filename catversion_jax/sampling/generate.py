@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from catversion_jax.array_types import Float, Int
-from catversion_jax.config.sampling import SamplingSettings, sampling_settings
+from catversion_jax.config.sampling import (
+    MAX_IMAGES_PER_PROMPT,
+    SamplingSettings,
+    check_count,
+    sampling_settings,
+)
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone, load_model
 from catversion_jax.runtime.atomic_files import make_folder
@@ -135,7 +140,9 @@ def generate(
     )
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows = [Prompt(text) if isinstance(text, str) else text for text in texts]
-    all_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    all_seeds = [seeds] if isinstance(seeds, int) else seeds
+    check_count("number of seeds", max(len(all_seeds), 1), MAX_IMAGES_PER_PROMPT)
+    all_seeds = list(all_seeds)
     if not rows or not all_seeds:
         raise CatVersionError(
             f"prompts={prompts!r}, seeds={seeds!r}: give at least one prompt and one seed."

@@ -199,7 +199,10 @@ def _decisive(metadata: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in metadata.items() if value not in (None, "")}
     if isinstance(concepts := metadata.get("concepts"), list):
         kept["concepts"] = [
-            {key: value for key, value in concept.items() if key != "acts"} for concept in concepts
+            {key: value for key, value in concept.items() if key != "acts"}
+            if isinstance(concept, Mapping)
+            else concept
+            for concept in concepts
         ]
     return kept
 

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from catversion_jax.array_types import Int
-from catversion_jax.errors import CatVersionError
+from catversion_jax.config.documents import parse_json
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.runtime.atomic_files import write_atomically
 
 METADATA_KEY = "parameters"
@@ -53,9 +54,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file, Image.open(file, formats=("PNG",)) as picture:
-            return json.loads(picture.info[METADATA_KEY])
-    except (OSError, KeyError, ValueError) as error:
-        raise CatVersionError(
-            f"{path}: carries no settings of ours ({error}). Give a PNG that catversion generate "
-            "wrote."
-        ) from None
+            metadata = parse_json(picture.info[METADATA_KEY], str(path))
+    except Exception as error:  # whatever a damaged picture makes of its reader
+        raise _no_settings(path, shown(error)) from None
+    if not isinstance(metadata, dict):
+        raise _no_settings(path, shown(metadata))
+    return metadata
+
+
+def _no_settings(path: Path, reason: str) -> CatVersionError:
+    return CatVersionError(
+        f"{path}: carries no settings of ours ({reason}). Give a PNG that catversion generate "
+        "wrote."
+    )

@@ -12,9 +12,12 @@ import functools
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from catversion_jax.concepts.class_words import contains_inside
 from catversion_jax.concepts.fields import WHEN
-from catversion_jax.errors import CatVersionError
+from catversion_jax.concepts.foreign_syntax import foreign_syntax
+from catversion_jax.errors import CatVersionError, encodable, shown
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.clip.tokenizer import PlacedPrompt, Tokenizer
@@ -85,8 +88,15 @@ class ImageRequest:
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise CatVersionError(f"seed={self.seed}: must be within 0..{2**32 - 1}.")
+        if not isinstance(self.seed, int | np.integer) or not 0 <= self.seed < 2**32:
+            raise CatVersionError(
+                f"seed={shown(self.seed)}: must be a whole number within 0..{2**32 - 1}."
+            )
+        for text in (self.prompt, self.negative_prompt):
+            if not isinstance(text, str) or encodable(text) != text:
+                raise CatVersionError(
+                    f"prompt {shown(text)}: must be text that UTF-8 can hold. Type it again."
+                )
 
 
 def active_concepts(
@@ -128,6 +138,9 @@ def place_concepts(tokenizer: Tokenizer, prompt: str, acting: Sequence[ConceptUs
 def prompt_warnings(tokenizer: Tokenizer, requests: Sequence[ImageRequest]) -> tuple[str, ...]:
     """Prompts that are cut off, and concepts that no word of their prompt calls; each once."""
     messages: dict[str, None] = {}
+    texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
+    if foreign := foreign_syntax(texts):
+        messages[foreign] = None
     for request in requests:
         for kind, text in (
             ("prompt", request.prompt),

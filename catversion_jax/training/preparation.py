@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
+from catversion_jax.concepts.foreign_syntax import foreign_syntax
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
 from catversion_jax.concepts.quarantine import concept_errors, grouped
 from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
@@ -340,6 +341,8 @@ def _padded(array: np.ndarray, length: int) -> np.ndarray:
 
 def _check_prompts_fit(record: ConceptRecord, backbone: Backbone) -> None:
     tokenizer = backbone.tokenizer
+    if foreign := foreign_syntax(record.prompts):
+        logger.warning(f"{record.name}: {foreign}")
     for prompt in record.prompts:
         lost = tokenizer.cut_off(prompt)
         if not lost:

@@ -34,7 +34,7 @@ from catversion_jax.training.queue_plan import QueuePlan, plan_queue
 from catversion_jax.training.recorder import Recorder
 from catversion_jax.training.rows import Rows
 from catversion_jax.training.run.checkpoint import Checkpoints
-from catversion_jax.training.run.directory import RunDirectory
+from catversion_jax.training.run.directory import RunDirectory, check_outside
 from catversion_jax.training.run.reader import TrainedConcept, read_trained_concept
 from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.start_values import abstract_state
@@ -107,6 +107,7 @@ def train(
         concepts = read_configured_concepts(config.data_options, config.when)
     method_for(config.method_options)
     root = as_path(config.output_dir)
+    check_outside(root, config.concepts)
     check_writable(root)
     use_compilation_cache(config.compilation_cache_dir)
     join_processes(config.coordinator_address, config.num_processes, config.process_id)

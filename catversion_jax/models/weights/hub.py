@@ -5,6 +5,7 @@ hub id that is downloaded once.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from catversion_jax.assets import EMBEDDED_MODEL, embedded_folder
@@ -16,13 +17,8 @@ from catversion_jax.models.weights.safetensors_files import (
     shard_patterns,
     weight_files,
 )
-
-COMPONENTS = {
-    "text_encoder": "CLIPTextModel",
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-}
-"""What has weights in a Stable Diffusion folder, and the class each must be of."""
+from catversion_jax.models.weights.variants import COMPONENTS, weights_of, without_variant
+from catversion_jax.runtime.bucket_paths import home_expanded
 
 FILES_EXPECTED = "model_index.json, text_encoder/, unet/, vae/, tokenizer/ and scheduler/"
 
@@ -47,7 +43,7 @@ def locate_model(
     Raises:
       CatVersionError: no such folder, not a diffusers folder, or it cannot be downloaded.
     """
-    path = embedded_folder(model) or Path(model).expanduser()
+    path = embedded_folder(model) or home_expanded(model)
     if path.is_file():
         raise CatVersionError(
             f"{model}: is a single file; a diffusers folder ({FILES_EXPECTED}) is needed. Convert "
@@ -103,21 +99,35 @@ def _check_components(folder: Path) -> None:
 
 
 def _download(model: str, revision: str | None, variant: str | None, weights: bool) -> Path:
+    patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
+    patterns += [f"{name}/config.json" for name in COMPONENTS]
+    if not weights:
+        return _snapshot(model, revision, patterns)
+    folder = _snapshot(model, revision, [*patterns, *_weight_patterns(COMPONENTS, variant)])
+    if plain := without_variant(folder, variant):
+        folder = _snapshot(model, revision, _weight_patterns(plain, None))
+    _check_downloaded(model, folder, revision, variant)
+    return folder
+
+
+def _weight_patterns(components: Iterable[str], variant: str | None) -> list[str]:
+    files = [
+        file
+        for stem in STEMS
+        for file in (*weight_files(stem, variant), *shard_patterns(stem, variant))
+    ]
+    return [f"{name}/{file}" for name in components for file in files]
+
+
+def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
+    """Download the files of a hub model that match ``patterns``; the local folder."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
-    for name in COMPONENTS:
-        files = [
-            f
-            for stem in STEMS
-            for f in (*weight_files(stem, variant), *shard_patterns(stem, variant))
-        ]
-        patterns += [f"{name}/{file}" for file in ("config.json", *(files if weights else ()))]
     owner = model.split("/")[0]
     hint = f" {RENAMED[owner]}." if owner in RENAMED else ""
     try:
-        folder = Path(
+        return Path(
             huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
         )
     except errors.GatedRepoError as error:
@@ -145,15 +155,13 @@ def _download(model: str, revision: str | None, variant: str | None, weights: bo
         raise CatVersionError(
             f"{model}: cannot be downloaded ({error}).{hint} Try again, or give a local folder."
         ) from error
-    if weights:
-        _check_downloaded(model, folder, revision, variant)
-    return folder
 
 
 def _check_downloaded(model: str, folder: Path, revision: str | None, variant: str | None) -> None:
     """Refuse a download without the wanted weights, and list what the hub has instead."""
-    wanted = {file for stem in STEMS for file in weight_files(stem, variant)}
+    fall_back = without_variant(folder, variant)
     for name in COMPONENTS:
+        wanted = weights_of(variant) | (weights_of(None) if name in fall_back else set())
         here = {path.name for path in (folder / name).glob("*")}
         if (folder / name).is_dir() and not here & wanted:
             paths = [PurePosixPath(path) for path in _hub_listing(model, revision)]

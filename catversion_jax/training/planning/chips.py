@@ -79,6 +79,9 @@ class Slice:
         return sorted((Slice(self.chip, name) for name in names), key=lambda one: one.num_chips)
 
 
+_TOPOLOGY = r"[1-9][0-9]{0,2}(x[1-9][0-9]{0,2})*"
+
+
 def parse_slice(text: str) -> Slice:
     """Read ``v5e:4x4``.
 
@@ -91,7 +94,7 @@ def parse_slice(text: str) -> Slice:
     chip = TPUS[name]
     dimensions = len(chip.slices[0].split("x"))
     topology = topology or chip.slices[0]
-    if not re.fullmatch(r"\d+(x\d+)*", topology) or topology.count("x") + 1 != dimensions:
+    if not re.fullmatch(_TOPOLOGY, topology) or topology.count("x") + 1 != dimensions:
         example = ", ".join(f"{name}:{one}" for one in chip.slices)
         raise CatVersionError(f"--tpu {text}: must be like {example}.")
     return Slice(chip, topology)

@@ -63,6 +63,23 @@ def is_locked(root: Path) -> bool | None:
     return False
 
 
+def check_outside(root: Path, concepts: str) -> None:
+    """Make sure that a run does not write into the folder of its photos: the next run would take
+    sample grids for photos.
+
+    Raises:
+      CatVersionError: ``root`` lies in ``concepts``, or is it.
+    """
+    folder = Path(concepts)
+    if is_in_bucket(root) or "://" in concepts or not folder.is_dir():
+        return
+    if root.resolve().is_relative_to(folder.resolve()):
+        raise CatVersionError(
+            f"output_dir={root}: lies inside concepts={concepts}, where the next run would take "
+            "its pictures for photos. Give a folder outside of it."
+        )
+
+
 class RunDirectory:
     """Paths and small state files of one run, in the folder ``output_dir``."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax import __version__
+from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.atomic_files import write_atomically
 from catversion_jax.runtime.regular_files import make_way, read_json_object
@@ -45,9 +46,9 @@ def check_same_run(root: Path, settings: Mapping[str, Any], *, retrains: bool) -
     """
     old = read_json_object(root / names.RUN_FILE)
     options = old.get("options")
-    if not isinstance(options, Mapping):
-        logger.warning("%s: is damaged; writing it again", root / names.RUN_FILE)
-        options = settings["options"]
+    if not isinstance(options, Mapping) or not _are_options(options):
+        logger.warning("%s: is missing or damaged; writing it again", root / names.RUN_FILE)
+        old, options = {}, settings["options"]
     model = changed_networks(old.get("digests"), settings["digests"])
     key, word = "text_encoder_sha256", "the model's text encoder has changed"
     if old.get(key, settings[key]) != settings[key] and word not in model:
@@ -66,3 +67,12 @@ def check_same_run(root: Path, settings: Mapping[str, Any], *, retrains: bool) -
             f"({'; '.join(changed)}). Continue it with its own options (config.resolved.yaml) or "
             "give another output_dir."
         )
+
+
+def _are_options(options: Mapping[str, Any]) -> bool:
+    """Whether every value is one that its option can have."""
+    try:
+        make_config({**options, "concepts": "any"})
+    except CatVersionError:
+        return False
+    return True

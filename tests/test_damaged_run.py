@@ -202,3 +202,11 @@ def test_a_file_where_the_checkpoints_belong(
     (output / "concepts" / "teal_cup" / "catversion.safetensors").unlink()
     assert run_here(one_block_sd_folder, toys, output) == 0
     assert_close(output, finished)
+
+
+def test_a_pipe_in_the_place_of_a_concept_file(output: Path, capsys) -> None:
+    """It would keep whoever reads all concepts of a run waiting."""
+    replace(output / "concepts" / "teal_cup" / "catversion.safetensors", "pipe")
+    assert main(["inspect", str(output)]) == 2
+    said = capsys.readouterr().err
+    assert "catversion.safetensors: cannot be read (it is no regular file)" in said

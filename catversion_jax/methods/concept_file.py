@@ -38,7 +38,7 @@ from catversion_jax.methods.stored_values import (
 from catversion_jax.methods.table import METHODS, UNNAMED_METHOD, method_of
 from catversion_jax.models.weights.safetensors_files import parse_header, read_header
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
-from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
+from catversion_jax.runtime.bucket_paths import as_path, file_size, is_in_bucket
 from catversion_jax.runtime.safetensors_bytes import serialize_safetensors
 
 FORMAT_VERSION = 2
@@ -298,7 +298,7 @@ def _read_bytes(path: Path) -> bytes:
       CatVersionError: it is larger than any concept; what its first bytes give away is said.
       OSError: it cannot be read.
     """
-    size = path.stat().st_size
+    size = file_size(path)
     if size <= _MAX_BYTES:
         return path.read_bytes()
     with path.open("rb") as file:

@@ -6,10 +6,11 @@ on it, and needs the bucket's library: ``pip install 'catversion-jax[gcs]'``.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from etils import epath
 
@@ -58,6 +59,19 @@ def home_expanded(path: str | os.PathLike[str]) -> Path:
 def absolute(path: Path) -> Path:
     """``path`` with the working directory in front, unless it is complete already."""
     return path if is_in_bucket(path) else path.absolute()
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file here or in a bucket.
+
+    Raises:
+      OSError: there is none, or it is no regular file, such as a pipe, which would keep its reader
+        waiting.
+    """
+    found: Any = path.stat()
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+    return found.length if is_in_bucket(path) else found.st_size
 
 
 def is_in_bucket(path: Path) -> bool:

@@ -208,5 +208,4 @@ def test_a_pipe_in_the_place_of_a_concept_file(output: Path, capsys) -> None:
     """It would keep whoever reads all concepts of a run waiting."""
     replace(output / "concepts" / "teal_cup" / "catversion.safetensors", "pipe")
     assert main(["inspect", str(output)]) == 2
-    said = capsys.readouterr().err
-    assert "catversion.safetensors: cannot be read (it is no regular file)" in said
+    assert "teal_cup/catversion.safetensors: " in capsys.readouterr().err

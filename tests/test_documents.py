@@ -90,6 +90,9 @@ def test_text_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(CatVersionError, match=r"latin: is not UTF-8 text \(byte 3\)"):
         read_text(tmp_path / "latin")
+    (tmp_path / "unmarked").write_bytes("name;path".encode("utf-16-le"))
+    with pytest.raises(CatVersionError, match=r"unmarked: is not UTF-8 text \(zero bytes\)"):
+        read_text(tmp_path / "unmarked")
     with (tmp_path / "large").open("wb") as file:
         file.truncate(2**40)  # sparse: a terabyte on no disk
     with pytest.raises(CatVersionError, match="larger than 64 MB"):

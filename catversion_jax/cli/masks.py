@@ -15,6 +15,7 @@ from catversion_jax.cli.model_arguments import add_dtype_argument, add_source_ar
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.concepts import ConceptSpec, read_concepts
 from catversion_jax.concepts.fields import MASK_POLARITIES, WHEN
+from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.config import TrainConfig
 from catversion_jax.config.masks import MaskSettings
 from catversion_jax.errors import CatVersionError, ConceptError
@@ -167,11 +168,12 @@ def _write(
     rows, sheet_rows = [], []
     for spec in concepts:
         try:
-            paths = mask_paths(spec, replace=args.overwrite)
-            masks = object_masks(spec, make, resolution=resolution, replace=args.overwrite)
-            for path, mask in zip(paths, masks, strict=True):
-                if mask.origin != "given":
-                    write_mask(path, mask.mask)
+            with concept_errors(f"{spec.name}: its masks cannot be made"):
+                paths = mask_paths(spec, replace=args.overwrite)
+                masks = object_masks(spec, make, resolution=resolution, replace=args.overwrite)
+                for path, mask in zip(paths, masks, strict=True):
+                    if mask.origin != "given":
+                        write_mask(path, mask.mask)
         except ConceptError as error:
             failures[spec.name] = str(error)
             continue
@@ -252,8 +254,9 @@ def _compare(
             failures[spec.name] = "no mask was given to compare with."
             continue
         try:
-            given = object_masks(judged, make, resolution=resolution)
-            made = object_masks(judged, make, resolution=resolution, replace=True)
+            with concept_errors(f"{spec.name}: its masks cannot be made"):
+                given = object_masks(judged, make, resolution=resolution)
+                made = object_masks(judged, make, resolution=resolution, replace=True)
         except ConceptError as error:
             failures[spec.name] = str(error)
             continue

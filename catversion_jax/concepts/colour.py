@@ -66,7 +66,8 @@ def flattened(image: Image.Image, background: tuple[int, int, int]) -> Flattened
             warnings.append(f"colours taken as sRGB: its colour profile is broken ({shown(error)})")
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
-    if int(np.asarray(rgb).max(initial=0)) < _NEARLY_BLACK:
+    counts = np.array(rgb.histogram()).reshape(3, 256)
+    if not counts[:, _NEARLY_BLACK:].any():
         warnings.append("nearly black; if it should not be, save it with 8 bits per channel")
     return Flattened(rgb, alpha, tuple(notes), tuple(warnings))
 

@@ -42,11 +42,14 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
             "file. Split it."
         )
     try:
-        return data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
+        text = data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise CatVersionError(
             f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8."
         ) from error
+    if "\0" in text:  # UTF-16 without its mark, or no text at all
+        raise CatVersionError(f"{path}: is not UTF-8 text (zero bytes); save it as UTF-8.")
+    return text
 
 
 def parse_json(text: str, where: str) -> Any:

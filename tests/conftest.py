@@ -51,6 +51,35 @@ LONGEST = (
 )
 
 
+def _seconds(text: str) -> float:
+    """``45``, ``45s``, ``30m`` or ``2h``."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    return float(text.rstrip("smh")) * units[text[-1] if text[-1] in units else "s"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--robustness-budget",
+        type=_seconds,
+        default=40.0,
+        help="how long tests/robustness mutates inputs, such as 30m [40s]",
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """What came of the mutated inputs, also when other processes read them."""
+    totals: dict[str, int] = {}
+    for report in (r for found in terminalreporter.stats.values() for r in found):
+        if getattr(report, "when", None) == "call":
+            outcomes = dict(report.user_properties).get("robustness", {})
+            for outcome, count in outcomes.items():
+                totals[outcome] = totals.get(outcome, 0) + count
+            if outcomes and config.get_verbosity() > 0:
+                terminalreporter.write_line(f"{report.nodeid}: {outcomes}")
+    if totals:
+        terminalreporter.write_line(f"mutated inputs: {sum(totals.values())}, {totals}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))  # a stable sort

@@ -1,5 +1,8 @@
 """CLIPSeg masks against transformers' own network, on a tiny random folder of the real layout."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +16,20 @@ from catversion_jax.errors import CatVersionError  # noqa: E402
 from catversion_jax.integrations.clipseg import load_clipseg  # noqa: E402
 
 SIDE = 32
+
+
+def rewritten(folder, copy, **values):
+    """A copy of a folder with other values in its configuration; ``part.key`` is inside a part."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    for key, value in values.items():
+        part, _, inner = key.partition("__")
+        if inner:
+            config[part][inner] = value
+        else:
+            config[part] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +135,35 @@ def test_the_command_uses_it(clipseg_folder, tmp_path, capsys):
     # options of the other source are refused, not ignored
     assert main([*arguments, "--clipseg", str(clipseg_folder), "--num_draws", "3"]) == 2
     assert "--num_draws: is an option of --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("text_config__num_hidden_layers", [10**9, 0, -1, "3", None, [3], 1.5, True]),
+        ("vision_config__hidden_size", [10**9, 0, -1, "32", None, {}]),
+        ("reduce_dim", [10**9, 0, -1, "16", None, []]),
+        ("vision_config", [5, "x", [1], True]),
+        ("extract_layers", ["x", 5, [99], [-1], ["0"], [None], [[0]]]),
+    ],
+)
+def test_sizes_are_checked_before_anything_is_built(clipseg_folder, tmp_path, key, values):
+    for number, value in enumerate(values):
+        folder = rewritten(clipseg_folder, tmp_path / str(number), **{key: value})
+        with pytest.raises(CatVersionError, match=key.split("__")[-1]):
+            load_clipseg(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_config__hidden_act": 5}, "cannot be read"),
+        ({"decoder_num_attention_heads": 3}, "must divide reduce_dim"),
+        ({"vision_config__num_hidden_layers": 4}, "lack 16 tensors"),  # would be random numbers
+    ],
+)
+def test_what_transformers_says_or_does_not_say(clipseg_folder, tmp_path, values, message):
+    folder = rewritten(clipseg_folder, tmp_path / "copy", **values)
+    with pytest.raises(CatVersionError, match=message) as caught:
+        load_clipseg(folder)
+    assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ downloaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,19 @@ import numpy as np
 import torch
 
 from catversion_jax.array_types import Int
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.models.clip.encoder import SIZES
+from catversion_jax.models.clip.vision import sub_config
+from catversion_jax.models.weights.hf_config import check_integers, read_config
 
 MODEL_TYPE = "clipseg"
+_DECODER_SIZES = {
+    "projection_dim": (1, 2**14),
+    "reduce_dim": (1, 2**14),
+    "conditional_layer": (0, 128),
+    "decoder_num_attention_heads": (1, 1024),
+    "decoder_intermediate_size": (1, 2**17),
+}
 THRESHOLD = 0.5
 """Least probability of an object's pixel: CLIPSeg is trained with binary cross-entropy."""
 
@@ -74,7 +84,7 @@ def load_clipseg(folder: str | Path, *, threshold: float = THRESHOLD) -> CLIPSeg
     Raises:
       CatVersionError: the folder holds no CLIPSeg, or the threshold is not within 0..1.
     """
-    from transformers import AutoConfig, CLIPSegForImageSegmentation, CLIPSegProcessor
+    from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
     if not 0 < threshold < 1:
         raise CatVersionError(f"threshold={threshold}: must be between 0 and 1; 0.5 is usual.")
@@ -85,15 +95,51 @@ def load_clipseg(folder: str | Path, *, threshold: float = THRESHOLD) -> CLIPSeg
     )
     if not (folder / "config.json").is_file():
         raise CatVersionError(f"{folder}: no config.json, so no CLIPSeg. {remedy}")
+    config = read_config(folder)
+    if config.get("model_type") != MODEL_TYPE:
+        raise CatVersionError(
+            f"{folder}: is a {shown(config.get('model_type'))}, no CLIPSeg. {remedy}"
+        )
+    _check_sizes(config, str(folder / "config.json"))
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.model_type != MODEL_TYPE:
-            raise CatVersionError(f"{folder}: is a {config.model_type!r}, no CLIPSeg. {remedy}")
-        model = CLIPSegForImageSegmentation.from_pretrained(folder, local_files_only=True)
+        model, found = CLIPSegForImageSegmentation.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
         processor = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, CatVersionError):
-            raise
-        raise CatVersionError(f"{folder}: cannot be read ({error}). {remedy}") from error
-    side = int(config.vision_config.image_size)
+    except Exception as error:  # transformers raises anything on wrong files
+        raise CatVersionError(f"{folder}: cannot be read ({shown(error)}). {remedy}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise CatVersionError(
+            f"{folder}: its weights lack {len(missing)} tensors that its configuration asks for, "
+            f"such as {missing[0]}. {remedy}"
+        )
+    width, heads = model.config.reduce_dim, model.config.decoder_num_attention_heads
+    if width % heads:
+        raise CatVersionError(
+            f"{folder}: decoder_num_attention_heads = {heads} must divide reduce_dim = {width}. "
+            f"{remedy}"
+        )
+    side = int(model.config.vision_config.image_size)
     return CLIPSeg(model.float().eval(), processor, threshold, side)
+
+
+def _check_sizes(config: Mapping[str, Any], source: str) -> None:
+    """Refuse sizes of which transformers would build a network for hours.
+
+    Raises:
+      CatVersionError: one is no number, or out of its range.
+    """
+    sizes = {key: bounds for key, bounds in SIZES.items() if key != "eos_token_id"}
+    for part in ("text_config", "vision_config"):
+        tower = sub_config(config, part, source=source)
+        check_integers(tower, sizes, source=f"{source}, {part}")
+    check_integers(config, _DECODER_SIZES, source=source)
+    layers = config.get("extract_layers", [])
+    if not isinstance(layers, list):
+        raise CatVersionError(
+            f"{source}: extract_layers = {shown(layers)}, must be a list of layers. Download it "
+            "again."
+        )
+    count = sub_config(config, "vision_config", source=source).get("num_hidden_layers", 12)
+    for layer in layers:
+        check_integers({"extract_layers": layer}, {"extract_layers": (0, count - 1)}, source=source)

@@ -23,7 +23,7 @@ from catversion_jax.concepts.foreign_syntax import foreign_syntax
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
 from catversion_jax.concepts.quarantine import concept_errors, grouped
 from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
-from catversion_jax.errors import ConceptError
+from catversion_jax.errors import CatVersionError, ConceptError, shown
 from catversion_jax.methods.learned import Learned, stack_learned
 from catversion_jax.methods.table import method_for
 from catversion_jax.models.clip.tokenizer import PlacedPrompt
@@ -147,9 +147,24 @@ def describe_concepts(
                     recorded=recorded,
                     images=images.result(),
                 )
-            except ConceptError as error:
-                failures[spec.name] = str(error)
+            except Exception as error:
+                failures[spec.name] = concept_failure(spec.name, error)
     return records, failures
+
+
+def concept_failure(name: str, error: Exception) -> str:
+    """Why a concept is given up, whatever reading it raised, lack of memory included.
+
+    Raises:
+      Exception: ``error`` itself, where it is not the concept's: wrong options, or the device.
+    """
+    if isinstance(error, ConceptError):
+        return str(error)
+    if isinstance(error, CatVersionError | jax.errors.JaxRuntimeError):
+        raise error
+    logger.debug("%s", name, exc_info=error)
+    kind = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    return f"{name}: cannot be read ({kind}: {shown(error)}). Look at its files and words."
 
 
 def prepare_concept(

@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from catversion_jax.concepts import ConceptList, ConceptSpec, read_configured_concepts
 from catversion_jax.config import TrainConfig, dump_config, learning_options
-from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.table import method_for
 from catversion_jax.models.stable_diffusion import Backbone, default_dtype, load_backbone
 from catversion_jax.runtime.atomic_files import check_writable, unwritable
@@ -28,7 +28,11 @@ from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.loop import Prepared, TrainingLoop
 from catversion_jax.training.planning.abstract import PlannedStep
 from catversion_jax.training.planning.fitting import fitted, largest_concept
-from catversion_jax.training.preparation import describe_concepts, prepare_concept
+from catversion_jax.training.preparation import (
+    concept_failure,
+    describe_concepts,
+    prepare_concept,
+)
 from catversion_jax.training.programs import Programs
 from catversion_jax.training.queue_plan import QueuePlan, plan_queue
 from catversion_jax.training.recorder import Recorder
@@ -357,8 +361,8 @@ def _run_queue(
     def prepared(name: str) -> Prepared:  # in the feeder's thread
         try:
             return Prepared(name, prepare(specs[name], records[name]))
-        except ConceptError as error:
-            return Prepared(name, None, str(error))
+        except Exception as error:
+            return Prepared(name, None, concept_failure(name, error))
 
     total, to_do = (count * config.max_train_steps for count in (len(specs), len(plan.names)))
     with (

@@ -145,7 +145,7 @@ def test_every_text_for_every_argument(
         (["generate", "--prompt", "\udcff"], "that UTF-8 can hold"),
         (["plan", "--price_per_chip_hour", "nan"], "--price_per_chip_hour nan: must be a finite"),
         (["plan", "--price_per_chip_hour=-1"], "--price_per_chip_hour -1.0: must be at least 0"),
-        (["plan", "--images", "3000000000"], "--images=3000000000: must be at most"),
+        (["plan", "--images", "3000000000"], "--images 3000000000: must be at most"),
     ],
 )
 def test_what_is_said(arguments: list[str], words: str, capsys) -> None:

@@ -51,15 +51,16 @@ class SamplingSettings:
 
 
 def check_count(name: str, count: int, most: int) -> None:
-    """Make sure that a number of things is within 1..most.
+    """Make sure that a number of things is within 1..most; ``name`` may be an argument's.
 
     Raises:
       CatVersionError: it is not.
     """
+    value = f"{name} {count}" if name.startswith("--") else f"{name}={count}"
     if count < 1:
-        raise CatVersionError(f"{name}={count}: must be at least 1.")
+        raise CatVersionError(f"{value}: must be at least 1.")
     if count > most:
-        raise CatVersionError(f"{name}={count}: must be at most {most}.")
+        raise CatVersionError(f"{value}: must be at most {most}.")
 
 
 def sampling_settings(**given: Any) -> SamplingSettings:

@@ -1,4 +1,4 @@
-"""What an evaluation prints and writes: images it could not score, names that a spreadsheet runs."""
+"""What an evaluation prints and writes: images without a score, names a spreadsheet would run."""
 
 import csv
 import json

@@ -102,9 +102,10 @@ def load_clipseg(folder: str | Path, *, threshold: float = THRESHOLD) -> CLIPSeg
         )
     _check_sizes(config, str(folder / "config.json"))
     try:
-        model, found = CLIPSegForImageSegmentation.from_pretrained(
+        loaded: Any = CLIPSegForImageSegmentation.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
         )
+        model, found = loaded
         processor = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises anything on wrong files
         raise CatVersionError(f"{folder}: cannot be read ({shown(error)}). {remedy}") from error

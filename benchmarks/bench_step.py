@@ -74,7 +74,7 @@ class Ours:
             len(specs), mesh, backbone, objective, tx, averaged=False, max_images=5, max_prompts=1
         )
         records = [
-            describe_concept(spec, backbone, data, method, seed=config.seed, recorded={})
+            describe_concept(spec, backbone, data, method, seed=config.seed, recorded={}, images={})
             for spec in specs
         ]
         prepared = [

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -104,10 +104,11 @@ class SafeStream:
 
     def _give_up(self) -> None:
         """Let Python's own flush at its end go nowhere, which would raise once more."""
-        if self._stream in (sys.__stdout__, sys.__stderr__):
+        stream = self._stream
+        if stream is not None and (stream is sys.__stdout__ or stream is sys.__stderr__):
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
+                os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
         self._stream = None
 
@@ -126,7 +127,7 @@ def safe_terminal() -> Iterator[SafeStream]:
     """Standard output and error as :class:`SafeStream` within the block; gives the first one."""
     before = sys.stdout, sys.stderr
     out, err = SafeStream(sys.stdout), SafeStream(sys.stderr)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
         yield out
     finally:

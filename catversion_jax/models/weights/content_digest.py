@@ -31,7 +31,7 @@ class ContentDigest:
     def add(self, name: str, array: np.ndarray) -> None:
         """Take in one weight as its file stores it."""
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._weights[name] = f"{array.dtype} {xxhash.xxh3_128_hexdigest(data)}"
+        self._weights[name] = f"{array.dtype} {xxhash.xxh3_128_hexdigest(data.data)}"
 
     def hexdigest(self, config: Mapping[str, Any]) -> str:
         """The digest of equation (1), 32 hexadecimal digits.

@@ -211,7 +211,8 @@ def restore_newest(folder: Path, template: TrainState) -> tuple[int, list[SavedR
 def _restore_rows(
     manager: ocp.CheckpointManager, step: int, template: TrainState
 ) -> list[SavedRow]:
-    described, saved = _restore(manager, step)
+    described, arrays = _restore(manager, step)
+    saved: dict[str, Any] = arrays
     opt_leaves, opt_structure = jax.tree.flatten(template.opt_state)
     opt_state = [saved[f"opt_state.{i}"] for i in range(len(opt_leaves))]
     settings = settings_of(template.learned)

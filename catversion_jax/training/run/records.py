@@ -125,11 +125,12 @@ def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     A larger ``max_train_steps`` is allowed where the learning rate of the steps done so far would
     have been the same; so is an option that is newer than the run, at its default.
     """
-    steps = [one.get("max_train_steps") for one in (before, now)]
+    earlier, later = (one.get("max_train_steps") for one in (before, now))
     more_steps = (
         now.get("lr_scheduler") == "constant"
-        and all(isinstance(number, int) for number in steps)
-        and steps[0] < steps[1]
+        and isinstance(earlier, int)
+        and isinstance(later, int)
+        and earlier < later
     )
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -338,14 +338,11 @@ def test_protocol(world, output):
         ("run", ["--num_prior_images", "-1"], r"num_prior_images=-1"),
         ("run", ["--clip", "model/text_encoder"], r"clip_text_model"),
         ("run", ["--dino", "clip"], r"is a 'clip', the DINO score needs a ViTModel folder"),
-        ("run", ["--concepts", "one"], r"no training images of striped_ball.*--concepts"),
         ("run", ["--batch_size", "0"], r"batch_size=0"),
         ("model", ["--concepts", "concepts"], r"neither a run .*<concept>/<prompt>_<seed>.png"),
     ],
 )
 def test_wrong_input_says_what_to_do(world, tmp_path, capsys, source, more, message):
-    one = world / "one" / "teal_cup"
-    shutil.copytree(world / "concepts" / "teal_cup", one, dirs_exist_ok=True)
     given = [str(world / word) if (world / word).exists() else word for word in more]
     assert evaluate(world, world / source, tmp_path / "out", *given) == 2
     assert re.search(message, capsys.readouterr().err)
@@ -371,6 +368,35 @@ def test_a_quarantined_concept_is_named(world, output, tmp_path, capsys):
     shutil.copytree(output, tmp_path / "out")
     assert evaluate(world, run, tmp_path / "out") == 3
     assert "broken: left out, its training failed" in capsys.readouterr().err
+
+
+def test_one_damaged_concept_leaves_the_others_their_scores(world, output, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    shutil.copytree(run / "concepts" / "teal_cup", run / "concepts" / "unknown")
+    (run / "concepts" / "unknown" / "catversion.safetensors").write_bytes(b"nothing")
+    shutil.copytree(output, tmp_path / "out")
+    shutil.copytree(world / "concepts", tmp_path / "photos")
+    (tmp_path / "photos" / "striped_ball" / "2.png").write_bytes(b"no image")
+    code = evaluate(world, run, tmp_path / "out", "--concepts", tmp_path / "photos")
+    assert code == 3
+    shown = capsys.readouterr().err
+    assert re.search(r"unknown: left out: .*unknown.catversion.safetensors", shown)
+    assert re.search(r"striped_ball: left out: .*2.png", shown)
+    found = scores_of(tmp_path / "out")
+    assert list(found["left_out"]) == ["unknown", "striped_ball"]
+    before = scores_of(output)["methods"]["CatVersion"]["concepts"][1]
+    (cup,) = found["methods"]["CatVersion"]["concepts"]
+    for key in ("name", "image_alignment_masked", "text_alignment_edit", "overall", "copies"):
+        assert cup[key] == before[key]
+
+    shutil.rmtree(tmp_path / "photos" / "striped_ball")
+    assert evaluate(world, run, tmp_path / "out", "--concepts", tmp_path / "photos") == 3
+    assert re.search(r"no training images of striped_ball.*--concepts", capsys.readouterr().err)
+
+    assert main(["export", str(run), "--output_dir", str(tmp_path / "files")]) == 3
+    assert "unknown: left out: " in capsys.readouterr().err
+    assert len([*(tmp_path / "files").rglob("*.safetensors")]) == 2
 
 
 def test_two_images_of_one_prompt_and_seed(world, output, tmp_path, capsys):

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; 0 when every concept was scored, 3 when the run has some that failed."""
+    """Evaluate; 0 when every concept was scored, 3 when some were left out."""
     from catversion_jax.evaluation.evaluate import evaluate
     from catversion_jax.training.run.reader import failed_concepts
 
@@ -94,4 +94,6 @@ def run(args: argparse.Namespace) -> int:
     failed = failed_concepts(args.source)
     for path in failed:
         print(f"{path.parent.name}: left out, its training failed: {path}", file=sys.stderr)
-    return 3 if failed else 0
+    for name, reason in evaluation.left_out.items():
+        print(f"{name}: left out: {reason}", file=sys.stderr)
+    return 3 if failed or evaluation.left_out else 0

@@ -5,6 +5,7 @@ folder. The file of a Textual Inversion concept is what diffusers' ``load_textua
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
         )
     from catversion_jax.training.run.reader import read_trained
 
-    concepts = _chosen(read_trained(args.source), args.concept, args.source)
+    found, damaged = read_trained(args.source)
+    for name, reason in damaged.items():
+        print(f"{name}: left out: {reason}", file=sys.stderr)
+    concepts = _chosen(found, args.concept, args.source)
     if args.format == "safetensors":
         from catversion_jax.methods.concept_file import write_concepts
 
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         print(_write_prompt_embeds(args, concepts, output / "prompt_embeds.safetensors"))
     else:
         print(_write_pipeline(args, concepts, output))
-    return 0
+    return 3 if damaged else 0
 
 
 def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: Path) -> list[Concept]:

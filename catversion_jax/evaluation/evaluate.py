@@ -146,13 +146,14 @@ def evaluate(
     folder = as_path(source)
     if isinstance(concepts, str):
         concepts = read_concepts(concepts, base_class=base_class)
-    subjects, draws = _subjects(folder, concepts)
+    subjects, left_out, draws = _subjects(folder, concepts)
     words = {word.strip() for word in classes} - {""}
     job = EvaluationJob(
         source=folder,
         output=folder / "evaluation" if output_dir is None else as_path(output_dir),
         draws=draws,
         subjects=subjects,
+        left_out=left_out,
         prompt_set=prompt_set,
         settings=settings,
         seeds=range(seed, seed + count),
@@ -180,9 +181,8 @@ def evaluate(
     drawn = planned = 0
     if backbone is not None and draws:
         drawn, planned = job.draw(backbone, on_image)
-    references = job.references(scorer, backbone)
-    evaluation = job.score(scorer, backbone, references)
-    losses = {subject.name: subject.eval_losses() for subject in subjects}
+    evaluation, references = job.score(scorer, backbone)
+    losses = {s.name: s.eval_losses() for s in subjects if s.name in references}
     page = job.output / "report.html" if report is None else as_path(report)
     files = write_scores(job.output, evaluation)
     files.append(
@@ -191,21 +191,23 @@ def evaluate(
     return dataclasses.replace(evaluation, files=tuple(files), num_images=planned, num_drawn=drawn)
 
 
-def _subjects(folder: Path, concepts: ConceptList | None) -> tuple[list[Subject], bool]:
-    """The concepts to evaluate, and whether they are of a run and are to be drawn."""
+def _subjects(
+    folder: Path, concepts: ConceptList | None
+) -> tuple[list[Subject], dict[str, str], bool]:
+    """The concepts to evaluate, why others cannot be, and whether all are of a run and drawn."""
     if not folder.is_dir():
         raise CatVersionError(
             f"{folder}: is no folder. Give the output folder of catversion train, or a folder of "
             "images."
         )
     if is_run(folder):
-        return read_run(folder, concepts), True
+        return *read_run(folder, concepts), True
     if concepts is None:
         raise CatVersionError(
             f"{folder}: holds no trained concept, so it is taken as a folder of images; give the "
             "training images they are compared with: --concepts."
         )
-    return subjects_of_images(folder, concepts), False
+    return subjects_of_images(folder, concepts), {}, False
 
 
 def _model_of(folder: Path) -> str:

@@ -13,9 +13,10 @@ import jax
 
 from catversion_jax import __version__
 from catversion_jax.config.sampling import SamplingSettings
+from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.generation import PlannedImage, draw_missing, plan_images
 from catversion_jax.evaluation.image_folders import recorded_settings
-from catversion_jax.evaluation.prior import plan_prior, score_prior
+from catversion_jax.evaluation.prior import PriorScores, plan_prior, score_prior
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.scoring import Scorer, Scores, SubjectScores
 from catversion_jax.evaluation.subjects import References, Subject, read_references
@@ -33,6 +34,16 @@ _MASK_POLICY = (
 
 
 @dataclasses.dataclass(frozen=True)
+class _Scored:
+    """What was found about one concept."""
+
+    references: References
+    methods: dict[str, SubjectScores]
+    prior: PriorScores | None
+    curve: list[tuple[int, Scores]]
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationJob:
     """What is drawn and scored.
 
@@ -41,6 +52,7 @@ class EvaluationJob:
       output: receives everything that is written.
       draws: whether the images are drawn here.
       subjects: the concepts.
+      left_out: why other concepts are not among them, by name.
       prompt_set: what is drawn of each.
       settings: how it is drawn.
       seeds: of every prompt.
@@ -54,6 +66,7 @@ class EvaluationJob:
     output: Path
     draws: bool
     subjects: Sequence[Subject]
+    left_out: Mapping[str, str]
     prompt_set: PromptSet
     settings: SamplingSettings
     seeds: range
@@ -116,55 +129,61 @@ class EvaluationJob:
 
     # ------------------------------------------------------------------ scoring
 
-    def references(self, scorer: Scorer, backbone: Backbone | None) -> dict[str, References]:
-        """The training images of every concept."""
-        resolution = 0 if backbone is None else backbone.default_resolution
-        return {
-            subject.name: read_references(subject, scorer.masker, resolution)
-            for subject in self.subjects
-        }
-
     def score(
-        self, scorer: Scorer, backbone: Backbone | None, references: Mapping[str, References]
-    ) -> Evaluation:
-        """Everything that is scored, with the protocol."""
+        self, scorer: Scorer, backbone: Backbone | None
+    ) -> tuple[Evaluation, dict[str, References]]:
+        """Everything that is scored, with the protocol, and the training images of what is.
 
-        def scored(folder: Path) -> list[SubjectScores]:
-            return [scorer.score(s, references[s.name], folder) for s in self.subjects]
+        A concept whose images cannot be read is left out of everything, with the reason.
 
-        methods = {"CatVersion" if self.draws else self.source.name: scored(self.images)}
-        if self.draws and self.plain:
-            methods["plain model"] = scored(self.output / "plain_images")
-        priors = {
-            subject.name: prior
-            for subject in self.subjects
-            if (prior := score_prior(self.images, subject, self.classes, scorer.clip)) is not None
+        Raises:
+          CatVersionError: no concept is left.
+        """
+        resolution = 0 if backbone is None else backbone.default_resolution
+        found: dict[str, _Scored] = {}
+        left_out = dict(self.left_out)
+        for subject in self.subjects:
+            try:
+                references = read_references(subject, scorer.masker, resolution)
+                found[subject.name] = self._score(scorer, subject, references)
+            except CatVersionError as error:
+                left_out[subject.name] = str(error)
+        if not found:
+            raise CatVersionError(next(iter(left_out.values())))
+        scored = found.values()
+        methods = {
+            method: [one.methods[method] for one in scored] for method in next(iter(scored)).methods
         }
-        first = next(iter(methods.values()))
-        curves = self._curves(scorer, references, first)
-        return Evaluation(self._protocol(scorer, backbone, first), methods, priors, curves)
+        evaluation = Evaluation(
+            self._protocol(scorer, backbone, next(iter(methods.values()))),
+            methods,
+            {name: one.prior for name, one in found.items() if one.prior is not None},
+            {name: one.curve for name, one in found.items() if one.curve},
+            left_out,
+        )
+        return evaluation, {name: one.references for name, one in found.items()}
 
-    def _curves(
-        self,
-        scorer: Scorer,
-        references: Mapping[str, References],
-        final: Sequence[SubjectScores],
-    ) -> dict[str, list[tuple[int, Scores]]]:
+    def _score(self, scorer: Scorer, subject: Subject, references: References) -> _Scored:
+        """One concept."""
+        final = scorer.score(subject, references, self.images)
+        methods = {"CatVersion" if self.draws else self.source.name: final}
+        if self.draws and self.plain:
+            folder = self.output / "plain_images"
+            methods["plain model"] = scorer.score(subject, references, folder)
+        prior = score_prior(self.images, subject, self.classes, scorer.clip)
+        return _Scored(references, methods, prior, self._curve(scorer, subject, references, final))
+
+    def _curve(
+        self, scorer: Scorer, subject: Subject, references: References, final: SubjectScores
+    ) -> list[tuple[int, Scores]]:
         """Scores of the first seed over the training step."""
-        curves: dict[str, list[tuple[int, Scores]]] = {}
-        if not self.all_steps:
-            return curves
-        for subject, last in zip(self.subjects, final, strict=True):
-            points = [
-                (
-                    step,
-                    scorer.score(subject, references[subject.name], self._step_folder(step)).total,
-                )
-                for step in subject.steps()
-            ]
-            if points and subject.concept is not None:
-                curves[subject.name] = [*points, (subject.concept.step, last.first_seed)]
-        return curves
+        if not self.all_steps or subject.concept is None:
+            return []
+        points = [
+            (step, scorer.score(subject, references, self._step_folder(step)).total)
+            for step in subject.steps()
+        ]
+        return [*points, (subject.concept.step, final.first_seed)] if points else []
 
     def _protocol(
         self, scorer: Scorer, backbone: Backbone | None, subjects: Sequence[SubjectScores]

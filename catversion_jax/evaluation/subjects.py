@@ -70,30 +70,43 @@ class References:
     masks: list[Int[np.ndarray, "H W"] | None]
 
 
-def read_run(folder: Path, concepts: ConceptList | None) -> list[Subject]:
+def read_run(folder: Path, concepts: ConceptList | None) -> tuple[list[Subject], dict[str, str]]:
     """The finished concepts of a run.
 
     Args:
       folder: the output folder of training, or one concept's folder in it.
       concepts: the training images; None reads them where the run's ``config.resolved.yaml`` says.
 
+    Returns:
+      The concepts that can be evaluated, and why the others cannot, by name.
+
     Raises:
-      CatVersionError: a concept's training images are not known or not found.
+      CatVersionError: no concept can be evaluated.
     """
-    trained = [(path, load_concept(path)) for path in concept_folders(folder)]
     if concepts is None:
         concepts = recorded_concepts(folder)
     known = {spec.name: spec for spec in concepts.concepts}
-    missing = [concept.name for _, concept in trained if concept.name not in known]
-    if missing:
-        raise CatVersionError(
-            f"{folder}: no training images of {', '.join(missing)}; found those of "
-            f"{', '.join(known)}. Give the folder or manifest it was trained on with --concepts."
-        )
-    return [
-        Subject(concept.name, concept.base_class, known[concept.name].images, concept, path)
-        for path, concept in trained
-    ]
+    unreadable = {problem.name: problem.message for problem in concepts.problems}
+    subjects: list[Subject] = []
+    left_out: dict[str, str] = {}
+    for path in concept_folders(folder):
+        try:
+            concept = load_concept(path)
+        except CatVersionError as error:
+            left_out[path.name] = str(error)
+            continue
+        if concept.name in known:
+            images = known[concept.name].images
+            subjects.append(Subject(concept.name, concept.base_class, images, concept, path))
+        else:
+            left_out[concept.name] = unreadable.get(concept.name) or (
+                f"{folder}: no training images of {concept.name}; found those of "
+                f"{', '.join(list(known)[:5]) or 'none'}. Give the folder or manifest it was "
+                "trained on with --concepts."
+            )
+    if not subjects:
+        raise CatVersionError(next(iter(left_out.values())))
+    return subjects, left_out
 
 
 def subjects_of_images(folder: Path, concepts: ConceptList) -> list[Subject]:

@@ -39,6 +39,7 @@ class Evaluation:
       methods: scores by method; the one under evaluation comes first.
       priors: prior preservation by concept.
       curves: scores of the first seed by concept and training step.
+      left_out: why concepts are missing, by name.
       files: what was written: ``scores.csv``, ``scores.json`` and the page.
       num_images: images of the evaluation, where they are drawn by it.
       num_drawn: those of them that were not there already.
@@ -48,6 +49,7 @@ class Evaluation:
     methods: Mapping[str, Sequence[SubjectScores]]
     priors: Mapping[str, PriorScores]
     curves: Mapping[str, Sequence[tuple[int, Scores]]]
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: tuple[Path, ...] = ()
     num_images: int = 0
     num_drawn: int = 0
@@ -116,6 +118,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             }
             for name, subjects in evaluation.methods.items()
         },
+        "left_out": dict(evaluation.left_out),
         "prior_preservation": {
             name: dataclasses.asdict(scores) for name, scores in evaluation.priors.items()
         },

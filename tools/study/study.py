@@ -207,7 +207,7 @@ class Study:
         samples = config.max_train_steps * config.train_batch_size
         with self._timed(arm, samples, "all", len(concepts.concepts)):
             result = train(config, concepts=concepts, backbone=self.backbone)
-        subjects = read_run(run, self.all_concepts) if result.finished else []
+        subjects = read_run(run, self.all_concepts)[0] if result.finished else []
         subjects = [s for s in subjects if s.name in result.finished]
         seeds = self.protocol.seeds_of(arm)
         images = self.folder(arm) / "images"

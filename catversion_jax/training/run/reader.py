@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,26 +157,29 @@ def failed_concepts(root: Path) -> list[Path]:
     return sorted(root.glob(f"{names.CONCEPTS_FOLDER}/*/{names.FAILED_FILE}"))
 
 
-def read_trained(source: str | Path) -> list[Concept]:
+def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
     """Every concept of a run folder, a checkpoint, a folder of concepts, or one concept file.
 
+    Returns:
+      The concepts, and why the others cannot be read, by the name of their file or folder.
+
     Raises:
-      CatVersionError: there is none, or one is damaged.
+      CatVersionError: there is none, or none that can be read.
     """
     source = as_path(source)
     if source.is_file() or (source / CONCEPT_FILE_NAME).is_file():
-        return [load_concept(source)]
+        return [load_concept(source)], {}
     if not source.is_dir():
         raise CatVersionError(
             f"{source}: no such file or folder. Give a run directory, a checkpoint or a concept."
         )
     if (source / _CHECKPOINT_MARK).is_file():
-        return _from_checkpoint(source)
+        return _from_checkpoint(source), {}
     folder = source / names.CONCEPTS_FOLDER
     folder = folder if folder.is_dir() else source
     files = sorted(folder.glob(f"*/{CONCEPT_FILE_NAME}")) or sorted(folder.glob("*.safetensors"))
     if files:
-        return [load_concept(file) for file in files]
+        return _readable(files)
     if what := describe_folder(source):
         raise CatVersionError(f"{source}: this is not a concept but {what}")
     steps = sorted(
@@ -186,6 +190,19 @@ def read_trained(source: str | Path) -> list[Concept]:
         f"{source}: no finished concept in it (looked for {folder / '*' / CONCEPT_FILE_NAME})."
         f"{hint or ' Give a run directory.'}"
     )
+
+
+def _readable(files: Sequence[Path]) -> tuple[list[Concept], dict[str, str]]:
+    concepts, damaged = [], {}
+    for file in files:
+        name = file.parent.name if file.name == CONCEPT_FILE_NAME else file.stem
+        try:
+            concepts.append(load_concept(file))
+        except CatVersionError as error:
+            damaged[name] = str(error)
+    if not concepts:
+        raise CatVersionError(next(iter(damaged.values())))
+    return concepts, damaged
 
 
 def _from_checkpoint(folder: Path) -> list[Concept]:

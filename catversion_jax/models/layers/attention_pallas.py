@@ -214,4 +214,8 @@ def _without_filling(logits: Array, block: Array, num_keys: int) -> Array:
 def _product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
     """Matrix product over one axis of each, summed in float32."""
     axes = (((left_axis,), (right_axis,)), ((), ()))
-    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
+    # A default precision that asks for all bits of float32 is none that Mosaic has for bfloat16.
+    precision = None if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+        left, right, axes, precision=precision, preferred_element_type=jnp.float32
+    )

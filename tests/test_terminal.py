@@ -140,6 +140,8 @@ def test_ctrl_c_while_modules_are_imported_ends_the_process(tmp_path: Path) -> N
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell lets what runs in its background ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "importing\n"
     started = time.monotonic()

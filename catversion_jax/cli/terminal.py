@@ -105,7 +105,7 @@ class SafeStream:
     def _give_up(self) -> None:
         """Let Python's own flush at its end go nowhere, which would raise once more."""
         stream = self._stream
-        if stream is not None and (stream is sys.__stdout__ or stream is sys.__stderr__):
+        if stream is not None and any(stream is one for one in (sys.__stdout__, sys.__stderr__)):
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())

@@ -66,7 +66,8 @@ def test_a_result_or_one_error(
 
     def check(content: bytes) -> None:
         nonlocal failed
-        if time.monotonic() > end and not failed:  # a failure is still made small
+        # one example at least; and a failure is still made small
+        if time.monotonic() > end and outcomes.total() and not failed:
             return
         failed = True
         file.write_bytes(content)
@@ -84,5 +85,4 @@ def test_a_result_or_one_error(
         hypothesis.seed(number)(run)()
         if time.monotonic() > end:
             break
-    assert outcomes.total(), f"no example in {share:.1f} s"
     record_property("robustness", dict(outcomes))

@@ -97,7 +97,15 @@ def test_every_reader_reads_anything(output: Path, name: str, damage: str, capsy
         assert len(recorded_concepts(output).concepts) == 3
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage
+        if damage in ("nothing", "garbage", "folder", "pipe", "types")
+        else pytest.param(damage, marks=pytest.mark.slow)
+        for damage in DAMAGES
+    ],
+)
 def test_a_finished_run_is_recognised_whatever_became_of_its_small_files(
     one_block_sd_folder: Path, toys: Path, output: Path, damage: str, capsys
 ) -> None:

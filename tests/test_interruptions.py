@@ -126,6 +126,7 @@ def saved_step(output: Path) -> int:
     return int(folder.name)
 
 
+@pytest.mark.slow
 def test_signals_and_a_file_named_stop_save_what_is_under_way(
     one_block_sd_folder: Path, toys: Path, whole: Path, tmp_path: Path, capsys
 ) -> None:

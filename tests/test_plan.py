@@ -31,21 +31,12 @@ from catversion_jax.training.start import planned_step, resolve_auto
 CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 64})
 
 
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ("one_block_sd_folder", "v5e:4x4"),
-        *(
-            pytest.param("embedded_model", name, marks=pytest.mark.slow)
-            for name in ("v5e:1x1", "v5e:4x4", "v5p:2x2x4", "v6e:1x1")
-        ),
-    ],
-)
-def test_the_step_compiles_without_a_collective(
-    model: str, name: str, request: pytest.FixtureRequest
-) -> None:
+# .ci/installed compiles such a step on the newest jax.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5e:4x4", "v5p:2x2x4", "v6e:1x1"])
+def test_the_embedded_model_compiles_without_a_collective(name: str) -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
-    backbone = abstract_backbone(str(request.getfixturevalue(model)), dtype="bfloat16")
+    backbone = abstract_backbone("tiny-sd", dtype="bfloat16")
     planned = planned_step(CONFIG, backbone)
     target = parse_slice(name)
     mesh = tpu_mesh(target)

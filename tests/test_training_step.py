@@ -90,7 +90,9 @@ def test_a_concept_alone_learns_what_it_learns_in_a_pack(
     assert distance(alone.learned, expected) < 1e-3
 
 
-@pytest.mark.parametrize(("devices", "data_parallel"), [(8, 1), (8, 2)])
+@pytest.mark.parametrize(
+    ("devices", "data_parallel"), [pytest.param(8, 1, marks=pytest.mark.slow), (8, 2)]
+)
 def test_the_mesh_does_not_change_the_result(
     backbone: Backbone, packed: TrainState, devices: int, data_parallel: int
 ) -> None:

@@ -50,7 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path) -> Path:
     """A run that was stopped and continued."""
     process = start(folder, *TRAIN, "output_dir=run")
-    while process.poll() is None and not list(folder.glob("run/concepts/*/metrics.csv")):
+    # a step is done where its line follows the header and the evaluation before the first step
+    while process.poll() is None and not any(
+        len(path.read_text().splitlines()) > 2 for path in folder.glob("run/concepts/*/metrics.csv")
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     printed(process, code=75)

@@ -1,6 +1,7 @@
 """JSON and YAML from strangers: the parsers' own results for good text, one error for bad."""
 
 import json
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -99,3 +100,11 @@ def test_text_that_cannot_be_read(tmp_path: Path) -> None:
         read_text(tmp_path / "large")
     with pytest.raises(CatVersionError, match="cannot be read"):
         read_text(tmp_path / ("x" * 5000))
+
+
+def test_a_repeated_key_among_many_is_found_in_no_time() -> None:
+    text = "{" + ",".join(f'"{number}": 0' for number in range(200_000)) + ', "7": 1}'
+    started = time.monotonic()
+    with pytest.raises(CatVersionError, match="the key '7' appears twice"):
+        parse_json(text, "many")
+    assert time.monotonic() - started < 10

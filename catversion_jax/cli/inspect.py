@@ -9,11 +9,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.columns import aligned
+
+if TYPE_CHECKING:
+    from catversion_jax.methods.concept_file import Concept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the file says about itself."""
-    from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, concept_folders
+    from catversion_jax.methods.concept_file import (
+        CONCEPT_FILE_NAME,
+        concept_folders,
+        load_concept,
+    )
     from catversion_jax.methods.official_adapter import ADAPTER_FILE_NAME
 
     path = args.file
@@ -51,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     elif not (path / CONCEPT_FILE_NAME).is_file() and (folders := concept_folders(path)):
         return _list_concepts(folders, as_json=args.json)
     else:
-        facts = _concept_facts(path)
+        facts = _concept_facts(load_concept(path))
     if args.prompt is not None:
         facts["attention_mass"] = _attention_mass(path, args.model, args.prompt)
     print(json.dumps(facts, indent=2) if args.json else _as_text(facts))
@@ -60,16 +67,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _list_concepts(folders: Sequence[Path], *, as_json: bool) -> int:
     """Print the concepts that can be read, then what is wrong with the others; the exit code."""
-    listed, problems = {}, []
-    for folder in folders:
-        try:
-            listed[str(folder)] = _concept_facts(folder)
-        except CatVersionError as error:
-            problems.append(str(error))
+    from catversion_jax.training.run.reader import readable_concepts
+
+    concepts, damaged = readable_concepts(folders)
+    listed = {str(folder): _concept_facts(concept) for folder, concept in concepts}
     if listed:
         print(json.dumps(listed, indent=2) if as_json else _as_table(listed))
-    if problems:
-        raise CatVersionError("\n".join(problems))
+    if damaged:
+        raise CatVersionError("\n".join(damaged.values()))
     return 0
 
 
@@ -109,10 +114,7 @@ def _given(model: str) -> str:
     return model
 
 
-def _concept_facts(path: Path) -> dict[str, Any]:
-    from catversion_jax.methods.concept_file import load_concept
-
-    concept = load_concept(path)
+def _concept_facts(concept: Concept) -> dict[str, Any]:
     return {
         "what": concept.learned.kind,
         "name": concept.name,

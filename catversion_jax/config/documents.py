@@ -8,6 +8,7 @@ silently keep the last.
 from __future__ import annotations
 
 import codecs
+import collections
 import json
 from collections.abc import Hashable
 from pathlib import Path
@@ -60,7 +61,7 @@ def parse_json(text: str, where: str) -> Any:
         digits, or nested too deeply.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=without_repetition, parse_constant=_no_constant)
         return _without_halves(value)
     except RecursionError:
         raise CatVersionError(f"{where}: is not valid JSON: it is nested too deeply.") from None
@@ -94,12 +95,17 @@ def parse_yaml(text: str, where: str) -> Any:
         raise CatVersionError(f"{where}: is not valid YAML: {shown(error)}") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``json.loads(object_pairs_hook=...)``.
+
+    Raises:
+      ValueError: a key appears twice, of which parsers silently keep the last.
+    """
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        (twice, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {shown(twice)} appears twice in one object")
-    return dict(pairs)
+    return unique
 
 
 def _without_halves(value: Any) -> Any:

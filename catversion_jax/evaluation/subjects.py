@@ -17,11 +17,11 @@ from catversion_jax.methods.concept_file import (
     CONCEPT_FILE_NAME,
     Concept,
     concept_folders,
-    load_concept,
 )
 from catversion_jax.training.run.reader import (
     evaluation_losses,
     plain_loss,
+    readable_concepts,
     recorded_concepts,
     step_files,
 )
@@ -87,14 +87,10 @@ def read_run(folder: Path, concepts: ConceptList | None) -> tuple[list[Subject],
         concepts = recorded_concepts(folder)
     known = {spec.name: spec for spec in concepts.concepts}
     unreadable = {problem.name: problem.message for problem in concepts.problems}
+    trained, damaged = readable_concepts(concept_folders(folder))
+    left_out = {path.name: reason for path, reason in damaged.items()}
     subjects: list[Subject] = []
-    left_out: dict[str, str] = {}
-    for path in concept_folders(folder):
-        try:
-            concept = load_concept(path)
-        except CatVersionError as error:
-            left_out[path.name] = str(error)
-            continue
+    for path, concept in trained:
         if concept.name in known:
             images = known[concept.name].images
             subjects.append(Subject(concept.name, concept.base_class, images, concept, path))

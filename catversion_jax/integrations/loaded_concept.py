@@ -6,6 +6,7 @@ value of its metadata is out of its rule, and the message names that.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -174,9 +175,8 @@ def _value(own: dict[str, str], key: str, convert: Callable[[str], Any]) -> Any:
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which no name appears twice; parsers would keep the last."""
-    names = [name for name, _ in pairs]
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the name {twice:.80} appears twice")
     return unique

@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from catversion_jax.config.documents import without_repetition
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.weights.hf_config import read_config
 
@@ -182,16 +183,7 @@ def parse_header(data: bytes) -> Any:
     Raises:
       ValueError, RecursionError: it is not such JSON.
     """
-    return json.loads(data, object_pairs_hook=_without_repetition)
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f"the name {shown(twice)} appears twice")
-    return unique
+    return json.loads(data, object_pairs_hook=without_repetition)
 
 
 def _stored_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:

@@ -179,7 +179,14 @@ def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
     folder = folder if folder.is_dir() else source
     files = sorted(folder.glob(f"*/{CONCEPT_FILE_NAME}")) or sorted(folder.glob("*.safetensors"))
     if files:
-        return _readable(files)
+        concepts, damaged = readable_concepts(files)
+        if not concepts:
+            raise CatVersionError(next(iter(damaged.values())))
+        named = {
+            file.parent.name if file.name == CONCEPT_FILE_NAME else file.stem: reason
+            for file, reason in damaged.items()
+        }
+        return [concept for _, concept in concepts], named
     if what := describe_folder(source):
         raise CatVersionError(f"{source}: this is not a concept but {what}")
     steps = sorted(
@@ -192,16 +199,18 @@ def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
     )
 
 
-def _readable(files: Sequence[Path]) -> tuple[list[Concept], dict[str, str]]:
+def readable_concepts(
+    paths: Sequence[Path],
+) -> tuple[list[tuple[Path, Concept]], dict[Path, str]]:
+    """Those of several concept files, or of their folders, that can be read; and why the others
+    cannot.
+    """
     concepts, damaged = [], {}
-    for file in files:
-        name = file.parent.name if file.name == CONCEPT_FILE_NAME else file.stem
+    for path in paths:
         try:
-            concepts.append(load_concept(file))
+            concepts.append((path, load_concept(path)))
         except CatVersionError as error:
-            damaged[name] = str(error)
-    if not concepts:
-        raise CatVersionError(next(iter(damaged.values())))
+            damaged[path] = str(error)
     return concepts, damaged
 
 

@@ -33,17 +33,17 @@ CONFIG = make_config({"concepts": "x", "steps_per_dispatch": 10, "resolution": 6
 
 # .ci/installed compiles such a step on the newest jax.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v5e:1x1", "v5e:4x4", "v5p:2x2x4", "v6e:1x1"])
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5e:4x4", "v5p:2x2x4", "v6e:1x1", "tpu7x:2x2x1"])
 def test_the_embedded_model_compiles_without_a_collective(name: str) -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
     backbone = abstract_backbone("tiny-sd", dtype="bfloat16")
     planned = planned_step(CONFIG, backbone)
     target = parse_slice(name)
     mesh = tpu_mesh(target)
-    assert mesh.devices.size == target.num_chips
+    assert mesh.devices.size == target.num_devices
     found = compile_step(planned, mesh, 2, max_images=5)
     assert found.collectives == {}
-    assert 0 < found.total_bytes < target.chip.memory_bytes
+    assert 0 < found.total_bytes < target.chip.device_memory_bytes
     # of one chip, and nothing else for several
     assert found.flops == pytest.approx(2 * counted_flops(planned, max_images=5))
 
@@ -175,9 +175,33 @@ def test_hours_and_cost() -> None:
     chip = TPUS["v5e"]
     assert step_seconds(197e12, 0, chip, utilization=0.5) == pytest.approx(2)
     assert step_seconds(0, 819e9, chip) == pytest.approx(1)
-    found = job(1000, 100, chips=16, rows_per_chip=8, seconds_per_step=0.9, price_per_chip_hour=2.0)
+    # Two TensorCores of a TPU7x together are what is published of the chip.
+    assert step_seconds(2307e12 / 2, 0, TPUS["tpu7x"], utilization=1) == pytest.approx(1)
+    assert TPUS["tpu7x"].device_memory_bytes == 96e9
+    found = job(
+        1000, 100, chips=16, concepts_at_once=128, seconds_per_step=0.9, price_per_chip_hour=2.0
+    )
     assert found.hours == pytest.approx(math.ceil(1000 / 128) * 100 * 0.9 / 3600)
     assert found.cost == pytest.approx(found.hours * 32)
+
+
+@pytest.mark.parametrize("name", [f"{chip.name}:{chip.slices[0]}" for chip in TPUS.values()])
+def test_the_compiler_knows_every_chip_by_as_many_devices(name: str) -> None:
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-jax[plan]'")
+    target = parse_slice(name)
+    assert tpu_mesh(target).devices.size == target.num_devices
+
+
+def test_several_devices_on_one_concept_hold_fewer_concepts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = ["--gpu", "h100", "pretrained_model_name_or_path=tiny-sd", "--json"]
+    found = []
+    for data_parallel in (1, 2):
+        assert main(["plan", *model, f"data_parallel={data_parallel}"]) == 0
+        jobs = json.loads(capsys.readouterr().out)["jobs"]
+        found.append({one["slice"]: one["concepts_at_once"] for one in jobs})
+    assert found[1] == {name: found[0][name] // 2 for name in ("2", "4", "8")}
 
 
 def test_slices_are_read_and_compared() -> None:

@@ -106,16 +106,19 @@ def _tpu_plan(args: argparse.Namespace, planned: PlannedStep) -> dict[str, Any]:
     is_auto, wanted = devices.concepts_per_device == "auto", usual_rows(devices)
     needed = -(-args.concepts // mesh.shape[CONCEPT_AXIS])
     most = max(wanted, needed) if is_auto else wanted
-    chip_memory = target.chip.memory_bytes
-    fit = find_fit(planned, mesh, chip_memory, wanted, most, args.images, fast=not args.full_effort)
+    device_memory = target.chip.device_memory_bytes
+    fit = find_fit(
+        planned, mesh, device_memory, wanted, most, args.images, fast=not args.full_effort
+    )
     memory, largest, step = fit.memory, fit.largest, fit.step
-    flops, steps = step.flops / step.rows_per_chip, planned.optimizer.max_train_steps
+    flops = step.flops / step.rows
     if is_auto:
         wanted = max(1, whole_tiles(largest, images_per_row(planned)))
     rows = min(wanted, largest)
     return {
         "target": target.name,
         "chips": target.num_chips,
+        "devices": target.num_devices,
         "estimate": (
             "memory as the TPU compiler says; FLOPs of the program's products and convolutions; "
             "time from those and the chip's published peaks at the given utilization. Not compared "
@@ -125,7 +128,7 @@ def _tpu_plan(args: argparse.Namespace, planned: PlannedStep) -> dict[str, Any]:
         "compile_seconds": round(fit.seconds, 1),
         "gradient_checkpointing": fit.recompute,
         "memory_bytes": {
-            "chip": chip_memory,
+            "device": device_memory,
             "weights": memory.weights,
             "state_per_slot": memory.state_per_row,
             "temporaries": memory.temporary_once,
@@ -135,9 +138,9 @@ def _tpu_plan(args: argparse.Namespace, planned: PlannedStep) -> dict[str, Any]:
         "concepts_per_device": wanted,
         "largest_concepts_per_device": largest,
         "flops_per_concept_step": flops,
-        "bytes_per_concept_step": step.bytes_accessed / step.rows_per_chip,
+        "bytes_per_concept_step": step.bytes_accessed / step.rows,
         "collectives": step.collectives,
-        **_jobs(args, steps, target, rows, flops, memory.weights),
+        **_jobs(args, planned, target, rows, flops, memory.weights),
     }
 
 
@@ -154,19 +157,20 @@ def _gpu_plan(args: argparse.Namespace, planned: PlannedStep) -> dict[str, Any]:
     return {
         "target": args.gpu,
         "chips": 1,
+        "devices": 1,
         "estimate": (
             "FLOPs of the program's products and convolutions, and the data sheet's peak at the "
             "given utilization; memory is not estimated. Not compared with a real GPU yet."
         ),
         "concepts_per_device": rows,
         "flops_per_concept_step": flops,
-        **_jobs(args, planned.optimizer.max_train_steps, target, rows, flops, 0.0),
+        **_jobs(args, planned, target, rows, flops, 0.0),
     }
 
 
 def _jobs(
     args: argparse.Namespace,
-    max_train_steps: int,
+    planned: PlannedStep,
     target: Slice,
     rows: int,
     flops: float,
@@ -174,22 +178,22 @@ def _jobs(
 ) -> dict[str, Any]:
     from catversion_jax.training.planning.estimate import job, step_seconds
 
+    max_train_steps = planned.optimizer.max_train_steps
     jobs = []
     if rows:
         seconds = step_seconds(rows * flops, least_bytes, target.chip, args.utilization)
         price = args.price_per_chip_hour
-        found = [
-            (
-                other.topology,
-                job(args.concepts, max_train_steps, other.num_chips, rows, seconds, price),
-            )
-            for other in target.others()
-        ]
+        found = []
+        for other in target.others():
+            at_once = rows * (other.num_devices // planned.devices.data_parallel)
+            if at_once:
+                one = job(args.concepts, max_train_steps, other.num_chips, at_once, seconds, price)
+                found.append((other.topology, one))
         jobs = [
             {
                 "slice": topology,
                 "chips": one.chips,
-                "slots_per_chip": one.rows_per_chip,
+                "concepts_at_once": one.concepts_at_once,
                 "seconds_per_step": one.seconds_per_step,
                 "hours": one.hours,
                 "cost": one.cost,
@@ -207,7 +211,7 @@ def _jobs(
 def _as_text(plan: dict[str, Any]) -> str:
     lines = [
         f"{plan['model']} at {plan['resolution']} px, {plan['dtype']}, on {plan['target']} "
-        f"({plan['chips']} chips)",
+        f"({plan['chips']} chips, {plan['devices']} devices)",
         f"  {plan['estimate']}",
     ]
     if "memory_bytes" in plan:
@@ -216,7 +220,7 @@ def _as_text(plan: dict[str, Any]) -> str:
         lines += [
             f"compiles         yes ({plan['compile_seconds']:.0f} s, "
             f"gradient_checkpointing={plan['gradient_checkpointing']})",
-            f"memory per chip  {memory['chip']:.0f} GB",
+            f"memory per device {memory['device']:.0f} GB",
             f"  weights        {memory['weights']:.3f} GB",
             f"  state          {memory['state_per_slot']:.4f} GB per row",
             f"  temporaries    {memory['temporaries']:.3f} GB + "
@@ -233,11 +237,11 @@ def _as_text(plan: dict[str, Any]) -> str:
         f"{100 * plan['utilization']:.0f} % of the peak:"
     )
     if not plan["jobs"]:
-        lines.append("  not even one concept fits on a chip")
+        lines.append("  not even one concept fits on a device")
     for one in plan["jobs"]:
         cost = "" if one["cost"] is None else f"  cost {one['cost']:.2f}"
         lines.append(
-            f"  {one['slice']:>7} {one['chips']:4d} chips x {one['slots_per_chip']} rows  "
-            f"{one['hours']:9.3f} h{cost}"
+            f"  {one['slice']:>7} {one['chips']:4d} chips, "
+            f"{one['concepts_at_once']} concepts at once  {one['hours']:9.3f} h{cost}"
         )
     return "\n".join(lines)

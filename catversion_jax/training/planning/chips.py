@@ -1,6 +1,6 @@
 """Accelerators a run can be planned for: published figures of one chip, and what slices there are.
 
-Sources: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,v4}, nvidia.com data sheets (dense bf16).
+Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, nvidia.com data sheets (dense bf16).
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ class Chip:
       bytes_per_s: of its memory.
       memory_bytes: of it.
       slices: topologies worth comparing, smallest first; none for GPUs.
+      devices: that it is compiled for as. The two TensorCores of a TPU7x are devices of their own,
+        each with half of everything. So are those of a v4 to the compiler, while a real v4 shows
+        JAX one device, which holds what both do.
     """
 
     name: str
@@ -29,15 +32,22 @@ class Chip:
     bytes_per_s: float
     memory_bytes: float
     slices: tuple[str, ...] = ()
+    devices: int = 1
+
+    @property
+    def device_memory_bytes(self) -> float:
+        """Memory of one device."""
+        return self.memory_bytes / self.devices
 
 
 TPUS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 1228e9, 32e9, ("2x2x1", "2x2x2", "2x2x4", "4x4x4")),
+        Chip("v4", 275e12, 1228e9, 32e9, ("2x2x1", "2x2x2", "2x2x4", "4x4x4"), devices=2),
         Chip("v5e", 197e12, 819e9, 16e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8")),
         Chip("v5p", 459e12, 2765e9, 95e9, ("2x2x1", "2x2x2", "2x4x4", "4x4x4")),
         Chip("v6e", 918e12, 1640e9, 32e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8")),
+        Chip("tpu7x", 2307e12, 7380e9, 192e9, ("2x2x1", "2x2x2", "2x2x4", "4x4x4"), devices=2),
     )
 }
 GPUS = {
@@ -67,6 +77,11 @@ class Slice:
     def num_chips(self) -> int:
         """The product of the topology."""
         return math.prod(int(side) for side in self.topology.split("x"))
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices of all chips."""
+        return self.num_chips * self.chip.devices
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import CatVersionError
-from catversion_jax.runtime.sharding import make_mesh
+from catversion_jax.runtime.sharding import CONCEPT_AXIS, make_mesh
 from catversion_jax.training.planning.abstract import PlannedStep, abstract_arguments
 from catversion_jax.training.planning.chips import Slice
 from catversion_jax.training.planning.flops import count_flops
@@ -53,20 +53,20 @@ class DoesNotFitError(CatVersionError):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says of one step of all rows of one chip.
+    """What the compiler says of one step of all rows of one device.
 
     Attributes:
-      rows_per_chip: concepts it trains at once.
-      weights_bytes: of the frozen networks, on each chip.
+      rows: concepts it trains at once.
+      weights_bytes: of the frozen networks, on each device.
       state_bytes: what the rows' concepts hold: learned numbers, moments, latents, text states.
       temporary_bytes: largest sum of intermediate results.
-      flops: of one step of all rows of a chip, by :func:`~.flops.count_flops`.
+      flops: of one step of all rows of a device, by :func:`~.flops.count_flops`.
       bytes_accessed: by its operations; counts what stays in the chip's fast memory as well.
       collectives: operations that talk to other chips, by kind.
       seconds: that compiling took.
     """
 
-    rows_per_chip: int
+    rows: int
     weights_bytes: float
     state_bytes: float
     temporary_bytes: float
@@ -77,12 +77,12 @@ class CompiledStep:
 
     @property
     def total_bytes(self) -> float:
-        """Everything a chip holds at once."""
+        """Everything a device holds at once."""
         return self.weights_bytes + self.state_bytes + self.temporary_bytes
 
 
 def tpu_mesh(target: Slice, data_parallel: int = 1) -> Mesh:
-    """A mesh of the slice's chips, none of which is here.
+    """A mesh of the slice's devices, none of which is here.
 
     Raises:
       CatVersionError: libtpu is missing, or knows no such slice.
@@ -109,7 +109,7 @@ def tpu_mesh(target: Slice, data_parallel: int = 1) -> Mesh:
 def compile_step(
     planned: PlannedStep,
     mesh: Mesh,
-    rows_per_chip: int,
+    rows: int,
     max_images: int,
     max_prompts: int = 1,
     *,
@@ -122,15 +122,13 @@ def compile_step(
       CatVersionError: it does not compile for another reason.
     """
     started = time.perf_counter()
-    num_chips = mesh.devices.shape[0]
-    arguments = abstract_arguments(
-        planned, mesh, rows_per_chip * num_chips, max_images, max_prompts
-    )
+    num_devices = mesh.shape[CONCEPT_AXIS]
+    arguments = abstract_arguments(planned, mesh, rows * num_devices, max_images, max_prompts)
     traced, compiled = compile_program(planned, mesh, arguments, fast=fast)
     return CompiledStep(
-        rows_per_chip=rows_per_chip,
+        rows=rows,
         weights_bytes=_bytes(arguments[2:4]),
-        state_bytes=_bytes(arguments[:2]) / num_chips,
+        state_bytes=_bytes(arguments[:2]) / num_devices,
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         flops=count_flops(traced.jaxpr),
         bytes_accessed=compiled.cost_analysis()["bytes accessed"],
@@ -156,11 +154,11 @@ def compile_program(
         lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
         return traced, lowered.compile(compiler_options=FAST_COMPILATION if fast else None)
     except jax.errors.JaxRuntimeError as error:
-        rows = arguments[0].step.shape[0] // mesh.devices.shape[0]
+        rows = arguments[0].step.shape[0] // mesh.shape[CONCEPT_AXIS]
         reason = str(error).splitlines()[0][:300]
         if reason.startswith(OUT_OF_MEMORY):
             raise DoesNotFitError(
-                f"{rows} rows on a chip: do not fit its memory ({reason}). Try fewer "
+                f"{rows} rows on a device: do not fit its memory ({reason}). Try fewer "
                 "(concepts_per_device)."
             ) from error
         raise CatVersionError(

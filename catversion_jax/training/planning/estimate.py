@@ -2,9 +2,10 @@
 
     (1)  memory(S) = weights + state S + a + b S     temporaries: a line through two compilations
     (2)  seconds of a step of S concepts = max(FLOPs(S) / (u peak),  least bytes / bandwidth)
-    (3)  hours = ceil(N / (S chips)) steps seconds / 3600
+    (3)  hours = ceil(N / (S devices / data parallel)) steps seconds / 3600
 
-``u`` is the share of the chip's peak that the step reaches. Nothing here has measured it: the
+A device is a chip, or one of a chip's TensorCores with its share of all figures (``chips.py``).
+``u`` is the share of the peak that the step reaches. Nothing here has measured it: the
 default is what published trainings of this UNet reach (docs/how_to/many_concepts.md).
 """
 
@@ -36,17 +37,17 @@ class MemoryModel:
     @classmethod
     def of(cls, small: CompiledStep, large: CompiledStep) -> MemoryModel:
         """The line through two compilations with different numbers of rows."""
-        more = large.rows_per_chip - small.rows_per_chip
+        more = large.rows - small.rows
         slope = max(0.0, (large.temporary_bytes - small.temporary_bytes) / more)
         return cls(
             weights=small.weights_bytes,
-            state_per_row=small.state_bytes / small.rows_per_chip,
-            temporary_once=max(0.0, small.temporary_bytes - slope * small.rows_per_chip),
+            state_per_row=small.state_bytes / small.rows,
+            temporary_once=max(0.0, small.temporary_bytes - slope * small.rows),
             temporary_per_row=slope,
         )
 
     def bytes_of(self, rows: int) -> float:
-        """Everything a chip with so many rows holds."""
+        """Everything a device with so many rows holds."""
         per_row = self.state_per_row + self.temporary_per_row
         return self.weights + self.temporary_once + per_row * rows
 
@@ -62,14 +63,14 @@ class Job:
 
     Attributes:
       chips: number of chips.
-      rows_per_chip: concepts that each trains at once.
-      seconds_per_step: of a step of all rows of a chip.
+      concepts_at_once: rows of all of them.
+      seconds_per_step: of a step of all rows.
       hours: until all concepts are done.
       cost: of those hours on all chips; None without a price.
     """
 
     chips: int
-    rows_per_chip: int
+    concepts_at_once: int
     seconds_per_step: float
     hours: float
     cost: float | None
@@ -78,20 +79,21 @@ class Job:
 def step_seconds(
     flops: float, least_bytes: float, chip: Chip, utilization: float = UTILIZATION
 ) -> float:
-    """Equation (2)."""
-    return max(flops / (utilization * chip.flops_per_s), least_bytes / chip.bytes_per_s)
+    """Equation (2) for one device: ``flops`` of its rows, ``least_bytes`` that it must read."""
+    seconds = max(flops / (utilization * chip.flops_per_s), least_bytes / chip.bytes_per_s)
+    return chip.devices * seconds
 
 
 def job(
     concepts: int,
     steps: int,
     chips: int,
-    rows_per_chip: int,
+    concepts_at_once: int,
     seconds_per_step: float,
     price_per_chip_hour: float | None,
 ) -> Job:
     """Hours and cost of so many concepts on so many chips; chips never wait for each other."""
-    rounds = math.ceil(concepts / (chips * rows_per_chip))
+    rounds = math.ceil(concepts / concepts_at_once)
     hours = rounds * steps * seconds_per_step / 3600
     cost = None if price_per_chip_hour is None else hours * chips * price_per_chip_hour
-    return Job(chips, rows_per_chip, seconds_per_step, hours, cost)
+    return Job(chips, concepts_at_once, seconds_per_step, hours, cost)

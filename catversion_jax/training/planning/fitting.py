@@ -191,12 +191,12 @@ def find_fit(
         assert problem is not None
         raise problem
     near, rows = best.step, min(best.largest, most)
-    if rows <= near.rows_per_chip:
+    if rows <= near.rows:
         return dataclasses.replace(best, seconds=seconds)
     try:
         far = compiled(best.recompute, rows)
     except DoesNotFitError:  # go by what is known to fit
-        return dataclasses.replace(best, largest=near.rows_per_chip, seconds=seconds)
+        return dataclasses.replace(best, largest=near.rows, seconds=seconds)
     memory = MemoryModel.of(near, far)
     return dataclasses.replace(
         best, memory=memory, largest=memory.largest(usable), seconds=seconds + far.seconds

@@ -69,6 +69,15 @@ FORWARD = {
     | {"in_channels": 9, "out_channels": 5, "flip_sin_to_cos": False},
     "other-details": SD1_LIKE
     | {"freq_shift": 1, "norm_eps": 1e-3, "only_cross_attention": True, "mid_block_type": None},
+    # SSD-1B's kind of depths, which differ between the way down, the way up and residual blocks.
+    "nested-depths": SD1_LIKE
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, [2]],
+        "reverse_transformer_layers_per_block": [[1, 3], 1],
+    },
     "one-block": SD1_LIKE
     | {
         "block_out_channels": [24],

@@ -16,8 +16,10 @@ diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip
 from diffusers.models.embeddings import get_timestep_embedding  # noqa: E402
 from small_networks import FORWARD, QUICK, SD1_LIKE, SD2_KEYS, SD2_LIKE, build, forward  # noqa: E402
 from torch_reference import (  # noqa: E402
+    BK_SDM_UNETS,
     SD15_UNET,
     SD21_UNET,
+    SEGMIND_UNETS,
     draw,
     nchw,
     nhwc,
@@ -34,7 +36,7 @@ from catversion_jax.models.unet.transformer import (  # noqa: E402
     BasicTransformerBlock,
 )
 from catversion_jax.models.unet.unet import UNet2DConditionModel, timestep_embedding  # noqa: E402
-from catversion_jax.models.weights.convert import load_network  # noqa: E402
+from catversion_jax.models.weights.convert import Parameter, load_network  # noqa: E402
 from catversion_jax.models.weights.network import Network, abstract_network  # noqa: E402
 
 WITH_GRADIENT = {
@@ -273,6 +275,21 @@ def test_published_configs_make_the_published_number_of_parameters(config, count
     assert sum(leaf.size for leaf in jax.tree.leaves(unet.params)) == count
 
 
+@pytest.mark.parametrize("name", [*BK_SDM_UNETS, *SEGMIND_UNETS])
+def test_distilled_models_have_the_tensors_that_diffusers_has(name):
+    """Names and shapes of the published depths and widths."""
+    config = SD15_UNET | {**BK_SDM_UNETS, **SEGMIND_UNETS}[name]
+    with torch.device("meta"):
+        reference = diffusers.UNet2DConditionModel.from_config(config)
+    unet = abstract_network(
+        lambda rngs: UNet2DConditionModel(UNetConfig.from_hf(config), layers=LayerFactory(rngs))
+    )
+    leaves, _ = jax.tree_util.tree_flatten_with_path(unet.params)
+    parameters = [Parameter.of(path, leaf.shape) for path, leaf in leaves]
+    expected = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
+    assert {one.name: one.torch_shape for one in parameters} == expected
+
+
 def test_equal_configs_make_equal_structures():
     first, second = (
         abstract_network(
@@ -308,7 +325,13 @@ def test_equal_configs_make_equal_structures():
         ({"attention_head_dim": [4, 4, 4]}, "attention_head_dim"),
         ({"attention_head_dim": 5}, "number of heads"),
         ({"attention_head_dim": [4, None]}, "attention_head_dim"),
-        ({"transformer_layers_per_block": [1, [1, 2]]}, "transformer_layers_per_block"),
+        ({"transformer_layers_per_block": [1, [1]]}, "reverse_transformer_layers_per_block must"),
+        (
+            {"transformer_layers_per_block": 1, "reverse_transformer_layers_per_block": [[1], 1]},
+            r"one for each residual block, here \[2, 2\]",
+        ),
+        ({"transformer_layers_per_block": [1, 0]}, "transformer_layers_per_block"),
+        ({"transformer_layers_per_block": "11"}, "transformer_layers_per_block"),
         ({"norm_num_groups": 7}, "norm_num_groups"),
         ({"norm_num_groups": None}, "norm_num_groups"),
         ({"block_out_channels": "320"}, "block_out_channels"),

@@ -44,6 +44,40 @@ SD21_UNET = SD15_UNET | {
     "use_linear_projection": True,
     "upcast_attention": True,
 }
+# unet/config.json of nota-ai/bk-sdm-base, -small and -tiny, as far as they differ from SD 1.5's.
+BK_SDM_UNETS = {
+    "BK-SDM-Base": {"layers_per_block": 1, "mid_block_type": "UNetMidBlock2DCrossAttn"},
+    "BK-SDM-Small": {"layers_per_block": 1, "mid_block_type": None},
+    "BK-SDM-Tiny": {
+        "layers_per_block": 1,
+        "mid_block_type": None,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+    },
+}
+# The blocks of segmind/SSD-1B and segmind/Segmind-Vega: those of Stable Diffusion XL, less deep.
+XL_BLOCKS = {
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "use_linear_projection": True,
+}
+SEGMIND_UNETS = {
+    "SSD-1B": XL_BLOCKS
+    | {
+        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "Segmind-Vega": XL_BLOCKS
+    | {
+        "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+        "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+    },
+}
 SD15_VAE = {
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],

@@ -45,12 +45,12 @@ def _resnet(
 
 
 def _transformer(
-    config: UNetConfig, level: int, *, only_cross_attention: bool, layers: LayerFactory
+    config: UNetConfig, level: int, depth: int, *, only_cross_attention: bool, layers: LayerFactory
 ) -> Transformer2DModel:
     return Transformer2DModel(
         config.block_out_channels[level],
         num_heads=config.num_heads[level],
-        num_layers=config.transformer_layers_per_block[level],
+        num_layers=depth,
         context_dim=config.cross_attention_dim[level],
         groups=config.norm_num_groups,
         use_linear_projection=config.use_linear_projection,
@@ -110,8 +110,9 @@ class DownBlock(nnx.Module):
         only_cross = config.only_cross_attention[level]
         self.attentions = nnx.List(
             [
-                _transformer(config, level, only_cross_attention=only_cross, layers=layers)
-                for _ in range(count if config.down_cross_attention[level] else 0)
+                _transformer(config, level, depth, only_cross_attention=only_cross, layers=layers)
+                for depth in config.down_depths[level]
+                if config.down_cross_attention[level]
             ]
         )
         has_downsampler = level < len(config.block_out_channels) - 1
@@ -139,19 +140,24 @@ class DownBlock(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """``UNetMidBlock2DCrossAttn``: residual block, transformer, residual block.
+    """``UNetMidBlock2DCrossAttn``: residual block, transformer, residual block; or the single
+    residual block of ``UNetMidBlock2D``.
 
     ``only_cross_attention`` does not reach it in diffusers, so it does not here.
     """
 
     def __init__(self, config: UNetConfig, *, temb_channels: int, layers: LayerFactory):
         width = config.block_out_channels[-1]
-        self.resnets = nnx.List(
-            [_resnet(config, width, width, temb_channels, layers) for _ in range(2)]
-        )
         innermost = len(config.block_out_channels) - 1
+        depths = config.down_depths[innermost][:1] if config.mid_cross_attention else ()
+        self.resnets = nnx.List(
+            [_resnet(config, width, width, temb_channels, layers) for _ in range(1 + len(depths))]
+        )
         self.attentions = nnx.List(
-            [_transformer(config, innermost, only_cross_attention=False, layers=layers)]
+            [
+                _transformer(config, innermost, depth, only_cross_attention=False, layers=layers)
+                for depth in depths
+            ]
         )
 
     def __call__(
@@ -204,8 +210,9 @@ class UpBlock(nnx.Module):
         only_cross = config.only_cross_attention[level]
         self.attentions = nnx.List(
             [
-                _transformer(config, level, only_cross_attention=only_cross, layers=layers)
-                for _ in range(count if has_attention else 0)
+                _transformer(config, level, depth, only_cross_attention=only_cross, layers=layers)
+                for depth in config.up_depths[level]
+                if has_attention
             ]
         )
         self.upsamplers = nnx.List([Upsample2D(width, layers=layers) for _ in range(level > 0)])

@@ -17,6 +17,7 @@ from catversion_jax.models.weights.hf_config import (
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 MID_BLOCK = "UNetMidBlock2DCrossAttn"
+MID_BLOCKS = {MID_BLOCK: True, "UNetMidBlock2D": False}
 
 # diffusers' own defaults: published SD 1.x files lack every key that was added after version 0.6.
 DEFAULTS: dict[str, Any] = {
@@ -35,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "norm_eps": 1e-5,
     "cross_attention_dim": 1280,
     "transformer_layers_per_block": 1,
+    "reverse_transformer_layers_per_block": None,
     "attention_head_dim": 8,
     "use_linear_projection": False,
     "sample_size": 64,
@@ -47,7 +49,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "conv_out_kernel": (3,),
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1, 1.0),
-    "mid_block_type": (MID_BLOCK, None),
+    "mid_block_type": (*MID_BLOCKS, None),
     "resnet_out_scale_factor": (1.0, 1),
     "resnet_time_scale_shift": ("default",),
     "time_embedding_type": ("positional",),
@@ -63,10 +65,11 @@ RANGES = {
 }
 PER_BLOCK_RANGES = {
     "layers_per_block": (1, 16),
-    "transformer_layers_per_block": (1, 32),
     "num_heads": (1, 2**14),
     "cross_attention_dim": (1, 2**14),
 }
+
+_MOST_DEPTH = 32
 
 SCALARS: dict[str, tuple[type, ...]] = {
     "in_channels": (int,),
@@ -82,7 +85,7 @@ IGNORED = frozenset(
     {
         "addition_embed_type_num_heads",  # acts with addition_embed_type only, which is refused
         "dropout",  # acts while the UNet itself is trained
-        "mid_block_only_cross_attention",  # never reaches the one mid block that is supported
+        "mid_block_only_cross_attention",  # never reaches the mid blocks that are supported
         "upcast_attention",  # attention() always computes logits and softmax in float32
     }
 )
@@ -94,7 +97,9 @@ class UNetConfig:
 
     ``num_heads`` is what the files call ``attention_head_dim``: since SD 1.x it has meant the
     number of heads. ``sample_size``, the latent positions per side that the UNet was trained on,
-    decides nothing but the default resolution.
+    decides nothing but the default resolution. ``down_depths`` and ``up_depths`` have the number of
+    transformer layers behind each residual block of each level; distilled models such as SSD-1B
+    have fewer on the way down than on the way up.
     """
 
     in_channels: int
@@ -106,11 +111,13 @@ class UNetConfig:
     norm_eps: float
     use_linear_projection: bool
     has_mid_block: bool
+    mid_cross_attention: bool
     block_out_channels: tuple[int, ...]
     down_cross_attention: tuple[bool, ...]
     up_cross_attention: tuple[bool, ...]
     layers_per_block: tuple[int, ...]
-    transformer_layers_per_block: tuple[int, ...]
+    down_depths: tuple[tuple[int, ...], ...]
+    up_depths: tuple[tuple[int, ...], ...]
     num_heads: tuple[int, ...]
     cross_attention_dim: tuple[int, ...]
     only_cross_attention: tuple[bool, ...]
@@ -144,10 +151,13 @@ class UNetConfig:
             sample_size = values["sample_size"]
         check_integers({**values, "sample_size": sample_size}, RANGES, source=source)
         check_numbers(values, {"norm_eps": (0.0, 1.0), "freq_shift": (-1e3, 1e3)}, source=source)
+        layers_per_block = per_block("layers_per_block", int)
+        down_depths, up_depths = _depths(values, layers_per_block, source=source)
         parsed = cls(
             **{key: values[key] for key in SCALARS},
             act_fn=values["act_fn"],
             has_mid_block=values["mid_block_type"] is not None,
+            mid_cross_attention=MID_BLOCKS.get(values["mid_block_type"], False),
             block_out_channels=widths,
             down_cross_attention=_block_types(
                 values["down_block_types"], DOWN_BLOCKS, count, source=source
@@ -155,8 +165,9 @@ class UNetConfig:
             up_cross_attention=_block_types(
                 values["up_block_types"], UP_BLOCKS, count, source=source
             ),
-            layers_per_block=per_block("layers_per_block", int),
-            transformer_layers_per_block=per_block("transformer_layers_per_block", int),
+            layers_per_block=layers_per_block,
+            down_depths=down_depths,
+            up_depths=up_depths,
             num_heads=per_block("attention_head_dim", int),
             cross_attention_dim=per_block("cross_attention_dim", int),
             only_cross_attention=per_block("only_cross_attention", bool),
@@ -182,7 +193,7 @@ class UNetConfig:
                 self.down_cross_attention, reversed(self.up_cross_attention), strict=True
             )
         ]
-        uses_heads[-1] = uses_heads[-1] or self.has_mid_block
+        uses_heads[-1] = uses_heads[-1] or self.mid_cross_attention
         for width, heads, used in zip(
             self.block_out_channels, self.num_heads, uses_heads, strict=True
         ):
@@ -219,6 +230,53 @@ def _per_block(value: Any, key: str, kind: type, count: int, *, source: str) -> 
             "configuration."
         )
     return tuple(entries)
+
+
+def _depths(
+    values: Mapping[str, Any], layers_per_block: tuple[int, ...], *, source: str
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """``down_depths`` and ``up_depths``.
+
+    In the files ``reverse_transformer_layers_per_block`` runs from the innermost block outwards;
+    without it the way up has the depths of the way down.
+    """
+    key = "transformer_layers_per_block"
+    down, up = values[key], values[f"reverse_{key}"]
+    nested = isinstance(down, Sequence) and any(isinstance(entry, Sequence) for entry in down)
+    if up is None and nested:
+        raise CatVersionError(
+            f"{source}: {key}={shown(down)} has a list for a block, so "
+            f"reverse_{key} must say the depths of the way up, which has one residual block more. "
+            "Correct the configuration."
+        )
+    outwards = down if up is None else up[::-1] if isinstance(up, Sequence) else up
+    return (
+        _layer_depths(down, key, layers_per_block, source=source),
+        _layer_depths(
+            outwards, f"reverse_{key}", tuple(n + 1 for n in layers_per_block), source=source
+        ),
+    )
+
+
+def _layer_depths(
+    value: Any, key: str, layers: tuple[int, ...], *, source: str
+) -> tuple[tuple[int, ...], ...]:
+    """One number for all, a number for each block, or a list for each residual block in it."""
+    blocks = value if isinstance(value, Sequence) else [value] * len(layers)
+    expanded = [
+        tuple(entry) if isinstance(entry, Sequence) else (entry,) * count
+        for entry, count in zip(blocks, layers, strict=False)
+    ]
+    if len(blocks) != len(layers) or not all(
+        len(depths) == count and all(type(n) is int and 1 <= n <= _MOST_DEPTH for n in depths)
+        for depths, count in zip(expanded, layers, strict=True)
+    ):
+        raise CatVersionError(
+            f"{source}: {key}={shown(value)} must be an integer within 1..{_MOST_DEPTH}, or a list "
+            f"of {len(layers)} (one for each entry of block_out_channels) of such or of lists with "
+            f"one for each residual block, here {list(layers)}. Correct the configuration."
+        )
+    return tuple(expanded)
 
 
 def _block_types(

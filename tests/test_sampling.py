@@ -60,6 +60,7 @@ def torch_images(folder, sampler, prompts, negative, latents, settings):
 
 def compare_with_torch(folder, backbone, settings, shape=None):
     side = backbone.default_resolution // backbone.latent_downsampling
+    settings = settings.over(backbone.drawing_defaults)
     latents = (
         np.random.default_rng(3).normal(size=(2, 4, *(shape or (side, side)))).astype(np.float32)
     )

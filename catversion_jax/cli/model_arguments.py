@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from catversion_jax.config.sampling import SAMPLERS, SamplingSettings, sampling_settings
+from catversion_jax.config.sampling import SAMPLERS, USUAL, SamplingSettings, sampling_settings
 
 if TYPE_CHECKING:
     from catversion_jax.models.stable_diffusion import Backbone
@@ -45,12 +45,17 @@ def load_model(args: argparse.Namespace, model: str, *, dtype: str | None = None
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of :class:`SamplingSettings`."""
     add = parser.add_argument
-    add("--sampler", help=f"one of {', '.join(SAMPLERS)} [{DEFAULTS.sampler}]")
-    add("--num_inference_steps", type=int, help=f"denoising steps [{DEFAULTS.num_inference_steps}]")
+    own = "distilled models such as SD-Turbo: their own"
+    add("--sampler", help=f"one of {', '.join(SAMPLERS)} [{USUAL.sampler}; {own}]")
+    add(
+        "--num_inference_steps",
+        type=int,
+        help=f"denoising steps [{USUAL.num_inference_steps}; {own}]",
+    )
     add(
         "--guidance_scale",
         type=float,
-        help=f"weight of classifier-free guidance [{DEFAULTS.guidance_scale}]",
+        help=f"weight of classifier-free guidance [{USUAL.guidance_scale:g}; {own}]",
     )
     add(
         "--eta",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from catversion_jax.cli.progress import progress
 from catversion_jax.config import TrainConfig, load_config, option_table
+from catversion_jax.config.sampling import grid_settings
 from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ def _evaluate(config: TrainConfig, result: TrainResult) -> None:
 def _evaluated(config: TrainConfig, result: TrainResult) -> Evaluation:
     from catversion_jax.evaluation.evaluate import evaluate
 
+    settings = grid_settings(
+        config.validation_inference_steps,
+        config.validation_guidance_scale,
+        result.backbone.drawing_defaults,
+    )
     with progress("drawing", "image") as advance:
         return evaluate(
             config.output_dir,
@@ -95,9 +101,9 @@ def _evaluated(config: TrainConfig, result: TrainResult) -> Evaluation:
             plain=True,
             report=result.output_dir / "report.html",
             on_image=advance,
-            sampler="dpmsolver++",
-            num_inference_steps=config.validation_inference_steps,
-            guidance_scale=config.validation_guidance_scale,
+            sampler=settings.sampler,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
         )
 
 

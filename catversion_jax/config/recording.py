@@ -53,15 +53,17 @@ class RecordingOptions(Options):
         decides_result=False,
         at_least=1,
     )
-    validation_inference_steps: int = option(
-        25,
-        "Number of DPM-Solver++ steps in which a sample grid's images are drawn (diffusers).",
+    validation_inference_steps: int | None = option(
+        None,
+        "Number of steps in which a sample grid's images are drawn; null is 25 of DPM-Solver++ "
+        "(diffusers), and for distilled models their own number and sampler.",
         decides_result=False,
         at_least=1,
     )
-    validation_guidance_scale: float = option(
-        7.5,
-        "Classifier-free guidance scale of the images in sample grids (diffusers).",
+    validation_guidance_scale: float | None = option(
+        None,
+        "Classifier-free guidance scale of the images in sample grids; null is 7.5 (diffusers), "
+        "and for distilled models their own.",
         decides_result=False,
         at_least=0.0,
     )

@@ -20,18 +20,37 @@ KARRAS_SAMPLERS = ("euler", "dpmsolver++")
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-    """How to draw; the same for every image of a call. Defaults are diffusers'
-    StableDiffusionPipeline's.
+class DrawingDefaults:
+    """How a model is drawn where the user does not say; as diffusers' StableDiffusionPipeline does,
+    unless the model was made to be drawn otherwise (``diffusion/drawing_defaults.py``).
 
-    ``height`` and ``width`` of None are the model's own. ``batch_size`` images are denoised
-    together on each device; an image's bits depend on it (another compiled program), but not on the
-    other images. None: 1 on CPU, else 4.
+    ``because`` says what makes it so, and is empty for the usual ones.
     """
 
     sampler: str = "ddim"
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    because: str = ""
+
+
+USUAL = DrawingDefaults()
+USUAL_GRIDS = DrawingDefaults("dpmsolver++", 25, 7.5)
+"""Of sample grids while training, and of the evaluation after it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How to draw; the same for every image of a call.
+
+    ``sampler``, ``num_inference_steps``, ``guidance_scale``, ``height`` and ``width`` of None are
+    the model's own. ``batch_size`` images are denoised
+    together on each device; an image's bits depend on it (another compiled program), but not on the
+    other images. None: 1 on CPU, else 4.
+    """
+
+    sampler: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     eta: float = 0.0
     karras: bool | None = None
     height: int | None = None
@@ -44,10 +63,25 @@ class SamplingSettings:
         for name in ("height", "width"):
             if (side := getattr(self, name)) is not None and side > MAX_SIDE:
                 raise CatVersionError(f"{name}={side}: must be at most {MAX_SIDE} pixels.")
-        if not math.isfinite(self.guidance_scale):
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise CatVersionError(
                 f"guidance_scale={self.guidance_scale}: must be a finite number; 7.5 is usual."
             )
+
+    def over(self, defaults: DrawingDefaults) -> SamplingSettings:
+        """These settings, and the model's own sampler, steps and guidance where they have none."""
+        given = dataclasses.asdict(defaults)
+        missing = {name: v for name, v in given.items() if getattr(self, name, v) is None}
+        return dataclasses.replace(self, **missing)
+
+
+def grid_settings(
+    num_inference_steps: int | None, guidance_scale: float | None, model: DrawingDefaults
+) -> SamplingSettings:
+    """How sample grids are drawn: fast, unless the model was made for another way."""
+    defaults = model if model.because else USUAL_GRIDS
+    given = SamplingSettings(None, num_inference_steps, guidance_scale)
+    return given.over(defaults)
 
 
 def check_count(name: str, count: int, most: int) -> None:

@@ -81,7 +81,8 @@ class NoiseScheduleConfig:
     diffusers'.
 
     ``timestep_spacing=None`` means the file leaves it to the sampler, each of which has its own
-    default.
+    default. ``scheduler_class`` is the class that the file names; it decides no noise, only how the
+    model is drawn where nobody says (``drawing_defaults.py``).
     """
 
     num_train_timesteps: int = 1000
@@ -98,6 +99,7 @@ class NoiseScheduleConfig:
     final_sigmas_type: str = "zero"
     lower_order_final: bool = True
     euler_at_final: bool = False
+    scheduler_class: str = ""
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseScheduleConfig:
@@ -111,7 +113,7 @@ class NoiseScheduleConfig:
         given = {key: value for key, value in config.items() if not key.startswith("_")}
         if class_name in _CLIPS_BY_DEFAULT:
             given.setdefault("clip_sample", True)
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {field.name for field in dataclasses.fields(cls)} - {"scheduler_class"}
         for key, value in given.items():
             if key in _REQUIRED_VALUES:
                 _check_choice(key, value, _REQUIRED_VALUES[key])
@@ -124,7 +126,7 @@ class NoiseScheduleConfig:
         )
         if isinstance(values.get("trained_betas"), list):
             values["trained_betas"] = tuple(values["trained_betas"])
-        return cls(**values)
+        return cls(**values, scheduler_class=class_name)
 
     def __post_init__(self) -> None:
         _check_values(self)

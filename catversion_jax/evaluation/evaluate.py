@@ -101,8 +101,8 @@ def evaluate(
         the folder ``evaluation`` in ``source``.
       report: path of the page; None is ``report.html`` in ``output_dir``.
       on_image: is called with (images done, images in all) while drawing.
-      sampler: how images are drawn. The defaults of this and of the next options are those of
-        ``SamplingSettings``; ``catversion_jax.generate`` describes them.
+      sampler: how images are drawn. ``catversion_jax.generate`` describes this and the next
+        options and their defaults.
       num_inference_steps: denoising steps.
       guidance_scale: weight of classifier-free guidance.
       eta: of the ddim sampler.

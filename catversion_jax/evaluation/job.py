@@ -195,7 +195,7 @@ class EvaluationJob:
             protocol |= {
                 "model": backbone.name,
                 "text encoder sha256": backbone.text_encoder_sha256,
-                **_drawn_with(self.settings, backbone.default_resolution),
+                **_drawn_with(self.settings, backbone),
             }
         else:
             drawn_with = recorded_settings(subjects[0].prompts[0].shown)
@@ -216,10 +216,12 @@ class EvaluationJob:
         }
 
 
-def _drawn_with(settings: SamplingSettings, default_resolution: int) -> dict[str, Any]:
+def _drawn_with(settings: SamplingSettings, backbone: Backbone) -> dict[str, Any]:
     """The settings in force; what is None is the model's own."""
+    settings = settings.over(backbone.drawing_defaults)
     given = {key: v for key, v in dataclasses.asdict(settings).items() if v is not None}
-    return {**given, **{key: given.get(key, default_resolution) for key in ("height", "width")}}
+    own = backbone.default_resolution
+    return {**given, **{key: given.get(key, own) for key in ("height", "width")}}
 
 
 @contextlib.contextmanager

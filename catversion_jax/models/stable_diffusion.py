@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from catversion_jax.diffusion import NoiseScheduleConfig
+from catversion_jax.config.sampling import DrawingDefaults
+from catversion_jax.diffusion import NoiseScheduleConfig, drawing_defaults
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.clip.tokenizer import Tokenizer
@@ -80,6 +81,11 @@ class Backbone:
     latent_channels: int
     default_resolution: int
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def drawing_defaults(self) -> DrawingDefaults:
+        """Sampler, steps and guidance where nobody gives them."""
+        return drawing_defaults(self.noise_schedule)
 
 
 def load_backbone(

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -88,22 +89,17 @@ def draw_requests(
     Raises:
       CatVersionError: a setting, a size or a latent shape that cannot be.
     """
-    settings = settings or SamplingSettings()
+    settings = (settings or SamplingSettings()).over(backbone.drawing_defaults)
     if not requests:
         raise CatVersionError("requests is empty: give at least one prompt.")
-    sampler = make_sampler(
-        settings.sampler,
-        backbone.noise_schedule,
-        settings.num_inference_steps,
-        eta=settings.eta,
-        karras=settings.karras,
-    )
+    sampler = checked_sampler(backbone, settings)
     shape = latent_shape(backbone, settings)
     start = checked_latents(backbone, settings, latents, len(requests))
     warnings = prompt_warnings(backbone.tokenizer, requests)
     for message in warnings:
         logger.warning(message)
-    texts = encode_requests(backbone, requests, settings.guidance_scale)
+    guidance_scale = cast(float, settings.guidance_scale)
+    texts = encode_requests(backbone, requests, guidance_scale)
     mesh = mesh_of(backbone.unet)
     per_device = settings.batch_size or (1 if jax.default_backend() == "cpu" else 4)
     batch_size = per_device * mesh.size
@@ -116,11 +112,25 @@ def draw_requests(
         if start is not None:
             x = place_by_device(start[rows], mesh)
         branches = [place_by_device(np.stack([branch[i] for i in rows]), mesh) for branch in texts]
-        final.append(
-            _denoise(backbone.unet, sampler, settings.guidance_scale, x, branches, keys, report)
-        )
+        final.append(_denoise(backbone.unet, sampler, guidance_scale, x, branches, keys, report))
     last = np.concatenate(final)[: len(requests)]
     return GeneratedImages(decode_latents(backbone, last), last, warnings)
+
+
+def checked_sampler(backbone: Backbone, settings: SamplingSettings) -> Sampler:
+    """The table of the settings' sampler for this model.
+
+    Raises:
+      CatVersionError: see :func:`~catversion_jax.diffusion.make_sampler`.
+    """
+    settings = settings.over(backbone.drawing_defaults)
+    return make_sampler(
+        cast(str, settings.sampler),
+        backbone.noise_schedule,
+        cast(int, settings.num_inference_steps),
+        eta=settings.eta,
+        karras=settings.karras,
+    )
 
 
 def _reporter(on_step: Callable[[int, int], None] | None, total: int) -> Callable[[Array], None]:

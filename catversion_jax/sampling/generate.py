@@ -104,10 +104,11 @@ def generate(
       output_dir: receives a PNG per image, which carries its settings, and labelled grids. None
         writes nothing.
       on_step: is called with (steps done, steps in all) of the page of 64 images under way.
-      sampler: ``"ddim"``, ``"euler"``, ``"euler_ancestral"`` or ``"dpmsolver++"``. The defaults of
-        this and of the next options are those of ``SamplingSettings``.
-      num_inference_steps: denoising steps.
-      guidance_scale: weight of classifier-free guidance; none at 1 or below.
+      sampler: ``"ddim"``, ``"euler"``, ``"euler_ancestral"`` or ``"dpmsolver++"``. None is
+        ``"ddim"``, and for models that were distilled to few steps (SD-Turbo) the sampler, the
+        steps and the guidance that they were made for.
+      num_inference_steps: denoising steps; None is 50.
+      guidance_scale: weight of classifier-free guidance, none at 1 or below; None is 7.5.
       eta: of ddim: 0 is deterministic, 1 is DDPM.
       karras: Karras spacing of the noise levels; None is what the model's folder says.
       height: pixels, a multiple of the VAE's factor; None is the model's own.

@@ -142,13 +142,14 @@ class ImageMetadata:
 
     Args:
       backbone: the model that draws.
-      settings: how it draws; those that are None are left out.
+      settings: how it draws; the model's own where they have none.
       latents: where initial latents came from, if they were given.
     """
 
     def __init__(self, backbone: Backbone, settings: SamplingSettings, latents: str | None = None):
         self._tokenizer = backbone.tokenizer
         self._learned: dict[int, str] = {}
+        settings = settings.over(backbone.drawing_defaults)
         given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
         self._of_job = {
             **given,

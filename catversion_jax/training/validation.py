@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from catversion_jax.concepts.prompts import fill_template
-from catversion_jax.config import RecordingOptions, SamplingSettings
-from catversion_jax.diffusion import make_sampler
+from catversion_jax.config import RecordingOptions
+from catversion_jax.config.sampling import grid_settings
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder
-from catversion_jax.sampling.denoising import draw_requests
+from catversion_jax.sampling.denoising import checked_sampler, draw_requests
 from catversion_jax.sampling.grids import image_grid
 from catversion_jax.sampling.png import save_png
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest
@@ -25,19 +26,16 @@ class SampleGrids:
     def __init__(self, backbone: Backbone, options: RecordingOptions, resolution: int):
         self._backbone, self._options = backbone, options
         self._plain: dict[tuple[str, int], np.ndarray] = {}
-        self._settings = SamplingSettings(
-            sampler="dpmsolver++",
-            num_inference_steps=options.validation_inference_steps,
-            guidance_scale=options.validation_guidance_scale,
-            height=resolution,
-            width=resolution,
+        settings = grid_settings(
+            options.validation_inference_steps,
+            options.validation_guidance_scale,
+            backbone.drawing_defaults,
         )
+        self._settings = dataclasses.replace(settings, height=resolution, width=resolution)
         # Mistakes should show now, not at the first grid.
         for template in options.validation_prompt:
             fill_template(template, "thing", where="validation_prompt", needs_class_word=False)
-        make_sampler(
-            self._settings.sampler, backbone.noise_schedule, options.validation_inference_steps
-        )
+        checked_sampler(backbone, self._settings)
 
     def write(self, path: Path, concept: PreparedConcept, learned: Learned, step: int) -> None:
         """Write the grid of one concept, ``learned`` without a concept axis."""

@@ -1,5 +1,5 @@
-"""What ships with the package: the model ``tiny-sd``, the concepts ``tiny-sd-examples``, and the
-YAML files of ``configs/``.
+"""What ships with the package: the model ``tiny-sd``, the concepts ``tiny-sd-examples``, the YAML
+files of ``configs/``, and the merges of CLIP's tokenizer.
 
 The names of the model and of the concepts can be given wherever a model or concepts are named. A
 folder of that name in the working directory wins, as for any path. ``tiny-sd/README.md`` is the
@@ -14,6 +14,8 @@ from pathlib import Path
 EMBEDDED_MODEL, EXAMPLE_CONCEPTS = "tiny-sd", "tiny-sd-examples"
 SHIPPED_CONFIGS = Path(__file__).parent / "configs"
 """Folder of the YAML files that have a name, such as ``quickstart``."""
+CLIP_MERGES = Path(__file__).parent / "clip-tokenizer" / "merges.txt.gz"
+"""Hugging Face's merges.txt of CLIP-L, compressed; ``NOTICE`` beside it says whose it is."""
 
 
 def embedded_folder(name: str | Path) -> Path | None:

@@ -27,7 +27,7 @@ from flax import nnx
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.weights.network import Network, abstract_network
-from catversion_jax.models.weights.safetensors_files import open_checkpoint
+from catversion_jax.models.weights.safetensors_files import MOST_LISTED, open_checkpoint
 
 RENAMES: tuple[tuple[str, str], ...] = (
     # AutoencoderKL before diffusers 0.17: the mid block's attention.
@@ -48,9 +48,6 @@ IGNORED = (r"(^|\.)position_ids$",)
 
 PENDING_BYTES = 256 * 1024 * 1024
 """Host arrays whose transfer may be under way at once."""
-
-MOST_LISTED = 40
-"""Names of each kind in a message."""
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 

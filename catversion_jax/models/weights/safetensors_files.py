@@ -45,6 +45,9 @@ DTYPES: dict[str, Any] = {
 HEADER_LIMIT = 32 * 1024 * 1024
 """Bytes of a header; the format allows 100 MB, known models have less than 1 MB."""
 
+MOST_LISTED = 40
+"""Names of tensors of one kind in a message."""
+
 SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 """Plain names: what an index names lies beside it."""
 
@@ -145,6 +148,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
       CatVersionError: not a whole safetensors file, or a dtype that needs dequantization.
     """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """As :func:`read_header`, and the texts that the writer left in ``__metadata__``.
+
+    Raises:
+      CatVersionError: see :func:`read_header`.
+    """
     if path.exists() and not path.is_file():
         raise CatVersionError(f"{path}: is not a regular file. Download it again.")
     size = path.stat().st_size
@@ -171,10 +183,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             f"{path}: damaged safetensors header ({shown(header, 80)} is no object). Download it "
             "again."
         )
-    header.pop("__metadata__", None)
-    return {
+    notes = header.pop("__metadata__", None)
+    metadata = (
+        {k: v for k, v in notes.items() if isinstance(v, str)} if isinstance(notes, dict) else {}
+    )
+    tensors = {
         name: _stored_tensor(path, name, entry, 8 + length, size) for name, entry in header.items()
     }
+    return tensors, metadata
 
 
 def parse_header(data: bytes) -> Any:

@@ -1,0 +1,230 @@
+"""A Stable Diffusion that is one ``.safetensors`` file in the layout of the original code, as a
+model site gives it. Nothing but its header is read until a weight is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.models.clip.vocabulary import clip_tokenizer
+from catversion_jax.models.weights.families import FAMILIES, Family
+from catversion_jax.models.weights.ldm import UNET_PREFIX, VAE_PREFIX, diffusers_tensors
+from catversion_jax.models.weights.safetensors_files import (
+    MOST_LISTED,
+    PICKLED,
+    StoredTensor,
+    read_header_and_metadata,
+)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+_MODELSPEC = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction"}
+_MODELSPEC |= {"v_prediction": "v_prediction", "v-prediction": "v_prediction"}
+
+_WHOLE = "Give a whole Stable Diffusion"
+_OTHER_KINDS: tuple[tuple[str, str], ...] = (
+    (
+        r"(^|[._])lora[._]|\.(hada_w\d|lokr_w\d|oft_blocks|dora_scale)",
+        "is a LoRA, which changes a model and is none. Give the model that it was made for",
+    ),
+    (
+        r"^(emb_params|string_to_param|clip_[lg]|<[^>]*>)$",
+        "is a textual-inversion embedding: a few vectors, no model. Give the model that it was "
+        "made for",
+    ),
+    (
+        r"^text_encoder(_2)?\.layers\.\d+\.(key|value)$",
+        "is a concept of catversion, no model. Give the model that it was trained on",
+    ),
+    (r"^control_model\.", f"is a ControlNet. {_WHOLE}"),
+    (r"double_blocks\.|double_stream_", f"is a FLUX, whose text comes from T5. {_WHOLE}"),
+    (r"joint_blocks\.", f"is a Stable Diffusion 3, which is no U-Net. {_WHOLE} 1.x or 2.x"),
+    (
+        r"^conditioner\.embedders\.0\.model\.",
+        "is the refiner of Stable Diffusion XL, which only finishes images. Give a base model",
+    ),
+    (
+        r"^(down_blocks|up_blocks|mid_block)\.",
+        "is the UNet out of a diffusers folder. Give the folder that holds model_index.json",
+    ),
+    (
+        r"^(text_model\.)?encoder\.layers\.",
+        "is the text encoder out of a diffusers folder. Give the folder that holds "
+        "model_index.json",
+    ),
+    (
+        r"^(encoder|decoder)\.",
+        f"is an autoencoder (VAE) alone: no UNet, no text encoder. {_WHOLE}",
+    ),
+)
+"""A name that only another kind of file has, and the rest of the sentence about that file."""
+
+
+class SingleFile:
+    """The components of one file, by today's names.
+
+    Attributes:
+      path: the file.
+      family: what it is.
+    """
+
+    def __init__(
+        self, path: Path, *, prediction_type: str | None = None, family: Family | None = None
+    ):
+        """Read the header.
+
+        Args:
+          path: a ``.safetensors`` file.
+          prediction_type: ``"epsilon"`` or ``"v_prediction"``, over what the file says.
+          family: what the file is; None recognises it.
+
+        Raises:
+          CatVersionError: another kind of file, which the message names; tensors that have no place
+            in the family, all of them listed; or nobody says the prediction type.
+        """
+        _check_format(path)
+        stored, metadata = read_header_and_metadata(path)
+        self.path = path
+        self.family = family = family or family_of(path, stored)
+        self._components, leftover = diffusers_tensors(stored, family)
+        if leftover:
+            listed = [f"  {name:.200}" for name in leftover[:MOST_LISTED]]
+            more = len(leftover) - len(listed)
+            listed += [f"  and {more} more"] if more else []
+            raise CatVersionError(
+                f"{path}: {len(leftover)} tensors have no place in a {family.name}:\n"
+                + "\n".join(listed)
+                + "\nUse a checkpoint of the original architecture."
+            )
+        self._zero_snr = "ztsnr" in stored
+        self.prediction_type = _prediction_type(path, family, stored, metadata, prediction_type)
+
+    def source(self, component: str) -> str:
+        """What messages call a component."""
+        return f"{self.path} ({component} of a {self.family.name})"
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The family's ``config.json``; the channels of a UNet's input are those of the file."""
+        config = dict(self.family.configs[component])
+        if component != "unet":
+            return config
+        first = self._components["unet"].get("conv_in.weight")
+        if first is not None and len(first.shape) == 4:
+            config["in_channels"] = first.shape[1]
+        if self.prediction_type == "epsilon" and self.family.epsilon_sample_size:
+            config["sample_size"] = self.family.epsilon_sample_size
+        return config
+
+    def tensors(self, component: str) -> Mapping[str, StoredTensor]:
+        """The weights of a component, by today's names."""
+        return self._components[component]
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The family's ``scheduler_config.json`` with the file's prediction type."""
+        config = dict(self.family.scheduler) | {"prediction_type": self.prediction_type}
+        return config | ({"rescale_betas_zero_snr": True} if self._zero_snr else {})
+
+    def tokenizer(self, component: str = "text_encoder") -> Tokenizer:
+        """CLIP's, as the text encoder ``component`` was trained with it."""
+        config = self.family.configs[component]
+        return clip_tokenizer(
+            pad_token=self.family.text_encoders[component].pad_token,
+            context=config["max_position_embeddings"],
+            vocab_size=config["vocab_size"],
+        )
+
+
+def family_of(path: Path, names: Collection[str]) -> Family:
+    """Which family a file with tensors of these ``names`` belongs to.
+
+    Raises:
+      CatVersionError: none, or not the whole of one.
+    """
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    for pattern, what in _OTHER_KINDS:
+        if any(re.search(pattern, name) for name in names):
+            raise CatVersionError(f"{path}: {what}.")
+    if has("model_ema.") and not has(UNET_PREFIX):
+        raise CatVersionError(
+            f"{path}: holds the UNet only as a running mean (model_ema.*), with names without "
+            "dots. Give the file that also has model.diffusion_model.*, often called 'pruned'."
+        )
+    fitting = [f for f in FAMILIES if all(has(p.prefix) for p in f.text_encoders.values())]
+    lacking = [] if fitting else ["text encoder (cond_stage_model.* or conditioner.*)"]
+    lacking += [] if has(UNET_PREFIX) else [f"UNet ({UNET_PREFIX}*)"]
+    lacking += [] if has(VAE_PREFIX) else [f"autoencoder ({VAE_PREFIX}*)"]
+    if len(lacking) == 3:
+        examples = ", ".join(f"{name:.60}" for name in sorted(names)[:3])
+        raise CatVersionError(
+            f"{path}: is no Stable Diffusion checkpoint; its {len(names)} tensors have names such "
+            f"as {examples or '(none)'}. {_WHOLE} in one file, or a diffusers folder."
+        )
+    if lacking:
+        raise CatVersionError(
+            f"{path}: has no {' and no '.join(lacking)}. {_WHOLE}; model sites call such a file "
+            "'full' or 'with baked VAE'."
+        )
+    return fitting[0]
+
+
+def _check_format(path: Path) -> None:
+    """Refuse files of other formats.
+
+    Raises:
+      CatVersionError: it is one.
+    """
+    if not path.is_file():
+        raise CatVersionError(f"{path}: is not a regular file. Give a .safetensors file.")
+    with path.open("rb") as file:
+        start = file.read(4)
+    zipped = start.startswith((b"PK", b"\x80\x02"))  # torch.save since 1.6, and before
+    if zipped or path.suffix.lower() in PICKLED:
+        raise CatVersionError(
+            f"{path}: is a pickled checkpoint, which can run arbitrary code and is not read. Take "
+            "the model's .safetensors file; model sites have one beside it."
+        )
+    if start == b"GGUF":
+        raise CatVersionError(
+            f"{path}: is a quantized GGUF file. Use the model's .safetensors file."
+        )
+
+
+def _prediction_type(
+    path: Path,
+    family: Family,
+    names: Collection[str],
+    metadata: Mapping[str, str],
+    given: str | None,
+) -> str:
+    """What the UNet predicts: as the user says, else the file, else the family.
+
+    Raises:
+      CatVersionError: nobody says it, or it is another one.
+    """
+    stated = metadata.get("modelspec.prediction_type")
+    choice = given
+    if choice is None and stated is not None:
+        choice = _MODELSPEC.get(stated.strip().lower(), stated)
+    if choice is None and ("v_pred" in names or "ztsnr" in names):
+        choice = "v_prediction"
+    if choice is None:
+        choice = family.prediction_type
+    if choice is None:
+        raise CatVersionError(
+            f"{path}: a {family.name} predicts the noise (the 512-pixel base models) or v (the "
+            "768-pixel ones), and this file does not say which. Give prediction_type=epsilon or "
+            "prediction_type=v_prediction; a wrong one draws noise."
+        )
+    if choice not in PREDICTION_TYPES:
+        raise CatVersionError(
+            f"{path}: prediction_type = {choice:.60}, must be one of "
+            f"{', '.join(PREDICTION_TYPES)}. Give prediction_type= with one of them."
+        )
+    return choice

@@ -61,17 +61,24 @@ def small(family: Family) -> Family:
     return dataclasses.replace(family, configs=configs, epsilon_sample_size=None)
 
 
-def random_pipeline(family: Family, folder: Path):
-    """A random pipeline of diffusers' class, saved to ``folder``."""
-    torch.manual_seed(0)
+def random_parts(family: Family) -> dict[str, torch.nn.Module]:
+    """The family's networks of the real classes."""
     configs = family.configs
     parts = {
         "unet": UNet2DConditionModel(**configs["unet"]),
         "vae": AutoencoderKL(**configs["vae"]),
     }
-    for name, place in family.text_encoders.items():
+    for name in family.text_encoders:
         kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
         parts[name] = kind(CLIPTextConfig(**configs[name]))
+    return parts
+
+
+def random_pipeline(family: Family, folder: Path):
+    """A random pipeline of diffusers' class, saved to ``folder``."""
+    torch.manual_seed(0)
+    parts = random_parts(family)
+    for name, place in family.text_encoders.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
         (folder / tokenizer).mkdir(parents=True)
         _write_files(folder / tokenizer, place.pad_token, 77)
@@ -111,6 +118,10 @@ def original_state_dict(pipe, family: Family) -> dict[str, torch.Tensor]:
             made |= {f"{place.prefix}text_model.{name}": tensor for name, tensor in state.items()}
         else:
             made |= {place.prefix + k: v for k, v in open_clip_state_dict(state).items()}
+    attending = {name.split(".")[3] for name in made if re.search(r"output_blocks\.\d+\.1\.", name)}
+    for name in [name for name in made if "UPSAMPLER" in name]:
+        behind = "2" if name.split(".")[3] in attending else "1"
+        made[name.replace("UPSAMPLER", behind)] = made.pop(name)
     return {name: tensor.contiguous().clone() for name, tensor in made.items()}
 
 
@@ -205,12 +216,6 @@ def open_clip_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 def single_file(pipe, family: Family, path: Path, *, extra=None, metadata=None) -> Path:
     """Write ``pipe`` as one file, with what files of the family carry besides weights."""
     state = original_state_dict(pipe, family)
-    attending = {
-        name.split(".")[3] for name in state if re.search(r"output_blocks\.\d+\.1\.", name)
-    }
-    for name in [name for name in state if "UPSAMPLER" in name]:
-        behind = "2" if name.split(".")[3] in attending else "1"
-        state[name.replace("UPSAMPLER", behind)] = state.pop(name)
     if family.name == SD2.name:  # the layer behind the one that feeds the UNet
         prefix = "cond_stage_model.model.transformer.resblocks."
         last = {k: v for k, v in state.items() if k.startswith(f"{prefix}22.")}

@@ -198,8 +198,11 @@ def test_a_wrong_model_folder(said, tmp_path: Path) -> None:
     absent = tmp_path / "no" / "such" / "model"
     said(2, *train(absent, folder, "out"), words=[str(absent), "does not exist", "Check the path"])
     (tmp_path / "model.safetensors").write_bytes(b"")
-    words = ["is a single file", "from_single_file"]
+    words = ["model.safetensors: not a safetensors file", "Download it again"]
     said(2, *train("model.safetensors", folder, "out"), words=words)
+    said(2, *train("other/model.safetensors", folder, "out"), words=["the file does not exist"])
+    address = "https://model.site/models/1?type=model"
+    said(2, *train(address, folder, "out"), words=[address, "Download", "give that file"])
     assert not (tmp_path / "out").exists()
 
 

@@ -148,7 +148,7 @@ def test_usage_errors_give_exit_code_two(
     assert "not found" in text
     code, text = check(capsys, concept(tmp_path / "cup"), "--model", tmp_path / "no_model")
     assert code == 2
-    assert "Give a model folder on disk" in text
+    assert "Give a model folder or file on disk" in text
 
 
 def test_resolution_zero_is_not_the_model_s_own(

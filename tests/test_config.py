@@ -20,8 +20,9 @@ from catversion_jax.config.options import Options, option
 from catversion_jax.errors import CatVersionError
 
 DECIDING = """
-    pretrained_model_name_or_path revision variant method preset base_class dataset_split
-    image_column concept_column base_class_column resolution crop random_flip alpha instance_prompt
+    pretrained_model_name_or_path revision variant prediction_type method preset base_class
+    dataset_split image_column concept_column base_class_column resolution crop random_flip alpha
+    instance_prompt
     num_positions layers logit_bias init init_std adapt scope when snr_gamma masked_training
     unmasked_weight timestep_sampling caption_dropout max_train_steps train_batch_size learning_rate
     lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm

@@ -182,12 +182,16 @@ def test_folder_that_does_not_exist(path):
         load_backbone(path)
 
 
-@pytest.mark.parametrize("name", ["v1-5-pruned.safetensors", "model.ckpt"])
-def test_single_file_checkpoint(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("v1-5-pruned.safetensors", r"not a safetensors file .*Download it again"),
+        ("model.ckpt", r"pickled checkpoint.*from_single_file\(file\).save_pretrained"),
+    ],
+)
+def test_an_empty_single_file(tmp_path, name, remedy):
     (tmp_path / name).touch()
-    with pytest.raises(
-        CatVersionError, match=r"single file.*from_single_file\(file\).save_pretrained"
-    ):
+    with pytest.raises(CatVersionError, match=remedy):
         load_backbone(tmp_path / name)
 
 

@@ -1,22 +1,41 @@
 """Single-file checkpoints against diffusers: the same file gives the same tensors."""
 
+import dataclasses
 import functools
+import json
 import shutil
+import struct
+import types
 
+import jax
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
-from single_files import random_pipeline, single_file, small
+from single_files import (
+    original_state_dict,
+    random_parts,
+    random_pipeline,
+    single_file,
+    small,
+)
 
 from catversion_jax.errors import CatVersionError
+from catversion_jax.models.stable_diffusion import (
+    abstract_backbone,
+    load_backbone,
+    model_resolution,
+)
 from catversion_jax.models.weights.families import FAMILIES, SD1, SD2, SDXL
+from catversion_jax.models.weights.model_files import open_model
 from catversion_jax.models.weights.single_file import SingleFile
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 NAMES = [family.name for family in FAMILIES]
+SD1_TEXT = SD1.text_encoders["text_encoder"].prefix
+ONE = torch.zeros(1, 1)
 BY_NAME = dict(zip(NAMES, FAMILIES, strict=True))
 
 
@@ -82,6 +101,90 @@ def test_diffusers_reads_the_same_tensors_from_the_file(made, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_of_the_full_size_has_its_place(name, tmp_path):
+    family = BY_NAME[name]
+    with torch.device("meta"):
+        parts = random_parts(family)
+    state = original_state_dict(types.SimpleNamespace(**parts), family)
+    header, end = {}, 0
+    for key, tensor in state.items():
+        size = 2 * tensor.numel()
+        header[key] = {
+            "dtype": "F16",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header).encode()
+    file = tmp_path / "full.safetensors"
+    with file.open("wb") as stream:  # the numbers are a hole that takes no room
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
+    ours = SingleFile(file)
+    assert ours.family is family
+    for component in family.configs:
+        shapes = {k: v.squeeze().shape for k, v in state_of(parts[component]).items()}
+        found = {
+            k: torch.Size(n for n in v.shape if n > 1) for k, v in ours.tensors(component).items()
+        }
+        assert found == shapes
+
+
+def test_the_model_is_the_one_of_the_folder(made):
+    family, _, folder, file = made(SD1.name)
+    ours = load_backbone(SingleFile(file, family=family))
+    theirs = load_backbone(folder)
+    for part in ("text_encoder", "unet", "vae"):
+        mine, expected = getattr(ours, part), getattr(theirs, part)
+        assert mine.graphdef == expected.graphdef
+        assert jax.tree.structure(mine.params) == jax.tree.structure(expected.params)
+        for a, b in zip(
+            jax.tree.leaves(mine.params), jax.tree.leaves(expected.params), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+    assert ours.text_encoder_sha256 == theirs.text_encoder_sha256
+    # diffusers wrote its scheduler's own spacing, which the published files leave open
+    expected = dataclasses.replace(theirs.noise_schedule, timestep_spacing=None)
+    assert ours.noise_schedule == expected
+    assert (ours.latent_scale, ours.default_resolution) == (
+        theirs.latent_scale,
+        theirs.default_resolution,
+    )
+    prompts = ["a cat", "two dogs!"]
+    np.testing.assert_array_equal(ours.tokenizer(prompts), theirs.tokenizer(prompts))
+
+
+def test_a_missing_tensor_is_named(made, tmp_path):
+    family, _, _, file = made(SD1.name)
+    state = load_file(file)
+    del state["model.diffusion_model.middle_block.1.norm.weight"]
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(CatVersionError, match=r"1 missing:\n  mid_block.attentions.0.norm.weight"):
+        load_backbone(SingleFile(tmp_path / "short.safetensors", family=family))
+
+
+def test_a_file_is_a_model_wherever_one_is_named(made):
+    _, _, _, file = made(SD1.name)
+    backbone = abstract_backbone(str(file))
+    assert (backbone.name, backbone.folder) == (str(file), file)
+    assert (backbone.default_resolution, backbone.num_text_layers) == (512, 12)
+    _, _, _, file = made(SD2.name)
+    assert model_resolution(open_model(file)) == 768
+    assert model_resolution(open_model(file, prediction_type="epsilon")) == 512
+
+
+def test_what_a_file_cannot_be_is_said(made):
+    file = made(SDXL.name)[-1]
+    with pytest.raises(CatVersionError, match="Stable Diffusion XL has two text encoders"):
+        open_model(file)
+    _, _, folder, file = made(SD1.name)
+    with pytest.raises(CatVersionError, match="is a single file, which has none"):
+        open_model(file, variant="fp16")
+    with pytest.raises(CatVersionError, match="says 'epsilon', and a folder knows"):
+        open_model(folder, prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_family_is_recognised_from_the_names(made, name):
     _, _, _, file = made(name)
     assert SingleFile(file).family is BY_NAME[name]
@@ -96,7 +199,7 @@ def test_tensors_without_a_place_are_listed(made, tmp_path):
     file = single_file(pipe, family, tmp_path / "strange.safetensors", extra=strange)
     with pytest.raises(CatVersionError) as error:
         SingleFile(file, family=family)
-    assert "2 tensors have no place in a Stable Diffusion 1.x" in str(error.value)
+    assert "2 of its tensors have no place in a Stable Diffusion 1.x" in str(error.value)
     assert all(name in str(error.value) for name in strange)
 
 
@@ -124,9 +227,38 @@ def test_a_silent_file_of_sd2_asks_for_the_prediction_type(made, tmp_path):
     family, pipe, _, _ = made(SD2.name)
     file = single_file(pipe, family, tmp_path / "silent.safetensors")
     with pytest.raises(CatVersionError, match=r"prediction_type=epsilon or prediction_type=v_pre"):
-        SingleFile(file)
+        SingleFile(file).scheduler_config()
     with pytest.raises(CatVersionError, match="must be one of epsilon, v_prediction"):
-        SingleFile(file, prediction_type="velocity")
+        SingleFile(file, prediction_type="velocity").scheduler_config()
+
+
+def test_what_no_network_reads_may_be_there(made, tmp_path):
+    family, pipe, _, _ = made(SD1.name)
+    unread = (  # as the original training, kohya and ComfyUI leave it
+        "sqrt_one_minus_alphas_cumprod",
+        "posterior_mean_coef1",
+        "model_ema.diffusion_modelout2weight",
+        "first_stage_model.model_ema.decay",
+        "first_stage_model.loss.discriminator.main.0.weight",
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+        "cond_stage_model.transformer.text_projection.weight",
+        "cond_stage_model.logit_scale",
+        "embedding_manager.placeholder",
+    )
+    extra = {name: torch.zeros(2) for name in unread}
+    file = single_file(pipe, family, tmp_path / "unread.safetensors", extra=extra)
+    found = SingleFile(file, family=family)
+    assert found.tensors("text_encoder").keys() == state_of(pipe.text_encoder).keys()
+    assert found.tensors("unet").keys() == pipe.unet.state_dict().keys()
+
+
+def test_a_long_name_is_read_in_no_time(tmp_path):
+    """It is an attack; a quadratic search would take days."""
+    extra = {"model.diffusion_model." + "x" * 5_000_000: ONE}
+    extra |= {f"{prefix}x": ONE.clone() for prefix in ("first_stage_model.", SD1_TEXT)}
+    save_file(extra, tmp_path / "long.safetensors")
+    with pytest.raises(CatVersionError, match="3 of its tensors have no place"):
+        SingleFile(tmp_path / "long.safetensors")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,7 +272,6 @@ def test_the_tokenizers_are_those_of_the_folder(made, name):
         assert ours.tokenizer(component)(prompts).tolist() == rows
 
 
-ONE = torch.zeros(1, 1)
 OTHER_FILES = {
     "LoRA": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": ONE},
     "LoRA, which changes": {"unet.down_blocks.0.attn1.to_k.lora_A.weight": ONE},

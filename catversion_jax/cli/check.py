@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catversion_jax.assets import embedded_folder
+from catversion_jax.cli.model_arguments import add_prediction_type_argument
 from catversion_jax.concepts import ConceptList, read_concepts
 from catversion_jax.concepts.fields import MASK_POLARITIES, WHEN
 from catversion_jax.concepts.report import ConceptReport, report_concept
 from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.models.weights.model_files import ModelFiles, ModelFolder
+from catversion_jax.models.weights.single_file import SingleFile
 from catversion_jax.runtime.columns import aligned
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -34,9 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_class", help="base class of concepts that do not name their own")
     parser.add_argument(
         "--model",
-        metavar="DIR",
-        help="model folder: also check words and prompts with its tokenizer",
+        metavar="PATH",
+        help="model folder or file: also check words and prompts with its tokenizer",
     )
+    add_prediction_type_argument(parser)
     parser.add_argument(
         "--resolution",
         type=int,
@@ -77,17 +80,23 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = None
     resolution = _SD_RESOLUTION if args.resolution is None else args.resolution
     if args.model is not None:
-        folder = embedded_folder(args.model) or Path(args.model)
-        if not folder.is_dir():
+        path = embedded_folder(args.model) or Path(args.model)
+        files: ModelFiles
+        if path.is_file():
+            files = SingleFile(path, prediction_type=args.prediction_type)
+        elif path.is_dir():
+            files = ModelFolder(path)
+        else:
             raise CatVersionError(
-                f"--model {args.model}: not a folder. Give a model folder on disk, or leave it out."
+                f"--model {args.model}: neither a folder nor a file. Give a model folder or file "
+                "on disk, or leave it out."
             )
-        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+        tokenizer = files.tokenizer()
         if args.resolution is None:
             # imports jax, which the rest of this command does without
             from catversion_jax.models.stable_diffusion import model_resolution
 
-            resolution = model_resolution(folder)
+            resolution = model_resolution(files)
     found = read_concepts(
         args.concepts,
         base_class=args.base_class,

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             revision=args.revision,
             variant=args.variant,
+            prediction_type=args.prediction_type,
             dtype=args.dtype,
             clip=args.clip,
             dino=args.dino,

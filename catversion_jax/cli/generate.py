@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             revision=args.revision,
             variant=args.variant,
+            prediction_type=args.prediction_type,
             dtype=args.dtype,
             negative_prompt=args.negative_prompt,
             force=args.force,

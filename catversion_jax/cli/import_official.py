@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         default="",
-        help="what it was trained on; a local folder also gives the encoder's fingerprint",
+        help="what it was trained on; a local folder or file also gives the encoder's fingerprint",
     )
     add("--variant", help="weight file variant of that folder, for example fp16")
 
@@ -80,17 +80,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _fingerprint(model: str, variant: str | None) -> str:
     """A local text encoder's fingerprint; empty, with a warning, where it is not known."""
-    if not model or not Path(model).expanduser().is_dir():
-        what = f"--model {model}: not a folder here" if model else "no --model"
+    path = Path(model).expanduser()
+    if not model or not path.exists():
+        what = f"--model {model}: not here" if model else "no --model"
         logger.warning(
             "%s, so the concept file states no fingerprint of the text encoder it was trained with "
             "and is not checked against the model it is used with; give --model a local diffusers "
-            "folder for that",
+            "folder or single file for that",
             what,
         )
         return ""
     from catversion_jax.models.weights.fingerprint import text_encoder_sha256
     from catversion_jax.models.weights.safetensors_files import open_checkpoint
+    from catversion_jax.models.weights.single_file import SingleFile
 
-    folder = Path(model).expanduser() / "text_encoder"
-    return text_encoder_sha256(open_checkpoint(folder, variant=variant))
+    if path.is_file():
+        return text_encoder_sha256(SingleFile(path).tensors("text_encoder"))
+    return text_encoder_sha256(open_checkpoint(path / "text_encoder", variant=variant))

@@ -114,7 +114,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> MaskSettings:
     given = {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
-    of_model = [*given, *(k for k in ("revision", "variant", "dtype") if getattr(args, k))]
+    of_model = [
+        *given,
+        *(k for k in ("revision", "variant", "prediction_type", "dtype") if getattr(args, k)),
+    ]
     if args.clipseg is not None and of_model:
         raise CatVersionError(
             f"--{of_model[0]}: is an option of --model and means nothing to --clipseg. Leave it "

@@ -15,9 +15,18 @@ DEFAULTS = SamplingSettings()
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which files of a model are read: ``--revision`` and ``--variant``."""
+    """How a model's files are read: ``--revision``, ``--variant`` and ``--prediction_type``."""
     parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
     parser.add_argument("--variant", help="variant of the weight files, for example fp16")
+    add_prediction_type_argument(parser)
+
+
+def add_prediction_type_argument(parser: argparse.ArgumentParser) -> None:
+    """What the UNet of a single-file model predicts."""
+    parser.add_argument(
+        "--prediction_type",
+        help="of a single-file model that does not say it: epsilon or v_prediction",
+    )
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +46,7 @@ def load_model(args: argparse.Namespace, model: str, *, dtype: str | None = None
         model,
         revision=args.revision,
         variant=args.variant,
+        prediction_type=args.prediction_type,
         dtype=dtype,
         max_devices=1,
     )

@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
     method_for(config.method_options)
     dtype = "float32" if config.mixed_precision == "no" else "bfloat16"
     model = config.pretrained_model_name_or_path
-    backbone = abstract_backbone(model, revision=config.revision, dtype=dtype)
+    backbone = abstract_backbone(
+        model, revision=config.revision, prediction_type=config.prediction_type, dtype=dtype
+    )
     config = dataclasses.replace(
         config,
         resolution=config.resolution or backbone.default_resolution,

@@ -13,8 +13,8 @@ class ModelOptions(Options):
 
     pretrained_model_name_or_path: str = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "Model to personalize: a diffusers folder, a Hugging Face hub id, or tiny-sd, which this "
-        "package contains (official: SD 1.5).",
+        "Model to personalize: a diffusers folder, a single .safetensors file as model sites give "
+        "it, a Hugging Face hub id, or tiny-sd, which this package contains (official: SD 1.5).",
         decides_result=True,
     )
     revision: str | None = option(
@@ -22,4 +22,10 @@ class ModelOptions(Options):
     )
     variant: str | None = option(
         None, "Variant of the model's weight files, for example fp16.", decides_result=True
+    )
+    prediction_type: str | None = option(
+        None,
+        "What the UNet of a single-file model predicts, epsilon or v_prediction, where the file "
+        "does not say it.",
+        decides_result=True,
     )

@@ -46,6 +46,7 @@ def evaluate(
     model: str | Path | Backbone | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    prediction_type: str | None = None,
     dtype: str | None = None,
     clip: str | Path | None = None,
     dino: str | Path | None = None,
@@ -84,6 +85,8 @@ def evaluate(
         hub id, or a backbone that is loaded already. None is the one the run was trained on.
       revision: branch, tag or commit of the hub id.
       variant: variant of the weight files, for instance ``"fp16"``.
+      prediction_type: ``"epsilon"`` or ``"v_prediction"``, for a single-file model that does not
+        say it.
       dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet; None is float32 on CPU, else
         bfloat16.
       clip: a folder of a transformers ``CLIPModel``, which scores; None is the model's own
@@ -168,6 +171,7 @@ def evaluate(
             _model_of(folder) if model is None else model,
             revision=revision,
             variant=variant,
+            prediction_type=prediction_type,
             dtype=dtype,
         )
         _check_concepts(subjects, backbone, force=force)

@@ -1,4 +1,4 @@
-"""All frozen networks of one Stable Diffusion folder."""
+"""All frozen networks of one Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ from catversion_jax.models.unet.config import UNetConfig
 from catversion_jax.models.unet.unet import UNet2DConditionModel
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.models.weights.content_digest import ContentDigest
-from catversion_jax.models.weights.convert import load_network
+from catversion_jax.models.weights.convert import convert_state_dict, load_network
 from catversion_jax.models.weights.fingerprint import text_encoder_sha256
 from catversion_jax.models.weights.hf_config import read_config
-from catversion_jax.models.weights.hub import locate_model
+from catversion_jax.models.weights.model_files import ModelFiles, open_model
 from catversion_jax.models.weights.network import Network, abstract_network
-from catversion_jax.models.weights.safetensors_files import open_checkpoint
-from catversion_jax.models.weights.variants import component_variants
 from catversion_jax.runtime.bucket_paths import home_expanded
 from catversion_jax.runtime.precision import use_full_float32
 from catversion_jax.runtime.sharding import make_mesh, replicated
@@ -51,8 +49,8 @@ class Backbone:
         unscaled. Always float32.
       tokenizer: prompts to token ids.
       noise_schedule: what ``scheduler_config.json`` says.
-      name: the folder or hub id as the user gave it.
-      folder: where it lies on this machine.
+      name: the folder, file or hub id as the user gave it.
+      folder: where it lies on this machine; of a single-file checkpoint, the file.
       text_encoder_sha256: see ``fingerprint.py``.
       num_text_layers: layers of the text encoder that feed the UNet.
       num_heads: attention heads of the text encoder.
@@ -89,39 +87,45 @@ class Backbone:
 
 
 def load_backbone(
-    model: str | Path,
+    model: str | Path | ModelFiles,
     *,
     revision: str | None = None,
     variant: str | None = None,
+    prediction_type: str | None = None,
     dtype: str = "float32",
     sharding: Any = None,
 ) -> Backbone:
     """Load a Stable Diffusion 1.x or 2.x.
 
     Args:
-      model: a diffusers folder, or a Hugging Face hub id.
+      model: a diffusers folder, a Hugging Face hub id, or a ``.safetensors`` file in the layout of
+        the original code; or any of these already opened, and then the next three say nothing.
       revision: branch, tag or commit of the hub id.
       variant: for instance ``"fp16"``: read ``*.fp16.safetensors``, and the plain files of a
         component that has only those.
+      prediction_type: ``"epsilon"`` or ``"v_prediction"``, for a single file that does not say it.
       dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet. With float32, products of
         float32 matrices keep all their bits on accelerators too, in the whole process.
       sharding: where the weights go, as for ``jax.device_put``.
 
     Raises:
-      CatVersionError: the folder, a configuration or the weights cannot be used; the message says
-        which and why.
+      CatVersionError: the folder or file, a configuration or the weights cannot be used; the
+        message says which and why.
     """
-    folder = locate_model(model, revision=revision, variant=variant)
-    variants, digests = component_variants(folder, variant), dict[str, str]()
-    load = functools.partial(
-        _load_component, folder, sharding=sharding, variants=variants, digests=digests
-    )
-    backbone = _assemble(str(model), folder, _dtype(dtype), load)
-    scheduler = read_config(folder / "scheduler", "scheduler_config.json")
-    digests["scheduler"] = ContentDigest().hexdigest(scheduler)
-    checkpoint = open_checkpoint(folder / "text_encoder", variant=variants["text_encoder"])
+    files = model
+    if isinstance(files, str | Path):
+        files = open_model(
+            files, revision=revision, variant=variant, prediction_type=prediction_type
+        )
+    name = str(model) if isinstance(model, str | Path) else str(files.path)
+    digests = dict[str, str]()
+    load = functools.partial(_load_component, files, sharding=sharding, digests=digests)
+    backbone = _assemble(name, files, _dtype(dtype), load)
+    digests["scheduler"] = ContentDigest().hexdigest(files.scheduler_config())
     return dataclasses.replace(
-        backbone, text_encoder_sha256=text_encoder_sha256(checkpoint), digests=digests
+        backbone,
+        text_encoder_sha256=text_encoder_sha256(files.tensors("text_encoder")),
+        digests=digests,
     )
 
 
@@ -130,6 +134,7 @@ def load_model(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    prediction_type: str | None = None,
     dtype: str | None = None,
     max_devices: int | None = None,
 ) -> Backbone:
@@ -139,6 +144,7 @@ def load_model(
       model: as for :func:`load_backbone`; a backbone is returned as it is.
       revision: branch, tag or commit of the hub id.
       variant: variant of the weight files.
+      prediction_type: of a single file that does not say it.
       dtype: of text encoder and UNet; None is :func:`default_dtype`.
       max_devices: so many devices at most receive a copy.
 
@@ -151,43 +157,44 @@ def load_model(
         model,
         revision=revision,
         variant=variant,
+        prediction_type=prediction_type,
         dtype=dtype or default_dtype(),
         sharding=replicated(make_mesh(1, jax.local_devices()[:max_devices])),
     )
 
 
 def abstract_backbone(
-    model: str | Path, *, revision: str | None = None, dtype: str = "float32"
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    prediction_type: str | None = None,
+    dtype: str = "float32",
 ) -> Backbone:
     """The same without weights: leaves are ``jax.ShapeDtypeStruct``. Reads, or downloads, nothing
     but configurations and the tokenizer.
 
     Raises:
-      CatVersionError: the folder or a configuration cannot be used.
+      CatVersionError: the folder or file, or a configuration, cannot be used.
     """
-    folder = locate_model(model, revision=revision, weights=False)
+    files = open_model(model, revision=revision, prediction_type=prediction_type, weights=False)
 
     def shapes(name: str, module_fn: Callable[[nnx.Rngs], nnx.Module], weights: Any) -> Network:
         del name, weights
         return abstract_network(module_fn)
 
-    return _assemble(str(model), folder, _dtype(dtype), shapes)
+    return _assemble(str(model), files, _dtype(dtype), shapes)
 
 
-def _assemble(name: str, folder: Path, weights: Any, load: Callable[..., Network]) -> Backbone:
+def _assemble(name: str, files: ModelFiles, weights: Any, load: Callable[..., Network]) -> Backbone:
     if weights == jnp.float32:
         use_full_float32()
-    text_config = _parsed(CLIPTextConfig.from_hf, folder, "text_encoder")
-    unet_config = _parsed(UNetConfig.from_hf, folder, "unet")
-    vae_config = _parsed(VAEConfig.from_hf, folder, "vae")
-    _check_components_fit(folder, text_config, unet_config, vae_config)
-    noise_schedule = NoiseScheduleConfig.from_scheduler_config(
-        read_config(folder / "scheduler", "scheduler_config.json")
-    )
-    tokenizer = Tokenizer.from_folder(
-        folder / "tokenizer",
-        context=text_config.max_position_embeddings,
-        vocab_size=text_config.vocab_size,
+    text_config = _parsed(CLIPTextConfig.from_hf, files, "text_encoder")
+    unet_config = _parsed(UNetConfig.from_hf, files, "unet")
+    vae_config = _parsed(VAEConfig.from_hf, files, "vae")
+    _check_components_fit(files.path, text_config, unet_config, vae_config)
+    noise_schedule = NoiseScheduleConfig.from_scheduler_config(files.scheduler_config())
+    tokenizer = files.tokenizer(
+        context=text_config.max_position_embeddings, vocab_size=text_config.vocab_size
     )
 
     def text_encoder(rngs: nnx.Rngs) -> CLIPTextModel:
@@ -206,7 +213,7 @@ def _assemble(name: str, folder: Path, weights: Any, load: Callable[..., Network
         tokenizer=tokenizer,
         noise_schedule=noise_schedule,
         name=name,
-        folder=folder,
+        folder=files.path,
         text_encoder_sha256="",
         num_text_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,
@@ -218,43 +225,41 @@ def _assemble(name: str, folder: Path, weights: Any, load: Callable[..., Network
     )
 
 
-def _parsed(from_hf: Callable[..., T], folder: Path, component: str) -> T:
+def _parsed(from_hf: Callable[..., T], files: ModelFiles, component: str) -> T:
     """The ``config.json`` of one component."""
-    source = str(folder / component / "config.json")
-    return from_hf(read_config(folder / component), source=source)
+    return from_hf(files.config(component), source=files.config_source(component))
 
 
-def model_resolution(folder: Path) -> int:
-    """Pixels per side that the model in ``folder`` was trained on; only configurations are read.
+def model_resolution(files: ModelFiles) -> int:
+    """Pixels per side that a model was trained on; only configurations are read.
 
     Raises:
       CatVersionError: the configuration of the UNet or the autoencoder cannot be used.
     """
-    unet_config = _parsed(UNetConfig.from_hf, folder, "unet")
-    return unet_config.sample_size * _parsed(VAEConfig.from_hf, folder, "vae").downsampling
+    unet_config = _parsed(UNetConfig.from_hf, files, "unet")
+    return unet_config.sample_size * _parsed(VAEConfig.from_hf, files, "vae").downsampling
 
 
 def _load_component(
-    folder: Path,
+    files: ModelFiles,
     name: str,
     module_fn: Callable[[nnx.Rngs], nnx.Module],
     dtype: Any,
     *,
     sharding: Any,
-    variants: Mapping[str, str | None],
     digests: dict[str, str],
 ) -> Network:
     """Read one component; its digest goes into ``digests``."""
     content = ContentDigest()
-    network = load_network(
-        module_fn,
-        folder / name,
+    network = convert_state_dict(
+        files.tensors(name),
+        abstract_network(module_fn),
         dtype=dtype,
         sharding=sharding,
-        variant=variants[name],
+        source=files.source(name),
         on_weight=content.add,
     )
-    digests[name] = content.hexdigest(read_config(folder / name))
+    digests[name] = content.hexdigest(files.config(name))
     return network
 
 

@@ -58,6 +58,7 @@ def generate(
     model: str | Path | Backbone | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    prediction_type: str | None = None,
     dtype: str | None = None,
     seeds: int | Sequence[int] = 0,
     negative_prompt: str = "",
@@ -86,11 +87,13 @@ def generate(
       concepts: the path of a concept file or of its folder (``"path:0.8"`` gives a scale), a
         ``Concept`` as ``load_concept`` returns it, a pair of one of these and its scale, a sequence
         of such, or a mapping from path to scale.
-      model: a diffusers folder, a Hugging Face hub id, or a backbone that ``load_backbone``
-        returned, so that several calls load it once. None is the model that the concepts were
-        trained on.
+      model: a diffusers folder, a ``.safetensors`` file, a Hugging Face hub id, or a backbone that
+        ``load_backbone`` returned, so that several calls load it once. None is the model that the
+        concepts were trained on.
       revision: branch, tag or commit of the hub id.
       variant: variant of the weight files, for instance ``"fp16"``.
+      prediction_type: ``"epsilon"`` or ``"v_prediction"``, for a single-file model that does not
+        say it.
       dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet; None is float32 on CPU, else
         bfloat16.
       seeds: one image is drawn for every prompt and seed; each within 0..2**32 - 1.
@@ -157,6 +160,7 @@ def generate(
             model=model,
             revision=revision,
             variant=variant,
+            prediction_type=prediction_type,
             dtype=dtype,
             negative_prompt=negative_prompt,
             force=force,
@@ -198,6 +202,7 @@ def generated_pages(
     model: str | Path | Backbone | None,
     revision: str | None,
     variant: str | None,
+    prediction_type: str | None,
     dtype: str | None,
     negative_prompt: str,
     force: bool,
@@ -221,6 +226,7 @@ def generated_pages(
         shelf.base_model() if model is None else model,
         revision=revision,
         variant=variant,
+        prediction_type=prediction_type,
         dtype=dtype,
         max_devices=len(requests),
     )

@@ -152,6 +152,7 @@ def _load(config: TrainConfig, mesh: Mesh) -> Backbone:
         config.pretrained_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
+        prediction_type=config.prediction_type,
         dtype=dtype,
         sharding=replicated(mesh),
     )

@@ -72,7 +72,6 @@ def load_network(
     sharding: Any = None,
     variant: str | None = None,
     ignore: Sequence[str] = (),
-    on_weight: Callable[[str, np.ndarray], None] | None = None,
 ) -> Network:
     """Build a network and fill it from a folder's safetensors.
 
@@ -83,7 +82,6 @@ def load_network(
       sharding: where the weights go, as for ``jax.device_put``.
       variant: for instance ``"fp16"``.
       ignore: regular expressions of tensor names that belong to parts this network does not have.
-      on_weight: see :func:`convert_state_dict`.
 
     Raises:
       CatVersionError: see :func:`convert_state_dict` and
@@ -98,7 +96,6 @@ def load_network(
         sharding=sharding,
         source=str(folder),
         ignore=ignore,
-        on_weight=on_weight,
     )
 
 

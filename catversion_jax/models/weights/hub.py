@@ -12,6 +12,7 @@ from catversion_jax.assets import EMBEDDED_MODEL, embedded_folder
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.weights.model_index import component_class, read_model_index
 from catversion_jax.models.weights.safetensors_files import (
+    PICKLED,
     STEMS,
     missing_weights,
     shard_patterns,
@@ -21,6 +22,9 @@ from catversion_jax.models.weights.variants import COMPONENTS, weights_of, witho
 from catversion_jax.runtime.bucket_paths import home_expanded
 
 FILES_EXPECTED = "model_index.json, text_encoder/, unet/, vae/, tokenizer/ and scheduler/"
+
+WEIGHT_FILES = (".safetensors", *PICKLED)
+"""Endings of single-file checkpoints."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -44,12 +48,19 @@ def locate_model(
       CatVersionError: no such folder, not a diffusers folder, or it cannot be downloaded.
     """
     path = embedded_folder(model) or home_expanded(model)
+    if str(model).startswith(("http://", "https://")):
+        raise CatVersionError(
+            f"{model}: is an address. Download the model's .safetensors file, and give that file; "
+            "of a Hugging Face model give owner/name."
+        )
     if path.is_file():
         raise CatVersionError(
-            f"{model}: is a single file; a diffusers folder ({FILES_EXPECTED}) is needed. Convert "
-            "it once in PyTorch: "
+            f"{model}: is a single file; a diffusers folder ({FILES_EXPECTED}) is needed here. "
+            "Convert it once in PyTorch: "
             "diffusers.StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)."
         )
+    if path.suffix in WEIGHT_FILES and not path.exists():
+        raise CatVersionError(f"{model}: the file does not exist. Check the path.")
     if path.is_dir():
         folder = path
     elif isinstance(model, str) and HUB_ID.fullmatch(model):

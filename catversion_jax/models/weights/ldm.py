@@ -163,7 +163,8 @@ def _tables(family: Family) -> list[tuple[str, str, Table]]:
 
 def _renamed(name: str, table: Table) -> str | None:
     """``name`` with the longest prefix that ``table`` has replaced; None where it has none."""
-    for end in range(len(name), 0, -1):
+    longest = max(map(len, table), default=0)
+    for end in range(min(len(name), longest), 0, -1):
         if (here := table.get(name[:end])) is not None:
             return here + name[end:]
     return None
@@ -228,11 +229,15 @@ def _open_clip_table(config: Config) -> Table:
 
 
 def _is_unused(name: str, component: str, family: Family) -> bool:
-    """Whether a tensor belongs to the part of OpenCLIP behind the layer that feeds the UNet."""
+    """Whether a tensor belongs to the part of a text encoder behind the layer that feeds the UNet:
+    its projection, which ComfyUI saves for every encoder, and OpenCLIP's last layer.
+    """
     place = family.text_encoders.get(component)
-    if place is None or place.layout != "open_clip":
+    if place is None:
         return False
     name = name.removeprefix(place.prefix)
+    if place.layout == "clip":
+        return name == f"{_PROJECTION}.weight"
     next_layer = family.configs[component]["num_hidden_layers"]
     return name == _PROJECTION or name.startswith(f"transformer.resblocks.{next_layer}.")
 

@@ -4,6 +4,7 @@ model site gives it. Nothing but its header is read until a weight is asked for.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -84,7 +85,7 @@ class SingleFile:
 
         Raises:
           CatVersionError: another kind of file, which the message names; tensors that have no place
-            in the family, all of them listed; or nobody says the prediction type.
+            in the family, all of them listed.
         """
         _check_format(path)
         stored, metadata = read_header_and_metadata(path)
@@ -96,27 +97,63 @@ class SingleFile:
             more = len(leftover) - len(listed)
             listed += [f"  and {more} more"] if more else []
             raise CatVersionError(
-                f"{path}: {len(leftover)} tensors have no place in a {family.name}:\n"
+                f"{path}: {len(leftover)} of its tensors have no place in a {family.name}:\n"
                 + "\n".join(listed)
                 + "\nUse a checkpoint of the original architecture."
             )
         self._zero_snr = "ztsnr" in stored
-        self.prediction_type = _prediction_type(path, family, stored, metadata, prediction_type)
+        self._predicts_v = self._zero_snr or "v_pred" in stored
+        self._stated = metadata.get("modelspec.prediction_type")
+        self._given = prediction_type
 
     def source(self, component: str) -> str:
-        """What messages call a component."""
+        """What messages call a component's weights."""
         return f"{self.path} ({component} of a {self.family.name})"
 
+    def config_source(self, component: str) -> str:
+        """What messages call a component's configuration."""
+        return self.source(component)
+
+    @functools.cached_property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: as the user says, else the file, else the family.
+
+        Raises:
+          CatVersionError: nobody says it, or it is another one.
+        """
+        choice = self._given
+        if choice is None and self._stated is not None:
+            choice = _MODELSPEC.get(self._stated.strip().lower(), self._stated)
+        if choice is None:
+            choice = "v_prediction" if self._predicts_v else self.family.prediction_type
+        if choice is None:
+            raise CatVersionError(
+                f"{self.path}: a {self.family.name} predicts the noise (the 512-pixel base models) "
+                "or v (the 768-pixel ones), and this file does not say which. Give "
+                "prediction_type=epsilon or prediction_type=v_prediction; a wrong one draws noise."
+            )
+        if choice not in PREDICTION_TYPES:
+            raise CatVersionError(
+                f"{self.path}: prediction_type = {choice:.60}, must be one of "
+                f"{', '.join(PREDICTION_TYPES)}. Give prediction_type= with one of them."
+            )
+        return choice
+
     def config(self, component: str) -> dict[str, Any]:
-        """The family's ``config.json``; the channels of a UNet's input are those of the file."""
+        """The family's ``config.json``; the channels of a UNet's input are those of the file.
+
+        Raises:
+          CatVersionError: of the UNet, where :attr:`prediction_type` decides its resolution.
+        """
         config = dict(self.family.configs[component])
         if component != "unet":
             return config
         first = self._components["unet"].get("conv_in.weight")
         if first is not None and len(first.shape) == 4:
             config["in_channels"] = first.shape[1]
-        if self.prediction_type == "epsilon" and self.family.epsilon_sample_size:
-            config["sample_size"] = self.family.epsilon_sample_size
+        smaller = self.family.epsilon_sample_size
+        if smaller is not None and self.prediction_type == "epsilon":
+            config["sample_size"] = smaller
         return config
 
     def tensors(self, component: str) -> Mapping[str, StoredTensor]:
@@ -124,17 +161,27 @@ class SingleFile:
         return self._components[component]
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The family's ``scheduler_config.json`` with the file's prediction type."""
+        """The family's ``scheduler_config.json`` with the file's prediction type.
+
+        Raises:
+          CatVersionError: see :attr:`prediction_type`.
+        """
         config = dict(self.family.scheduler) | {"prediction_type": self.prediction_type}
         return config | ({"rescale_betas_zero_snr": True} if self._zero_snr else {})
 
-    def tokenizer(self, component: str = "text_encoder") -> Tokenizer:
+    def tokenizer(
+        self,
+        component: str = "text_encoder",
+        *,
+        context: int | None = None,
+        vocab_size: int | None = None,
+    ) -> Tokenizer:
         """CLIP's, as the text encoder ``component`` was trained with it."""
         config = self.family.configs[component]
         return clip_tokenizer(
             pad_token=self.family.text_encoders[component].pad_token,
-            context=config["max_position_embeddings"],
-            vocab_size=config["vocab_size"],
+            context=context or config["max_position_embeddings"],
+            vocab_size=vocab_size or config["vocab_size"],
         )
 
 
@@ -188,43 +235,11 @@ def _check_format(path: Path) -> None:
     if zipped or path.suffix.lower() in PICKLED:
         raise CatVersionError(
             f"{path}: is a pickled checkpoint, which can run arbitrary code and is not read. Take "
-            "the model's .safetensors file; model sites have one beside it."
+            "the model's .safetensors file, which model sites have beside it; or, if you trust it, "
+            "convert it once in PyTorch: "
+            "diffusers.StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)."
         )
     if start == b"GGUF":
         raise CatVersionError(
             f"{path}: is a quantized GGUF file. Use the model's .safetensors file."
         )
-
-
-def _prediction_type(
-    path: Path,
-    family: Family,
-    names: Collection[str],
-    metadata: Mapping[str, str],
-    given: str | None,
-) -> str:
-    """What the UNet predicts: as the user says, else the file, else the family.
-
-    Raises:
-      CatVersionError: nobody says it, or it is another one.
-    """
-    stated = metadata.get("modelspec.prediction_type")
-    choice = given
-    if choice is None and stated is not None:
-        choice = _MODELSPEC.get(stated.strip().lower(), stated)
-    if choice is None and ("v_pred" in names or "ztsnr" in names):
-        choice = "v_prediction"
-    if choice is None:
-        choice = family.prediction_type
-    if choice is None:
-        raise CatVersionError(
-            f"{path}: a {family.name} predicts the noise (the 512-pixel base models) or v (the "
-            "768-pixel ones), and this file does not say which. Give prediction_type=epsilon or "
-            "prediction_type=v_prediction; a wrong one draws noise."
-        )
-    if choice not in PREDICTION_TYPES:
-        raise CatVersionError(
-            f"{path}: prediction_type = {choice:.60}, must be one of "
-            f"{', '.join(PREDICTION_TYPES)}. Give prediction_type= with one of them."
-        )
-    return choice

@@ -1,0 +1,139 @@
+"""The files of a model by component, whatever form they come in: a diffusers folder, or one
+single-file checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from catversion_jax.assets import embedded_folder
+from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.models.weights.hf_config import read_config
+from catversion_jax.models.weights.hub import locate_model
+from catversion_jax.models.weights.safetensors_files import StoredTensor, open_checkpoint
+from catversion_jax.models.weights.single_file import SingleFile
+from catversion_jax.models.weights.variants import component_variants
+from catversion_jax.runtime.bucket_paths import home_expanded
+
+
+class ModelFiles(Protocol):
+    """What a model consists of."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies on this machine."""
+
+    def source(self, component: str) -> str:
+        """What messages call a component's weights."""
+
+    def config_source(self, component: str) -> str:
+        """What messages call a component's configuration."""
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's ``config.json``."""
+
+    def tensors(self, component: str) -> Mapping[str, StoredTensor]:
+        """A component's weights by PyTorch name; values are read when asked for."""
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """``scheduler_config.json``."""
+
+    def tokenizer(self, *, context: int | None = None, vocab_size: int | None = None) -> Tokenizer:
+        """The tokenizer of the text encoder, of which the positions and embeddings are given where
+        they are known.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A diffusers folder.
+
+    Attributes:
+      path: the folder.
+      variants: of the weight files, by component; none where no weights are read.
+    """
+
+    path: Path
+    variants: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+
+    def source(self, component: str) -> str:
+        """The component's folder."""
+        return str(self.path / component)
+
+    def config_source(self, component: str) -> str:
+        """The component's ``config.json``."""
+        return str(self.path / component / "config.json")
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The content of the component's ``config.json``."""
+        return read_config(self.path / component)
+
+    def tensors(self, component: str) -> Mapping[str, StoredTensor]:
+        """The tensors of the component's safetensors."""
+        return open_checkpoint(self.path / component, variant=self.variants[component])
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The content of ``scheduler/scheduler_config.json``."""
+        return read_config(self.path / "scheduler", "scheduler_config.json")
+
+    def tokenizer(self, *, context: int | None = None, vocab_size: int | None = None) -> Tokenizer:
+        """The tokenizer of the folder ``tokenizer``."""
+        return Tokenizer.from_folder(
+            self.path / "tokenizer", context=context, vocab_size=vocab_size
+        )
+
+
+def open_model(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    weights: bool = True,
+) -> ModelFiles:
+    """The files of a Stable Diffusion 1.x or 2.x.
+
+    Args:
+      model: a diffusers folder, a Hugging Face hub id, a ``.safetensors`` file in the original
+        layout, or ``tiny-sd``.
+      revision: branch, tag or commit of the hub id.
+      variant: variant of a folder's weight files, for instance ``"fp16"``.
+      prediction_type: what the UNet predicts, where a single file does not say it.
+      weights: whether weights are wanted; without them nothing but configurations is downloaded.
+
+    Raises:
+      CatVersionError: it is none of these, or cannot be used; the message says why.
+    """
+    if embedded_folder(model) is None and home_expanded(model).is_file():
+        return _open_file(home_expanded(model), revision, variant, prediction_type)
+    folder = locate_model(model, revision=revision, variant=variant, weights=weights)
+    files = ModelFolder(folder, component_variants(folder, variant) if weights else {})
+    if prediction_type is not None:
+        stated = files.scheduler_config().get("prediction_type", "epsilon")
+        if stated != prediction_type:
+            raise CatVersionError(
+                f"prediction_type={prediction_type}: {folder / 'scheduler'} says {shown(stated)}, "
+                "and a folder knows. Leave prediction_type out, or correct scheduler_config.json."
+            )
+    return files
+
+
+def _open_file(
+    path: Path, revision: str | None, variant: str | None, prediction_type: str | None
+) -> SingleFile:
+    for name, value in (("revision", revision), ("variant", variant)):
+        if value is not None:
+            raise CatVersionError(
+                f"{name}={value}: {path} is a single file, which has none. Leave {name} out."
+            )
+    files = SingleFile(path, prediction_type=prediction_type)
+    if "text_encoder_2" in files.family.configs:
+        raise CatVersionError(
+            f"{path}: a {files.family.name} has two text encoders; supported are Stable Diffusion "
+            "1.x and 2.x. Use such a model."
+        )
+    return files

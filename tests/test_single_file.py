@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,7 +23,9 @@ from single_files import (
     small,
 )
 
+from catversion_jax.cli import main
 from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.concept_file import load_concept
 from catversion_jax.models.stable_diffusion import (
     abstract_backbone,
     load_backbone,
@@ -171,6 +174,18 @@ def test_a_file_is_a_model_wherever_one_is_named(made):
     _, _, _, file = made(SD2.name)
     assert model_resolution(open_model(file)) == 768
     assert model_resolution(open_model(file, prediction_type="epsilon")) == 512
+
+
+def test_an_imported_concept_states_the_fingerprint_of_a_file(made, tmp_path):
+    _, _, folder, file = made(SD1.name)
+    found = []
+    for model in (folder, file):
+        adapter = Path(__file__).parent / "data" / "official_adapters" / "teddybear"
+        output = tmp_path / model.name
+        arguments = ("--base_class", "bear", "--model", str(model), "--output_dir", str(output))
+        assert main(["import", str(adapter), *arguments]) == 0
+        found.append(load_concept(output / "teddybear").text_encoder_sha256)
+    assert found[0] == found[1] != ""
 
 
 def test_what_a_file_cannot_be_is_said(made):

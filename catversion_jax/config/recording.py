@@ -67,6 +67,12 @@ class RecordingOptions(Options):
         decides_result=False,
         at_least=0.0,
     )
+    validation_vae: str | None = option(
+        None,
+        "Folder of a tiny autoencoder (AutoencoderTiny: taesd, or taesdxl for XL) that decodes the "
+        "sample grids in a fraction of the time; null takes the model's own.",
+        decides_result=False,
+    )
     checkpointing_steps: int = option(
         250,
         "Number of steps between Orbax checkpoints, from which an interrupted run continues "

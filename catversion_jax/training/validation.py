@@ -12,6 +12,7 @@ from catversion_jax.config import RecordingOptions
 from catversion_jax.config.sampling import grid_settings
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.tiny_vae import with_tiny_vae
 from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.sampling.denoising import checked_sampler, draw_requests
 from catversion_jax.sampling.grids import image_grid
@@ -24,7 +25,9 @@ class SampleGrids:
     """Draws the grids of one run; the plain model's images are drawn once per prompt and seed."""
 
     def __init__(self, backbone: Backbone, options: RecordingOptions, resolution: int):
-        self._backbone, self._options = backbone, options
+        self._options = options
+        tiny = options.validation_vae
+        self._backbone = backbone if tiny is None else with_tiny_vae(backbone, tiny)
         self._plain: dict[tuple[str, int], np.ndarray] = {}
         settings = grid_settings(
             options.validation_inference_steps,

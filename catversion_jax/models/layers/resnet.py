@@ -85,6 +85,7 @@ class LayerFactory:
         kernel_size: int = 3,
         strides: int = 1,
         padding: tuple[tuple[int, int], tuple[int, int]] = PAD_AROUND,
+        use_bias: bool = True,
     ) -> nnx.Conv:
         """A convolution ``[B h w in] -> [B h' w' out]``."""
         return nnx.Conv(
@@ -93,6 +94,7 @@ class LayerFactory:
             kernel_size=(kernel_size, kernel_size),
             strides=(strides, strides),
             padding=padding,
+            use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.dtype,
             rngs=self.rngs,

@@ -20,7 +20,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from catversion_jax.models.clip.vocabulary import _write_files
+from catversion_jax.models.clip.vocabulary import write_clip_tokenizer
 from catversion_jax.models.weights.families import SD1, SD2, SDXL, Family
 
 UNET = {
@@ -81,7 +81,7 @@ def random_pipeline(family: Family, folder: Path):
     for name, place in family.text_encoders.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
         (folder / tokenizer).mkdir(parents=True)
-        _write_files(folder / tokenizer, place.pad_token, 77)
+        write_clip_tokenizer(folder / tokenizer, place.pad_token, 77)
         parts[tokenizer] = CLIPTokenizer.from_pretrained(folder / tokenizer)
     for part in parts.values():
         if isinstance(part, torch.nn.Module):

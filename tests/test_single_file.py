@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders import single_file_utils
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import (
     original_state_dict,
@@ -174,6 +175,19 @@ def test_a_file_is_a_model_wherever_one_is_named(made):
     _, _, _, file = made(SD2.name)
     assert model_resolution(open_model(file)) == 768
     assert model_resolution(open_model(file, prediction_type="epsilon")) == 512
+
+
+def test_check_reads_words_and_resolution_of_a_file(made, tmp_path, capsys):
+    file = made(SD2.name)[-1]
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (600, 600, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "concept.json").write_text(json.dumps({"base_class": "x " * 75 + "x"}))
+    for given, smaller in (((), True), (("--prediction_type", "epsilon"), False)):
+        main(["check", str(tmp_path), "--model", str(file), *given])
+        text = capsys.readouterr().out
+        assert "has 76 tokens, the model reads only 75" in text
+        assert ("smaller than 768" in text) == smaller
 
 
 def test_an_imported_concept_states_the_fingerprint_of_a_file(made, tmp_path):

@@ -38,13 +38,18 @@ def clip_tokenizer(
       CatVersionError: the encoder has fewer embeddings than there are tokens.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _write_files(Path(folder), pad_token, context)
+        write_clip_tokenizer(Path(folder), pad_token, context)
         return Tokenizer.from_folder(folder, context=context, vocab_size=vocab_size)
 
 
-def _write_files(folder: Path, pad_token: str, context: int) -> None:
-    """The files that transformers' CLIPTokenizer reads; its constructor takes other arguments in
-    version 5 than in 4.
+def write_clip_tokenizer(folder: Path, pad_token: str, context: int) -> None:
+    """Write the files that transformers' CLIPTokenizer reads; its constructor takes other arguments
+    in version 5 than in 4.
+
+    Args:
+      folder: exists, and receives ``merges.txt``, ``vocab.json`` and ``tokenizer_config.json``.
+      pad_token: fills a prompt up to ``context`` tokens.
+      context: positions of the text encoder.
     """
     merges = gzip.decompress(CLIP_MERGES.read_bytes()).decode()
     settings = {

@@ -50,6 +50,18 @@ SD2_LIKE = (
         "attention_head_dim": [2, 4, 6],
     }
 )
+POOLED, TIME_WIDTH = 12, 8
+XL_LIKE = SD2_LIKE | {
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": TIME_WIDTH,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4],
+    "projection_class_embeddings_input_dim": POOLED + 6 * TIME_WIDTH,
+    "transformer_layers_per_block": [1, 2],
+}
 FORWARD = {
     "only-cross": SD1_LIKE
     | {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
+from torch_reference import SDXL_UNET
 
 from catversion_jax.diffusion import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError
@@ -33,6 +34,7 @@ SECONDS = 5
 READERS = {
     "text_encoder": CLIPTextConfig.from_hf,
     "unet": UNetConfig.from_hf,
+    "unet of XL": UNetConfig.from_hf,
     "vae": VAEConfig.from_hf,
     "clip": CLIPConfig.from_hf,
     "vit": ViTConfig.from_vit,
@@ -51,6 +53,8 @@ def config_of(embedded_model: Path, component: str) -> dict:
         counts = {"num_hidden_layers": 2, "num_attention_heads": 3, "num_channels": 3}
         rest = {"hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6}
         return {"model_type": "vit", **sizes, **counts, **rest}
+    if component == "unet of XL":
+        return SDXL_UNET
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
     return json.loads((embedded_model / component / name).read_text())
 

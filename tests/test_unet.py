@@ -14,11 +14,23 @@ torch = pytest.importorskip(
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install '.[test]'")
 
 from diffusers.models.embeddings import get_timestep_embedding  # noqa: E402
-from small_networks import FORWARD, QUICK, SD1_LIKE, SD2_KEYS, SD2_LIKE, build, forward  # noqa: E402
+from small_networks import (  # noqa: E402
+    FORWARD,
+    POOLED,
+    QUICK,
+    SD1_LIKE,
+    SD2_KEYS,
+    SD2_LIKE,
+    TIME_WIDTH,
+    XL_LIKE,
+    build,
+    forward,
+)
 from torch_reference import (  # noqa: E402
     BK_SDM_UNETS,
     SD15_UNET,
     SD21_UNET,
+    SDXL_UNET,
     SEGMIND_UNETS,
     draw,
     nchw,
@@ -31,11 +43,15 @@ from catversion_jax.errors import CatVersionError  # noqa: E402
 from catversion_jax.models.layers.recompute import recomputed  # noqa: E402
 from catversion_jax.models.layers.resnet import LayerFactory  # noqa: E402
 from catversion_jax.models.unet.config import UNetConfig  # noqa: E402
+from catversion_jax.models.unet.embeddings import (  # noqa: E402
+    AddedConditions,
+    timestep_embedding,
+)
 from catversion_jax.models.unet.transformer import (  # noqa: E402
     FEED_FORWARD_SLICE,
     BasicTransformerBlock,
 )
-from catversion_jax.models.unet.unet import UNet2DConditionModel, timestep_embedding  # noqa: E402
+from catversion_jax.models.unet.unet import UNet2DConditionModel  # noqa: E402
 from catversion_jax.models.weights.convert import Parameter, load_network  # noqa: E402
 from catversion_jax.models.weights.network import Network, abstract_network  # noqa: E402
 
@@ -95,6 +111,61 @@ def test_other_configurations_equal_diffusers(name):
     )
     expected = reference(nchw(sample), torch.tensor(timesteps), torch.tensor(text)).sample
     assert relative_error(forward(unet, sample, timesteps, text), nhwc(expected)) < 1e-4
+
+
+TIME_IDS = np.array([[768, 1024, 0, 96, 1024, 1024], [512, 640, 12, 0, 896, 1152]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def xl_pair():
+    return build(XL_LIKE)
+
+
+def test_added_conditions_equal_diffusers(xl_pair):
+    """The prediction, and its gradient to the states of the prompt and to their pooled state."""
+    reference, unet = xl_pair
+    sample, weight, steps = draw(2, 8, 12, 4, seed=1), draw(2, 8, 12, 4, seed=3), np.array([3, 981])
+    text, pooled = draw(2, 7, 24, seed=2), draw(2, POOLED, seed=4)
+    given = [torch.tensor(array, requires_grad=True) for array in (text, pooled)]
+    added = {"text_embeds": given[1], "time_ids": torch.tensor(TIME_IDS)}
+    expected = reference(
+        nchw(sample), torch.tensor(steps), given[0], added_cond_kwargs=added
+    ).sample
+    (expected * nchw(weight)).sum().backward()
+
+    @jax.jit(compiler_options=QUICK)
+    def gradients(unet, text, pooled):
+        def weighted(text, pooled):
+            prediction = unet(sample, steps, text, added=AddedConditions(pooled, TIME_IDS))
+            return (prediction * weight).sum(), prediction
+
+        return jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(text, pooled)
+
+    (_, prediction), found = gradients(unet, text, pooled)
+    assert relative_error(prediction, nhwc(expected)) < 1e-4
+    for ours, tensor in zip(found, given, strict=True):
+        assert relative_error(ours, tensor.grad.numpy()) < 1e-3
+
+
+def test_the_vector_of_added_conditions_equals_diffusers(xl_pair):
+    reference, unet = xl_pair
+    ours = nnx.merge(unet.graphdef, unet.params)
+    pooled = draw(2, POOLED)
+    waves = reference.add_time_proj(torch.tensor(TIME_IDS).flatten()).reshape(2, 6 * TIME_WIDTH)
+    both = torch.cat([torch.tensor(pooled), waves], dim=-1)
+    assert relative_error(ours.add_embedding(both.numpy()), reference.add_embedding(both)) < 1e-5
+
+
+def test_added_conditions_are_needed_where_they_belong_and_refused_elsewhere(xl_pair, sd2_pair):
+    sample, text, added = draw(2, 8, 8, 4), draw(2, 7, 24), AddedConditions(draw(2, 12), TIME_IDS)
+    _, unet = xl_pair
+    with pytest.raises(CatVersionError, match=r"added=None: .*time ids. Give AddedConditions"):
+        unet(sample, 3, text)
+    for wrong in (AddedConditions(draw(2, 13), TIME_IDS), AddedConditions(draw(2, 12), draw(2, 5))):
+        with pytest.raises(CatVersionError, match=r"must be projection_class.* = 60"):
+            unet(sample, 3, text, added=wrong)
+    with pytest.raises(CatVersionError, match=r"takes none. Leave it out"):
+        sd2_pair[1](sample, 3, text, added=added)
 
 
 def test_sizes_that_do_not_halve_evenly(sd2_pair):
@@ -267,7 +338,10 @@ def test_bfloat16_is_as_close_to_float32_as_torchs(one_block_pair):
     assert relative_error(ours, exact) < 1.5 * relative_error(nhwc(torch_half.float()), exact)
 
 
-@pytest.mark.parametrize(("config", "count"), [(SD15_UNET, 859_520_964), (SD21_UNET, 865_910_724)])
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(SD15_UNET, 859_520_964), (SD21_UNET, 865_910_724), (SDXL_UNET, 2_567_463_684)],
+)
 def test_published_configs_make_the_published_number_of_parameters(config, count):
     unet = abstract_network(
         lambda rngs: UNet2DConditionModel(UNetConfig.from_hf(config), layers=LayerFactory(rngs))
@@ -306,7 +380,12 @@ def test_equal_configs_make_equal_structures():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ({"addition_embed_type": "text"}, "addition_embed_type"),
+        ({"addition_embed_type": "text_time"}, "addition_time_embed_dim = None"),
+        (
+            {"addition_embed_type": "text_time", "addition_time_embed_dim": 8},
+            "projection_class_embeddings_input_dim = None",
+        ),
         ({"class_embed_type": "projection"}, "class_embed_type"),
         ({"num_class_embeds": 1000}, "num_class_embeds"),
         ({"time_cond_proj_dim": 256}, "time_cond_proj_dim"),

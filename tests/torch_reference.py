@@ -78,6 +78,21 @@ SEGMIND_UNETS = {
         "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
     },
 }
+SDXL_UNET = SD15_UNET | {
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
 SD15_VAE = {
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],

@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "act_fn": tuple(ACTIVATIONS),
+    "addition_embed_type": ("text_time", None),
     "attention_type": ("default",),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
@@ -81,9 +82,16 @@ SCALARS: dict[str, tuple[type, ...]] = {
     "use_linear_projection": (bool,),
 }
 
+ADDED_WIDTHS = {
+    "addition_time_embed_dim": (1, _MOST_CHANNELS),
+    "projection_class_embeddings_input_dim": (1, 2**17),
+}
+"""Ranges of what ``addition_embed_type="text_time"`` needs."""
+
 IGNORED = frozenset(
     {
-        "addition_embed_type_num_heads",  # acts with addition_embed_type only, which is refused
+        "addition_embed_type_num_heads",  # acts with addition_embed_type="text", which is refused
+        *ADDED_WIDTHS,  # act with addition_embed_type="text_time" only, which reads them
         "dropout",  # acts while the UNet itself is trained
         "mid_block_only_cross_attention",  # never reaches the mid blocks that are supported
         "upcast_attention",  # attention() always computes logits and softmax in float32
@@ -92,14 +100,41 @@ IGNORED = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
+class AddedWidths:
+    """Sizes of ``addition_embed_type="text_time"``, equation (3) of ``embeddings.py``.
+
+    Attributes:
+      time_embed_dim: width of the wave of one time id.
+      width: of the pooled state and the waves of all time ids together.
+    """
+
+    time_embed_dim: int
+    width: int
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, source: str) -> AddedWidths | None:
+        """The sizes; None where the UNet takes no added conditions.
+
+        Raises:
+          CatVersionError: one of them is missing or out of range.
+        """
+        if config.get("addition_embed_type") is None:
+            return None
+        values = {key: config.get(key) for key in ADDED_WIDTHS}
+        check_integers(values, ADDED_WIDTHS, source=source)
+        return cls(*(int(values[key]) for key in ADDED_WIDTHS))
+
+
+@dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """What decides a UNet's computation; tuples run from the outermost block to the innermost.
 
     ``num_heads`` is what the files call ``attention_head_dim``: since SD 1.x it has meant the
     number of heads. ``sample_size``, the latent positions per side that the UNet was trained on,
-    decides nothing but the default resolution. ``down_depths`` and ``up_depths`` have the number of
-    transformer layers behind each residual block of each level; distilled models such as SSD-1B
-    have fewer on the way down than on the way up.
+    decides nothing but the default resolution. ``added`` is None except in Stable Diffusion XL.
+    ``down_depths`` and ``up_depths`` have the number of transformer layers behind each residual
+    block of each level; distilled models such as SSD-1B have fewer on the way down than on the way
+    up.
     """
 
     in_channels: int
@@ -122,6 +157,7 @@ class UNetConfig:
     cross_attention_dim: tuple[int, ...]
     only_cross_attention: tuple[bool, ...]
     sample_size: int
+    added: AddedWidths | None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, source: str = "unet/config.json") -> UNetConfig:
@@ -172,6 +208,7 @@ class UNetConfig:
             cross_attention_dim=per_block("cross_attention_dim", int),
             only_cross_attention=per_block("only_cross_attention", bool),
             sample_size=sample_size,
+            added=AddedWidths.from_hf(config, source=source),
         )
         for key, bounds in PER_BLOCK_RANGES.items():
             for value in getattr(parsed, key):

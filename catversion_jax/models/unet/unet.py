@@ -1,65 +1,30 @@
-r"""The denoiser of Stable Diffusion 1.x and 2.x: ``UNet2DConditionModel`` of diffusers, NHWC.
+"""The denoiser of Stable Diffusion 1.x, 2.x and XL: ``UNet2DConditionModel`` of diffusers, NHWC.
 
-    (1)  e(t) = [cos(t w), sin(t w)] or sin first,  w_k = 10000^{-k / (E/2 - freq_shift)},  k < E/2
-    (2)  temb = W_2 act(W_1 e(t))
-    (3)  down blocks -> mid block -> up blocks, each fed the skips of the down block at its depth
+    down blocks -> mid block -> up blocks, each fed the skips of the down block at its depth
 
-The prompt enters through cross-attention only, so this is where the gradient to the text encoder
-comes from. Source: diffusers ``models/unets/unet_2d_condition.py`` and ``models/embeddings.py``.
+The prompt enters through cross-attention, and in XL through the vector of ``embeddings.py`` too:
+these are where the gradient to the text encoders comes from. Source: diffusers
+``models/unets/unet_2d_condition.py``.
 """
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
 from catversion_jax.array_types import Array, Float
+from catversion_jax.errors import CatVersionError
 from catversion_jax.models.layers.recompute import Recompute
 from catversion_jax.models.layers.resnet import ACTIVATIONS, LayerFactory
 from catversion_jax.models.unet.attention_maps import AttentionRecorder
 from catversion_jax.models.unet.blocks import DownBlock, MidBlock, UpBlock
 from catversion_jax.models.unet.config import UNetConfig
-
-
-def timestep_embedding(
-    timesteps: Float[Array, " B"], width: int, *, flip_sin_to_cos: bool, freq_shift: float
-) -> Float[Array, "B E"]:
-    """Equation (1), in float32: timesteps reach 999, beyond what half precision tells apart.
-
-    An odd ``width`` is padded with one zero.
-    """
-    half = width // 2
-    # On the host, rounded where torch rounds: at t = 999 the last bit of w moves the angle by 6e-5.
-    exponent = (
-        np.float32(-math.log(10000.0))
-        * np.arange(half, dtype=np.float32)
-        / np.float32(half - freq_shift)
-    )
-    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
-    angles = jnp.asarray(timesteps, jnp.float32)[:, None] * frequencies
-    parts = (
-        [jnp.cos(angles), jnp.sin(angles)]
-        if flip_sin_to_cos
-        else [jnp.sin(angles), jnp.cos(angles)]
-    )
-    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, width % 2)))
-
-
-class TimestepEmbedding(nnx.Module):
-    """Equation (2)."""
-
-    def __init__(self, in_channels: int, width: int, *, act_fn: str, layers: LayerFactory):
-        self.act = ACTIVATIONS[act_fn]
-        self.linear_1 = layers.linear(in_channels, width)
-        self.linear_2 = layers.linear(width, width)
-
-    def __call__(self, embedding: Float[Array, "B E"]) -> Float[Array, "B F"]:
-        """Two dense layers."""
-        return self.linear_2(self.act(self.linear_1(embedding)))
+from catversion_jax.models.unet.embeddings import (
+    AddedConditions,
+    TimestepEmbedding,
+    timestep_embedding,
+)
 
 
 class UNet2DConditionModel(nnx.Module):
@@ -79,6 +44,11 @@ class UNet2DConditionModel(nnx.Module):
         self.conv_in = layers.conv(config.in_channels, widths[0])
         self.time_embedding = TimestepEmbedding(
             widths[0], temb_channels, act_fn=config.act_fn, layers=layers
+        )
+        self.add_embedding = (
+            TimestepEmbedding(config.added.width, temb_channels, act_fn="silu", layers=layers)
+            if config.added is not None
+            else None
         )
         levels = range(len(widths))
         self.down_blocks = nnx.List(
@@ -107,20 +77,26 @@ class UNet2DConditionModel(nnx.Module):
         timesteps: ArrayLike,
         encoder_hidden_states: Float[Array, "B T D"],
         recompute: Recompute = "none",
+        *,
+        added: AddedConditions | None = None,
     ) -> Float[Array, "B h w Cout"]:
         """Denoise once.
 
         Args:
           sample: noisy latents, already scaled as the sampler wants.
           timesteps: ``[B]`` or one number for the whole batch; fractions are allowed.
-          encoder_hidden_states: the text encoder's output.
+          encoder_hidden_states: the text encoder's output, or both encoders' side by side.
           recompute: what a backward pass computes again instead of keeping it.
+          added: what Stable Diffusion XL is told beside the prompt; None for the others.
 
         Returns:
           The prediction, in the computation's dtype. Any height and width work: where halving an
           odd size rounded up, the way up follows the size of the skips.
+
+        Raises:
+          CatVersionError: ``added`` is missing, of other widths, or not what this network takes.
         """
-        return self._denoise(sample, timesteps, encoder_hidden_states, None, recompute)
+        return self._denoise(sample, timesteps, encoder_hidden_states, None, recompute, added=added)
 
     def attention_maps(
         self,
@@ -128,6 +104,8 @@ class UNet2DConditionModel(nnx.Module):
         timesteps: ArrayLike,
         encoder_hidden_states: Float[Array, "B T D"],
         token_weights: Float[Array, "B T"],
+        *,
+        added: AddedConditions | None = None,
     ) -> tuple[Float[Array, "B h w Cout"], tuple[Float[Array, "B h_l w_l"], ...]]:
         """Denoise once and return where the network looked in the text, see ``attention_maps.py``.
 
@@ -136,13 +114,14 @@ class UNet2DConditionModel(nnx.Module):
           timesteps: ``[B]`` or one number.
           encoder_hidden_states: ``[B T D]``.
           token_weights: how much each token counts.
+          added: as for the call.
 
         Returns:
           The prediction of the plain call, and the float32 map of every cross-attention layer in
           the order they run, at that layer's size.
         """
         recorder = AttentionRecorder(jnp.asarray(token_weights, jnp.float32))
-        prediction = self._denoise(sample, timesteps, encoder_hidden_states, recorder)
+        prediction = self._denoise(sample, timesteps, encoder_hidden_states, recorder, added=added)
         return prediction, tuple(recorder.maps)
 
     def _denoise(
@@ -152,10 +131,12 @@ class UNet2DConditionModel(nnx.Module):
         encoder_hidden_states: Float[Array, "B T D"],
         recorder: AttentionRecorder | None,
         recompute: Recompute = "none",
+        *,
+        added: AddedConditions | None,
     ) -> Float[Array, "B h w Cout"]:
         hidden = jnp.asarray(sample, self.dtype)
         text = jnp.asarray(encoder_hidden_states, self.dtype)
-        temb = self._embed(jnp.broadcast_to(jnp.asarray(timesteps), hidden.shape[:1]))
+        temb = self._embed(jnp.broadcast_to(jnp.asarray(timesteps), hidden.shape[:1]), added)
         hidden = self.conv_in(hidden)
         # Level l's up block takes what down block l made, except that each level's last output
         # (the downsampled one) goes to the level below and conv_in's goes to the outermost.
@@ -174,12 +155,40 @@ class UNet2DConditionModel(nnx.Module):
             hidden = up_block(hidden, skips, temb, text, recorder, recompute, size=(height, width))
         return self.conv_out(self.act(self.conv_norm_out(hidden)))
 
-    def _embed(self, timesteps: Float[Array, " B"]) -> Float[Array, "B E"]:
+    def _embed(
+        self, timesteps: Float[Array, " B"], added: AddedConditions | None
+    ) -> Float[Array, "B E"]:
+        """Equations (2) and (3) of ``embeddings.py``."""
+        temb = self.time_embedding(self._wave(timesteps, self.config.block_out_channels[0]))
+        widths = self.config.added
+        if (added is None) != (widths is None):
+            raise CatVersionError(
+                "added=None: this UNet (addition_embed_type = 'text_time', as in Stable Diffusion "
+                "XL) needs the pooled state of the prompt and the time ids. Give AddedConditions."
+                if added is None
+                else "added: this UNet has no addition_embed_type and takes none. Leave it out."
+            )
+        if added is None or widths is None or self.add_embedding is None:
+            return temb
+        numbers = self._wave(jnp.ravel(added.time_ids), widths.time_embed_dim)
+        numbers = numbers.reshape(len(added.time_ids), -1)
+        given = jnp.concatenate([jnp.asarray(added.pooled, self.dtype), numbers], axis=-1)
+        if given.shape[-1] != widths.width:
+            raise CatVersionError(
+                f"added: pooled {list(added.pooled.shape)} and time_ids "
+                f"{list(added.time_ids.shape)} make {given.shape[-1]} numbers, must be "
+                f"projection_class_embeddings_input_dim = {widths.width}. Give the pooled state "
+                "of this model's second text encoder and six time ids."
+            )
+        return temb + self.add_embedding(given)
+
+    def _wave(self, numbers: Float[Array, " B"], width: int) -> Float[Array, "B E"]:
+        """Equation (1), in the computation's dtype."""
         config = self.config
         embedding = timestep_embedding(
-            timesteps,
-            config.block_out_channels[0],
+            numbers,
+            width,
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
         )
-        return self.time_embedding(embedding.astype(self.dtype))
+        return embedding.astype(self.dtype)

@@ -40,6 +40,7 @@ SIZES = {
     "vocab_size": (1, 2**22),
     "max_position_embeddings": (3, 2**14),
     "eos_token_id": (0, 2**22),
+    "projection_dim": (1, 2**14),
     "num_channels": (1, 16),
     "image_size": (1, 2**12),
     "patch_size": (1, 2**12),

@@ -151,15 +151,29 @@ class CLIPTextModel(nnx.Module):
         """
         num_layers = len(self.encoder.layers)
         stop = {"last": num_layers, "penultimate": num_layers - 1}[output]
-        acting = self._acting(learned, word_places, range(layer, stop))
+        acting = self.acting(learned, word_places, range(layer, stop))
+        hidden = self.with_word_vectors(hidden, acting)
+        hidden = self.through(hidden, acting, range(layer, stop))
+        return self.final_layer_norm(hidden) if output == "last" else hidden
+
+    def with_word_vectors(
+        self, hidden: Float[Array, "B T D"], acting: Acting
+    ) -> Float[Array, "B T D"]:
+        """Equation (1)'s learned vectors in the places of their words."""
         for one, where in acting.pairs:
             if (vectors := one.word_vectors) is not None and where is not None:
                 hidden = self.embeddings.with_vectors(hidden, vectors, where)
+        return hidden
+
+    def through(
+        self, hidden: Float[Array, "B T D"], acting: Acting, layers: range
+    ) -> Float[Array, "B T D"]:
+        """Equation (2) at each of ``layers``."""
         bias = causal_bias(hidden.shape[1])
-        for index in range(layer, stop):
+        for index in layers:
             extra, process = acting.extra_keys(index), acting.process_heads(index)
             hidden = self.encoder.layers[index](hidden, bias, extra, process)
-        return self.final_layer_norm(hidden) if output == "last" else hidden
+        return hidden
 
     def token_embeddings(self, token_ids: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """The tokens' own embeddings, without positions."""
@@ -202,7 +216,7 @@ class CLIPTextModel(nnx.Module):
         layer that has some: lambda of ``residual.py``'s equation (2), summed over positions.
         """
         hidden = self.lower(token_ids, 0)
-        acting = self._acting(learned, word_places, range(len(self.encoder.layers)))
+        acting = self.acting(learned, word_places, range(len(self.encoder.layers)))
         bias = causal_bias(hidden.shape[1])
         masses = []
         for index, block in enumerate(self.encoder.layers):
@@ -214,10 +228,12 @@ class CLIPTextModel(nnx.Module):
             hidden = block(hidden, bias, extra, process)
         return jnp.stack(masses)
 
-    def _acting(
-        self, learned: AdaptationArgument, word_places: WordPlaces, layers: range
-    ) -> Acting:
-        """The concepts that act, each checked against the ``layers`` of this encoder that run."""
+    def acting(self, learned: AdaptationArgument, word_places: WordPlaces, layers: range) -> Acting:
+        """The concepts that act, each checked against the ``layers`` of this encoder that run.
+
+        Raises:
+          CatVersionError: one that does not fit, or lacks its word's places.
+        """
         acting = Acting.of(learned, word_places)
         attention = self.encoder.layers[0].self_attn
         head_dim = attention.k_proj.out_features // attention.num_heads

@@ -125,6 +125,17 @@ def one_block_sd_folder(made_once: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_xl_folder(made_once: Callable[..., Path]) -> Path:
+    """A random Stable Diffusion XL: texts 4 x 32 and 5 x 48, context 24, latents [16 16 4]."""
+    pytest.importorskip(
+        "diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'"
+    )
+    from tiny_xl import save_tiny_xl
+
+    return made_once("tiny-xl", save_tiny_xl)
+
+
+@pytest.fixture(scope="session")
 def toys(made_once: Callable[..., Path]) -> Path:
     """Three concepts of four images: with two rows, one of them is refilled."""
     return made_once("toys", write_toy_concepts)

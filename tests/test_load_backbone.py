@@ -208,7 +208,7 @@ def test_other_pipelines(broken):
     change(
         broken / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]
     )
-    with pytest.raises(CatVersionError, match="two text encoders"):
+    with pytest.raises(CatVersionError, match="missing component text_encoder_2, tokenizer_2"):
         load_backbone(broken)
     change(
         broken / "model_index.json", text_encoder_2=[None, None], unet=["diffusers", "UNet2DModel"]

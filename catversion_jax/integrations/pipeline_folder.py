@@ -23,7 +23,7 @@ from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import Concept, write_concepts
-from catversion_jax.models.weights.model_index import read_model_index
+from catversion_jax.models.weights.model_index import component_class, read_model_index
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
@@ -126,6 +126,11 @@ def export_pipeline(
             f"{output}: exists and is not an empty folder. Give a new folder for the pipeline."
         )
     index = read_model_index(model_folder)
+    if component_class(index, "text_encoder_2") is not None:
+        raise CatVersionError(
+            f"{model_folder}: has a second text encoder (text_encoder_2), and a concept knows one "
+            "only: its prompts would be half plain. Give a Stable Diffusion 1.x or 2.x model."
+        )
     make_folder(output)
     leaving: list[str] = []
     for name, component in index.items():

@@ -18,7 +18,13 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vision import sub_config
+from catversion_jax.models.components_fit import check_components_fit
 from catversion_jax.models.layers.resnet import LayerFactory
+from catversion_jax.models.text_encoders import (
+    TextEncoderFacts,
+    read_text_encoders,
+    read_tokenizers,
+)
 from catversion_jax.models.unet.config import UNetConfig
 from catversion_jax.models.unet.unet import UNet2DConditionModel
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
@@ -38,52 +44,98 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """The frozen parts. Not a pytree: hand ``.text_encoder``, ``.unet`` and ``.vae`` to jitted
+    """The frozen parts. Not a pytree: hand ``.text_encoders``, ``.unet`` and ``.vae`` to jitted
     functions.
 
+    ``text_encoder``, ``tokenizer`` and the facts about them are those of the only text encoder;
+    they raise where the model has two.
+
     Attributes:
-      text_encoder: ``(token_ids [B T], learned=None) -> [B T D]``; see
-        :class:`~.clip.text.CLIPTextModel`.
-      unet: ``(sample [B h w 4], timesteps, encoder_hidden_states [B T D]) -> [B h w 4]``.
+      text_encoders: one, or the two of Stable Diffusion XL; see
+        :func:`~.text_encoders.text_states` and :class:`~.clip.text.CLIPTextModel`.
+      unet: ``(sample [B h w 4], timesteps, encoder_hidden_states [B T D]) -> [B h w 4]``; in
+        Stable Diffusion XL with :class:`~.unet.embeddings.AddedConditions`.
       vae: for :func:`~.vae.vae_encode` and :func:`~.vae.vae_decode`; its latents are
         unscaled. Always float32.
-      tokenizer: prompts to token ids.
+      tokenizers: prompts to token ids, one for each text encoder.
+      text_facts: what a concept must fit, for each text encoder.
       noise_schedule: what ``scheduler_config.json`` says.
       name: the folder, file or hub id as the user gave it.
       folder: where it lies on this machine; of a single-file checkpoint, the file.
-      text_encoder_sha256: see ``fingerprint.py``.
-      num_text_layers: layers of the text encoder that feed the UNet.
-      num_heads: attention heads of the text encoder.
-      head_dim: width of one head.
       latent_scale: the UNet sees latents multiplied by this.
       latent_downsampling: pixels per latent position, each way.
       latent_channels: of the latents.
       default_resolution: pixels per side the UNet was trained at.
-      digests: of the content of ``text_encoder``, ``unet``, ``vae`` and ``scheduler``, by these
-        names (``content_digest.py``); empty where no weights were read.
+      zeros_for_empty_prompt: an empty negative prompt means states of zeros, as in Stable
+        Diffusion XL, and not the states of ``""``.
+      digests: of the content of ``text_encoder``, ``unet``, ``vae``, ``scheduler`` and, if there is
+        one, ``text_encoder_2``, by these names (``content_digest.py``); empty where no weights were
+        read.
     """
 
-    text_encoder: Network
+    text_encoders: tuple[Network, ...]
     unet: Network
     vae: Network
-    tokenizer: Tokenizer
+    tokenizers: tuple[Tokenizer, ...]
+    text_facts: tuple[TextEncoderFacts, ...]
     noise_schedule: NoiseScheduleConfig
     name: str
     folder: Path
-    text_encoder_sha256: str
-    num_text_layers: int
-    num_heads: int
-    head_dim: int
     latent_scale: float
     latent_downsampling: int
     latent_channels: int
     default_resolution: int
+    zeros_for_empty_prompt: bool
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def drawing_defaults(self) -> DrawingDefaults:
         """Sampler, steps and guidance where nobody gives them."""
         return drawing_defaults(self.noise_schedule)
+
+    @property
+    def text_encoder(self) -> Network:
+        """The only text encoder: ``(token_ids [B T], learned=None) -> [B T D]``."""
+        return self._only(self.text_encoders)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The only text encoder's tokenizer."""
+        return self._only(self.tokenizers)
+
+    @property
+    def text_encoder_sha256(self) -> str:
+        """The only text encoder's fingerprint; see ``fingerprint.py``."""
+        return self._only(self.text_facts).sha256
+
+    @property
+    def num_text_layers(self) -> int:
+        """Layers of the only text encoder that feed the UNet."""
+        return self._only(self.text_facts).num_context_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the only text encoder."""
+        return self._only(self.text_facts).num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head of the only text encoder."""
+        return self._only(self.text_facts).head_dim
+
+    def _only(self, parts: tuple[T, ...]) -> T:
+        """The one part.
+
+        Raises:
+          CatVersionError: there are two, and half of a prompt would be forgotten.
+        """
+        if len(parts) > 1:
+            raise CatVersionError(
+                f"{self.name}: has {len(parts)} text encoders (Stable Diffusion XL), and this "
+                "works with one only: half of the prompt would stay plain. Use a Stable Diffusion "
+                "1.x or 2.x model."
+            )
+        return parts[0]
 
 
 def load_backbone(
@@ -95,7 +147,7 @@ def load_backbone(
     dtype: str = "float32",
     sharding: Any = None,
 ) -> Backbone:
-    """Load a Stable Diffusion 1.x or 2.x.
+    """Load a Stable Diffusion 1.x, 2.x or XL.
 
     Args:
       model: a diffusers folder, a Hugging Face hub id, or a ``.safetensors`` file in the layout of
@@ -104,7 +156,7 @@ def load_backbone(
       variant: for instance ``"fp16"``: read ``*.fp16.safetensors``, and the plain files of a
         component that has only those.
       prediction_type: ``"epsilon"`` or ``"v_prediction"``, for a single file that does not say it.
-      dtype: ``"float32"`` or ``"bfloat16"`` for text encoder and UNet. With float32, products of
+      dtype: ``"float32"`` or ``"bfloat16"`` for text encoders and UNet. With float32, products of
         float32 matrices keep all their bits on accelerators too, in the whole process.
       sharding: where the weights go, as for ``jax.device_put``.
 
@@ -122,11 +174,11 @@ def load_backbone(
     load = functools.partial(_load_component, files, sharding=sharding, digests=digests)
     backbone = _assemble(name, files, _dtype(dtype), load)
     digests["scheduler"] = ContentDigest().hexdigest(files.scheduler_config())
-    return dataclasses.replace(
-        backbone,
-        text_encoder_sha256=text_encoder_sha256(files.tensors("text_encoder")),
-        digests=digests,
+    facts = tuple(
+        dataclasses.replace(fact, sha256=text_encoder_sha256(files.tensors(component)))
+        for component, fact in zip(files.text_encoders, backbone.text_facts, strict=True)
     )
+    return dataclasses.replace(backbone, text_facts=facts, digests=digests)
 
 
 def load_model(
@@ -188,17 +240,12 @@ def abstract_backbone(
 def _assemble(name: str, files: ModelFiles, weights: Any, load: Callable[..., Network]) -> Backbone:
     if weights == jnp.float32:
         use_full_float32()
-    text_config = _parsed(CLIPTextConfig.from_hf, files, "text_encoder")
+    encoders = read_text_encoders(files)
     unet_config = _parsed(UNetConfig.from_hf, files, "unet")
     vae_config = _parsed(VAEConfig.from_hf, files, "vae")
-    _check_components_fit(files.path, text_config, unet_config, vae_config)
+    check_components_fit(files.path, [one.config for one in encoders], unet_config, vae_config)
     noise_schedule = NoiseScheduleConfig.from_scheduler_config(files.scheduler_config())
-    tokenizer = files.tokenizer(
-        context=text_config.max_position_embeddings, vocab_size=text_config.vocab_size
-    )
-
-    def text_encoder(rngs: nnx.Rngs) -> CLIPTextModel:
-        return CLIPTextModel(text_config, dtype=weights, param_dtype=weights, rngs=rngs)
+    tokenizers = read_tokenizers(files, encoders)
 
     def unet(rngs: nnx.Rngs) -> UNet2DConditionModel:
         return UNet2DConditionModel(unet_config, layers=LayerFactory(rngs, weights))
@@ -207,21 +254,22 @@ def _assemble(name: str, files: ModelFiles, weights: Any, load: Callable[..., Ne
         return AutoencoderKL(vae_config, layers=LayerFactory(rngs))
 
     return Backbone(
-        text_encoder=load("text_encoder", text_encoder, weights),
+        text_encoders=tuple(
+            load(one.name, functools.partial(one.module, weights=weights), weights)
+            for one in encoders
+        ),
         unet=load("unet", unet, weights),
         vae=load("vae", vae, jnp.float32),
-        tokenizer=tokenizer,
+        tokenizers=tokenizers,
+        text_facts=tuple(one.facts(of_two=len(encoders) > 1) for one in encoders),
         noise_schedule=noise_schedule,
         name=name,
         folder=files.path,
-        text_encoder_sha256="",
-        num_text_layers=text_config.num_hidden_layers,
-        num_heads=text_config.num_attention_heads,
-        head_dim=text_config.hidden_size // text_config.num_attention_heads,
         latent_scale=vae_config.scaling_factor,
         latent_downsampling=vae_config.downsampling,
         latent_channels=vae_config.latent_channels,
         default_resolution=unet_config.sample_size * vae_config.downsampling,
+        zeros_for_empty_prompt=files.zeros_for_empty_prompt,
     )
 
 
@@ -305,32 +353,3 @@ def _dtype(name: str) -> Any:
     if name not in DTYPES:
         raise CatVersionError(f"dtype={name!r}: must be one of {', '.join(DTYPES)}.")
     return DTYPES[name]
-
-
-def _check_components_fit(
-    folder: Path, text: CLIPTextConfig, unet: UNetConfig, vae: VAEConfig
-) -> None:
-    """Make sure that text encoder, UNet and autoencoder are of the same widths.
-
-    Raises:
-      CatVersionError: the widths differ.
-    """
-    contexts = sorted(set(unet.cross_attention_dim))
-    if contexts != [text.hidden_size]:
-        raise CatVersionError(
-            f"{folder}: unet cross_attention_dim = {' and '.join(map(str, contexts))} but "
-            f"text_encoder hidden_size = {text.hidden_size}; they must be equal. The components "
-            "are of different models: download the model again."
-        )
-    if (vae.in_channels, vae.out_channels) != (3, 3):
-        raise CatVersionError(
-            f"{folder}: vae in_channels = {vae.in_channels} and out_channels = {vae.out_channels}, "
-            "must both be 3 (red, green, blue). Use a Stable Diffusion 1.x or 2.x model."
-        )
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
-        raise CatVersionError(
-            f"{folder}: unet in_channels = {unet.in_channels}, out_channels = "
-            f"{unet.out_channels} and vae latent_channels = {vae.latent_channels} must be equal. "
-            "Inpainting, depth and upscaling models are not supported: use the text-to-image model "
-            "of the same family."
-        )

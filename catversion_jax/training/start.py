@@ -173,7 +173,7 @@ def _placed(config: TrainConfig, backbone: Backbone, mesh: Mesh) -> Backbone:
         )
     networks = {
         name: jax.device_put(getattr(backbone, name), replicated(mesh))
-        for name in ("text_encoder", "unet", "vae")
+        for name in ("text_encoders", "unet", "vae")
     }
     return dataclasses.replace(backbone, **networks)
 

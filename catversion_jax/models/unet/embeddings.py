@@ -23,6 +23,8 @@ from flax import nnx
 from catversion_jax.array_types import Array, Float
 from catversion_jax.models.layers.resnet import ACTIVATIONS, LayerFactory
 
+NUM_TIME_IDS = 6
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

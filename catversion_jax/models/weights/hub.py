@@ -10,7 +10,11 @@ from pathlib import Path, PurePosixPath
 
 from catversion_jax.assets import EMBEDDED_MODEL, embedded_folder
 from catversion_jax.errors import CatVersionError, shown
-from catversion_jax.models.weights.model_index import component_class, read_model_index
+from catversion_jax.models.weights.model_index import (
+    MODEL_INDEX,
+    component_class,
+    read_model_index,
+)
 from catversion_jax.models.weights.safetensors_files import (
     PICKLED,
     STEMS,
@@ -18,10 +22,20 @@ from catversion_jax.models.weights.safetensors_files import (
     shard_patterns,
     weight_files,
 )
-from catversion_jax.models.weights.variants import COMPONENTS, weights_of, without_variant
+from catversion_jax.models.weights.variants import (
+    COMPONENTS,
+    SECOND_TEXT_ENCODER,
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    components_of,
+    weights_of,
+    without_variant,
+)
 from catversion_jax.runtime.bucket_paths import home_expanded
 
 FILES_EXPECTED = "model_index.json, text_encoder/, unet/, vae/, tokenizer/ and scheduler/"
+
+ALL_COMPONENTS = (*COMPONENTS, *SECOND_TEXT_ENCODER)
 
 WEIGHT_FILES = (".safetensors", *PICKLED)
 """Endings of single-file checkpoints."""
@@ -87,34 +101,42 @@ def _check_components(folder: Path) -> None:
             "the folder that holds model_index.json."
         )
     index = read_model_index(folder)
-    if component_class(index, "text_encoder_2") is not None:
+    components = components_of(folder)
+    first, second = TEXT_ENCODERS
+    if second in components and None in (
+        component_class(index, "unet"),
+        component_class(index, first),
+    ):
         raise CatVersionError(
-            f"{folder}: {shown(index.get('_class_name'))} has two text encoders; supported are "
-            "Stable Diffusion 1.x and 2.x. Use such a model."
+            f"{folder}: {shown(index.get('_class_name'))} has a {second} but no unet or no "
+            f"{first}; supported are Stable Diffusion 1.x, 2.x and XL base models. Use such a "
+            "model."
         )
-    missing = [
-        name for name in (*COMPONENTS, "tokenizer", "scheduler") if not (folder / name).is_dir()
-    ]
+    tokenizers = [TOKENIZERS[name] for name in components if name in TOKENIZERS]
+    needed = (*components, *tokenizers, "scheduler")
+    missing = [name for name in needed if not (folder / name).is_dir()]
     if missing:
         raise CatVersionError(
             f"{folder}: missing component {', '.join(missing)}; expected {FILES_EXPECTED}, found "
             f"{found}. Download the model again."
         )
-    for name, expected in COMPONENTS.items():
+    for name, expected in components.items():
         actual = component_class(index, name)
         if actual not in (None, expected, f"Flax{expected}"):
             raise CatVersionError(
                 f"{folder}: its {name} is a {actual}, must be a {expected}. Use a Stable Diffusion "
-                "1.x or 2.x model."
+                "1.x, 2.x or XL model."
             )
 
 
 def _download(model: str, revision: str | None, variant: str | None, weights: bool) -> Path:
-    patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
-    patterns += [f"{name}/config.json" for name in COMPONENTS]
+    patterns = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in TOKENIZERS.values())]
+    patterns += [f"{name}/config.json" for name in ALL_COMPONENTS]
     if not weights:
         return _snapshot(model, revision, patterns)
-    folder = _snapshot(model, revision, [*patterns, *_weight_patterns(COMPONENTS, variant)])
+    folder = _snapshot(model, revision, [*patterns, *_weight_patterns(ALL_COMPONENTS, variant)])
+    if not (folder / MODEL_INDEX).is_file():
+        return folder
     if plain := without_variant(folder, variant):
         folder = _snapshot(model, revision, _weight_patterns(plain, None))
     _check_downloaded(model, folder, revision, variant)
@@ -171,7 +193,7 @@ def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
 def _check_downloaded(model: str, folder: Path, revision: str | None, variant: str | None) -> None:
     """Refuse a download without the wanted weights, and list what the hub has instead."""
     fall_back = without_variant(folder, variant)
-    for name in COMPONENTS:
+    for name in components_of(folder):
         wanted = weights_of(variant) | (weights_of(None) if name in fall_back else set())
         here = {path.name for path in (folder / name).glob("*")}
         if (folder / name).is_dir() and not here & wanted:

@@ -14,9 +14,15 @@ from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.hub import locate_model
+from catversion_jax.models.weights.model_index import zeros_for_empty_prompt
 from catversion_jax.models.weights.safetensors_files import StoredTensor, open_checkpoint
 from catversion_jax.models.weights.single_file import SingleFile
-from catversion_jax.models.weights.variants import component_variants
+from catversion_jax.models.weights.variants import (
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    component_variants,
+    components_of,
+)
 from catversion_jax.runtime.bucket_paths import home_expanded
 
 
@@ -33,6 +39,14 @@ class ModelFiles(Protocol):
     def config_source(self, component: str) -> str:
         """What messages call a component's configuration."""
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that are text encoders: one, or the two of Stable Diffusion XL."""
+
+    @property
+    def zeros_for_empty_prompt(self) -> bool:
+        """Whether an empty negative prompt means states of zeros."""
+
     def config(self, component: str) -> dict[str, Any]:
         """A component's ``config.json``."""
 
@@ -42,8 +56,14 @@ class ModelFiles(Protocol):
     def scheduler_config(self) -> dict[str, Any]:
         """``scheduler_config.json``."""
 
-    def tokenizer(self, *, context: int | None = None, vocab_size: int | None = None) -> Tokenizer:
-        """The tokenizer of the text encoder, of which the positions and embeddings are given where
+    def tokenizer(
+        self,
+        component: str = "text_encoder",
+        *,
+        context: int | None = None,
+        vocab_size: int | None = None,
+    ) -> Tokenizer:
+        """The tokenizer of a text encoder, of which the positions and embeddings are given where
         they are known.
         """
 
@@ -68,6 +88,16 @@ class ModelFolder:
         """The component's ``config.json``."""
         return str(self.path / component / "config.json")
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """``text_encoder``, and the other one where ``model_index.json`` names it."""
+        return tuple(name for name in TEXT_ENCODERS if name in components_of(self.path))
+
+    @property
+    def zeros_for_empty_prompt(self) -> bool:
+        """What ``model_index.json`` says; nobody but Stable Diffusion XL does so."""
+        return len(self.text_encoders) > 1 and zeros_for_empty_prompt(self.path)
+
     def config(self, component: str) -> dict[str, Any]:
         """The content of the component's ``config.json``."""
         return read_config(self.path / component)
@@ -80,10 +110,16 @@ class ModelFolder:
         """The content of ``scheduler/scheduler_config.json``."""
         return read_config(self.path / "scheduler", "scheduler_config.json")
 
-    def tokenizer(self, *, context: int | None = None, vocab_size: int | None = None) -> Tokenizer:
-        """The tokenizer of the folder ``tokenizer``."""
+    def tokenizer(
+        self,
+        component: str = "text_encoder",
+        *,
+        context: int | None = None,
+        vocab_size: int | None = None,
+    ) -> Tokenizer:
+        """The tokenizer of the folder ``tokenizer``, or ``tokenizer_2`` of the second encoder."""
         return Tokenizer.from_folder(
-            self.path / "tokenizer", context=context, vocab_size=vocab_size
+            self.path / TOKENIZERS[component], context=context, vocab_size=vocab_size
         )
 
 
@@ -95,7 +131,7 @@ def open_model(
     prediction_type: str | None = None,
     weights: bool = True,
 ) -> ModelFiles:
-    """The files of a Stable Diffusion 1.x or 2.x.
+    """The files of a Stable Diffusion 1.x, 2.x or XL.
 
     Args:
       model: a diffusers folder, a Hugging Face hub id, a ``.safetensors`` file in the original
@@ -130,10 +166,4 @@ def _open_file(
             raise CatVersionError(
                 f"{name}={value}: {path} is a single file, which has none. Leave {name} out."
             )
-    files = SingleFile(path, prediction_type=prediction_type)
-    if "text_encoder_2" in files.family.configs:
-        raise CatVersionError(
-            f"{path}: a {files.family.name} has two text encoders; supported are Stable Diffusion "
-            "1.x and 2.x. Use such a model."
-        )
-    return files
+    return SingleFile(path, prediction_type=prediction_type)

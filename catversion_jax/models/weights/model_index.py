@@ -14,6 +14,7 @@ from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.weights.hf_config import read_config
 
 MODEL_INDEX = "model_index.json"
+ZEROS_FOR_EMPTY = "force_zeros_for_empty_prompt"
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")  # diffusers hands them to a constructor
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,199}")
 
@@ -55,6 +56,22 @@ def component_class(index: dict[str, Any], name: str) -> str | None:
             "Download the model again."
         )
     return value[1]
+
+
+def zeros_for_empty_prompt(folder: str | Path) -> bool:
+    """Whether a Stable Diffusion XL takes zeros where a negative prompt is empty; diffusers'
+    default is yes.
+
+    Raises:
+      CatVersionError: the entry is neither true nor false.
+    """
+    value = read_model_index(folder).get(ZEROS_FOR_EMPTY, True)
+    if not isinstance(value, bool):
+        raise CatVersionError(
+            f"{Path(folder) / MODEL_INDEX}: {ZEROS_FOR_EMPTY} = {shown(value)}, must be true or "
+            "false. Correct it, or download the model again."
+        )
+    return value
 
 
 def _is_component(value: list[Any]) -> bool:

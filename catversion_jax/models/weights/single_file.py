@@ -114,6 +114,16 @@ class SingleFile:
         """What messages call a component's configuration."""
         return self.source(component)
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that are text encoders."""
+        return tuple(self.family.text_encoders)
+
+    @property
+    def zeros_for_empty_prompt(self) -> bool:
+        """As in the published folder of Stable Diffusion XL."""
+        return len(self.text_encoders) > 1
+
     @functools.cached_property
     def prediction_type(self) -> str:
         """What the UNet predicts: as the user says, else the file, else the family.

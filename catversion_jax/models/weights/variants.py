@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from catversion_jax.models.weights.model_index import component_class, read_model_index
 from catversion_jax.models.weights.safetensors_files import STEMS, weight_files
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,23 @@ COMPONENTS = {
 }
 """What has weights in a Stable Diffusion folder, and the class each must be of."""
 
+SECOND_TEXT_ENCODER = {"text_encoder_2": "CLIPTextModelWithProjection"}
+"""What Stable Diffusion XL has beside them."""
+
+TEXT_ENCODERS = ("text_encoder", *SECOND_TEXT_ENCODER)
+TOKENIZERS = dict(zip(TEXT_ENCODERS, ("tokenizer", "tokenizer_2"), strict=True))
+"""The tokenizer's folder of each text encoder."""
+
+
+def components_of(folder: Path) -> dict[str, str]:
+    """:data:`COMPONENTS` of a model folder, and the second text encoder where it has one.
+
+    Raises:
+      CatVersionError: its ``model_index.json`` cannot be used.
+    """
+    second = component_class(read_model_index(folder), TEXT_ENCODERS[1]) is not None
+    return COMPONENTS | (SECOND_TEXT_ENCODER if second else {})
+
 
 def without_variant(folder: Path, variant: str | None) -> list[str]:
     """The components that lack ``variant`` where another one has it; none where no component has
@@ -28,8 +46,9 @@ def without_variant(folder: Path, variant: str | None) -> list[str]:
     """
     if variant is None:
         return []
-    lacking = [name for name in COMPONENTS if not _has(folder / name, weights_of(variant))]
-    return [] if len(lacking) == len(COMPONENTS) else lacking
+    components = components_of(folder)
+    lacking = [name for name in components if not _has(folder / name, weights_of(variant))]
+    return [] if len(lacking) == len(components) else lacking
 
 
 def component_variants(folder: Path, variant: str | None) -> dict[str, str | None]:
@@ -44,7 +63,7 @@ def component_variants(folder: Path, variant: str | None) -> dict[str, str | Non
             " and ".join(plain),
             variant,
         )
-    return {name: None if name in plain else variant for name in COMPONENTS}
+    return {name: None if name in plain else variant for name in components_of(folder)}
 
 
 def weights_of(variant: str | None) -> set[str]:

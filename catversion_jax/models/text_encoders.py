@@ -1,0 +1,152 @@
+"""The text encoders of a model: one in Stable Diffusion 1.x and 2.x, two in XL.
+
+    (1)  one encoder:   context = last hidden state, normed
+    (2)  two encoders:  context = [penultimate state of the first, penultimate state of the second],
+                        pooled = projected end-of-text state of the second
+
+Both encoders of (2) read the same prompt, each through its own tokenizer, and their states stand
+side by side. Source: diffusers ``StableDiffusionXLPipeline.encode_prompt``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from catversion_jax.array_types import Array, Int
+from catversion_jax.errors import CatVersionError
+from catversion_jax.models.clip.adaptation import AdaptationArgument, WordPlaces
+from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
+from catversion_jax.models.clip.text_projection import (
+    CLIPTextModelWithProjection,
+    CLIPTextWithProjectionConfig,
+    TextStates,
+)
+from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.models.weights.model_files import ModelFiles
+from catversion_jax.models.weights.network import Network
+from catversion_jax.models.weights.variants import TEXT_ENCODERS
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderFacts:
+    """What a concept must fit.
+
+    Attributes:
+      num_layers: all of the encoder's.
+      num_context_layers: those from the first on whose result reaches the context: all in (1), all
+        but the last in (2). The last layer of XL's second encoder acts on the pooled state alone.
+      num_heads: attention heads.
+      head_dim: width of one head.
+      sha256: fingerprint of the weights (``fingerprint.py``); ``""`` where none were read.
+    """
+
+    num_layers: int
+    num_context_layers: int
+    num_heads: int
+    head_dim: int
+    sha256: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderFiles:
+    """One text encoder of a model, before its weights are read.
+
+    Attributes:
+      name: of the component, ``text_encoder`` or ``text_encoder_2``.
+      config: with a projection where it is the second one.
+    """
+
+    name: str
+    config: CLIPTextConfig
+
+    def module(self, rngs: nnx.Rngs, weights: Any) -> CLIPTextModel:
+        """The network, in the precision ``weights``."""
+        dtypes = {"dtype": weights, "param_dtype": weights, "rngs": rngs}
+        if isinstance(self.config, CLIPTextWithProjectionConfig):
+            return CLIPTextModelWithProjection(self.config, **dtypes)
+        return CLIPTextModel(self.config, **dtypes)
+
+    def facts(self, *, of_two: bool) -> TextEncoderFacts:
+        """Its sizes; ``of_two`` where the model has a second encoder beside it."""
+        config = self.config
+        return TextEncoderFacts(
+            num_layers=config.num_hidden_layers,
+            num_context_layers=config.num_hidden_layers - of_two,
+            num_heads=config.num_attention_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+        )
+
+
+def read_text_encoders(files: ModelFiles) -> tuple[TextEncoderFiles, ...]:
+    """The text encoders of a model, without their weights.
+
+    Raises:
+      CatVersionError: a configuration cannot be used.
+    """
+    kinds: dict[str, type[CLIPTextConfig]] = dict(
+        zip(TEXT_ENCODERS, (CLIPTextConfig, CLIPTextWithProjectionConfig), strict=True)
+    )
+    return tuple(
+        TextEncoderFiles(
+            name, kinds[name].from_hf(files.config(name), source=files.config_source(name))
+        )
+        for name in files.text_encoders
+    )
+
+
+def read_tokenizers(
+    files: ModelFiles, encoders: Sequence[TextEncoderFiles]
+) -> tuple[Tokenizer, ...]:
+    """The tokenizer of each encoder.
+
+    Raises:
+      CatVersionError: one cannot be read, or they make prompts of different lengths.
+    """
+    tokenizers = tuple(
+        files.tokenizer(
+            one.name,
+            context=one.config.max_position_embeddings,
+            vocab_size=one.config.vocab_size,
+        )
+        for one in encoders
+    )
+    lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
+    if len(set(lengths)) > 1:
+        raise CatVersionError(
+            f"{files.path}: its tokenizers make prompts of {' and '.join(map(str, lengths))} "
+            "tokens, must be equally many, since their states stand side by side. Download the "
+            "model again."
+        )
+    return tokenizers
+
+
+def text_states(
+    text_encoders: Sequence[Network],
+    token_ids: Sequence[Int[Array, "B T"]],
+    learned: Sequence[AdaptationArgument] | None = None,
+    word_places: Sequence[WordPlaces] | None = None,
+) -> TextStates:
+    """What the prompts become, equation (1) or (2).
+
+    Args:
+      text_encoders: one or two networks.
+      token_ids: ``[B T]`` for each, of its own tokenizer.
+      learned: for each what acts on it; None is nothing.
+      word_places: for each the places of the class words.
+
+    Raises:
+      CatVersionError: a concept that does not fit its encoder, or lacks its word's places.
+    """
+    nothing = [None] * len(text_encoders)
+    inputs = list(zip(token_ids, learned or nothing, word_places or nothing, strict=True))
+    if len(text_encoders) == 1:
+        return TextStates(text_encoders[0](*inputs[0]))
+    first, second = text_encoders
+    context = first(*inputs[0], output="penultimate")
+    states: TextStates = second.call("states", *inputs[1])
+    return TextStates(jnp.concatenate([context, states.context], axis=-1), states.pooled)

@@ -20,6 +20,7 @@ from catversion_jax.integrations.pipeline_folder import export_pipeline
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.clip.text import CLIPTextConfig
+from catversion_jax.models.clip.text_projection import CLIPTextWithProjectionConfig
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vision import CLIPConfig
 from catversion_jax.models.stable_diffusion import abstract_backbone, load_text_encoder
@@ -33,6 +34,7 @@ from catversion_jax.models.weights.safetensors_files import open_checkpoint, rea
 SECONDS = 5
 READERS = {
     "text_encoder": CLIPTextConfig.from_hf,
+    "text encoder with projection": CLIPTextWithProjectionConfig.from_hf,
     "unet": UNetConfig.from_hf,
     "unet of XL": UNetConfig.from_hf,
     "vae": VAEConfig.from_hf,
@@ -53,6 +55,8 @@ def config_of(embedded_model: Path, component: str) -> dict:
         counts = {"num_hidden_layers": 2, "num_attention_heads": 3, "num_channels": 3}
         rest = {"hidden_act": "gelu", "qkv_bias": True, "layer_norm_eps": 1e-6}
         return {"model_type": "vit", **sizes, **counts, **rest}
+    if component == "text encoder with projection":
+        return config_of(embedded_model, "text_encoder") | {"projection_dim": 24}
     if component == "unet of XL":
         return SDXL_UNET
     name = "scheduler_config.json" if component == "scheduler" else "config.json"

@@ -161,6 +161,7 @@ def test_refused():
         CLIPTextWithProjectionConfig.from_hf(config, source="config.json")
 
 
+@pytest.mark.slow  # 32 layers are traced
 def test_the_published_configuration_makes_the_published_number_of_parameters():
     """text_encoder_2/config.json of stable-diffusion-xl-base-1.0."""
     published = {

@@ -1,5 +1,6 @@
 """A small random Stable Diffusion XL of the real classes of diffusers and transformers."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from diffusers import (
 )
 from random_model import byte_vocabulary
 from tiny_pipelines import tiny_tokenizer
-from torch_reference import randomise
+from torch_reference import SD1_SCHEDULE, randomise
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -98,6 +99,9 @@ def save_tiny_xl(
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
+    # The published file carries the keys of other schedulers too.
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(SD1_SCHEDULE | json.loads(file.read_text())))
     return folder
 
 

@@ -24,6 +24,7 @@ from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.methods.learned import named_arrays
 from catversion_jax.methods.table import settings_of
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.weights.variants import TEXT_ENCODERS
 from catversion_jax.sampling.denoising import checked_latents, draw_requests
 from catversion_jax.sampling.grids import image_grid
 from catversion_jax.sampling.png import save_png, slug
@@ -147,7 +148,7 @@ class ImageMetadata:
     """
 
     def __init__(self, backbone: Backbone, settings: SamplingSettings, latents: str | None = None):
-        self._tokenizer = backbone.tokenizer
+        self._tokenizer = backbone.tokenizers[0]
         self._learned: dict[int, str] = {}
         settings = settings.over(backbone.drawing_defaults)
         given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
@@ -155,7 +156,10 @@ class ImageMetadata:
             **given,
             "latents": latents,
             "model": backbone.name,
-            "text_encoder_sha256": backbone.text_encoder_sha256,
+            **{
+                f"{name}_sha256": facts.sha256
+                for name, facts in zip(TEXT_ENCODERS, backbone.text_facts, strict=False)
+            },
             "platform": jax.default_backend(),
             "software": f"catversion_jax {__version__}",
         }

@@ -43,6 +43,7 @@ def compare(folder, backbone, settings, negative=NEGATIVE, shape=(16, 16), **cha
 
     ``changes`` are of the scheduler's configuration.
     """
+    settings = settings.over(backbone.drawing_defaults)
     pipe = pipeline(folder)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) | changes
     pipe.scheduler = getattr(diffusers, PEERS[settings.sampler]).from_config(scheduler)

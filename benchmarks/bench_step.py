@@ -32,6 +32,7 @@ from catversion_jax.config import make_config
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
+from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.sharding import make_mesh, replicated
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
@@ -91,7 +92,7 @@ class Ours:
         """One update of every concept; returns the losses, still on the device."""
         backbone, rows = self.backbone, self.rows
         rows.state, metrics = self.train_step(
-            rows.state, rows.data, backbone.text_encoder, backbone.unet, self.count
+            rows.state, rows.data, backbone.text_encoders, backbone.unet, self.count
         )
         return metrics.losses
 
@@ -118,19 +119,20 @@ def compare(backbone: Backbone, peer: CatVersion) -> dict[str, float]:
         nhwc(clean),
         nhwc(noise),
         jnp.asarray(timesteps.int().cpu().numpy()),
-        hidden,
-        word_places=jnp.asarray(word_places),
+        (LowerStates(hidden, jnp.asarray(ids), jnp.asarray(word_places)),),
     )
     schedule = noise_schedule(backbone.noise_schedule)
 
-    def compute(residual: KVResidual, text_encoder: Network, unet: Network) -> jax.Array:
+    def compute(
+        residual: KVResidual, text_encoders: tuple[Network, ...], unet: Network
+    ) -> jax.Array:
         one, of_one = jax.tree.map(lambda leaf: leaf[None], (residual, batch))
         return diffusion_losses(
-            one, text_encoder, unet, of_one, schedule, first_layer=layers[0]
+            one, text_encoders, unet, of_one, schedule, first_layers=layers[:1]
         ).sum()
 
     found, grads = jax.jit(jax.value_and_grad(compute))(
-        jax.tree.map(jnp.asarray, residual), backbone.text_encoder, backbone.unet
+        jax.tree.map(jnp.asarray, residual), backbone.text_encoders, backbone.unet
     )
     expected = np.concatenate([g.float().cpu().numpy().ravel() for g in gradients])
     actual = np.concatenate([np.asarray(g).ravel() for g in (grads.key, grads.value)])

@@ -136,6 +136,17 @@ def tiny_xl_folder(made_once: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_block_xl_folder(made_once: Callable[..., Path]) -> Path:
+    """As ``tiny_xl_folder`` with a UNet of one block, for tests that train."""
+    pytest.importorskip(
+        "diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'"
+    )
+    from tiny_xl import save_tiny_xl
+
+    return made_once("one-block-xl", functools.partial(save_tiny_xl, blocks=1))
+
+
+@pytest.fixture(scope="session")
 def toys(made_once: Callable[..., Path]) -> Path:
     """Three concepts of four images: with two rows, one of them is refilled."""
     return made_once("toys", write_toy_concepts)

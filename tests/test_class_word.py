@@ -242,11 +242,11 @@ def residual(embedded_model):
 
 def test_the_sampler_says_what_to_do_in_languages_without_spaces(tokenizer, residual):
     use = ConceptUse("neko", "猫", residual)
-    (message,) = prompt_warnings(tokenizer, [ImageRequest("一只猫", (use,))])
+    (message,) = prompt_warnings([tokenizer], [ImageRequest("一只猫", (use,))])
     assert "not a separate word" in message
     assert "add spaces or list the form in class_forms" in message
     listed = ConceptUse("neko", "猫", residual, class_forms=("一只猫",))
-    assert not prompt_warnings(tokenizer, [ImageRequest("一只猫", (listed,))])
+    assert not prompt_warnings([tokenizer], [ImageRequest("一只猫", (listed,))])
 
 
 def test_file_keeps_the_forms_and_older_files_have_none(tmp_path, residual):

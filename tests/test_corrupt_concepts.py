@@ -96,7 +96,7 @@ METADATA = {
     "when": ["never", ""],
     "scope": ["some", ""],
     "class_forms": ["cats", '{"a":1}', "[1]", '[""]', "[" * 100_000],
-    "format_version": ["0", "-1", "²", "3", "9" * 5000, "1.0", ""],
+    "format_version": ["0", "-1", "²", "4", "9" * 5000, "1.0", ""],
 }
 NAMED = {  # a number that does not fit the tensors is named as the tensor that it does not fit
     "num_positions": r"num_positions|tensor layers",
@@ -190,7 +190,7 @@ def test_layers_beyond_the_encoder(tmp_path, tiny_sd_folder):
     path = save_concept(tmp_path / "x.safetensors", residual, base_class="cat")
     backbone = abstract_backbone(tiny_sd_folder)
     with pytest.raises(CatVersionError, match=r"up to number 40.*layers 0\.\.3"):
-        check_concept(backbone, ConceptUse.of(load_concept(path)), "")
+        check_concept(backbone, ConceptUse.of(load_concept(path)), {})
     pytest.importorskip("diffusers", reason="the loader is for diffusers")
     from tiny_pipelines import load_pipe
 

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import catversion_jax
 from catversion_jax import KVResidual, load_backbone, save_concept
 from catversion_jax.assets import embedded_folder
+from catversion_jax.methods.per_encoder import PerEncoder
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +119,15 @@ def test_the_page_reads_and_writes_a_concept_to_the_byte(page, tmp_path, scope) 
         page["read_concept"](damaged)
 
 
+def test_the_page_reads_both_parts_of_a_concept(page, tmp_path) -> None:
+    parts = (residual("all"), residual("all"))
+    path = save_concept(tmp_path / "c.safetensors", PerEncoder(parts), base_class="cat")
+    metadata, tensors = page["read_concept"](path.read_bytes())
+    pairs = page["keys_and_values"](metadata, tensors, "text_encoder_2.")
+    np.testing.assert_array_equal(pairs[10][0], parts[1].key[2])
+    assert page["write_concept"](metadata, tensors) == path.read_bytes()
+
+
 def test_the_page_reads_token_embeddings(page, tmp_path) -> None:
     vectors = np.arange(24, dtype=np.float32).reshape(3, 8)
     path = save_concept(tmp_path / "t.safetensors", TokenEmbeddings(vectors), base_class="cat")
@@ -133,13 +143,16 @@ def test_the_page_names_every_metadata_key(page, tmp_path) -> None:
     keys = [key for row in rows for key in re.findall(r"`([\w.]+)`", row)]
     named = {f"modelspec{key}" if key.startswith(".") else key for key in keys}
     written = set()
-    for number, learned in enumerate([residual("class_word"), TokenEmbeddings(np.ones((1, 8)))]):
+    of_both = PerEncoder((residual("all"), residual("all")))
+    every = [residual("class_word"), TokenEmbeddings(np.ones((1, 8))), of_both]
+    for number, learned in enumerate(every):
         path = save_concept(
             tmp_path / f"{number}.safetensors", learned, base_class="cat",
             config={"resolution": 512, "prediction_type": "epsilon"}, metrics={"eval_loss": 1.0},
         )  # fmt: skip
         written |= set(page["read_concept"](path.read_bytes())[0])
-    assert written == named
+    parts = ("catversion.text_encoder.", "catversion.text_encoder_2.")  # one row for both
+    assert {key for key in written if not key.startswith(parts)} == named
 
 
 def test_the_page_computes_the_fingerprint_of_a_text_encoder(page) -> None:

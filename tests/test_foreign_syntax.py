@@ -60,7 +60,7 @@ def test_a_thousand_prompts_are_one_line() -> None:
 def test_it_is_a_warning_of_the_call(embedded_model: Path) -> None:
     tokenizer = Tokenizer.from_folder(embedded_model / "tokenizer")
     requests = [ImageRequest("a (cup:1.3)", seed=seed) for seed in range(3)]
-    (warning,) = prompt_warnings(tokenizer, requests)
+    (warning,) = prompt_warnings([tokenizer], requests)
     assert "(cup:1.3)" in warning
-    (warning,) = prompt_warnings(tokenizer, [ImageRequest("a cup", negative_prompt="ugly BREAK")])
+    (warning,) = prompt_warnings([tokenizer], [ImageRequest("a cup", negative_prompt="ugly BREAK")])
     assert "BREAK" in warning

@@ -34,6 +34,7 @@ from catversion_jax.methods.table import method_for
 from catversion_jax.models.clip.adaptation import ExtraKeys
 from catversion_jax.models.clip.text import causal_bias
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
+from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import ConceptUse
 from catversion_jax.training.state import TrainState
@@ -125,15 +126,20 @@ def test_a_dropped_caption_has_no_word(backbone: Backbone) -> None:
     _, data = concept_data(backbone)
     word_places = np.full((8, 2, 24), -1, np.int32)
     word_places[:, :, 3] = 0
-    one = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf)[0], dataclasses.replace(data, word_places=word_places)
+    text = dataclasses.replace(data.text[0], word_places=word_places)
+    one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], dataclasses.replace(data, text=(text,)))
+    empty = LowerStates(
+        *jax.tree.map(
+            lambda leaf: jnp.full_like(leaf[0], 7), (text.hidden[0, 0], text.token_ids[0, 0])
+        ),
+        jnp.full(24, -1, jnp.int32),
     )
-    one = dataclasses.replace(one, empty_hidden=jnp.full_like(one.text_hidden[0], 7.0))
+    one = dataclasses.replace(one, empty_text=(empty,))
     objective = config(caption_dropout=0.5).objective_options
     batch = jax.jit(lambda d: sample_batch(d, jnp.int32(3), jnp.int32(0), 64, objective, 1000))(one)
-    dropped = np.all(np.asarray(batch.text_hidden) == 7.0, axis=(1, 2))
+    dropped = np.all(np.asarray(batch.text[0].hidden) == 7.0, axis=(1, 2))
     assert 16 < dropped.sum() < 48
-    np.testing.assert_array_equal((np.asarray(batch.word_places) >= 0).any(1), ~dropped)
+    np.testing.assert_array_equal((np.asarray(batch.text[0].word_places) >= 0).any(1), ~dropped)
 
 
 # ---- attention mass ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from catversion_jax.cli import main
 from catversion_jax.config import MethodOptions, make_config, option_table
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import load_concept
-from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.learned import LearnedPart
 from catversion_jax.methods.residual import resolve_layers
 from catversion_jax.methods.start_values import StartingPoint
 from catversion_jax.methods.table import METHODS
@@ -30,7 +30,7 @@ from catversion_jax.training.start import train
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ValueShift(Learned):
+class ValueShift(LearnedPart):
     """A vector added to the values of every token at the adapted layers, ``[*C L N H]``."""
 
     kind: ClassVar[str] = "value shift"

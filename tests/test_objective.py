@@ -14,6 +14,7 @@ from transformers import CLIPTextModel
 from catversion_jax.diffusion import NoiseScheduleConfig, noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses, min_snr_weight
 
 LAYERS = (1, 2, 3)
@@ -92,26 +93,26 @@ def test_losses_and_gradients_of_two_concepts_equal_torch(
         latents.transpose(0, 1, 3, 4, 2),
         noise.transpose(0, 1, 3, 4, 2),
         timesteps,
-        hidden.reshape(2, 2, *hidden.shape[1:]),
+        (LowerStates(hidden.reshape(2, 2, *hidden.shape[1:]), token_ids),),
         mask,
     )
 
     @jax.jit
-    def ours(residual, text_encoder, unet):
+    def ours(residual, text_encoders, unet):
         found = diffusion_losses(
             residual,
-            text_encoder,
+            text_encoders,
             unet,
             batch,
             noise_schedule(backbone.noise_schedule),
-            first_layer=LAYERS[0],
+            first_layers=LAYERS[:1],
             snr_gamma=snr_gamma,
             unmasked_weight=0.1,
         )
         return found.sum(), found
 
     run = jax.value_and_grad(ours, has_aux=True)
-    (_, found), grads = run(residual, backbone.text_encoder, backbone.unet)
+    (_, found), grads = run(residual, backbone.text_encoders, backbone.unet)
     np.testing.assert_allclose(found, [loss.item() for loss in losses], rtol=1e-4)
     for mine, theirs in ((grads.key, torch_key.grad), (grads.value, torch_value.grad)):
         reference = theirs.numpy()

@@ -285,11 +285,11 @@ def test_impossible_requests(backbone):
 
 def test_a_concept_of_another_model(backbone):
     dog = random_concept(backbone, "dog")
-    check_concept(backbone, dog, backbone.text_encoder_sha256)
-    check_concept(backbone, dog, "")  # the file does not say
+    check_concept(backbone, dog, backbone.fingerprints)
+    check_concept(backbone, dog, {"text_encoder_sha256": ""})  # the file does not say
     with pytest.raises(CatVersionError, match="--force"):
-        check_concept(backbone, dog, "0" * 64)
-    check_concept(backbone, dog, "0" * 64, force=True)
+        check_concept(backbone, dog, {"text_encoder_sha256": "0" * 64})
+    check_concept(backbone, dog, {"text_encoder_sha256": "0" * 64}, force=True)
     sd1 = np.zeros((3, 1, 12, 64), np.float32)
     for residual in (
         KVResidual(sd1, sd1, (9, 10, 11)),
@@ -297,4 +297,4 @@ def test_a_concept_of_another_model(backbone):
     ):
         wrong = ConceptUse("wrong", "dog", residual)
         with pytest.raises(CatVersionError, match="another model"):
-            check_concept(backbone, wrong, "", force=True)
+            check_concept(backbone, wrong, {}, force=True)

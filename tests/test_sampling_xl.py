@@ -13,12 +13,11 @@ from tiny_xl import load_xl
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.diffusion import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.sampling.denoising import draw_requests
-from catversion_jax.sampling.encoding import encode_prompt, encode_text
+from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.generate import generate
-from catversion_jax.sampling.requests import ConceptUse, ImageRequest
+from catversion_jax.sampling.requests import ImageRequest
 
 PEERS = {
     "ddim": "DDIMScheduler",
@@ -126,9 +125,6 @@ def test_generate_says_which_encoders_drew(tiny_xl_folder, backbone, tmp_path):
     assert all(facts.sha256 in said for facts in backbone.text_facts)
 
 
-def test_a_concept_that_knows_one_encoder_is_refused(backbone):
-    concept = ConceptUse("tom", "cat", KVResidual(*np.ones((2, 1, 1, 4, 8), np.float32), (1,)))
-    with pytest.raises(CatVersionError, match=r"'tom': knows one text encoder, but .* has two"):
-        encode_text(backbone, "a cat", (concept,))
-    with pytest.raises(CatVersionError, match="has 2 text encoders"):
+def test_the_context_alone_is_refused(backbone):
+    with pytest.raises(CatVersionError, match="its UNet needs a pooled state too"):
         encode_prompt(backbone, "a cat", ())

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from small_networks import SIZES, make_residual, token_ids
-from torch_reference import as_network, draw, randomise, relative_error
+from torch_reference import as_network, concatenated_attention, draw, randomise, relative_error
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
@@ -130,23 +130,6 @@ def test_gradients_to_a_residual_equal_torch_autograd():
     found = gradient(residual, ours)
     assert relative_error(found.key, given[0].grad) < 1e-3
     assert relative_error(found.value, given[1].grad) < 1e-3
-
-
-def concatenated_attention(module, key, value, hidden_states, *args, **kwargs):
-    """CLIP's attention with ``key`` and ``value`` ``[P N H]`` before its own."""
-    batch, length, _ = hidden_states.shape
-    q, k, v = (
-        projection(hidden_states).view(batch, length, *key.shape[1:]).transpose(1, 2)
-        for projection in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    k, v = (
-        torch.cat([extra.transpose(0, 1).expand(batch, -1, -1, -1), own], dim=2)
-        for extra, own in ((key, k), (value, v))
-    )
-    visible = torch.ones(length, length).tril().bool()
-    visible = torch.cat([torch.ones(length, key.shape[0]).bool(), visible], dim=1)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    return module.out_proj(out.transpose(1, 2).reshape(hidden_states.shape)), None
 
 
 def test_refused():

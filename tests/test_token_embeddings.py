@@ -23,6 +23,7 @@ from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
+from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.runtime.sharding import make_mesh
 from catversion_jax.sampling.encoding import encode_prompt
 from catversion_jax.sampling.requests import ConceptUse, check_concept
@@ -120,19 +121,17 @@ def test_loss_and_gradient_equal_torch(backbone: Backbone, one_block_sd_folder: 
         latents.transpose(0, 2, 3, 1),
         noise.transpose(0, 2, 3, 1),
         timesteps,
-        hidden,
-        None,
-        word_places,
+        (LowerStates(hidden, token_ids, word_places),),
     )
 
     @jax.jit
-    def ours(learned, text_encoder, unet):
+    def ours(learned, text_encoders, unet):
         schedule = noise_schedule(backbone.noise_schedule)
         one, of_one = jax.tree.map(lambda leaf: leaf[None], (learned, batch))
-        return diffusion_losses(one, text_encoder, unet, of_one, schedule, first_layer=0)[0]
+        return diffusion_losses(one, text_encoders, unet, of_one, schedule, first_layers=[0])[0]
 
     our_loss, grads = jax.value_and_grad(ours)(
-        TokenEmbeddings(vectors), backbone.text_encoder, backbone.unet
+        TokenEmbeddings(vectors), backbone.text_encoders, backbone.unet
     )
     np.testing.assert_allclose(our_loss, loss.item(), rtol=1e-4)
     assert relative_error(grads.vectors, table.grad[vocabulary:]) < 1e-3
@@ -146,19 +145,18 @@ def train_pack(backbone: Backbone, rows: slice) -> TrainState:
     options = config(preset="none", method="textual_inversion", train_batch_size=1)
     _, data = concept_data(backbone)
     placed = [backbone.tokenizer.place(p, [w], [2]) for p, w in (("a tea", "tea"), ("c", "c"))]
-    hidden = backbone.text_encoder.call("lower", np.stack([p.token_ids for p in placed]), 0)
-    data = dataclasses.replace(
-        data,
-        text_hidden=np.stack([np.asarray(hidden)] * 8),
-        word_places=np.stack([np.stack([p.word_places[0] for p in placed])] * 8),
-    )
+    ids = np.stack([p.token_ids for p in placed])
+    hidden = np.asarray(backbone.text_encoder.call("lower", ids, 0))
+    text = LowerStates(hidden, ids, np.stack([p.word_places[0] for p in placed]))
+    text = jax.tree.map(lambda leaf: np.stack([leaf] * 8), text)
+    data = dataclasses.replace(data, text=(text,))
     learned, data = jax.tree.map(
         lambda leaf: leaf[rows], (TokenEmbeddings(draw(8, 2, 32, seed=9)), data)
     )
     tx, mesh = optimizer(options), make_mesh(1, jax.devices()[:1])
     step = train_step(backbone, tx, mesh, options)
     state = create_train_state(jax.tree.map(jnp.asarray, learned), tx)
-    state, _ = step(state, data, backbone.text_encoder, backbone.unet, jnp.int32(6))
+    state, _ = step(state, data, backbone.text_encoders, backbone.unet, jnp.int32(6))
     return jax.tree.map(np.asarray, state)
 
 
@@ -231,7 +229,7 @@ def test_what_cannot_be_is_said(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(CatVersionError, match=r"'my cat' and 'other'.*both would stand"):
         encode_prompt(backbone, "a cat", [use(vectors), twin])
     with pytest.raises(CatVersionError, match="another model"):
-        check_concept(backbone, use(draw(2, 48)), "")
+        check_concept(backbone, use(draw(2, 48)), {})
     ids = backbone.tokenizer(["a cat"])
     with pytest.raises(CatVersionError, match="word_places=None"):
         backbone.text_encoder(ids, TokenEmbeddings(vectors))

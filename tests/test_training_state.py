@@ -31,7 +31,12 @@ def start(backbone: Backbone, **options: object) -> KVResidual:
     token_ids = backbone.tokenizer([PROMPT])[0]
     positions = backbone.tokenizer.word_positions(token_ids, BASE_CLASS)
     learned = init_learned(
-        config.method_options, backbone.text_encoder, 4, token_ids, positions, seed=7
+        config.method_options,
+        backbone.text_encoders,
+        backbone.text_facts,
+        [token_ids],
+        [positions],
+        seed=7,
     )
     assert isinstance(learned, KVResidual)
     return learned
@@ -89,13 +94,14 @@ def test_zero_and_normal(backbone: Backbone) -> None:
 def test_caption_dropout_replaces_the_prompt_at_its_rate(backbone: Backbone) -> None:
     _, data = concept_data(backbone)
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], data)
-    one = dataclasses.replace(one, empty_hidden=jnp.full_like(one.text_hidden[0], 7.0))
+    empty = jax.tree.map(lambda leaf: jnp.full_like(leaf[0], 7), one.text)
+    one = dataclasses.replace(one, empty_text=empty)
     config = make_config({"concepts": "unused", "caption_dropout": 0.25})
 
     @jax.jit
     def dropped(step: jax.Array) -> jax.Array:
         batch = sample_batch(one, step, jnp.int32(0), 64, config.objective_options, 1000)
-        return jnp.mean(jnp.all(batch.text_hidden == 7.0, axis=(1, 2)))
+        return jnp.mean(jnp.all(batch.text[0].hidden == 7.0, axis=(1, 2)))
 
     rate = np.mean([dropped(jnp.int32(step)) for step in range(20)])
     assert abs(rate - 0.25) < 0.04  # 1280 draws: three standard deviations

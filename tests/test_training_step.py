@@ -60,7 +60,7 @@ def run(
     mesh = make_mesh(options.data_parallel, jax.devices()[:devices])
     tx = optimizer(options)
     step = train_step(backbone, tx, mesh, options)
-    networks = jax.device_put((backbone.text_encoder, backbone.unet), replicated(mesh))
+    networks = jax.device_put((backbone.text_encoders, backbone.unet), replicated(mesh))
     state = place_by_concept(jax.tree.map(np.asarray, create_train_state(residual, tx)), mesh)
     data = place_by_concept(data, mesh)
     for count in dispatches:
@@ -151,7 +151,7 @@ def test_one_axis_needs_no_communication_and_two_axes_only_sums(backbone: Backbo
         step = train_step(backbone, tx, mesh, options)
         residual, data = concept_data(backbone)
         state = place_by_concept(jax.tree.map(np.asarray, create_train_state(residual, tx)), mesh)
-        networks = jax.device_put((backbone.text_encoder, backbone.unet), replicated(mesh))
+        networks = jax.device_put((backbone.text_encoders, backbone.unet), replicated(mesh))
         text = (
             step.lower(state, place_by_concept(data, mesh), *networks, jnp.int32(1))
             .compile()
@@ -256,9 +256,9 @@ def test_evaluation_loss_ignores_mesh_and_batch(backbone: Backbone) -> None:
     for devices, batch in ((1, 4), (8, 2)):
         mesh = make_mesh(1, jax.devices()[:devices])
         evaluate = make_eval_step(
-            schedule_of(backbone), mesh, first_layer=LAYERS[0], num_samples=6, batch_size=batch
+            schedule_of(backbone), mesh, first_layers=LAYERS[:1], num_samples=6, batch_size=batch
         )
-        networks = jax.device_put((backbone.text_encoder, backbone.unet), replicated(mesh))
+        networks = jax.device_put((backbone.text_encoders, backbone.unet), replicated(mesh))
         every = np.ones(len(data.flip), bool)
         placed = place_by_concept((residual, data, every), mesh)
         losses.append(np.asarray(evaluate(*placed, *networks)))
@@ -278,11 +278,11 @@ def test_the_evaluation_loss_is_the_mean_of_its_samples(
     residual, data = concept_data(backbone)
     schedule, mesh = schedule_of(backbone), make_mesh(1, jax.devices()[:1])
     evaluate = make_eval_step(
-        schedule, mesh, first_layer=LAYERS[0], num_samples=num_samples, batch_size=2
+        schedule, mesh, first_layers=LAYERS[:1], num_samples=num_samples, batch_size=2
     )
     every = np.ones(NUM_CONCEPTS, bool)
     found = evaluate(
-        *place_by_concept((residual, data, every), mesh), backbone.text_encoder, backbone.unet
+        *place_by_concept((residual, data, every), mesh), backbone.text_encoders, backbone.unet
     )
     concept = 3  # of four images and two prompts
     learned = jax.tree.map(lambda leaf: leaf[concept : concept + 1], residual)
@@ -295,17 +295,17 @@ def test_the_evaluation_loss_is_the_mean_of_its_samples(
             latents,
             jax.random.normal(key, latents.shape),
             np.int32(timestep),
-            data.text_hidden[concept, sample % 2],
+            jax.tree.map(lambda leaf, sample=sample: leaf[concept, sample % 2], data.text),
         )
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None, None], one)
         losses.append(
             diffusion_losses(
                 learned,
-                backbone.text_encoder,
+                backbone.text_encoders,
                 backbone.unet,
                 batch,
                 schedule,
-                first_layer=LAYERS[0],
+                first_layers=LAYERS[:1],
             )[0]
         )
     np.testing.assert_allclose(found[concept], np.mean(losses), rtol=1e-5)

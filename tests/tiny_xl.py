@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -20,11 +21,20 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from catversion_jax.methods.per_encoder import PerEncoder
+from catversion_jax.methods.residual import KVResidual
+
 WIDTHS, PROJECTION, TIME_WIDTH = (32, 48), 24, 8
+LAYERS = ((1, 2), (3, 4))
 
 
 def save_tiny_xl(
-    folder: Path, *, context: int = 24, seed: int = 0, zeros_for_empty: bool = True
+    folder: Path,
+    *,
+    context: int = 24,
+    seed: int = 0,
+    zeros_for_empty: bool = True,
+    blocks: int = 2,
 ) -> Path:
     """Two encoders, ``text_time``, 32x32 images, about 1 MB. As in the published folders the second
     tokenizer pads with ``"!"``, whose id is 0, and the configurations say ``eos_token_id = 2``.
@@ -55,12 +65,12 @@ def save_tiny_xl(
     )
     unet = UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(16, 32),
+        block_out_channels=(16, 32)[-blocks:],
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")[-blocks:],
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")[:blocks],
+        transformer_layers_per_block=(1, 2)[:blocks],
+        attention_head_dim=(2, 4)[-blocks:],
         cross_attention_dim=sum(WIDTHS),
         norm_num_groups=8,
         use_linear_projection=True,
@@ -112,3 +122,14 @@ def load_xl(folder: Path) -> StableDiffusionXLPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def residuals(seed: int = 0, **settings: object) -> PerEncoder:
+    """One of the tiny model's: 4 heads in both encoders, the second one's last layer included."""
+    rng = np.random.default_rng(seed)
+    return PerEncoder(
+        tuple(
+            KVResidual(*rng.normal(size=(2, 2, 1, 4, width // 4)).astype("f4"), layers, **settings)
+            for width, layers in zip(WIDTHS, LAYERS, strict=True)
+        )
+    )

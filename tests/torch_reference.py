@@ -180,3 +180,20 @@ def relative_error(ours, reference) -> float:
     if ours.shape != reference.shape:
         raise ValueError(f"shapes differ: {ours.shape} and {reference.shape}")
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def concatenated_attention(module, key, value, hidden_states, *args, **kwargs):
+    """CLIP's attention with ``key`` and ``value`` ``[P N H]`` before its own."""
+    batch, length, _ = hidden_states.shape
+    q, k, v = (
+        projection(hidden_states).view(batch, length, *key.shape[1:]).transpose(1, 2)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    k, v = (
+        torch.cat([extra.transpose(0, 1).expand(batch, -1, -1, -1), own], dim=2)
+        for extra, own in ((key, k), (value, v))
+    )
+    visible = torch.ones(length, length).tril().bool()
+    visible = torch.cat([torch.ones(length, key.shape[0]).bool(), visible], dim=1)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return module.out_proj(out.transpose(1, 2).reshape(hidden_states.shape)), None

@@ -10,6 +10,7 @@ from catversion_jax.config import TrainConfig, make_config
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.training.state import ConceptData, concept_key, make_optimizer
 from catversion_jax.training.step import TrainStep, make_train_step
 
@@ -43,8 +44,10 @@ def train_step(
 def concept_data(backbone: Backbone, seed: int = 0) -> tuple[KVResidual, ConceptData]:
     """Eight concepts with 1..4 images and 1..2 prompts."""
     rng = np.random.default_rng(seed)
-    hidden = backbone.text_encoder.call(
-        "lower", backbone.tokenizer(["a teapot", "the cat"]), LAYERS[0]
+    token_ids = backbone.tokenizer(["a teapot", "the cat"])
+    hidden = backbone.text_encoder.call("lower", token_ids, LAYERS[0])
+    text = jax.tree.map(
+        lambda leaf: np.stack([np.asarray(leaf)] * NUM_CONCEPTS), LowerStates(hidden, token_ids)
     )
     shape = (NUM_CONCEPTS, 4, 2, 8, 8, 4)
     data = ConceptData(
@@ -54,9 +57,9 @@ def concept_data(backbone: Backbone, seed: int = 0) -> tuple[KVResidual, Concept
         mask=None,
         num_images=1 + np.arange(NUM_CONCEPTS, dtype=np.int32) % 4,
         flip=np.full(NUM_CONCEPTS, 0.5, np.float32),
-        text_hidden=np.stack([np.asarray(hidden)] * NUM_CONCEPTS),
+        text=(text,),
         num_prompts=1 + np.arange(NUM_CONCEPTS, dtype=np.int32) % 2,
-        empty_hidden=None,
+        empty_text=None,
     )
     leaf = (NUM_CONCEPTS, len(LAYERS), 2, 4, 8)
     residual = KVResidual(

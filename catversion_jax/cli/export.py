@@ -96,7 +96,7 @@ def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], 
     backbone = load_model(args, _model_of(args, concepts), dtype="float32")
     uses = [ConceptUse.of(concept, scale=args.scale) for concept in concepts]
     for concept, use in zip(concepts, uses, strict=True):
-        check_concept(backbone, use, concept.text_encoder_sha256, force=args.force)
+        check_concept(backbone, use, concept.fingerprints, force=args.force)
     return export_prompt_embeds(
         path, backbone, args.prompt, uses, negative_prompt=args.negative_prompt
     )

@@ -79,11 +79,14 @@ def _list_concepts(folders: Sequence[Path], *, as_json: bool) -> int:
 
 
 def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str, Any]]:
-    """Of each token of the prompt: mean over heads, one number per adapted layer."""
+    """Of each token of the prompt in each text encoder: mean over heads, one number per adapted
+    layer.
+    """
     import numpy as np
 
     from catversion_jax.methods.attention_mass import residual_attention_mass
     from catversion_jax.methods.concept_file import load_concept
+    from catversion_jax.methods.learned import encoder_names
     from catversion_jax.models.stable_diffusion import load_model
     from catversion_jax.sampling.requests import ConceptUse, check_concept, place_concepts
 
@@ -95,17 +98,23 @@ def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str
         )
     backbone = load_model(_given(model or concept.base_model), dtype="float32", max_devices=1)
     use = ConceptUse.of(concept)
-    check_concept(backbone, use, concept.text_encoder_sha256)
-    placed = place_concepts(backbone.tokenizer, prompt, [use])
-    mass = residual_attention_mass(
-        backbone.text_encoder, placed.token_ids[None], concept.learned, placed.word_places[0][None]
-    )  # [L 1 N T]
-    mean = np.asarray(mass).mean(axis=2)[:, 0]  # [L T]
-    texts = backbone.tokenizer.texts(placed.token_ids)
-    return [
-        {"token": text, "mass": [round(float(x), 4) for x in mean[:, position]]}
-        for position, text in enumerate(texts)
-    ]
+    check_concept(backbone, use, concept.fingerprints)
+    rows = []
+    parts = concept.learned.parts
+    for name, encoder, tokenizer, part in zip(
+        encoder_names(len(parts)), backbone.text_encoders, backbone.tokenizers, parts, strict=True
+    ):
+        placed = place_concepts(tokenizer, prompt, [use])
+        mass = residual_attention_mass(
+            encoder, placed.token_ids[None], part, placed.word_places[0][None]
+        )  # [L 1 N T]
+        mean = np.asarray(mass).mean(axis=2)[:, 0]  # [L T]
+        of_encoder = {"encoder": name} if name else {}
+        rows += [
+            {"token": text, "mass": [round(float(x), 4) for x in mean[:, position]], **of_encoder}
+            for position, text in enumerate(tokenizer.texts(placed.token_ids))
+        ]
+    return rows
 
 
 def _given(model: str) -> str:
@@ -122,7 +131,7 @@ def _concept_facts(concept: Concept) -> dict[str, Any]:
         "class_forms": list(concept.class_forms),
         "when": concept.when,
         "base_model": concept.base_model,
-        "text_encoder_sha256": concept.text_encoder_sha256,
+        **concept.fingerprints,
         "step": concept.step,
         **concept.learned.summary(concept.name),
         "images": list(concept.images),
@@ -154,7 +163,10 @@ def _as_text(facts: dict[str, Any]) -> str:
     for key, value in facts.items():
         if key == "attention_mass":
             lines.append("attention mass of the residual per adapted layer, mean over heads:")
-            lines += [f"  {row['token']:<19}{row['mass']}" for row in value]
+            lines += [
+                f"  {row['token']:<19}{row['mass']} {row.get('encoder', '')}".rstrip()
+                for row in value
+            ]
             continue
         if key == "train_config":
             chosen = ("learning_rate", "max_train_steps", "train_batch_size", "init", "seed")

@@ -64,6 +64,7 @@ class LoadedImage:
       label: the source's label, for messages.
       mask_fault: why the mask is hardly meant so, as in :class:`UprightImage`.
       warnings: what may be wrong with the image.
+      time_ids: what Stable Diffusion XL is told of its size, see :func:`size_conditions`.
     """
 
     pixels: np.ndarray
@@ -71,6 +72,7 @@ class LoadedImage:
     label: str = ""
     mask_fault: str | None = None
     warnings: tuple[str, ...] = ()
+    time_ids: tuple[int, ...] = (0,) * 6
 
 
 def load_image(
@@ -93,16 +95,19 @@ def load_image(
     picture, mask, fault = image.picture, image.mask, image.mask_fault
     box = _square(picture.size) if crop == "center" else None
     size = (resolution, resolution)
+    time_ids = size_conditions(picture.size, resolution=resolution, crop=crop)
     with concept_errors(f"{source.label}: cannot be scaled to {resolution} pixels"):
         resized = picture.resize(size, Image.Resampling.BICUBIC, box=box)
         pixels = np.asarray(resized, np.float32) / 127.5 - 1.0
         if mask is None:
-            return LoadedImage(pixels, None, source.label, warnings=image.warnings)
+            return LoadedImage(
+                pixels, None, source.label, warnings=image.warnings, time_ids=time_ids
+            )
         # A box filter is the exact share of the object in each pixel and never leaves [0, 1].
         small = np.asarray(mask.resize(size, Image.Resampling.BOX, box=box), np.float32) / 255.0
     if fault is None and source.mask_polarity is None and not small.any():
         fault = "is empty within the centre square that is trained"
-    return LoadedImage(pixels, small, source.label, fault, image.warnings)
+    return LoadedImage(pixels, small, source.label, fault, image.warnings, time_ids)
 
 
 def decode_upright(source: ImageSource, *, alpha: Alpha = "white") -> UprightImage:
@@ -164,6 +169,26 @@ def decode_mask(source: ImageSource) -> Mask | None:
     image, _ = read_picture(source.mask, str(source.mask), max_megapixels=source.max_megapixels)
     with concept_errors(f"{source.mask}: is no mask", ". Save it as a greyscale PNG."):
         return mask_of(image, black_is_object=source.mask_polarity == "black")
+
+
+def size_conditions(
+    size: tuple[int, int], *, resolution: int, crop: Crop = "center"
+) -> tuple[int, ...]:
+    """What Stable Diffusion XL is told of a training image, in pixels: its height and width, top
+    and left of the crop once its shorter side has ``resolution`` pixels, and the height and width
+    of the result. As in diffusers' ``train_text_to_image_sdxl.py``.
+
+    Args:
+      size: width and height of the upright image.
+      resolution: side of the result.
+      crop: as for :func:`load_image`; without a crop its corner is 0.
+    """
+    width, height = size
+    top = left = 0
+    if crop == "center":
+        scaled = (int(resolution * side / min(size)) for side in (height, width))
+        top, left = (round((side - resolution) / 2) for side in scaled)
+    return (height, width, top, left, resolution, resolution)
 
 
 def _square(size: tuple[int, int]) -> tuple[float, float, float, float]:

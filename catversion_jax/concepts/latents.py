@@ -41,11 +41,13 @@ class EncodedConcept:
       std: ``[M 2 h w c]`` float32, posterior standard deviation, times ``latent_scale``.
       mask: ``[M 2 h w]`` float32 in [0, 1], share of the object in each latent pixel; 1 without a
         mask.
+      time_ids: ``[M 6]`` float32, what Stable Diffusion XL is told of their sizes.
     """
 
     mean: np.ndarray
     std: np.ndarray
     mask: np.ndarray
+    time_ids: np.ndarray
 
 
 def load_concept_images(
@@ -111,7 +113,10 @@ def encode_concept(
             "folder's VAE is intact (some fp16 VAE files overflow; use the float32 file)."
         )
     return EncodedConcept(
-        mean, std, np.stack([_latent_masks(image, latent_downsampling) for image in images])
+        mean,
+        std,
+        np.stack([_latent_masks(image, latent_downsampling) for image in images]),
+        np.array([image.time_ids for image in images], np.float32),
     )
 
 

@@ -29,7 +29,8 @@ class MethodOptions(Options):
     layers: str = option(
         "last3",
         "Text-encoder layers that get learned keys and values: last3 (official), last<k>, all, or "
-        "indices counted from 0, such as 9,10,11.",
+        "indices counted from 0, such as 9,10,11. Stable Diffusion XL has two text encoders: one "
+        "choice for both, or one for each, such as last3/28,29,30,31.",
         decides_result=True,
     )
     logit_bias: float = option(

@@ -227,8 +227,8 @@ def _check_concepts(subjects: Sequence[Subject], backbone: Backbone, *, force: b
     """Make sure that every concept was made for this model."""
     for subject in subjects:
         if subject.concept is not None:
-            sha256 = subject.concept.text_encoder_sha256
-            check_concept(backbone, ConceptUse.of(subject.concept), sha256, force=force)
+            concept = subject.concept
+            check_concept(backbone, ConceptUse.of(concept), concept.fingerprints, force=force)
 
 
 def _clip_folder(given: str | Path | None, backbone: Backbone | None) -> str | Path:

@@ -114,7 +114,7 @@ class EvaluationJob:
                 self.num_prior_images,
             )
         # asked once about the set, not page by page: prior images name no concept on purpose
-        for message in prompt_warnings(backbone.tokenizer, [image.request for image in scored]):
+        for message in prompt_warnings(backbone.tokenizers, [image.request for image in scored]):
             logger.warning(message)
         done = 0
 
@@ -194,7 +194,7 @@ class EvaluationJob:
         if backbone is not None and self.draws:
             protocol |= {
                 "model": backbone.name,
-                "text encoder sha256": backbone.text_encoder_sha256,
+                **{key.replace("_", " "): v for key, v in backbone.fingerprints.items()},
                 **_drawn_with(self.settings, backbone),
             }
         else:

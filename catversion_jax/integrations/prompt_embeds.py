@@ -71,7 +71,7 @@ def export_prompt_embeds(
         ImageRequest(prompt, uses or tuple(concepts), negative_prompt=negative_prompt)
         for prompt, uses in zip(prompts, acting, strict=True)
     ]
-    for message in prompt_warnings(backbone.tokenizer, requests):
+    for message in prompt_warnings(backbone.tokenizers, requests):
         logger.warning(message)
     prompted = np.stack([encode_prompt(backbone, prompt, concepts) for prompt in prompts])
     plain = encode_prompt(backbone, negative_prompt, ())

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from catversion_jax.array_types import Array, Float, Int
-from catversion_jax.methods.residual import KVResidual
+from catversion_jax.models.clip.adaptation import Adaptation
 from catversion_jax.models.weights.network import Network
 
 
@@ -14,7 +14,7 @@ from catversion_jax.models.weights.network import Network
 def residual_attention_mass(
     text_encoder: Network,
     token_ids: Int[Array, "B T"],
-    residual: KVResidual,
+    residual: Adaptation,
     word_places: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "L B N T"]:
     """Lambda of equation (2), summed over the P positions.

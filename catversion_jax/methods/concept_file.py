@@ -27,6 +27,8 @@ from catversion_jax.concepts.fields import WHEN, class_forms_field
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.foreign_files import describe_bytes, describe_folder, describe_tensors
 from catversion_jax.methods.learned import Learned, settings
+from catversion_jax.methods.modelspec import modelspec
+from catversion_jax.methods.per_encoder import FORMAT_VERSION, learned_from_file
 from catversion_jax.methods.stored_values import (
     check_tensors,
     choice,
@@ -36,18 +38,15 @@ from catversion_jax.methods.stored_values import (
     whole_number,
 )
 from catversion_jax.methods.table import METHODS, UNNAMED_METHOD, method_of
+from catversion_jax.models.weights.fingerprint import fingerprints_by_name
 from catversion_jax.models.weights.safetensors_files import parse_header, read_header
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, file_size, is_in_bucket
 from catversion_jax.runtime.safetensors_bytes import serialize_safetensors
 
-FORMAT_VERSION = 2
 CONCEPT_FILE_NAME = "catversion.safetensors"
 
 _MAX_BYTES = 256 * 2**20  # Stable Diffusion 1.5 has 36 kB; a guard against whole checkpoints
-
-# by width of the text encoder
-_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +67,8 @@ class Concept:
       metrics: final measurements, {} when there are none.
       metadata: the file's metadata as read, {} for a concept that was never in a file.
       class_forms: further forms of ``base_class`` that call the concept, such as its plural.
+      text_encoder_2_sha256: fingerprint of the second text encoder; '' where the model has one or
+        it is unknown.
     """
 
     learned: Learned
@@ -82,6 +83,13 @@ class Concept:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     class_forms: tuple[str, ...] = ()
+    text_encoder_2_sha256: str = ""
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the text encoders, under the names that they have in the file."""
+        of_both = (self.text_encoder_sha256, self.text_encoder_2_sha256)
+        return fingerprints_by_name(of_both[: len(self.learned.parts)])
 
     @property
     def residual(self) -> Learned:
@@ -123,6 +131,7 @@ def save_concept(
     metrics: Mapping[str, Any] | None = None,
     residual: Learned | None = None,
     class_forms: Sequence[str] | None = None,
+    text_encoder_2_sha256: str = "",
 ) -> Path:
     """Write one concept, atomically and with bytes that depend on nothing but the arguments.
 
@@ -141,6 +150,7 @@ def save_concept(
       residual: the name that ``learned`` had before version 0.2; scripts may still use it.
       class_forms: further forms of ``base_class`` that call the concept; None is its regular
         English plural.
+      text_encoder_2_sha256: fingerprint of the model's second text encoder, if it has one.
 
     Returns:
       ``path``.
@@ -165,6 +175,7 @@ def save_concept(
         train_config=dict(config or {}),
         metrics=dict(metrics or {}),
         class_forms=plural_forms(base_class) if class_forms is None else tuple(class_forms),
+        text_encoder_2_sha256=text_encoder_2_sha256,
     )
     return concept.save(path)
 
@@ -180,7 +191,7 @@ def _metadata_of(concept: Concept) -> dict[str, str]:
         **({} if method == UNNAMED_METHOD else {"method": method}),
         **concept.learned.facts(concept.name),
         "base_model": concept.base_model,
-        "text_encoder_sha256": concept.text_encoder_sha256,
+        **concept.fingerprints,
         "step": str(concept.step),
         "num_images": str(len(concept.images)),
         "images": _json(concept.images),
@@ -191,7 +202,9 @@ def _metadata_of(concept: Concept) -> dict[str, str]:
     if concept.metrics:
         own["metrics"] = _json(concept.metrics)
     metadata = {"format": "pt"} | {f"catversion.{k}": v for k, v in own.items()}
-    return metadata | _modelspec(concept)
+    return metadata | modelspec(
+        concept.learned, concept.name, concept.base_class, concept.when, concept.train_config
+    )
 
 
 def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path]:
@@ -332,13 +345,15 @@ def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -
     check_tensors(tensors)
     method = choice(own, "method", METHODS, UNNAMED_METHOD)
     base_class = nonblank_text(own, "base_class")
+    version = int(own["format_version"])
     return Concept(
-        learned=METHODS[method].from_file(own, tensors),
+        learned=learned_from_file(METHODS[method], version, own, tensors),
         base_class=base_class,
         name=nonblank_text(own, "name"),
         when=choice(own, "when", WHEN),
         base_model=own["base_model"],
         text_encoder_sha256=own["text_encoder_sha256"],
+        text_encoder_2_sha256=own["text_encoder_2_sha256"] if version >= FORMAT_VERSION else "",
         step=whole_number(own, "step"),
         images=json_texts(own, "images"),
         train_config=json_object(own, "train_config"),
@@ -358,36 +373,6 @@ def _check_finite(path: Path, learned: Learned, tensors: Mapping[str, np.ndarray
             f"{path}: what was learned holds NaN or infinite numbers and was not written; every "
             "number must be finite. Train again with a smaller learning rate."
         )
-
-
-def _modelspec(concept: Concept) -> dict[str, str]:
-    """The keys of Stability AI's ModelSpec that do not change from one writing to the next."""
-    name, config = concept.name, concept.train_config
-    # other programs call token embeddings by their token, ours by the class word
-    trigger = concept.learned.facts(name).get("placeholder_token", concept.base_class)
-    hint = (
-        f"write '{trigger}' in the prompt"
-        if concept.when == "class_word"
-        else "acts on every conditional prompt"
-    )
-    adapter = concept.learned.modelspec_adapter
-    base = _ARCHITECTURES.get(concept.learned.width, "stable-diffusion")
-    keys = {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{base}/{adapter}",
-        "implementation": "catversion_jax",
-        "title": name,
-        "description": f"{concept.learned.modelspec_description.format(name=name)}.",
-        "trigger_phrase": trigger,
-        "usage_hint": hint,
-        "tags": f"{adapter}, text-to-image, personalization",
-    }
-    for key in ("resolution", "prediction_type"):
-        if config.get(key):
-            keys[key] = str(config[key])
-    if str(config.get("resolution", "")).isdigit():
-        keys["resolution"] = f"{config['resolution']}x{config['resolution']}"
-    return {f"modelspec.{k}": v for k, v in keys.items()}
 
 
 def _json(value: object) -> str:

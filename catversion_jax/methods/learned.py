@@ -1,13 +1,16 @@
 """What can be learned: the questions that every method answers.
 
 A method is one class in one file of this folder and one row of the table in ``table.py``. An
-instance is what a concept learned: a small pytree, an argument of the frozen text encoder, whose
-questions are :class:`~catversion_jax.models.clip.adaptation.Adaptation`. The class itself says how
-learning starts, which options suit it, and how the result lies in a concept file. Nothing outside
-this folder asks which method it holds.
+instance is what a concept learned for one text encoder: a small pytree, an argument of the frozen
+encoder, whose questions are :class:`~catversion_jax.models.clip.adaptation.Adaptation`. The class
+itself says how learning starts, which options suit it, and how the result lies in a concept file.
+Nothing outside this folder asks which method it holds.
 
-:class:`Learned` answers what can be answered for any method: it changes nothing in the encoder,
-stands for no word, has no strength, and its arrays lie in the file under the names of its fields.
+:class:`Learned` has the questions about a concept as a whole. It has one part for each text encoder
+of the model: in Stable Diffusion 1.x and 2.x that is the concept itself, in XL there are two
+(``per_encoder.py``). :class:`LearnedPart` answers what can be answered for any method: it changes
+nothing in the encoder, stands for no word, has no strength, and its arrays lie in the file under
+the names of its fields.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import jax
 import numpy as np
@@ -26,23 +29,106 @@ from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.start_values import StartingPoint
 from catversion_jax.models.clip.adaptation import ExtraKeys, Heads
+from catversion_jax.models.weights.variants import TEXT_ENCODERS
 
 
 class Learned(abc.ABC):
-    """What one concept learned (or many, stacked on leading axes), and how it is learned.
+    """What one concept learned, for all text encoders of its model (or many, stacked on leading
+    axes): a pytree whose arrays are trained.
+    """
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> tuple[LearnedPart, ...]:
+        """What acts on each text encoder."""
+
+    @abc.abstractmethod
+    def with_parts(self, change: Callable[[LearnedPart], LearnedPart]) -> Self:
+        """The same with every part changed."""
+
+    @property
+    @abc.abstractmethod
+    def kind(self) -> str:
+        """What a concept of this method is called, for people."""
+
+    @property
+    @abc.abstractmethod
+    def modelspec_adapter(self) -> str:
+        """The word for this kind of adapter in a file's ModelSpec metadata."""
+
+    @property
+    @abc.abstractmethod
+    def modelspec_description(self) -> str:
+        """A sentence without its full stop; ``{name}`` is the concept's name."""
+
+    @property
+    @abc.abstractmethod
+    def replaces_word(self) -> bool:
+        """Whether learned vectors stand for the class word, so that the concept can act only where
+        the word is written, and only one concept on each word.
+        """
+
+    @property
+    @abc.abstractmethod
+    def adds_keys(self) -> bool:
+        """Whether tokens can attend to what was learned."""
+
+    @property
+    @abc.abstractmethod
+    def pipeline_obstacle(self) -> str:
+        """Why ``export --format pipeline`` and our PyTorch loader cannot take such a concept, with
+        the remedy, as the rest of a sentence about it; ``""`` where they can.
+        """
+
+    @property
+    @abc.abstractmethod
+    def num_word_places(self) -> int | None:
+        """Tokens that stand for the class word in a prompt; None where the word keeps its own."""
+
+    @property
+    @abc.abstractmethod
+    def shape_text(self) -> str:
+        """What it was made for, in words, for a message that says it does not fit."""
+
+    def scaled(self, scale: float) -> Self:
+        """The same concept with its strength changed.
+
+        Raises:
+          CatVersionError: the method has no such strength.
+        """
+        return self.with_parts(lambda part: part.scaled(scale))
+
+    @abc.abstractmethod
+    def summary(self, name: str) -> dict[str, Any]:
+        """Shapes, settings and sizes, as plain values for ``catversion inspect``."""
+
+    # ---- how it lies in a concept file -------------------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def format_version(self) -> int:
+        """The oldest version of the file format that can say all of this; older programs must
+        refuse it.
+        """
+
+    @abc.abstractmethod
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """The file's tensors, float32, of the concept called ``name``.
+
+        Raises:
+          CatVersionError: this is not one concept but a stack; the message lacks the file's name.
+        """
+
+    @abc.abstractmethod
+    def facts(self, name: str) -> dict[str, str]:
+        """What the file's metadata says about the tensors, every value a string."""
+
+
+class LearnedPart(Learned):
+    """What one concept learned for one text encoder, and how it is learned.
 
     A subclass is a frozen dataclass registered with ``jax.tree_util.register_dataclass``. Its array
     fields are trained; fields marked static are settings, as plain values.
-
-    Attributes:
-      kind: what a concept of this method is called, for people.
-      modelspec_adapter: the word for this kind of adapter in a file's ModelSpec metadata.
-      modelspec_description: a sentence without its full stop; ``{name}`` is the concept's name.
-      replaces_word: whether learned vectors stand for the class word, so that the concept can act
-        only where the word is written, and only one concept on each word.
-      adds_keys: whether tokens can attend to what was learned.
-      pipeline_obstacle: why ``export --format pipeline`` and our PyTorch loader cannot take such a
-        concept, with the remedy, as the rest of a sentence about it; ``""`` where they can.
     """
 
     kind: ClassVar[str]
@@ -53,6 +139,15 @@ class Learned(abc.ABC):
     pipeline_obstacle: ClassVar[str] = (
         "is of a method that the PyTorch loader does not know. Use --format prompt_embeds."
     )
+
+    @property
+    def parts(self) -> tuple[LearnedPart, ...]:
+        """Itself, for the only text encoder."""
+        return (self,)
+
+    def with_parts(self, change: Callable[[LearnedPart], LearnedPart]) -> Self:
+        """Itself, changed."""
+        return cast(Self, change(self))
 
     # ---- what the text encoder asks: Adaptation ----------------------------------------------
 
@@ -91,7 +186,7 @@ class Learned(abc.ABC):
 
     @property
     def num_word_places(self) -> int | None:
-        """Tokens that stand for the class word in a prompt; None where the word keeps its own."""
+        """None: the word keeps its own tokens."""
         return None
 
     @property
@@ -101,7 +196,7 @@ class Learned(abc.ABC):
 
     @property
     def shape_text(self) -> str:
-        """What it was made for, in words, for a message that says it does not fit."""
+        """What it was made for, in words."""
         return f"arrays for a text encoder of width {self.width}"
 
     def scaled(self, scale: float) -> Self:
@@ -148,26 +243,35 @@ class Learned(abc.ABC):
 
     @property
     def format_version(self) -> int:
-        """The oldest version of the file format that can say all of this; older programs must
-        refuse it.
-        """
+        """The oldest version that can say all of this: 2, which names the method."""
         return 2
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
-        """The file's tensors, float32, of the concept called ``name``.
-
-        Raises:
-          CatVersionError: this is not one concept but a stack; the message lacks the file's name.
-        """
+        """The arrays, float32, under the names of their fields."""
         return {k: np.asarray(array, np.float32) for k, array in named_arrays(self).items()}
 
     def facts(self, name: str) -> dict[str, str]:
-        """What the file's metadata says about the tensors, every value a string."""
+        """The settings, in JSON."""
         return {k: json.dumps(v, separators=(",", ":")) for k, v in settings(self).items()}
 
     @classmethod
+    def tensor_names(cls, facts: Mapping[str, str]) -> Collection[str]:
+        """Names of the tensors that a file's metadata speak of.
+
+        Raises:
+          KeyError, ValueError: the metadata are damaged.
+        """
+        return [f.name for f in _fields(cls, static=False)]
+
+    @classmethod
+    def name_in_pair(cls, tensor: str, encoder: str) -> str:
+        """The name of ``tensor`` in a file that holds the parts of several encoders."""
+        return f"{encoder}.{tensor}"
+
+    @classmethod
     def from_file(cls, facts: Mapping[str, str], tensors: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`tensors` and :meth:`facts`.
+        """The inverse of :meth:`tensors` and :meth:`facts`; ``tensors`` has those of
+        :meth:`tensor_names`.
 
         Raises:
           KeyError, ValueError, TypeError, RecursionError: the file is damaged.
@@ -177,6 +281,7 @@ class Learned(abc.ABC):
 
 
 AnyLearned = TypeVar("AnyLearned", bound=Learned)
+AnyPart = TypeVar("AnyPart", bound=LearnedPart)
 
 
 def stack_learned(concepts: Sequence[AnyLearned]) -> AnyLearned:
@@ -184,21 +289,28 @@ def stack_learned(concepts: Sequence[AnyLearned]) -> AnyLearned:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *concepts)
 
 
+def encoder_names(count: int) -> tuple[str, ...]:
+    """What the parts of a concept are called in files: by the component that they act on, and
+    nothing where there is one.
+    """
+    return ("",) if count == 1 else TEXT_ENCODERS[:count]
+
+
 def named_arrays(learned: Learned) -> dict[str, Any]:
-    """The trained arrays by field name."""
-    return {f.name: getattr(learned, f.name) for f in _fields(type(learned), static=False)}
+    """The trained arrays by field name; of several parts ``text_encoder_2.key`` and the like."""
+    return dict(_named(learned, static=False))
 
 
 def settings(learned: Learned) -> dict[str, Any]:
     """Everything that is not trained, as plain JSON values."""
-    values = {f.name: getattr(learned, f.name) for f in _fields(type(learned), static=True)}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    named = _named(learned, static=True)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in named}
 
 
-def rebuild(
-    kind: type[AnyLearned], arrays: Mapping[str, Any], static: Mapping[str, Any]
-) -> AnyLearned:
-    """The inverse of :func:`named_arrays` and :func:`settings`; other keys are ignored."""
+def rebuild(kind: type[AnyPart], arrays: Mapping[str, Any], static: Mapping[str, Any]) -> AnyPart:
+    """The inverse of :func:`named_arrays` and :func:`settings` for one part; other keys are
+    ignored.
+    """
     values = {f.name: arrays[f.name] for f in _fields(kind, static=False)}
     for field in _fields(kind, static=True):
         if field.name in static:
@@ -207,6 +319,19 @@ def rebuild(
     return kind(**values)
 
 
-def _fields(kind: type[Learned], *, static: bool) -> list[dataclasses.Field[Any]]:
+def of_encoder(named: Mapping[str, Any], encoder: str) -> dict[str, Any]:
+    """The entries of ``named`` that belong to one part, with the names they have in it."""
+    prefix = f"{encoder}." if encoder else ""
+    return {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
+
+
+def _named(learned: Learned, *, static: bool) -> Iterator[tuple[str, Any]]:
+    for encoder, part in zip(encoder_names(len(learned.parts)), learned.parts, strict=True):
+        prefix = f"{encoder}." if encoder else ""
+        for field in _fields(type(part), static=static):
+            yield prefix + field.name, getattr(part, field.name)
+
+
+def _fields(kind: type[LearnedPart], *, static: bool) -> list[dataclasses.Field[Any]]:
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every subclass is a dataclass
     return [f for f in fields if f.metadata.get("static", False) == static]

@@ -33,10 +33,9 @@ import numpy as np
 from catversion_jax.array_types import Array, Bool, Float, Int
 from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.learned import LearnedPart
 from catversion_jax.methods.start_values import StartingPoint, start_values
 from catversion_jax.methods.stored_values import (
-    check_names,
     check_shape,
     choice,
     finite_number,
@@ -51,7 +50,7 @@ SCOPES: tuple[str, ...] = get_args(Scope)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVResidual(Learned):
+class KVResidual(LearnedPart):
     """Keys and values of one concept (or of many, stacked on leading axes).
 
     Attributes:
@@ -198,7 +197,7 @@ class KVResidual(Learned):
     @classmethod
     def start(cls, options: MethodOptions, at: StartingPoint) -> Self:
         """Start values ``[L P N H]`` of one concept, as ``init`` says."""
-        layers = resolve_layers(options.layers, at.num_layers)
+        layers = resolve_layers(options.layers, at.num_layers, at.num_reaching_layers)
         own_key, own_value = at.keys_values(layers)
         rng_key, rng_value = jax.random.split(at.rng)
         return cls(
@@ -254,6 +253,15 @@ class KVResidual(Learned):
         return facts if self.scope == "all" else {**facts, "scope": self.scope}
 
     @classmethod
+    def tensor_names(cls, facts: Mapping[str, str]) -> list[str]:
+        """Those of :meth:`tensors` for the layers that the metadata list."""
+        return [
+            f"layers.{i}.{part}"
+            for i in layer_numbers(facts, "layers")
+            for part in ("key", "value")
+        ]
+
+    @classmethod
     def from_file(cls, facts: Mapping[str, str], tensors: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`tensors` and :meth:`facts`; numpy leaves.
 
@@ -264,13 +272,12 @@ class KVResidual(Learned):
         num_positions, num_heads, head_dim = (
             whole_number(facts, key) for key in ("num_positions", "num_heads", "head_dim")
         )
-        names = {part: [f"layers.{i}.{part}" for i in layers] for part in ("key", "value")}
-        check_names(tensors, {*names["key"], *names["value"]})
         for name in sorted(tensors):
             check_shape(name, tensors[name], (num_positions, num_heads, head_dim))
         scope = choice(facts, "scope", SCOPES, "all")
         arrays: dict[str, Any] = {  # [L P N H]
-            part: np.stack([tensors[name] for name in names[part]]) for part in names
+            part: np.stack([tensors[f"layers.{i}.{part}"] for i in layers])
+            for part in ("key", "value")
         }
         return cls(
             **arrays,
@@ -280,20 +287,40 @@ class KVResidual(Learned):
         )
 
 
-def resolve_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
+def layers_by_encoder(layers: str, count: int) -> tuple[str, ...]:
+    """The choice of each of ``count`` text encoders: one for all of them, or one each with ``/``
+    between, such as ``last3/28,29,30``.
+
+    Raises:
+      CatVersionError: as many choices as there are encoders were not given.
+    """
+    choices = layers.split("/") if count > 1 else [layers]
+    if len(choices) not in (1, count):
+        raise CatVersionError(
+            f"layers={layers!r}: has {len(choices)} choices for {count} text encoders; give one "
+            "for all of them, or one for each with / between, such as last3/28,29,30."
+        )
+    return tuple(choices * (count // len(choices)))
+
+
+def resolve_layers(
+    layers: str | Sequence[int], num_layers: int, num_reaching_layers: int | None = None
+) -> tuple[int, ...]:
     """Turn ``'last3'``, ``'last<k>'``, ``'all'``, ``'9,10,11'`` or a list into ascending 0-based
     indices.
 
     Args:
       layers: the user's choice. ``last3`` is the published one.
-      num_layers: layers of the encoder that feed the UNet.
+      num_layers: layers of the encoder that feed the UNet's cross-attention.
+      num_reaching_layers: layers that can be named; None for the same number. The last layer of
+        Stable Diffusion XL's second encoder, which acts on the pooled state alone, is one more.
 
     Raises:
       CatVersionError: not one of these forms, out of range, empty or repeated.
     """
+    stop = num_layers if num_reaching_layers is None else num_reaching_layers
     rule = (
-        "must be 'all', 'last<k>' such as 'last3', or distinct layer numbers within "
-        f"0..{num_layers - 1}"
+        f"must be 'all', 'last<k>' such as 'last3', or distinct layer numbers within 0..{stop - 1}"
     )
     if isinstance(layers, str):
         text = layers.strip()
@@ -315,7 +342,7 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, .
     if (
         not chosen
         or len(set(chosen)) != len(chosen)
-        or not all(isinstance(i, int) and 0 <= i < num_layers for i in chosen)
+        or not all(isinstance(i, int) and 0 <= i < stop for i in chosen)
     ):
         raise CatVersionError(f"layers={layers!r}: {rule}.")
     return tuple(sorted(chosen))

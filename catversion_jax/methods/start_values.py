@@ -25,7 +25,9 @@ class StartingPoint:
 
     Attributes:
       text_encoder: the frozen encoder.
-      num_layers: the number of its layers.
+      num_layers: the number of its layers that feed the context.
+      num_reaching_layers: of those whose result reaches the UNet at all; one more in the second
+        encoder of Stable Diffusion XL.
       token_ids: ``[T]`` a training prompt of the concept.
       copied: ``[P]`` for each learned position, the token of the prompt that ``init`` copies.
       rng: key for the start values of this concept.
@@ -33,6 +35,7 @@ class StartingPoint:
 
     text_encoder: Network
     num_layers: int
+    num_reaching_layers: int
     token_ids: np.ndarray
     copied: np.ndarray
     rng: Array

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError, did_you_mean
-from catversion_jax.methods.learned import Learned, rebuild, settings
-from catversion_jax.methods.residual import KVResidual
+from catversion_jax.methods.learned import (
+    Learned,
+    LearnedPart,
+    encoder_names,
+    of_encoder,
+    rebuild,
+    settings,
+)
+from catversion_jax.methods.per_encoder import joined
+from catversion_jax.methods.residual import KVResidual, layers_by_encoder
+from catversion_jax.methods.start_values import StartingPoint
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
+from catversion_jax.models.weights.variants import TEXT_ENCODERS
 
-METHODS: dict[str, type[Learned]] = {
+METHODS: dict[str, type[LearnedPart]] = {
     "catversion": KVResidual,
     "textual_inversion": TokenEmbeddings,
 }
@@ -20,7 +31,7 @@ UNNAMED_METHOD = "catversion"
 """The method of files that name none, as those of format version 1 do."""
 
 
-def method_named(name: str) -> type[Learned]:
+def method_named(name: str) -> type[LearnedPart]:
     """The class of a method.
 
     Raises:
@@ -33,7 +44,7 @@ def method_named(name: str) -> type[Learned]:
     return METHODS[name]
 
 
-def method_for(options: MethodOptions) -> type[Learned]:
+def method_for(options: MethodOptions) -> type[LearnedPart]:
     """The class of the method that ``options`` name.
 
     Raises:
@@ -46,9 +57,29 @@ def method_for(options: MethodOptions) -> type[Learned]:
     return kind
 
 
+def start_learned(options: MethodOptions, at: Sequence[StartingPoint]) -> Learned:
+    """Start values of one concept, float32.
+
+    Args:
+      options: what is learned, and how it starts.
+      at: in front of each text encoder of the model.
+
+    Raises:
+      CatVersionError: the method is not known, or options contradict it or the encoders.
+    """
+    kind = method_for(options)
+    choices = layers_by_encoder(options.layers, len(at))
+    return joined(
+        [
+            kind.start(dataclasses.replace(options, layers=layers), point)
+            for layers, point in zip(choices, at, strict=True)
+        ]
+    )
+
+
 def method_of(learned: Learned) -> str:
     """The name of the method in :data:`METHODS`."""
-    return next(name for name, kind in METHODS.items() if isinstance(learned, kind))
+    return next(name for name, kind in METHODS.items() if isinstance(learned.parts[0], kind))
 
 
 def settings_of(learned: Learned) -> dict[str, Any]:
@@ -62,4 +93,11 @@ def rebuild_learned(arrays: Mapping[str, Any], described: Mapping[str, Any]) -> 
     Raises:
       CatVersionError: this version does not know the method.
     """
-    return rebuild(method_named(described.get("method", UNNAMED_METHOD)), arrays, described)
+    kind = method_named(described.get("method", UNNAMED_METHOD))
+    several = any(of_encoder(arrays, name) for name in TEXT_ENCODERS)
+    return joined(
+        [
+            rebuild(kind, of_encoder(arrays, encoder), of_encoder(described, encoder))
+            for encoder in encoder_names(len(TEXT_ENCODERS) if several else 1)
+        ]
+    )

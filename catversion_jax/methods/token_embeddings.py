@@ -24,14 +24,17 @@ import numpy as np
 from catversion_jax.array_types import Array, Float
 from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.learned import LearnedPart
 from catversion_jax.methods.start_values import StartingPoint, start_values
-from catversion_jax.methods.stored_values import check_names, check_shape, whole_number
+from catversion_jax.methods.stored_values import check_shape, whole_number
+from catversion_jax.models.weights.variants import TEXT_ENCODERS
+
+_NAMES_IN_PAIR = dict(zip(TEXT_ENCODERS, ("clip_l", "clip_g"), strict=True))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenEmbeddings(Learned):
+class TokenEmbeddings(LearnedPart):
     """Embeddings of one concept (or of many, stacked on leading axes).
 
     Attributes:
@@ -157,6 +160,18 @@ class TokenEmbeddings(Learned):
         }
 
     @classmethod
+    def tensor_names(cls, facts: Mapping[str, str]) -> list[str]:
+        """The placeholder token."""
+        return [facts["placeholder_token"]]
+
+    @classmethod
+    def name_in_pair(cls, tensor: str, encoder: str) -> str:
+        """``clip_l`` and ``clip_g``, as in the embeddings that diffusers' examples for Stable
+        Diffusion XL load and other programs for it read.
+        """
+        return _NAMES_IN_PAIR[encoder]
+
+    @classmethod
     def from_file(cls, facts: Mapping[str, str], tensors: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`tensors` and :meth:`facts`; a numpy leaf.
 
@@ -164,7 +179,6 @@ class TokenEmbeddings(Learned):
           KeyError, ValueError: the file is damaged.
         """
         name = facts["placeholder_token"]
-        check_names(tensors, {name})
         shape = (whole_number(facts, "num_vectors"), whole_number(facts, "width"))
         check_shape(name, tensors[name], shape)
         return cls(tensors[name])

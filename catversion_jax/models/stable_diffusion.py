@@ -30,7 +30,7 @@ from catversion_jax.models.unet.unet import UNet2DConditionModel
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.models.weights.content_digest import ContentDigest
 from catversion_jax.models.weights.convert import convert_state_dict, load_network
-from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+from catversion_jax.models.weights.fingerprint import fingerprints_by_name, text_encoder_sha256
 from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.model_files import ModelFiles, open_model
 from catversion_jax.models.weights.network import Network, abstract_network
@@ -107,6 +107,23 @@ class Backbone:
     def text_encoder_sha256(self) -> str:
         """The only text encoder's fingerprint; see ``fingerprint.py``."""
         return self._only(self.text_facts).sha256
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the text encoders, under the names that they have in files."""
+        return fingerprints_by_name([facts.sha256 for facts in self.text_facts])
+
+    @property
+    def reads_time_ids(self) -> bool:
+        """Whether the UNet takes :class:`~.unet.embeddings.AddedConditions`, as Stable Diffusion
+        XL's does.
+        """
+        return len(self.text_encoders) > 1
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a prompt, the same for all text encoders."""
+        return self.tokenizers[0].model_max_length
 
     @property
     def num_text_layers(self) -> int:

@@ -14,10 +14,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from catversion_jax.array_types import Array, Int
+from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.adaptation import AdaptationArgument, WordPlaces
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
@@ -39,7 +40,9 @@ class TextEncoderFacts:
     Attributes:
       num_layers: all of the encoder's.
       num_context_layers: those from the first on whose result reaches the context: all in (1), all
-        but the last in (2). The last layer of XL's second encoder acts on the pooled state alone.
+        but the last in (2).
+      num_reaching_layers: those whose result reaches the UNet at all. The last layer of XL's second
+        encoder is one more: it acts on the pooled state alone.
       num_heads: attention heads.
       head_dim: width of one head.
       sha256: fingerprint of the weights (``fingerprint.py``); ``""`` where none were read.
@@ -47,6 +50,7 @@ class TextEncoderFacts:
 
     num_layers: int
     num_context_layers: int
+    num_reaching_layers: int
     num_heads: int
     head_dim: int
     sha256: str = ""
@@ -74,9 +78,12 @@ class TextEncoderFiles:
     def facts(self, *, of_two: bool) -> TextEncoderFacts:
         """Its sizes; ``of_two`` where the model has a second encoder beside it."""
         config = self.config
+        num_layers = config.num_hidden_layers
+        gives_pooled = isinstance(config, CLIPTextWithProjectionConfig)
         return TextEncoderFacts(
-            num_layers=config.num_hidden_layers,
-            num_context_layers=config.num_hidden_layers - of_two,
+            num_layers=num_layers,
+            num_context_layers=num_layers - of_two,
+            num_reaching_layers=num_layers if gives_pooled else num_layers - of_two,
             num_heads=config.num_attention_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
         )
@@ -125,6 +132,23 @@ def read_tokenizers(
     return tokenizers
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowerStates:
+    """Prompts on their way through one text encoder; what is learned acts from here on.
+
+    Attributes:
+      hidden: ``[*B T D]``, the state that enters a layer.
+      token_ids: ``[*B T]``, what was encoded.
+      word_places: ``[*B T]`` where the class word stands, one for each of several concepts; None
+        where what is learned need not know.
+    """
+
+    hidden: Float[Array, "*B T D"]
+    token_ids: Int[Array, "*B T"]
+    word_places: WordPlaces = None
+
+
 def text_states(
     text_encoders: Sequence[Network],
     token_ids: Sequence[Int[Array, "B T"]],
@@ -142,11 +166,40 @@ def text_states(
     Raises:
       CatVersionError: a concept that does not fit its encoder, or lacks its word's places.
     """
-    nothing = [None] * len(text_encoders)
-    inputs = list(zip(token_ids, learned or nothing, word_places or nothing, strict=True))
+    places = word_places or [None] * len(text_encoders)
+    lower = [
+        LowerStates(encoder.call("lower", ids, 0), ids, where)
+        for encoder, ids, where in zip(text_encoders, token_ids, places, strict=True)
+    ]
+    return upper_text_states(text_encoders, lower, [0] * len(lower), learned)
+
+
+def upper_text_states(
+    text_encoders: Sequence[Network],
+    lower: Sequence[LowerStates],
+    layers: Sequence[int],
+    learned: Sequence[AdaptationArgument] | None = None,
+) -> TextStates:
+    """The same from the state on that enters one layer of each encoder.
+
+    Args:
+      text_encoders: one or two networks.
+      lower: for each the prompts so far, ``[B T D]``.
+      layers: for each the layer that ``lower`` enters.
+      learned: for each what acts on it; None is nothing.
+
+    Raises:
+      CatVersionError: a concept that does not fit its encoder, acts below its layer, or lacks its
+        word's places.
+    """
+    parts = learned or [None] * len(text_encoders)
+    calls = [
+        {"hidden": one.hidden, "learned": part, "layer": layer, "word_places": one.word_places}
+        for one, part, layer in zip(lower, parts, layers, strict=True)
+    ]
     if len(text_encoders) == 1:
-        return TextStates(text_encoders[0](*inputs[0]))
+        return TextStates(text_encoders[0].call("upper", **calls[0]))
     first, second = text_encoders
-    context = first(*inputs[0], output="penultimate")
-    states: TextStates = second.call("states", *inputs[1])
+    context = first.call("upper", **calls[0], output="penultimate")
+    states: TextStates = second.call("upper_states", token_ids=lower[1].token_ids, **calls[1])
     return TextStates(jnp.concatenate([context, states.context], axis=-1), states.pooled)

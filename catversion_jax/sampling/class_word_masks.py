@@ -23,12 +23,18 @@ from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.config.masks import MaskSettings
 from catversion_jax.diffusion import NoiseSchedule, noise_schedule
 from catversion_jax.errors import CatVersionError
+from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.vae import vae_encode
 from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.batches import full_batches
 from catversion_jax.runtime.random_normal import standard_normal
-from catversion_jax.sampling.encoding import encode_prompt
+from catversion_jax.sampling.encoding import (
+    Conditions,
+    conditions,
+    encode_text,
+    stack_conditions,
+)
 
 PROMPT = "a photo of a {}"
 BATCH = 4
@@ -80,16 +86,15 @@ def class_word_maps(
     scale = jax.device_put(np.float32(backbone.latent_scale))
     maps = []
     for rows in full_batches(len(pixels), BATCH):
-        texts, weights = (
-            np.stack(part) for part in zip(*(read[base_classes[i]] for i in rows), strict=True)
-        )
+        states, weights = zip(*(read[base_classes[i]] for i in rows), strict=True)
+        texts = stack_conditions([conditions(one, *pixels.shape[1:3]) for one in states])
         maps.append(
             np.asarray(
                 _mean_maps(
                     backbone.unet,
                     backbone.vae,
                     schedule,
-                    *jax.device_put((pixels[rows], texts, weights, timesteps)),
+                    *jax.device_put((pixels[rows], texts, np.stack(weights), timesteps)),
                     keys,
                     scale,
                     settings.min_map_side,
@@ -131,21 +136,24 @@ def _check_images(
         )
 
 
-def _read_word(
-    backbone: Backbone, base_class: str
-) -> tuple[Float[np.ndarray, "T D"], Float[np.ndarray, " T"]]:
-    """The prompt's text states, and the weight of its tokens: 1 / count on the class word's."""
+def _read_word(backbone: Backbone, base_class: str) -> tuple[TextStates, Float[np.ndarray, " T"]]:
+    """The prompt's text states, and the weight of its tokens: 1 / count on the class word's.
+
+    The places are those of the first tokenizer; the second one of Stable Diffusion XL reads words
+    as the first does.
+    """
     prompt = with_class_word(PROMPT, base_class)
-    ids = backbone.tokenizer([prompt])[0]
-    positions = backbone.tokenizer.word_positions(ids, base_class)
+    tokenizer = backbone.tokenizers[0]
+    ids = tokenizer([prompt])[0]
+    positions = tokenizer.word_positions(ids, base_class)
     if not positions:
         raise CatVersionError(
             f"base class {base_class!r}: the model does not read all of it in {prompt!r}, which "
-            f"may have {backbone.tokenizer.model_max_length} tokens. Use a shorter base class."
+            f"may have {backbone.context_length} tokens. Use a shorter base class."
         )
     weights = np.zeros(len(ids), np.float32)
     weights[list(positions)] = 1 / len(positions)
-    return encode_prompt(backbone, prompt, ()), weights
+    return encode_text(backbone, prompt, ()), weights
 
 
 def _noises(
@@ -169,7 +177,7 @@ def _mean_maps(
     vae: Network,
     schedule: NoiseSchedule,
     pixels: Int[Array, "B H W 3"],
-    texts: Float[Array, "B T D"],
+    texts: Conditions,
     token_weights: Float[Array, "B T"],
     timesteps: Int[Array, " K"],
     keys: Key[Array, " K"],
@@ -178,13 +186,14 @@ def _mean_maps(
 ) -> Float[Array, "B H W"]:
     mean, _ = vae_encode(vae, pixels.astype(jnp.float32) / 127.5 - 1)
     latents = latent_scale * mean.astype(jnp.float32)
+    context, added = texts
 
     def look(noise: tuple[Array, Array]) -> tuple[Array, ...]:
         timestep, key = noise
         noisy = schedule.add_noise(
             latents, standard_normal(key, latents.shape[1:]), jnp.full(len(latents), timestep)
         )
-        _, maps = unet.call("attention_maps", noisy, timestep, texts, token_weights)
+        _, maps = unet.call("attention_maps", noisy, timestep, context, token_weights, added=added)
         return tuple(maps[layer] for layer in _finer(maps, min_map_side))
 
     maps = [looks.mean(axis=0) for looks in jax.lax.map(look, (timesteps, keys))]

@@ -90,7 +90,7 @@ class ConceptShelf:
           CatVersionError: one was not; see :func:`check_concept`.
         """
         for concept, use in self._used.values():
-            check_concept(backbone, use, concept.text_encoder_sha256, force=force)
+            check_concept(backbone, use, concept.fingerprints, force=force)
 
     def _of(self, row: Prompt) -> tuple[ConceptUse, ...]:
         """The concepts of one prompt; where it names none, all of the call."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -31,9 +30,7 @@ from catversion_jax.array_types import Array, Float, Int, Key
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.diffusion import Sampler, SamplerRow, make_sampler
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.models.unet.embeddings import AddedConditions
 from catversion_jax.models.vae import vae_decode
 from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.batches import full_batches
@@ -45,13 +42,15 @@ from catversion_jax.runtime.sharding import (
     place_by_device,
     replicated,
 )
-from catversion_jax.sampling.encoding import encode_requests
+from catversion_jax.sampling.encoding import (
+    Conditions,
+    conditions,
+    encode_requests,
+    stack_conditions,
+)
 from catversion_jax.sampling.requests import ImageRequest, prompt_warnings
 
 logger = logging.getLogger(__name__)
-
-Conditions = tuple[Float[Array, "B T D"], AddedConditions | None]
-"""The prompts' context, and what Stable Diffusion XL is told beside it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +100,14 @@ def draw_requests(
     sampler = checked_sampler(backbone, settings)
     shape = latent_shape(backbone, settings)
     start = checked_latents(backbone, settings, latents, len(requests))
-    # Two tokenizers may count differently: that of XL's second encoder reads each "!" alone.
-    said = [prompt_warnings(tokenizer, requests) for tokenizer in backbone.tokenizers]
-    warnings = tuple(dict.fromkeys(itertools.chain.from_iterable(said)))
+    warnings = prompt_warnings(backbone.tokenizers, requests)
     for message in warnings:
         logger.warning(message)
     guidance_scale = cast(float, settings.guidance_scale)
     texts = encode_requests(backbone, requests, guidance_scale)
     factor = backbone.latent_downsampling
     branches = [
-        [_conditions(states, shape[0] * factor, shape[1] * factor) for states in branch]
+        [conditions(states, shape[0] * factor, shape[1] * factor) for states in branch]
         for branch in texts
     ]
     mesh = mesh_of(backbone.unet)
@@ -124,7 +121,10 @@ def draw_requests(
         keys, x = _initial_noise(place_by_device(seeds, mesh), shape)
         if start is not None:
             x = place_by_device(start[rows], mesh)
-        placed = [place_by_device(_stacked([branch[i] for i in rows]), mesh) for branch in branches]
+        placed = [
+            place_by_device(stack_conditions([branch[i] for i in rows]), mesh)
+            for branch in branches
+        ]
         final.append(_denoise(backbone.unet, sampler, guidance_scale, x, placed, keys, report))
     last = np.concatenate(final)[: len(requests)]
     return GeneratedImages(decode_latents(backbone, last), last, warnings)
@@ -144,22 +144,6 @@ def checked_sampler(backbone: Backbone, settings: SamplingSettings) -> Sampler:
         eta=settings.eta,
         karras=settings.karras,
     )
-
-
-def _conditions(states: TextStates, height: int, width: int) -> Conditions:
-    """What the UNet is told of one image; without a pooled state nothing beside the context.
-
-    The picture counts as one of this size that was not cropped, as in diffusers' pipeline.
-    """
-    if states.pooled is None:
-        return states.context, None
-    time_ids = np.array([height, width, 0, 0, height, width], np.float32)
-    return states.context, AddedConditions(states.pooled, time_ids)
-
-
-def _stacked(rows: Sequence[Conditions]) -> Conditions:
-    """A batch of single images' conditions."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
 def _reporter(on_step: Callable[[int, int], None] | None, total: int) -> Callable[[Array], None]:

@@ -14,56 +14,63 @@ import numpy as np
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.learned import LearnedPart
 from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.text_encoders import text_states
+from catversion_jax.models.unet.embeddings import AddedConditions
 from catversion_jax.models.weights.network import Network
 from catversion_jax.sampling.requests import (
     ConceptUse,
     ImageRequest,
     active_concepts,
+    learned_parts,
     place_concepts,
 )
+
+Conditions = tuple[Float[Array, "B T D"], AddedConditions | None]
+"""The prompts' context, and what Stable Diffusion XL is told beside it."""
+
+
+def encode_text(backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse]) -> TextStates:
+    """One prompt's row of everything that the UNet is told of it, with the concepts that act on
+    it, on the host: context ``[T D]`` and, in Stable Diffusion XL, pooled ``[P]``. Encoded alone,
+    so nothing else matters.
+
+    Whether a concept acts is asked of the first tokenizer; where its word stands, of each.
+
+    Raises:
+      CatVersionError: a concept of a model with another number of text encoders.
+    """
+    acting = active_concepts(backbone.tokenizers[0], prompt, concepts)
+    parts = [jax.device_put(learned_parts(backbone, use)) for use in acting]
+    placed = [place_concepts(tokenizer, prompt, acting) for tokenizer in backbone.tokenizers]
+    token_ids, word_places = jax.device_put(
+        (
+            tuple(one.token_ids[None] for one in placed),
+            tuple(one.word_places[:, None] for one in placed),
+        )
+    )
+    learned = tuple(tuple(of_use[index] for of_use in parts) for index in range(len(placed)))
+    states = jax.device_get(_encode(backbone.text_encoders, token_ids, learned, word_places))
+    return jax.tree.map(lambda rows: np.asarray(rows)[0], states)
 
 
 def encode_prompt(
     backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse]
 ) -> Float[np.ndarray, "T D"]:
-    """One prompt's text states with the concepts that act on it; encoded alone, so nothing else
-    matters.
+    """The context of :func:`encode_text`, for models whose UNet is told nothing else.
 
     Raises:
       CatVersionError: the model has two text encoders, and so more than these states.
     """
-    acting = active_concepts(backbone.tokenizer, prompt, concepts)
-    learned = tuple(jax.device_put(use.learned.scaled(use.scale)) for use in acting)
-    placed = place_concepts(backbone.tokenizer, prompt, acting)
-    token_ids, word_places = jax.device_put((placed.token_ids[None], placed.word_places[:, None]))
-    states = _encode(backbone.text_encoders, (token_ids,), (learned,), (word_places,))
-    return np.asarray(jax.device_get(states.context))[0]
-
-
-def encode_text(backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse]) -> TextStates:
-    """One prompt's row of everything that the UNet is told of it, on the host: context ``[T D]``
-    and, in Stable Diffusion XL, pooled ``[P]``.
-
-    Raises:
-      CatVersionError: a concept, which knows one text encoder, and a model that has two.
-    """
-    if len(backbone.text_encoders) == 1:
-        return TextStates(encode_prompt(backbone, prompt, concepts))
-    if concepts:
+    states = encode_text(backbone, prompt, concepts)
+    if states.pooled is not None:
         raise CatVersionError(
-            f"concept {concepts[0].name!r}: knows one text encoder, but {backbone.name} has two: "
-            "half of the prompt would stay plain. Draw it with the model it was trained with."
+            f"{backbone.name}: has {len(backbone.text_encoders)} text encoders (Stable Diffusion "
+            "XL), and its UNet needs a pooled state too, which this does not give. Use encode_text."
         )
-    token_ids = tuple(
-        jax.device_put(tokenizer.place(prompt).token_ids[None]) for tokenizer in backbone.tokenizers
-    )
-    nothing = ((),) * len(token_ids)
-    states = jax.device_get(_encode(backbone.text_encoders, token_ids, nothing, nothing))
-    return jax.tree.map(lambda rows: np.asarray(rows)[0], states)
+    return states.context
 
 
 def encode_requests(
@@ -93,12 +100,29 @@ def encode_requests(
     return [prompted, plain]
 
 
+def conditions(states: TextStates, height: int, width: int) -> Conditions:
+    """What the UNet is told of one image of so many pixels; without a pooled state nothing beside
+    the context.
+
+    The picture counts as one of this size that was not cropped, as in diffusers' pipeline.
+    """
+    if states.pooled is None:
+        return states.context, None
+    time_ids = np.array([height, width, 0, 0, height, width], np.float32)
+    return states.context, AddedConditions(states.pooled, time_ids)
+
+
+def stack_conditions(rows: Sequence[Conditions]) -> Conditions:
+    """A batch of single images' conditions."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
 @jax.jit
 def _encode(
     text_encoders: tuple[Network, ...],
     token_ids: tuple[Int[Array, "B T"], ...],
-    learned: tuple[tuple[Learned, ...], ...],
-    word_places: tuple[Int[Array, "U B T"] | tuple[()], ...],
+    learned: tuple[tuple[LearnedPart, ...], ...],
+    word_places: tuple[Int[Array, "U B T"], ...],
 ) -> TextStates:
     """The states in float32; the last three arguments are for each encoder."""
     places = [list(of_one) for of_one in word_places]

@@ -24,7 +24,6 @@ from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.methods.learned import named_arrays
 from catversion_jax.methods.table import settings_of
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.models.weights.variants import TEXT_ENCODERS
 from catversion_jax.sampling.denoising import checked_latents, draw_requests
 from catversion_jax.sampling.grids import image_grid
 from catversion_jax.sampling.png import save_png, slug
@@ -156,10 +155,7 @@ class ImageMetadata:
             **given,
             "latents": latents,
             "model": backbone.name,
-            **{
-                f"{name}_sha256": facts.sha256
-                for name, facts in zip(TEXT_ENCODERS, backbone.text_facts, strict=False)
-            },
+            **backbone.fingerprints,
             "platform": jax.default_backend(),
             "software": f"catversion_jax {__version__}",
         }

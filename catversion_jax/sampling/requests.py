@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,9 +20,11 @@ from catversion_jax.concepts.fields import WHEN
 from catversion_jax.concepts.foreign_syntax import foreign_syntax
 from catversion_jax.errors import CatVersionError, encodable, shown
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.methods.learned import Learned
+from catversion_jax.methods.learned import Learned, LearnedPart
 from catversion_jax.models.clip.tokenizer import PlacedPrompt, Tokenizer
 from catversion_jax.models.stable_diffusion import Backbone
+
+_RIGHT_MODEL = "Give --model the one it was trained with (catversion inspect shows it)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +138,18 @@ def place_concepts(tokenizer: Tokenizer, prompt: str, acting: Sequence[ConceptUs
     )
 
 
-def prompt_warnings(tokenizer: Tokenizer, requests: Sequence[ImageRequest]) -> tuple[str, ...]:
-    """Prompts that are cut off, and concepts that no word of their prompt calls; each once."""
+def prompt_warnings(
+    tokenizers: Sequence[Tokenizer], requests: Sequence[ImageRequest]
+) -> tuple[str, ...]:
+    """Prompts that are cut off, and concepts that no word of their prompt calls; each once.
+
+    Two tokenizers may count differently: that of XL's second encoder reads each "!" alone.
+    """
     messages: dict[str, None] = {}
     texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
     if foreign := foreign_syntax(texts):
         messages[foreign] = None
-    for request in requests:
+    for tokenizer, request in itertools.product(tokenizers, requests):
         for kind, text in (
             ("prompt", request.prompt),
             ("negative prompt", request.negative_prompt),
@@ -180,35 +188,52 @@ def _uncalled(prompt: str, use: ConceptUse) -> str:
 
 
 def check_concept(
-    backbone: Backbone, use: ConceptUse, text_encoder_sha256: str, *, force: bool = False
+    backbone: Backbone, use: ConceptUse, fingerprints: Mapping[str, str], *, force: bool = False
 ) -> None:
-    """Check that a concept was made for this text encoder.
+    """Check that a concept was made for these text encoders.
 
     Args:
       backbone: the model about to be used.
       use: the concept.
-      text_encoder_sha256: of the encoder it was trained with; empty when the file does not say.
+      fingerprints: of the encoders it was trained with, named as in ``Backbone.fingerprints``;
+        empty or left out when the file does not say.
       force: use it although the weights differ (a finetuned encoder, say). Shapes must fit all the
         same.
 
     Raises:
       CatVersionError: the shapes do not fit, or the weights differ and ``force`` is off.
     """
-    heads, head_dim, num_layers = backbone.num_heads, backbone.head_dim, backbone.num_text_layers
-    try:
-        use.learned.check_fits(heads, head_dim, range(num_layers))
-    except CatVersionError as error:
+    parts = learned_parts(backbone, use)
+    named = zip(parts, backbone.text_facts, backbone.fingerprints, strict=True)
+    for part, facts, name in named:
+        trained = fingerprints.get(name, "")
+        heads, head_dim, num_layers = facts.num_heads, facts.head_dim, facts.num_reaching_layers
+        try:
+            part.check_fits(heads, head_dim, range(num_layers))
+        except CatVersionError as error:
+            raise CatVersionError(
+                f"concept {use.name!r}: has {part.shape_text}, but the encoder of {backbone.name} "
+                f"has {heads} heads x {head_dim} (width {heads * head_dim}) and layers "
+                f"0..{num_layers - 1}: it was trained for another model. {_RIGHT_MODEL}."
+            ) from error
+        if trained and facts.sha256 and trained != facts.sha256 and not force:
+            raise CatVersionError(
+                f"concept {use.name!r}: was trained with a text encoder of hash {trained[:12]}, "
+                f"but {backbone.name} has {facts.sha256[:12]}: the weights differ. {_RIGHT_MODEL}, "
+                "or --force to use it anyway."
+            )
+
+
+def learned_parts(backbone: Backbone, use: ConceptUse) -> tuple[LearnedPart, ...]:
+    """What a concept learned for each text encoder of the model, with its scale.
+
+    Raises:
+      CatVersionError: it was trained for a model with another number of text encoders.
+    """
+    parts, needed = use.learned.scaled(use.scale).parts, len(backbone.text_encoders)
+    if len(parts) != needed:
         raise CatVersionError(
-            f"concept {use.name!r}: has {use.learned.shape_text}, but the encoder of "
-            f"{backbone.name} has {heads} heads x {head_dim} (width {heads * head_dim}) and layers "
-            f"0..{num_layers - 1}: it was trained for another model. Give --model the one it was "
-            "trained with (catversion inspect shows it)."
-        ) from error
-    ours = backbone.text_encoder_sha256
-    if text_encoder_sha256 and ours and text_encoder_sha256 != ours and not force:
-        raise CatVersionError(
-            f"concept {use.name!r}: was trained with a text encoder of hash "
-            f"{text_encoder_sha256[:12]}, but {backbone.name} has {ours[:12]}: the weights differ. "
-            "Give --model the one it was trained with (catversion inspect shows it), or --force to "
-            "use it anyway."
+            f"concept {use.name!r}: was trained for a model with {len(parts)} text encoder(s), but "
+            f"{backbone.name} has {needed}, all of which read the prompt. {_RIGHT_MODEL}."
         )
+    return parts

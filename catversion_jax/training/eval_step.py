@@ -7,7 +7,7 @@ over stratified timesteps, without a flip, of the mean of the VAE's posterior.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,105 +16,117 @@ from jax.sharding import Mesh, PartitionSpec
 from catversion_jax.array_types import Array, Bool, Float, Int
 from catversion_jax.diffusion.schedule import NoiseSchedule
 from catversion_jax.methods.learned import Learned
+from catversion_jax.models.clip.text_projection import TextStates
+from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.random_normal import standard_normal
 from catversion_jax.runtime.sharding import CONCEPT_AXIS, on_every_device
-from catversion_jax.training.objective import DiffusionBatch, denoising_losses, text_context
+from catversion_jax.training.objective import DiffusionBatch, denoising_losses, prompted_states
 from catversion_jax.training.state import EVAL_STREAM, ConceptData
 
 EvalStep = Callable[
-    [Learned | None, ConceptData, Array, Network, Network],
+    [Learned | None, ConceptData, Array, tuple[Network, ...], Network],
     Float[Array, "C"],
 ]
 
 
 def make_eval_step(
-    schedule: NoiseSchedule, mesh: Mesh, *, first_layer: int, num_samples: int, batch_size: int
+    schedule: NoiseSchedule,
+    mesh: Mesh,
+    *,
+    first_layers: Sequence[int],
+    num_samples: int,
+    batch_size: int,
 ) -> EvalStep:
-    """``(learned, data, due [C], text_encoder, unet) -> losses [C]``.
+    """``(learned, data, due [C], text_encoders, unet) -> losses [C]``.
 
     With ``learned=None`` it is the plain model's loss. Rows that are not ``due`` cost nothing and
     give NaN: concepts that began at different moments are evaluated at different ones.
 
-    Two programs: the text encoder's, which is small and compiled once with and once without
+    Two programs: the text encoders', which is small and compiled once with and once without
     something learned, and the UNet's, which is large and serves both.
 
     Args:
       schedule: noise schedule of the model.
       mesh: of this process.
-      first_layer: the lowest encoder layer whose output depends on what is learned.
+      first_layers: of each encoder the lowest layer whose output depends on what is learned.
       num_samples: pairs of noise and timestep in the loss of a concept.
       batch_size: largest number of them that the UNet sees at once.
     """
     at_once = max(n for n in range(1, batch_size + 1) if num_samples % n == 0)
 
-    def contexts(
-        learned: Learned | None, data: ConceptData, due: Bool[Array, "C"], text_encoder: Network
-    ) -> Float[Array, "C S T D"]:
-        """Of the first S prompts, no more than there are samples; one row after the other, so that
-        long lists of prompts need no memory.
+    def encoded(
+        learned: Learned | None,
+        data: ConceptData,
+        due: Bool[Array, "C"],
+        text_encoders: tuple[Network, ...],
+    ) -> TextStates:
+        """Of the first S prompts, ``[C S T D]``, no more than there are samples; one row after the
+        other, so that long lists of prompts need no memory.
         """
 
-        def one_row(row: tuple[Learned | None, Array, Array | None, Array]) -> Array:
+        def one_row(row: tuple[Learned | None, tuple[LowerStates, ...], Array]) -> TextStates:
             *of_row, is_due = row
-            learned, hidden, places = jax.tree.map(lambda leaf: leaf[None], tuple(of_row))
-            return jax.lax.cond(
-                is_due,
-                lambda: text_context(
-                    learned, text_encoder, hidden, places, first_layer=first_layer
-                )[0],
-                lambda: jnp.zeros_like(hidden[0]),
-            )
+            learned, text = jax.tree.map(lambda leaf: leaf[None], tuple(of_row))
 
-        prompts = jax.tree.map(
-            lambda leaf: leaf[:, :num_samples], (data.text_hidden, data.word_places)
-        )
-        return jax.lax.map(one_row, (learned, *prompts, due))
+            def encode() -> TextStates:
+                states = prompted_states(learned, text_encoders, text, first_layers=first_layers)
+                return jax.tree.map(lambda leaf: leaf[0], states)
 
-    def one_concept(
-        context: Float[Array, "S T D"], data: ConceptData, unet: Network
-    ) -> Float[Array, ""]:
+            def nothing() -> TextStates:
+                shapes = jax.eval_shape(encode)
+                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+            return jax.lax.cond(is_due, encode, nothing)
+
+        prompts = jax.tree.map(lambda leaf: leaf[:, :num_samples], data.text)
+        return jax.lax.map(one_row, (learned, prompts, due))
+
+    def one_concept(states: TextStates, data: ConceptData, unet: Network) -> Float[Array, ""]:
+        """``states`` of S prompts."""
         rng = jax.random.fold_in(data.rng, EVAL_STREAM)
 
-        def draw(index: Int[Array, ""]) -> tuple[DiffusionBatch, Float[Array, "T D"]]:
+        def draw(index: Int[Array, ""]) -> tuple[DiffusionBatch, TextStates]:
             image, prompt = index % data.num_images, index % data.num_prompts
             latents = data.latent_mean[image, 0]
             noise = standard_normal(jax.random.fold_in(rng, index), latents.shape)
             timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * num_samples)
-            batch = DiffusionBatch(latents, noise, timestep, data.text_hidden[prompt])
-            return batch, context[prompt]
+            time_ids = None if data.time_ids is None else data.time_ids[image]
+            # The prompts are encoded already.
+            batch = DiffusionBatch(latents, noise, timestep, text=(), time_ids=time_ids)
+            return batch, jax.tree.map(lambda leaf: leaf[prompt], states)
 
         def some_samples(indices: Int[Array, "B"]) -> Float[Array, "1"]:
-            batch, contexts = jax.tree.map(lambda leaf: leaf[None], jax.vmap(draw)(indices))
-            return denoising_losses(contexts, unet, batch, schedule)
+            batch, drawn = jax.tree.map(lambda leaf: leaf[None], jax.vmap(draw)(indices))
+            return denoising_losses(drawn, unet, batch, schedule)
 
         return jnp.mean(jax.lax.map(some_samples, jnp.arange(num_samples).reshape(-1, at_once)))
 
     def losses(
-        contexts: Float[Array, "C S T D"], data: ConceptData, due: Bool[Array, "C"], unet: Network
+        states: TextStates, data: ConceptData, due: Bool[Array, "C"], unet: Network
     ) -> Float[Array, "C"]:
-        def one_row(row: tuple[Array, ConceptData, Array]) -> Array:
-            context, data, is_due = row
+        def one_row(row: tuple[TextStates, ConceptData, Array]) -> Array:
+            states, data, is_due = row
             return jax.lax.cond(
                 is_due,
-                lambda: one_concept(context, data, unet),
+                lambda: one_concept(states, data, unet),
                 lambda: jnp.nan * data.flip,
             )
 
-        return jax.lax.map(one_row, (contexts, data, due))
+        return jax.lax.map(one_row, (states, data, due))
 
     rows, everywhere = PartitionSpec(CONCEPT_AXIS), PartitionSpec()
     spread = functools.partial(on_every_device, mesh=mesh, out_specs=rows)
-    encode = jax.jit(spread(contexts, in_specs=(rows, rows, rows, everywhere)))
+    encode = jax.jit(spread(encoded, in_specs=(rows, rows, rows, everywhere)))
     measure = jax.jit(spread(losses, in_specs=(rows, rows, rows, everywhere)))
 
     def evaluate(
         learned: Learned | None,
         data: ConceptData,
         due: Bool[Array, "C"],
-        text_encoder: Network,
+        text_encoders: tuple[Network, ...],
         unet: Network,
     ) -> Float[Array, "C"]:
-        return measure(encode(learned, data, due, text_encoder), data, due, unet)
+        return measure(encode(learned, data, due, text_encoders), data, due, unet)
 
     return evaluate

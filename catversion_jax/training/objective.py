@@ -3,8 +3,9 @@ r"""The loss of a concept: the frozen model's denoising objective, seen through 
     (1)  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,        t ~ U{0 .. 999},  eps ~ N(0, I)
     (2)  L(learned) = mean_images  w(t) mean_pixels m |unet(x_t, t, c(learned)) - target|^2
 
-``c(learned)`` is the text encoder's output with what a concept learned, ``target`` is eps, v or x_0
-as the scheduler's ``prediction_type`` says. The official objective is w = m = 1 (plain epsilon
+``c(learned)`` is the text encoders' output with what a concept learned (in Stable Diffusion XL with
+the pooled state, and the image's time ids beside it), ``target`` is eps, v or x_0 as the
+scheduler's ``prediction_type`` says. The official objective is w = m = 1 (plain epsilon
 MSE). Options:
 
     (3)  min-SNR (arXiv 2303.09556): w = min(snr, gamma) for x_0, / snr for epsilon,
@@ -15,6 +16,7 @@ MSE). Options:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,10 @@ import jax.numpy as jnp
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.methods.learned import Learned
+from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.layers.recompute import Recompute
+from catversion_jax.models.text_encoders import LowerStates, upper_text_states
+from catversion_jax.models.unet.embeddings import AddedConditions
 from catversion_jax.models.weights.network import Network
 
 
@@ -35,29 +40,28 @@ class DiffusionBatch:
       latents: ``[C B h w c]`` scaled VAE latents (x_0).
       noise: ``[C B h w c]``.
       timesteps: ``[C B]`` int32 in ``0..num_train_timesteps-1``.
-      text_hidden: ``[C B T D]`` text states entering the first adapted layer (they do not depend
-        on what is learned).
+      text: of each text encoder the prompts ``[C B T D]``, entering the first adapted layer (they
+        do not depend on what is learned).
       mask: ``[C B h w]`` object mask in 0..1, or None where the loss is not masked.
-      word_places: ``[C B T]`` where the class word stands, or None where what is learned need not
-        know.
+      time_ids: ``[C B 6]`` what Stable Diffusion XL is told of the images' sizes, or None.
     """
 
     latents: Float[Array, "C B h w c"]
     noise: Float[Array, "C B h w c"]
     timesteps: Int[Array, "C B"]
-    text_hidden: Float[Array, "C B T D"]
+    text: tuple[LowerStates, ...]
     mask: Float[Array, "C B h w"] | None = None
-    word_places: Int[Array, "C B T"] | None = None
+    time_ids: Float[Array, "C B 6"] | None = None
 
 
 def diffusion_losses(
     learned: Learned | None,
-    text_encoder: Network,
+    text_encoders: tuple[Network, ...],
     unet: Network,
     batch: DiffusionBatch,
     schedule: NoiseSchedule,
     *,
-    first_layer: int,
+    first_layers: Sequence[int],
     snr_gamma: float | None = None,
     unmasked_weight: float = 1.0,
     recompute: Recompute = "none",
@@ -70,20 +74,18 @@ def diffusion_losses(
     Args:
       learned: what the concepts learn (leaves ``[C L P N H]`` or ``[C V D]``), or None for the
         plain model's loss.
-      text_encoder: frozen CLIP text encoder.
+      text_encoders: frozen CLIP text encoders.
       unet: frozen UNet.
       batch: see :class:`DiffusionBatch`.
       schedule: noise schedule of the model.
-      first_layer: encoder layer that ``batch.text_hidden`` enters.
+      first_layers: the layer of each encoder that ``batch.text`` enters.
       snr_gamma: equation (3); None for w = 1.
       unmasked_weight: equation (4), used where the batch has a mask.
       recompute: what the UNet's backward pass computes again instead of keeping it.
     """
-    context = text_context(
-        learned, text_encoder, batch.text_hidden, batch.word_places, first_layer=first_layer
-    )
+    states = prompted_states(learned, text_encoders, batch.text, first_layers=first_layers)
     return denoising_losses(
-        context,
+        states,
         unet,
         batch,
         schedule,
@@ -93,29 +95,33 @@ def diffusion_losses(
     )
 
 
-def text_context(
+def prompted_states(
     learned: Learned | None,
-    text_encoder: Network,
-    text_hidden: Float[Array, "C B T D"],
-    word_places: Int[Array, "C B T"] | None,
+    text_encoders: tuple[Network, ...],
+    text: tuple[LowerStates, ...],
     *,
-    first_layer: int,
-) -> Float[Array, "C B T D"]:
-    """What the UNet attends to: the prompts' states after the layers from ``first_layer`` on.
+    first_layers: Sequence[int],
+) -> TextStates:
+    """What the UNet is told of the prompts, ``[C B T D]`` and ``[C B P]``: their states after the
+    layers from ``first_layers`` on.
 
     Arguments are those of :func:`diffusion_losses` and :class:`DiffusionBatch`.
     """
-
-    def of_concept(hidden: Array, learned: Learned | None, word_places: Array | None) -> Array:
-        return text_encoder.call(
-            "upper", hidden, learned, layer=first_layer, word_places=word_places
-        )
-
-    return jax.vmap(of_concept)(text_hidden, learned, None if learned is None else word_places)
+    if learned is None:
+        return jax.vmap(
+            lambda text: upper_text_states(
+                text_encoders,
+                [dataclasses.replace(one, word_places=None) for one in text],
+                first_layers,
+            )
+        )(text)
+    return jax.vmap(
+        lambda text, learned: upper_text_states(text_encoders, text, first_layers, learned.parts)
+    )(text, learned)
 
 
 def denoising_losses(
-    context: Float[Array, "C B T D"],
+    states: TextStates,
     unet: Network,
     batch: DiffusionBatch,
     schedule: NoiseSchedule,
@@ -124,18 +130,20 @@ def denoising_losses(
     unmasked_weight: float = 1.0,
     recompute: Recompute = "none",
 ) -> Float[Array, "C"]:
-    """:func:`diffusion_losses` from what the UNet attends to, see :func:`text_context`.
+    """:func:`diffusion_losses` from what the UNet is told, see :func:`prompted_states`.
 
     The UNet, which is the same for all, sees the images of all concepts as *one* batch: under
     ``vmap`` its arrays would have two batch axes, neither of which alone fills a TPU's tiles, and
     the compiler would copy the result of every convolution into another layout.
     """
     concepts, images = batch.timesteps.shape
-    batch, context = jax.tree.map(
-        lambda leaf: leaf.reshape(concepts * images, *leaf.shape[2:]), (batch, context)
+    batch, states = jax.tree.map(
+        lambda leaf: leaf.reshape(concepts * images, *leaf.shape[2:]), (batch, states)
     )
+    added = None if states.pooled is None else AddedConditions(states.pooled, batch.time_ids)
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = unet(noisy, batch.timesteps, context, recompute).astype(jnp.float32)
+    prediction = unet(noisy, batch.timesteps, states.context, recompute, added=added)
+    prediction = prediction.astype(jnp.float32)
     target = schedule.target(batch.latents, batch.noise, batch.timesteps)
     error = jnp.square(prediction - target)
     if batch.mask is not None:

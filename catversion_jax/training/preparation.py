@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
-from catversion_jax.concepts.foreign_syntax import foreign_syntax
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
 from catversion_jax.concepts.quarantine import concept_errors, grouped
 from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.errors import CatVersionError, ConceptError, shown
 from catversion_jax.methods.learned import Learned, stack_learned
 from catversion_jax.methods.table import method_for
-from catversion_jax.models.clip.tokenizer import PlacedPrompt
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.models.weights.network import Network
+from catversion_jax.models.text_encoders import LowerStates
+from catversion_jax.training.prompt_states import check_prompts_fit, empty_prompt, lower_text
 from catversion_jax.training.run.directory import READERS
 from catversion_jax.training.run.identity import changed_content, image_digests, token_digest
 from catversion_jax.training.run.records import ConceptRecord
@@ -47,9 +45,8 @@ class PreparedConcept:
       record: what its concept file will say beside the numbers.
       learned: start values, leaves ``[L P N H]`` or ``[V D]``.
       encoded: VAE posterior of its images.
-      text_hidden: ``[K T D]`` states of its prompts entering the first adapted layer.
-      plain_hidden: ``[K T D]`` the same of the prompts without room for learned vectors.
-      word_places: ``[K T]`` where the class word stands in them.
+      text: of each text encoder its prompts ``[K T D]``, entering the first adapted layer.
+      plain_text: the same of the prompts without room for learned vectors.
       prompts: the K training prompts.
       references: a few of its images, ``[H W 3]`` uint8, for the sample grids.
     """
@@ -58,9 +55,8 @@ class PreparedConcept:
     record: ConceptRecord
     learned: Learned
     encoded: EncodedConcept
-    text_hidden: np.ndarray
-    plain_hidden: np.ndarray
-    word_places: np.ndarray
+    text: tuple[LowerStates, ...]
+    plain_text: tuple[LowerStates, ...]
     prompts: tuple[str, ...]
     references: tuple[np.ndarray, ...]
 
@@ -101,7 +97,7 @@ def describe_concept(
         base_class=spec.base_class,
         when=when,
         base_model=backbone.name,
-        text_encoder_sha256=backbone.text_encoder_sha256,
+        **backbone.fingerprints,
         images=tuple(source.label for source in spec.images),
         prompts=prompts,
         random_flip=data.random_flip if spec.random_flip is None else spec.random_flip,
@@ -113,7 +109,7 @@ def describe_concept(
         class_forms=spec.class_forms,
         digests={
             **images,
-            "tokens": token_digest(backbone.tokenizer(list(prompts))),
+            "tokens": token_digest([read(list(prompts)) for read in backbone.tokenizers]),
             **backbone.digests,
         },
     )
@@ -192,7 +188,7 @@ def prepare_concept(
     """
     prompts = record.prompts
     with concept_errors(f"{spec.name}: its prompts cannot be tokenized"):
-        _check_prompts_fit(record, backbone)
+        check_prompts_fit(record, backbone)
     resolution = data.resolution or backbone.default_resolution
     images = load_concept_images(spec, resolution=resolution, crop=data.crop, alpha=data.alpha)
     unmasked = [
@@ -237,21 +233,20 @@ def prepare_concept(
             f"{spec.name}: with unmasked_weight=0 an image whose mask is empty (after the crop) "
             "has no loss. Correct the mask, or use a weight above 0 with another output_dir."
         )
-    token_ids = backbone.tokenizer(prompts)
-    word_positions = backbone.tokenizer.word_positions(token_ids[0], record.class_words)
+    token_ids = [tokenizer(prompts) for tokenizer in backbone.tokenizers]
+    word_positions = [
+        tokenizer.word_positions(ids[0], record.class_words) or (0,)
+        for tokenizer, ids in zip(backbone.tokenizers, token_ids, strict=True)
+    ]
     learned = init_learned(
         method,
-        backbone.text_encoder,
-        backbone.num_text_layers,
-        token_ids[0],
-        word_positions or (0,),
+        backbone.text_encoders,
+        backbone.text_facts,
+        [ids[0] for ids in token_ids],
+        word_positions,
         record.seed,
     )
-    placed = _place_prompts(record, backbone, learned)
-    lower = functools.partial(lower_text_states, backbone.text_encoder, layer=learned.first_layer)
-    text_hidden = plain_hidden = np.stack([lower(ids) for ids in token_ids])
-    if learned.num_word_places is not None:  # the learned vectors' room moves the other tokens
-        text_hidden = np.stack([lower(one.token_ids) for one in placed])
+    text, plain_text = lower_text(record, backbone, learned, token_ids)
     references = tuple(
         np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2]
     )
@@ -261,35 +256,11 @@ def prepare_concept(
         record=record,
         learned=learned,
         encoded=encoded,
-        text_hidden=text_hidden,
-        plain_hidden=plain_hidden,
-        word_places=np.stack([one.word_places[0] for one in placed]),
+        text=text,
+        plain_text=plain_text,
         prompts=prompts,
         references=references,
     )
-
-
-def _place_prompts(
-    record: ConceptRecord, backbone: Backbone, learned: Learned
-) -> list[PlacedPrompt]:
-    """The training prompts with room for what is learned.
-
-    Raises:
-      ConceptError: a prompt has no room for all learned vectors.
-    """
-    placed = [
-        backbone.tokenizer.place(prompt, [record.class_words], [learned.num_word_places])
-        for prompt in record.prompts
-    ]
-    needed = learned.num_word_places or 0
-    for prompt, one in zip(record.prompts, placed, strict=True):
-        if one.word_places.max(initial=-1) + 1 < needed:
-            raise ConceptError(
-                f"{record.name}: prompt {prompt!r} has no room for {needed} vectors in the model's "
-                f"context of {backbone.tokenizer.model_max_length} tokens. Use fewer "
-                "(num_vectors) or a shorter prompt."
-            )
-    return placed
 
 
 def assemble_rows(
@@ -313,11 +284,10 @@ def assemble_rows(
       Start values, data, and the data of the plain model, whose prompts hold no learned vectors.
     """
     num_rows = len(rows)
-    empty_hidden = None
+    empty_text = None
     if objective.caption_dropout > 0:
-        layer = rows[0].learned.first_layer
-        empty = lower_text_states(backbone.text_encoder, backbone.tokenizer([""])[0], layer)
-        empty_hidden = np.stack([empty] * num_rows)
+        empty = empty_prompt(backbone, rows[0].learned)
+        empty_text = jax.tree.map(lambda leaf: np.stack([leaf] * num_rows), empty)
     arrays: dict[str, Any] = dict(
         rng=jnp.stack([concept_key(row.record.seed) for row in rows]),
         latent_mean=np.stack([_padded(row.encoded.mean, max_images) for row in rows]),
@@ -327,47 +297,26 @@ def assemble_rows(
         else None,
         num_images=np.array([len(row.encoded.mean) for row in rows], np.int32),
         flip=np.array([row.record.random_flip for row in rows], np.float32),
-        text_hidden=np.stack([_padded(row.text_hidden, max_prompts) for row in rows]),
+        text=_stacked([row.text for row in rows], max_prompts),
         num_prompts=np.array([len(row.prompts) for row in rows], np.int32),
-        empty_hidden=empty_hidden,
-        word_places=np.stack([_padded(row.word_places, max_prompts) for row in rows]),
+        empty_text=empty_text,
+        time_ids=np.stack([_padded(row.encoded.time_ids, max_images) for row in rows])
+        if backbone.reads_time_ids
+        else None,
     )
     data = ConceptData(**arrays)
-    plain_hidden = np.stack([_padded(row.plain_hidden, max_prompts) for row in rows])
-    plain = ConceptData(**{**arrays, "text_hidden": plain_hidden})
+    plain_text = _stacked([row.plain_text for row in rows], max_prompts)
+    plain = dataclasses.replace(data, text=plain_text)
     return stack_learned([row.learned for row in rows]), data, plain
 
 
-def lower_text_states(text_encoder: Network, token_ids: np.ndarray, layer: int) -> np.ndarray:
-    """States ``[T D]`` of one prompt ``[T]`` entering ``layer``, encoded alone."""
-    return np.asarray(_lower(text_encoder, token_ids[None], layer)[0])
-
-
-@functools.partial(jax.jit, static_argnames="layer")
-def _lower(text_encoder: Network, token_ids: jax.Array, layer: int) -> jax.Array:
-    return text_encoder.call("lower", token_ids, layer)
+def _stacked(rows: Sequence[tuple[LowerStates, ...]], max_prompts: int) -> tuple[LowerStates, ...]:
+    return jax.tree.map(
+        lambda *leaves: np.stack([_padded(leaf, max_prompts) for leaf in leaves]), *rows
+    )
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:
     array = np.asarray(array)
     padding = np.zeros((length - len(array), *array.shape[1:]), array.dtype)
     return np.concatenate([array, padding])
-
-
-def _check_prompts_fit(record: ConceptRecord, backbone: Backbone) -> None:
-    tokenizer = backbone.tokenizer
-    if foreign := foreign_syntax(record.prompts):
-        logger.warning(f"{record.name}: {foreign}")
-    for prompt in record.prompts:
-        lost = tokenizer.cut_off(prompt)
-        if not lost:
-            continue
-        if record.when == "class_word" and not tokenizer.contains(prompt, record.class_words):
-            raise ConceptError(
-                f"{record.name}: the base class {record.base_class!r} does not fit into the "
-                f"model's context of {tokenizer.model_max_length} tokens: prompt {prompt!r} loses "
-                f"{lost!r}. Use shorter words."
-            )
-        logger.warning(
-            f"{record.name}: prompt {prompt!r} is longer than the model reads; cut off: {lost!r}"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ class Programs:
       objective: the batch and its loss.
       devices: how the training step is spread and dispatched.
       ema_decay: of the moving average of what is learned; None where none is kept.
-      first_layer: the lowest encoder layer whose output depends on what is learned.
+      first_layers: of each encoder the lowest layer whose output depends on what is learned.
       num_eval_samples: pairs of noise and timestep in the evaluation loss.
 
     Attributes:
@@ -50,19 +50,19 @@ class Programs:
         devices: DeviceOptions,
         *,
         ema_decay: float | None,
-        first_layer: int,
+        first_layers: Sequence[int],
         num_eval_samples: int,
     ):
         schedule = noise_schedule(backbone.noise_schedule)
         self.max_steps = steps_per_dispatch(devices.steps_per_dispatch)
-        self._text_encoder, self._unet, self._mesh = backbone.text_encoder, backbone.unet, mesh
+        self._text_encoders, self._unet, self._mesh = backbone.text_encoders, backbone.unet, mesh
         self._train_step = make_train_step(
             schedule, tx, mesh, objective, devices, ema_decay=ema_decay
         )
         self._eval_step = make_eval_step(
             schedule,
             mesh,
-            first_layer=first_layer,
+            first_layers=first_layers,
             num_samples=num_eval_samples,
             batch_size=objective.train_batch_size,
         )
@@ -72,7 +72,7 @@ class Programs:
         count = jax.device_put(np.int32(num_steps), replicated(self._mesh))
         with jax.transfer_guard("disallow"):
             rows.state, metrics = self._train_step(
-                rows.state, rows.data, self._text_encoder, self._unet, count
+                rows.state, rows.data, self._text_encoders, self._unet, count
             )
         return metrics
 
@@ -88,4 +88,4 @@ class Programs:
           due: indices of the rows that are evaluated.
         """
         is_due = place_by_concept(rows.mask(due), self._mesh)
-        return np.asarray(self._eval_step(learned, data, is_due, self._text_encoder, self._unet))
+        return np.asarray(self._eval_step(learned, data, is_due, self._text_encoders, self._unet))

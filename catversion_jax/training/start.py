@@ -263,7 +263,7 @@ def train_concepts(
         recorded, retrains = learning_options(config), config.retrain == "changed"
         run.open(
             backbone.name,
-            backbone.text_encoder_sha256,
+            backbone.fingerprints,
             options=recorded,
             resolved=dump_config(config),
             digests=backbone.digests,
@@ -304,7 +304,7 @@ def train_concepts(
             specs,
             records,
             plan,
-            template.learned.first_layer,
+            [part.first_layer for part in template.learned.parts],
             stop or threading.Event(),
         )
         run.write_index()
@@ -323,7 +323,7 @@ def _run_queue(
     specs: Mapping[str, ConceptSpec],
     records: Mapping[str, ConceptRecord],
     plan: QueuePlan,
-    first_layer: int,
+    first_layers: Sequence[int],
     stop: threading.Event,
 ) -> tuple[bool, Mapping[str, str]]:
     """Whether the loop was interrupted, and the concepts that it gave up, with reasons."""
@@ -351,7 +351,7 @@ def _run_queue(
         objective,
         config.device_options,
         ema_decay=config.ema_decay,
-        first_layer=first_layer,
+        first_layers=first_layers,
         num_eval_samples=config.num_eval_samples,
     )
     grids = SampleGrids(backbone, recording, config.resolution or backbone.default_resolution)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
 from catversion_jax.config import MethodOptions, OptimizerOptions
 from catversion_jax.methods.learned import Learned
 from catversion_jax.methods.start_values import StartingPoint
-from catversion_jax.methods.table import method_for
+from catversion_jax.methods.table import start_learned
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.text_encoders import TextEncoderFacts
 from catversion_jax.models.weights.network import Network
 from catversion_jax.training.state import (
     INIT_STREAM,
@@ -22,28 +25,39 @@ from catversion_jax.training.state import (
 
 def init_learned(
     method: MethodOptions,
-    text_encoder: Network,
-    num_layers: int,
-    token_ids: np.ndarray,
-    word_positions: tuple[int, ...],
+    text_encoders: Sequence[Network],
+    text_facts: Sequence[TextEncoderFacts],
+    token_ids: Sequence[np.ndarray],
+    word_positions: Sequence[tuple[int, ...]],
     seed: int,
 ) -> Learned:
     """Start values of one concept, without a concept axis, float32.
 
     Args:
       method: what is learned, and how it starts.
-      text_encoder: frozen encoder, whose own keys and values, or embeddings, ``class_word`` and
+      text_encoders: frozen encoders, whose own keys and values, or embeddings, ``class_word`` and
         ``bos`` copy.
-      num_layers: of the encoder.
-      token_ids: ``[T]`` a training prompt of the concept.
-      word_positions: where the base-class words stand in ``token_ids``.
+      text_facts: their numbers of layers.
+      token_ids: ``[T]`` a training prompt of the concept as each of them reads it.
+      word_positions: where the base-class words stand in each of ``token_ids``.
       seed: the concept's seed.
     """
-    sources = word_positions if method.init == "class_word" else (0,)
-    copied = np.array([sources[p % len(sources)] for p in range(method.num_positions)])
-    rng = jax.random.fold_in(concept_key(seed), INIT_STREAM)
-    at = StartingPoint(text_encoder, num_layers, token_ids, copied, rng)
-    return method_for(method).start(method, at)
+    points = []
+    for index, facts in enumerate(text_facts):
+        sources = word_positions[index] if method.init == "class_word" else (0,)
+        copied = np.array([sources[p % len(sources)] for p in range(method.num_positions)])
+        rng = jax.random.fold_in(concept_key(seed), INIT_STREAM)
+        points.append(
+            StartingPoint(
+                text_encoder=text_encoders[index],
+                num_layers=facts.num_context_layers,
+                num_reaching_layers=facts.num_reaching_layers,
+                token_ids=token_ids[index],
+                copied=copied,
+                rng=rng if index == 0 else jax.random.fold_in(rng, index),
+            )
+        )
+    return start_learned(method, points)
 
 
 def abstract_learned(method: MethodOptions, backbone: Backbone) -> Learned:
@@ -52,12 +66,13 @@ def abstract_learned(method: MethodOptions, backbone: Backbone) -> Learned:
     Raises:
       CatVersionError: an option contradicts the method, or layers that this encoder does not have.
     """
-    token_ids = np.zeros(backbone.tokenizer.model_max_length, np.int32)
+    facts = backbone.text_facts
+    token_ids = [np.zeros(backbone.context_length, np.int32)] * len(facts)
 
-    def one(text_encoder: Network) -> Learned:
-        return init_learned(method, text_encoder, backbone.num_text_layers, token_ids, (0,), 0)
+    def one(text_encoders: tuple[Network, ...]) -> Learned:
+        return init_learned(method, text_encoders, facts, token_ids, [(0,)] * len(facts), 0)
 
-    return jax.eval_shape(one, backbone.text_encoder)
+    return jax.eval_shape(one, backbone.text_encoders)
 
 
 def abstract_state(

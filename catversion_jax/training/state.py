@@ -16,8 +16,9 @@ import optax
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.config import MethodOptions, OptimizerOptions
-from catversion_jax.methods.learned import Learned, named_arrays
+from catversion_jax.methods.learned import Learned, LearnedPart, named_arrays
 from catversion_jax.methods.table import method_for
+from catversion_jax.models.text_encoders import LowerStates
 
 # Streams of one concept's key. Steps fold in their number under TRAIN_STREAM.
 INIT_STREAM, TRAIN_STREAM, EVAL_STREAM, ORDER_STREAM, TIMESTEP_STREAM = 0, 1, 2, 3, 4
@@ -60,11 +61,12 @@ class ConceptData:
       mask: ``[C M 2 h w]`` in 0..1, or None where the loss is not masked.
       num_images: ``[C]`` real entries of M.
       flip: ``[C]`` probability of the flipped latents.
-      text_hidden: ``[C K T D]`` states entering the first adapted layer, one per training prompt.
+      text: of each text encoder the training prompts ``[C K T D]``, entering the first adapted
+        layer.
       num_prompts: ``[C]`` real entries of K.
-      empty_hidden: ``[C T D]`` the same for the empty prompt, or None without caption dropout.
-      word_places: ``[C K T]`` int32 where the class word stands in each prompt
-        (``Tokenizer.place``), or None where what is learned need not know.
+      empty_text: ``[C T D]`` the same for the empty prompt, or None without caption dropout.
+      time_ids: ``[C M 6]`` what Stable Diffusion XL is told of the images' sizes; None for models
+        that are told nothing.
     """
 
     rng: Array
@@ -73,10 +75,10 @@ class ConceptData:
     mask: Float[Array, "C M 2 h w"] | None
     num_images: Int[Array, "C"]
     flip: Float[Array, "C"]
-    text_hidden: Float[Array, "C K T D"]
+    text: tuple[LowerStates, ...]
     num_prompts: Int[Array, "C"]
-    empty_hidden: Float[Array, "C T D"] | None
-    word_places: Int[Array, "C K T"] | None = None
+    empty_text: tuple[LowerStates, ...] | None
+    time_ids: Float[Array, "C M 6"] | None = None
 
 
 def make_optimizer(
@@ -107,12 +109,15 @@ def make_optimizer(
     if not frozen:
         return tx
 
-    def labels(learned: Learned) -> Any:
-        names: Any = {n: "frozen" if n in frozen else "trained" for n in named_arrays(learned)}
-        fields: Any = learned  # every method is a dataclass
+    def labels(part: LearnedPart) -> Any:
+        names: Any = {n: "frozen" if n in frozen else "trained" for n in named_arrays(part)}
+        fields: Any = part  # every method is a dataclass
         return dataclasses.replace(fields, **names)
 
-    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+    return optax.partition(
+        {"trained": tx, "frozen": optax.set_to_zero()},
+        lambda learned: learned.with_parts(labels),
+    )
 
 
 def concept_key(seed: int) -> Array:

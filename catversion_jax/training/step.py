@@ -71,7 +71,7 @@ def make_train_step(
     *,
     ema_decay: float | None,
 ) -> TrainStep:
-    """Compile-once ``(state, data, text_encoder, unet, num_steps) -> (state, metrics)``.
+    """Compile-once ``(state, data, text_encoders, unet, num_steps) -> (state, metrics)``.
 
     ``state`` is donated. ``num_steps`` is traced: any number up to :func:`steps_per_dispatch` runs
     without recompiling.
@@ -94,7 +94,7 @@ def make_train_step(
     splits_batch = devices.data_parallel > 1
 
     def one_step(
-        state: TrainState, data: ConceptData, text_encoder: Network, unet: Network
+        state: TrainState, data: ConceptData, text_encoders: tuple[Network, ...], unet: Network
     ) -> tuple[TrainState, Array]:
         first_place = jax.lax.axis_index(DATA_AXIS) * local_batch if splits_batch else jnp.int32(0)
         sample = functools.partial(
@@ -109,11 +109,11 @@ def make_train_step(
         def loss_fn(learned: Learned) -> tuple[Array, Array]:
             losses = diffusion_losses(
                 learned,
-                text_encoder,
+                text_encoders,
                 unet,
                 batch,
                 schedule,
-                first_layer=learned.first_layer,
+                first_layers=[part.first_layer for part in learned.parts],
                 snr_gamma=objective.snr_gamma,
                 unmasked_weight=objective.unmasked_weight,
                 recompute=recompute,
@@ -129,17 +129,17 @@ def make_train_step(
     def many_steps(
         state: TrainState,
         data: ConceptData,
-        text_encoder: Network,
+        text_encoders: tuple[Network, ...],
         unet: Network,
         num_steps: Int[Array, ""],
     ):
         if max_steps == 1:
-            state, loss = one_step(state, data, text_encoder, unet)
+            state, loss = one_step(state, data, text_encoders, unet)
             return state, StepMetrics(loss[None], state.failed_step)
 
         def body(index: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, losses = carry
-            state, loss = one_step(state, data, text_encoder, unet)
+            state, loss = one_step(state, data, text_encoders, unet)
             return state, losses.at[index].set(loss)
 
         empty = jnp.full((max_steps, *state.step.shape), jnp.nan, jnp.float32)
@@ -229,14 +229,13 @@ def sample_batch(
         else:
             timestep = jax.random.randint(rngs[3], (), 0, num_train_timesteps)
         prompt = jax.random.randint(rngs[4], (), 0, data.num_prompts)
-        hidden = data.text_hidden[prompt]
-        word_places = None if data.word_places is None else data.word_places[prompt]
-        if data.empty_hidden is not None:
+        text = jax.tree.map(lambda leaf: leaf[prompt], data.text)
+        if data.empty_text is not None:
             dropped = jax.random.bernoulli(rngs[5], objective.caption_dropout)
-            hidden = jnp.where(dropped, data.empty_hidden, hidden)
-            word_places = None if word_places is None else jnp.where(dropped, -1, word_places)
+            text = jax.tree.map(functools.partial(jnp.where, dropped), data.empty_text, text)
         mask = None if data.mask is None else data.mask[image, flipped]
-        return DiffusionBatch(latents, noise, timestep, hidden, mask, word_places)
+        time_ids = None if data.time_ids is None else data.time_ids[image]
+        return DiffusionBatch(latents, noise, timestep, text, mask, time_ids)
 
     return jax.vmap(draw)(first_place + jnp.arange(batch_size))
 

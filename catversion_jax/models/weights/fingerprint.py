@@ -14,13 +14,22 @@ to float16 makes the float32 and fp16 folders of one model agree.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from catversion_jax.models.weights.variants import TEXT_ENCODERS
+
 PREFIX = "text_model."
 LEFT_OUT = ("token_embedding", "position_ids")
+
+
+def fingerprints_by_name(hashes: Sequence[str]) -> dict[str, str]:
+    """The hashes of a model's text encoders under the names that they have in files:
+    ``text_encoder_sha256`` and, in Stable Diffusion XL, ``text_encoder_2_sha256``.
+    """
+    return {f"{name}_sha256": sha256 for name, sha256 in zip(TEXT_ENCODERS, hashes, strict=False)}
 
 
 def text_encoder_sha256(tensors: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ from catversion_jax.config import (
     OptimizerOptions,
 )
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.text_encoders import LowerStates
+from catversion_jax.models.unet.embeddings import NUM_TIME_IDS
 from catversion_jax.runtime.sharding import by_concept, replicated
 from catversion_jax.training.start_values import abstract_state
 from catversion_jax.training.state import ConceptData, TrainState, concept_key
@@ -66,7 +68,7 @@ def abstract_arguments(
     return (
         _placed(state, rows),
         _placed(data, rows),
-        _placed(backbone.text_encoder, everywhere),
+        _placed(backbone.text_encoders, everywhere),
         _placed(backbone.unet, everywhere),
         _placed(jax.ShapeDtypeStruct((), jnp.int32), everywhere),
     )
@@ -78,15 +80,19 @@ def _abstract_data(
     backbone, objective = planned.backbone, planned.objective
     side = planned.resolution // backbone.latent_downsampling
     latents = _floats(num_rows, max_images, 2, side, side, backbone.latent_channels)
-    context = backbone.tokenizer.model_max_length
-    width = backbone.num_heads * backbone.head_dim
-    dtype = jax.tree.leaves(backbone.text_encoder)[0].dtype
     integers: Any = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
 
-    def hidden(*prompts: int) -> Any:
-        return jax.ShapeDtypeStruct((num_rows, *prompts, context, width), dtype)
+    def text(*prompts: int) -> tuple[LowerStates, ...]:
+        shape = (num_rows, *prompts, backbone.context_length)
+        tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+        states: list[Any] = [
+            jax.ShapeDtypeStruct(
+                (*shape, facts.num_heads * facts.head_dim), jax.tree.leaves(encoder)[0].dtype
+            )
+            for encoder, facts in zip(backbone.text_encoders, backbone.text_facts, strict=True)
+        ]
+        return tuple(LowerStates(hidden, tokens, tokens) for hidden in states)
 
-    word_places: Any = jax.ShapeDtypeStruct((num_rows, max_prompts, context), jnp.int32)
     return ConceptData(
         rng=jax.eval_shape(lambda: jnp.stack([concept_key(0)] * num_rows)),
         latent_mean=latents,
@@ -94,10 +100,10 @@ def _abstract_data(
         mask=_floats(num_rows, max_images, 2, side, side) if objective.masked_training else None,
         num_images=integers,
         flip=_floats(num_rows),
-        text_hidden=hidden(max_prompts),
+        text=text(max_prompts),
         num_prompts=integers,
-        empty_hidden=hidden() if objective.caption_dropout > 0 else None,
-        word_places=word_places,
+        empty_text=text() if objective.caption_dropout > 0 else None,
+        time_ids=_floats(num_rows, max_images, NUM_TIME_IDS) if backbone.reads_time_ids else None,
     )
 
 

@@ -173,7 +173,7 @@ class RunDirectory:
     def open(
         self,
         base_model: str,
-        text_encoder_sha256: str,
+        fingerprints: Mapping[str, str],
         *,
         options: Mapping[str, Any],
         resolved: str,
@@ -185,7 +185,7 @@ class RunDirectory:
 
         Args:
           base_model: name of the frozen model.
-          text_encoder_sha256: fingerprint of its text encoder.
+          fingerprints: of its text encoders, named as in files.
           options: those that decide the result, as JSON values.
           resolved: all options as YAML text, for ``config.resolved.yaml``.
           digests: of the content of the model's components.
@@ -199,7 +199,7 @@ class RunDirectory:
         """
         settings = {
             "base_model": base_model,
-            "text_encoder_sha256": text_encoder_sha256,
+            **fingerprints,
             "digests": dict(digests),
             "options": dict(options),
         }

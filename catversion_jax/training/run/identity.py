@@ -4,6 +4,8 @@
      "tokens": sha256 of the prompts' token ids,
      "text_encoder": ..., "unet": ..., "vae": ..., "scheduler": ...}
 
+(and ``text_encoder_2`` where the model has a second one).
+
 Images and masks are hashed as the bytes of their files (or of the dataset's row), in the order of
 the images; masks only where ``masked_training`` looks at them, after "black " where black is the
 object. What an earlier version did not
@@ -24,6 +26,7 @@ from catversion_jax.errors import ConceptError
 
 NETWORKS = {
     "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
     "unet": "UNet",
     "vae": "VAE",
     "scheduler": "scheduler",
@@ -43,9 +46,12 @@ def image_digests(spec: ConceptSpec, *, masked: bool) -> dict[str, list[str]]:
     return digests
 
 
-def token_digest(token_ids: np.ndarray) -> str:
-    """The digest of the prompts as the text encoder reads them, ``[K T]``."""
-    return hashlib.sha256(np.ascontiguousarray(token_ids, "<i4").tobytes()).hexdigest()
+def token_digest(token_ids: Sequence[np.ndarray]) -> str:
+    """The digest of the prompts as each text encoder reads them, ``[K T]``."""
+    digest = hashlib.sha256()
+    for of_encoder in token_ids:
+        digest.update(np.ascontiguousarray(of_encoder, "<i4").tobytes())
+    return digest.hexdigest()
 
 
 def changed_networks(before: object, now: Mapping[str, Any]) -> list[str]:

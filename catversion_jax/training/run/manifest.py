@@ -11,10 +11,11 @@ from typing import Any
 from catversion_jax import __version__
 from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
+from catversion_jax.models.weights.variants import TEXT_ENCODERS
 from catversion_jax.runtime.atomic_files import write_atomically
 from catversion_jax.runtime.regular_files import make_way, read_json_object
 from catversion_jax.training.run import names
-from catversion_jax.training.run.identity import changed_networks
+from catversion_jax.training.run.identity import NETWORKS, changed_networks
 from catversion_jax.training.run.records import refused_changes
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ def check_same_run(root: Path, settings: Mapping[str, Any], *, retrains: bool) -
 
     Args:
       root: the folder of the run.
-      settings: ``base_model``, ``text_encoder_sha256``, ``digests`` and ``options`` of now.
+      settings: ``base_model``, the text encoders' fingerprints (``text_encoder_sha256`` and the
+        like), ``digests`` and ``options`` of now.
       retrains: whether another model is welcome.
 
     Raises:
@@ -50,9 +52,10 @@ def check_same_run(root: Path, settings: Mapping[str, Any], *, retrains: bool) -
         logger.warning("%s: is missing or damaged; writing it again", root / names.RUN_FILE)
         old, options = {}, settings["options"]
     model = changed_networks(old.get("digests"), settings["digests"])
-    key, word = "text_encoder_sha256", "the model's text encoder has changed"
-    if old.get(key, settings[key]) != settings[key] and word not in model:
-        model.append(word)
+    for name in TEXT_ENCODERS:
+        key, word = f"{name}_sha256", f"the model's {NETWORKS[name]} has changed"
+        if old.get(key, settings.get(key)) != settings.get(key) and word not in model:
+            model.append(word)
     if model and not retrains:
         raise CatVersionError(
             f"output_dir={root}: {', '.join(model)} since the concepts of this run were trained. "

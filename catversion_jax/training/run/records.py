@@ -34,6 +34,7 @@ class ConceptRecord:
       class_forms: further forms of ``base_class`` that invoke it.
       digests: of what was trained on (:mod:`~catversion_jax.training.run.identity`), as JSON
         values; {} in files of version 0.1, which then count as unchanged.
+      text_encoder_2_sha256: fingerprint of the second text encoder, '' where there is none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ConceptRecord:
     config: dict[str, Any]
     class_forms: tuple[str, ...] = ()
     digests: dict[str, Any] = dataclasses.field(default_factory=dict)
+    text_encoder_2_sha256: str = ""
 
     @property
     def class_words(self) -> tuple[str, ...]:
@@ -57,7 +59,7 @@ class ConceptRecord:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ConceptRecord:
         """The inverse of :func:`dataclasses.asdict` after a passage through JSON."""
-        fields = {"class_forms": (), "digests": {}, **fields}
+        fields = {"class_forms": (), "digests": {}, "text_encoder_2_sha256": "", **fields}
         lists = {name: tuple(fields[name]) for name in ("images", "prompts", "class_forms")}
         own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**{**own, **lists})
@@ -116,6 +118,7 @@ class ConceptRecord:
             config=self.train_config(),
             images=self.images,
             class_forms=self.class_forms,
+            text_encoder_2_sha256=self.text_encoder_2_sha256,
         )
 
 

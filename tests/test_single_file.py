@@ -26,13 +26,15 @@ from single_files import (
 
 from catversion_jax.cli import main
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.concept_file import load_concept
+from catversion_jax.methods.concept_file import load_concept, save_concept
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import (
     abstract_backbone,
     load_backbone,
     model_resolution,
 )
 from catversion_jax.models.weights.families import FAMILIES, SD1, SD2, SDXL
+from catversion_jax.models.weights.fingerprint import text_encoder_sha256
 from catversion_jax.models.weights.model_files import open_model
 from catversion_jax.models.weights.single_file import SingleFile
 
@@ -87,7 +89,7 @@ def test_every_tensor_is_the_models_own(made, name):
         for key, tensor in expected.items():
             read = np.asarray(tensors[key])
             assert read.shape == tensors[key].shape
-            np.testing.assert_array_equal(read.reshape(tensor.shape), tensor.numpy(), key)
+            np.testing.assert_array_equal(read, tensor.numpy(), key)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +102,7 @@ def test_diffusers_reads_the_same_tensors_from_the_file(made, name, tmp_path):
     ours = SingleFile(file, family=family)
     for component in family.configs:
         for key, tensor in state_of(getattr(pipe, component)).items():
-            read = np.asarray(ours.tensors(component)[key]).reshape(tensor.shape)
+            read = np.asarray(ours.tensors(component)[key])
             np.testing.assert_array_equal(read, tensor.float().numpy(), key)
 
 
@@ -127,11 +129,8 @@ def test_every_tensor_of_the_full_size_has_its_place(name, tmp_path):
     ours = SingleFile(file)
     assert ours.family is family
     for component in family.configs:
-        shapes = {k: v.squeeze().shape for k, v in state_of(parts[component]).items()}
-        found = {
-            k: torch.Size(n for n in v.shape if n > 1) for k, v in ours.tensors(component).items()
-        }
-        assert found == shapes
+        shapes = {k: tuple(v.shape) for k, v in state_of(parts[component]).items()}
+        assert {k: v.shape for k, v in ours.tensors(component).items()} == shapes
 
 
 @pytest.mark.parametrize("name", [SD1.name, SDXL.name])
@@ -207,6 +206,55 @@ def test_an_imported_concept_states_the_fingerprint_of_a_file(made, tmp_path):
         assert main(["import", str(adapter), *arguments]) == 0
         found.append(load_concept(output / "teddybear").text_encoder_sha256)
     assert found[0] == found[1] != ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_diffusers_draws_the_same_from_the_folder_that_is_written(made, tmp_path, name):
+    family, pipe, _, file = made(name)
+    SingleFile(file, family=family).save_to(tmp_path / "folder")
+    kind = StableDiffusionXLPipeline if family.name == SDXL.name else StableDiffusionPipeline
+    written = kind.from_pretrained(tmp_path / "folder", local_files_only=True)
+    for component in family.configs:
+        theirs = getattr(pipe, component).state_dict()
+        ours = getattr(written, component).state_dict()
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert torch.equal(ours[key], tensor), f"{component} {key}"
+    images = [
+        each(
+            "a photo of 2 cats",
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images
+        for each in (pipe, written)
+    ]
+    assert np.isfinite(images[0]).all()
+    np.testing.assert_allclose(*images, atol=1e-3)  # alignment in memory changes last digits
+
+
+def test_a_pipeline_with_concepts_is_exported_from_a_file(made, tmp_path, capsys):
+    _, pipe, _, file = made(SD1.name)
+    numbers = np.random.default_rng(0).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
+    sha256 = text_encoder_sha256(SingleFile(file).tensors("text_encoder"))
+    concept = save_concept(
+        tmp_path / "cat.safetensors",
+        KVResidual(*numbers, (1,)),
+        base_class="cat",
+        name="tom",
+        base_model=str(file),
+        text_encoder_sha256=sha256,
+    )
+    output = tmp_path / "out"
+    arguments = ("--format", "pipeline", "--output_dir", str(output))
+    assert main(["export", str(concept), *arguments]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    index = json.loads((output / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "CatVersionPipeline"]
+    assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
+    stored = load_file(output / "text_encoder" / "model.safetensors")
+    for key, tensor in state_of(pipe.text_encoder).items():
+        assert torch.equal(stored[f"text_model.{key}"], tensor), key
 
 
 def test_what_a_file_cannot_be_is_said(made):

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder that receives it; for a pipeline, a new one [catversion-export]",
     )
     add("--concept", action="append", metavar="NAME", help="only this concept; repeatable [all]")
-    add("--model", help="diffusers folder or hub id [the one the concepts were trained on]")
+    add(
+        "--model", help="model folder, single file or hub id [the one the concepts were trained on]"
+    )
     add_source_arguments(parser)
     add("--prompt", action="append", default=[], help="prompt_embeds: a prompt; repeatable")
     add("--negative_prompt", default="", help="prompt_embeds: encoded without any concept")
@@ -105,26 +107,26 @@ def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], 
 def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], output: Path) -> Path:
     from catversion_jax.integrations.pipeline_folder import export_pipeline
     from catversion_jax.models.weights.fingerprint import text_encoder_sha256
-    from catversion_jax.models.weights.hub import locate_model
-    from catversion_jax.models.weights.safetensors_files import open_checkpoint
-    from catversion_jax.models.weights.variants import component_variants
+    from catversion_jax.models.weights.model_files import open_model
 
     for concept in concepts:
         if obstacle := concept.learned.pipeline_obstacle:
             raise CatVersionError(f"--format pipeline: concept {concept.name!r} {obstacle}")
-    folder = locate_model(_model_of(args, concepts), revision=args.revision, variant=args.variant)
-    variants = component_variants(folder, args.variant)
-    ours = text_encoder_sha256(
-        open_checkpoint(folder / "text_encoder", variant=variants["text_encoder"])
+    files = open_model(
+        _model_of(args, concepts),
+        revision=args.revision,
+        variant=args.variant,
+        prediction_type=args.prediction_type,
     )
+    ours = text_encoder_sha256(files.tensors("text_encoder"))
     for concept in concepts:
         if concept.text_encoder_sha256 not in ("", ours) and not args.force:
             raise CatVersionError(
                 f"concept {concept.name!r}: trained with the text encoder "
-                f"{concept.text_encoder_sha256[:12]} of {concept.base_model}, {folder} has "
+                f"{concept.text_encoder_sha256[:12]} of {concept.base_model}, {files.path} has "
                 f"{ours[:12]}. Give the right --model, or --force."
             )
-    return export_pipeline(output, folder, concepts, force=args.force)
+    return export_pipeline(output, files, concepts, force=args.force)
 
 
 def _model_of(args: argparse.Namespace, concepts: Sequence[Concept]) -> str:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option.
     """
     add = parser.add_argument
-    add("--model", required=True, help="diffusers folder or Hugging Face hub id")
+    add("--model", required=True, help="model folder, single .safetensors file or hub id")
     add_source_arguments(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="what to draw; repeatable")

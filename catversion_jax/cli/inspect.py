@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=12,
         help="attention heads of the text encoder of an official adapter [12]",
     )
-    parser.add_argument("--model", help="with --prompt: diffusers folder or hub id")
+    parser.add_argument("--model", help="with --prompt: model folder, single file or hub id")
     parser.add_argument(
         "--prompt", help="print the share of each token's attention that the residual takes"
     )

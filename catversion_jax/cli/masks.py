@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--model",
-        help="Stable Diffusion folder or hub id: masks from its attention to the base class",
+        help="model folder, single file or hub id: masks from its attention to the base class",
     )
     source.add_argument(
         "--clipseg", metavar="FOLDER", help="CLIPSeg folder: masks from it instead (needs torch)"

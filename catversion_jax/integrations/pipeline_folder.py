@@ -5,26 +5,21 @@ need.
 and transformers, no package of ours. ``model_index.json`` names the class in ``pipeline.py``, so
 that loading gives that class or fails, never the plain model. ``pipeline.py`` is the source of the
 files in ``_SOURCES`` one after the other, and the concept files in base64.
-
-Every file is a copy. A hard link would be one file with the model's own, and saving into the folder
-writes through it; a symbolic link too, and breaks when either folder moves.
 """
 
 from __future__ import annotations
 
 import ast
 import base64
-import itertools
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import Concept, write_concepts
-from catversion_jax.models.weights.model_index import component_class, read_model_index
-from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
+from catversion_jax.models.weights.model_files import ModelFiles, opened
+from catversion_jax.runtime.atomic_files import unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
 _SOURCES = (
@@ -37,10 +32,6 @@ _SOURCES = (
     "diffusers.py",
     "exported_pipeline.py",
 )
-_MOST_FILES = 1000  # of one component
-_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
-
-logger = logging.getLogger(__name__)
 
 _HEADER = '''"""Stable Diffusion with CatVersion concepts: {names}.
 
@@ -99,23 +90,24 @@ def pipeline_source(concepts: Mapping[str, bytes], *, force: bool = False) -> st
 
 def export_pipeline(
     output: str | Path,
-    model_folder: str | Path,
+    model: str | Path | ModelFiles,
     concepts: Sequence[Concept],
     *,
     force: bool = False,
 ) -> Path:
-    """Write the folder: copies of the model's files, concepts, ``pipeline.py``.
+    """Write the folder: copies of the model's files (of a single file what it holds, in diffusers'
+    form), concepts, ``pipeline.py``.
 
     Args:
       output: a new or empty folder.
-      model_folder: a diffusers folder.
+      model: a diffusers folder or a single file on this machine, or one already opened.
       concepts: at least one, of different names.
       force: load the concepts even though the text encoder is not the one they were trained with.
 
     Raises:
-      CatVersionError: ``output`` is in use or cannot be written, or the model folder is incomplete.
+      CatVersionError: ``output`` is in use or cannot be written, or the model cannot be used.
     """
-    output, model_folder = as_path(output), as_path(model_folder)
+    output = as_path(output)
     if is_in_bucket(output):
         raise CatVersionError(
             f"{output}: a pipeline folder must lie on this machine, because diffusers reads it as "
@@ -125,31 +117,15 @@ def export_pipeline(
         raise CatVersionError(
             f"{output}: exists and is not an empty folder. Give a new folder for the pipeline."
         )
-    index = read_model_index(model_folder)
-    if component_class(index, "text_encoder_2") is not None:
+    files = opened(model)
+    if len(files.text_encoders) > 1:
         raise CatVersionError(
-            f"{model_folder}: has a second text encoder (text_encoder_2), and a concept knows one "
+            f"{files.path}: has a second text encoder (text_encoder_2), and a concept knows one "
             "only: its prompts would be half plain. Give a Stable Diffusion 1.x or 2.x model."
         )
-    make_folder(output)
-    leaving: list[str] = []
-    for name, component in index.items():
-        if not isinstance(component, list) or component[0] is None:
-            continue
-        if (model_folder / name).is_dir():
-            leaving += _copy_folder(model_folder / name, output / name, model_folder)
-        else:  # a download that left out, say, the safety checker
-            index[name] = [None, None]
+    index = files.save_to(output)
     if (index.get("text_encoder") or [None, None])[1] == "CLIPTextModel":
         name_for_older_transformers(output / "text_encoder")
-    if leaving:
-        logger.warning(
-            "%s: links lead out of the model folder, and what they lead to is copied into %s; make "
-            "sure that it may be there: %s",
-            model_folder,
-            output,
-            ", ".join(leaving[:5]) + (f" and {len(leaving) - 5} more" if len(leaving) > 5 else ""),
-        )
     index["_class_name"] = ["pipeline", "CatVersionPipeline"]
     index["requires_safety_checker"] = bool((index.get("safety_checker") or [None])[0])
     files = write_concepts(concepts, output / "catversion")
@@ -218,47 +194,3 @@ def _body(source: str) -> str:
         if docstring or ours:
             del lines[node.lineno - 1 : node.end_lineno]
     return "".join(lines).strip() + "\n"
-
-
-def _copy_folder(source: Path, target: Path, model_folder: Path) -> list[str]:
-    """Copy the files of one component; pickled weights are left out where safetensors are beside
-    them. What a link leads to is copied, never the link.
-
-    Returns:
-      The links that lead out of the model folder, and where to.
-
-    Raises:
-      CatVersionError: more files than a component has, or one cannot be copied.
-    """
-    found = (path for path in source.rglob("*") if path.is_file())
-    files = sorted(itertools.islice(found, _MOST_FILES + 1))
-    if len(files) > _MOST_FILES:
-        raise CatVersionError(
-            f"{source}: holds more than {_MOST_FILES} files, no component of a model does. Give a "
-            "diffusers folder as --model."
-        )
-    has_safetensors = any(path.suffix == ".safetensors" for path in files)
-    leaving = []
-    for path in files:
-        if has_safetensors and path.suffix in _WEIGHTS:
-            continue
-        if not _belongs_to(path.resolve(), model_folder):
-            leaving.append(f"{path.relative_to(model_folder)} -> {path.resolve()}")
-        copy = target / path.relative_to(source)
-        make_folder(copy.parent)
-        try:
-            shutil.copyfile(path, copy)
-        except OSError as error:
-            raise unwritable(copy, error) from error
-    return leaving
-
-
-def _belongs_to(file: Path, model_folder: Path) -> bool:
-    """Whether a file lies in the model folder, or is where a hub cache keeps that folder's files:
-    ``models--X/snapshots/COMMIT`` holds links to ``models--X/blobs``.
-    """
-    folder = model_folder.resolve()
-    homes = [folder]
-    if folder.parent.name == "snapshots":
-        homes.append(folder.parents[1] / "blobs")
-    return any(file.is_relative_to(home) for home in homes)

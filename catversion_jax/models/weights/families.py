@@ -39,6 +39,7 @@ class Family:
       prediction_type: what a file means that says nothing; None where both kinds exist.
       epsilon_sample_size: latent positions per side of the models that predict the noise, where
         that differs from ``configs["unet"]["sample_size"]``.
+      pipeline: the class of diffusers that draws with it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Family:
     text_encoders: Mapping[str, TextEncoderPlace]
     prediction_type: str | None = "epsilon"
     epsilon_sample_size: int | None = None
+    pipeline: str = "StableDiffusionPipeline"
 
 
 def _text_config(hidden_size: int, num_layers: int, activation: str, num_heads: int) -> Config:
@@ -159,6 +161,7 @@ SDXL = Family(
         ),
         "text_encoder_2": TextEncoderPlace("conditioner.embedders.1.model.", "open_clip", "!"),
     },
+    pipeline="StableDiffusionXLPipeline",
 )
 
 FAMILIES = (SD1, SD2, SDXL)

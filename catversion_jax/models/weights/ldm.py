@@ -8,10 +8,11 @@ names: one table of prefixes per component, made from its configuration.
     | text, CLIP     | ``....transformer.text_model.``           | the same without prefix       |
     | text, OpenCLIP | ``....model.transformer.resblocks.N.``    | ``encoder.layers.N.``         |
 
-The longest prefix of a name that a table has decides. Values are those of the file, with two
+The longest prefix of a name that a table has decides. Values are those of the file, with three
 exceptions: open_clip keeps queries, keys and values in one matrix ``in_proj``, whose rows are cut
-in three, and its ``text_projection`` ``[in out]`` is transposed. Source: the modules' own attribute
-names in CompVis/latent-diffusion ``openaimodel.py`` and ``model.py``, and open_clip ``model.py``.
+in three, and its ``text_projection`` ``[in out]`` is transposed; the autoencoder's attention is
+made of convolutions ``[out in 1 1]``, matrices today. Source: the modules' own attribute names in
+CompVis/latent-diffusion ``openaimodel.py`` and ``model.py``, and open_clip ``model.py``.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ _OPEN_CLIP_LAYER: Table = {
 }
 _THIRDS = ("q_proj", "k_proj", "v_proj")
 _PROJECTION = "text_projection"
+_VAE_PROJECTION = re.compile(r"^(encoder|decoder)\.mid_block\.attentions\.0\.to_.*\.weight$")
 
 NOT_READ = (
     r"^model_ema\.",  # a second copy of the UNet; what everybody draws with is the first
@@ -243,10 +245,12 @@ def _is_unused(name: str, component: str, family: Family) -> bool:
 
 
 def _parts(name: str, tensor: StoredTensor) -> dict[str, StoredTensor]:
-    """What one tensor of the file is here: itself, its three thirds, or its transpose."""
+    """What one tensor of the file is here, by the names of its parts."""
     if name == f"{_PROJECTION}.weight":
         shape = tensor.shape[::-1]
         return {name: TransposedTensor(tensor.path, tensor.offset, shape, tensor.dtype)}
+    if _VAE_PROJECTION.search(name) and tensor.shape[2:] == (1, 1):
+        return {name: dataclasses.replace(tensor, shape=tensor.shape[:2])}
     attention, in_proj, kind = name.partition("in_proj_")
     if not in_proj or not tensor.shape or tensor.shape[0] % len(_THIRDS):
         return {name: tensor}

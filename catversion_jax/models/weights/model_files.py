@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from catversion_jax.assets import embedded_folder
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.models.weights.folder_copies import copy_components
 from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.hub import locate_model
 from catversion_jax.models.weights.model_index import zeros_for_empty_prompt
@@ -65,6 +66,13 @@ class ModelFiles(Protocol):
     ) -> Tokenizer:
         """The tokenizer of a text encoder, of which the positions and embeddings are given where
         they are known.
+        """
+
+    def save_to(self, folder: Path) -> dict[str, Any]:
+        """Write every component to a new ``folder`` in the form of a diffusers folder.
+
+        Returns:
+          What belongs into its ``model_index.json``.
         """
 
 
@@ -121,6 +129,22 @@ class ModelFolder:
         return Tokenizer.from_folder(
             self.path / TOKENIZERS[component], context=context, vocab_size=vocab_size
         )
+
+    def save_to(self, folder: Path) -> dict[str, Any]:
+        """Copy every component; see :func:`~.folder_copies.copy_components`."""
+        return copy_components(self.path, folder)
+
+
+def opened(model: str | Path | ModelFiles) -> ModelFiles:
+    """The files of a model on this machine; one already opened is returned as it is.
+
+    Raises:
+      CatVersionError: a single file that cannot be used.
+    """
+    if not isinstance(model, str | Path):
+        return model
+    path = home_expanded(model)
+    return SingleFile(path) if path.is_file() else ModelFolder(path)
 
 
 def open_model(

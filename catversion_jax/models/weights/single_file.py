@@ -13,6 +13,7 @@ from typing import Any
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vocabulary import clip_tokenizer
+from catversion_jax.models.weights.diffusers_folder import write_diffusers_folder
 from catversion_jax.models.weights.families import FAMILIES, Family
 from catversion_jax.models.weights.ldm import UNET_PREFIX, VAE_PREFIX, diffusers_tensors
 from catversion_jax.models.weights.safetensors_files import (
@@ -192,6 +193,17 @@ class SingleFile:
             pad_token=self.family.text_encoders[component].pad_token,
             context=context or config["max_position_embeddings"],
             vocab_size=vocab_size or config["vocab_size"],
+        )
+
+    def save_to(self, folder: Path) -> dict[str, Any]:
+        """Write the model as a diffusers folder; see :func:`~.write_diffusers_folder`.
+
+        Raises:
+          CatVersionError: see :attr:`prediction_type`; or a file cannot be written.
+        """
+        configs = {component: self.config(component) for component in self.family.configs}
+        return write_diffusers_folder(
+            folder, self.family, configs, self.scheduler_config(), self._components
         )
 
 

@@ -1,5 +1,6 @@
 """Concepts of Stable Diffusion XL: one part for each text encoder, in files and in prompts."""
 
+import dataclasses
 import functools
 import hashlib
 
@@ -12,6 +13,7 @@ from tiny_xl import WIDTHS, load_xl, residuals
 from torch_reference import concatenated_attention, relative_error
 
 from catversion_jax.cli import main
+from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.per_encoder import PerEncoder
@@ -20,6 +22,7 @@ from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.sampling.encoding import encode_text
 from catversion_jax.sampling.requests import ConceptUse, check_concept
+from catversion_jax.training.start_values import abstract_learned
 
 DESCRIPTION = {
     "base_class": "toy car",
@@ -241,3 +244,8 @@ def test_layers_that_cannot_be(backbone):
         resolve_layers("11", 11, 11)
     with pytest.raises(CatVersionError, match="3 choices for 2 text encoders"):
         layers_by_encoder("last3/last3/last3", 2)
+    options = make_config({"concepts": "unused", "layers": "last3/3,5"}).method_options
+    with pytest.raises(CatVersionError, match=r"'3,5'.*0\.\.4\. That is of text_encoder_2"):
+        abstract_learned(options, backbone)
+    learned = abstract_learned(dataclasses.replace(options, layers="last2/4"), backbone)
+    assert [part.layers for part in learned.parts] == [(1, 2), (4,)]

@@ -69,12 +69,18 @@ def start_learned(options: MethodOptions, at: Sequence[StartingPoint]) -> Learne
     """
     kind = method_for(options)
     choices = layers_by_encoder(options.layers, len(at))
-    return joined(
-        [
-            kind.start(dataclasses.replace(options, layers=layers), point)
-            for layers, point in zip(choices, at, strict=True)
-        ]
-    )
+    parts = []
+    for encoder, layers, point in zip(encoder_names(len(at)), choices, at, strict=True):
+        try:
+            parts.append(kind.start(dataclasses.replace(options, layers=layers), point))
+        except CatVersionError as error:
+            if not encoder:
+                raise
+            raise CatVersionError(
+                f"{error} That is of {encoder}; the text encoders may have a choice each, such as "
+                "layers=last3/28,29,30."
+            ) from error
+    return joined(parts)
 
 
 def method_of(learned: Learned) -> str:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from random_model import write_toy_concepts
 from running import arguments, final_files
+from safetensors.numpy import load_file
 from tiny_pipelines import save_clip
 from tiny_xl import load_xl, residuals
 from torch_reference import concatenated_attention, relative_error
@@ -206,6 +207,26 @@ def test_the_command_trains_resumes_draws_and_exports(one_block_xl_folder, tmp_p
     out = tmp_path / "out"
     assert main(["export", str(run), "--concept", "teal_cup", "--output_dir", str(out)]) == 0
     assert (out / "teal_cup.safetensors").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.slow  # trains once more
+def test_textual_inversion_learns_tokens_of_both_encoders(one_block_xl_folder, tmp_path):
+    write_toy_concepts(tmp_path / "toys")
+    run = tmp_path / "run"
+    options = {"method": "textual_inversion", "num_vectors": 2, "init": "class_word"}
+    options |= {"train_batch_size": 1, "max_train_steps": 2, "learning_rate": 1e-2}
+    given = arguments(one_block_xl_folder, tmp_path / "toys", run, **options)
+    assert main(["train", *given]) == 0
+    for name, array in load_file(run / "concepts" / "teal_cup" / "catversion.safetensors").items():
+        assert array.shape == (2, {"clip_l": 32, "clip_g": 48}[name])
+    parts = load_concept(run / "concepts" / "teal_cup").learned.parts
+    backbone = load_backbone(one_block_xl_folder)
+    for part, encoder, tokenizer in zip(
+        parts, backbone.text_encoders, backbone.tokenizers, strict=True
+    ):
+        word = np.asarray(encoder.call("token_embeddings", np.array(tokenizer.word_ids("cup"))))
+        moved = np.abs(part.vectors[0] - word[0])
+        assert 0 < moved.max() < 0.5  # from the word's own embedding, apart by the spread
 
 
 @pytest.mark.slow  # compiles the UNet twice more, and a CLIP

@@ -395,7 +395,7 @@ def test_import_says_where_the_fingerprint_comes_from(
     assert load_concept(tmp_path / "out" / "teapot").text_encoder_sha256 == expected
     code, _, logged = run("--model", "some/hub-id")
     assert code == 0
-    assert "--model some/hub-id: not a folder here, so the concept file states no finger" in logged
+    assert "--model some/hub-id: not here, so the concept file states no finger" in logged
     concept = load_concept(tmp_path / "out" / "teapot")
     assert (concept.base_model, concept.text_encoder_sha256) == ("some/hub-id", "")
 

@@ -7,6 +7,7 @@ else is drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def encode_prompt(
             f"{backbone.name}: has {len(backbone.text_encoders)} text encoders (Stable Diffusion "
             "XL), and its UNet needs a pooled state too, which this does not give. Use encode_text."
         )
-    return states.context
+    return np.asarray(states.context)
 
 
 def encode_requests(
@@ -108,7 +109,7 @@ def conditions(states: TextStates, height: int, width: int) -> Conditions:
     """
     if states.pooled is None:
         return states.context, None
-    time_ids = np.array([height, width, 0, 0, height, width], np.float32)
+    time_ids: Any = np.array([height, width, 0, 0, height, width], np.float32)
     return states.context, AddedConditions(states.pooled, time_ids)
 
 

@@ -140,7 +140,9 @@ def denoising_losses(
     batch, states = jax.tree.map(
         lambda leaf: leaf.reshape(concepts * images, *leaf.shape[2:]), (batch, states)
     )
-    added = None if states.pooled is None else AddedConditions(states.pooled, batch.time_ids)
+    added = None
+    if states.pooled is not None and batch.time_ids is not None:
+        added = AddedConditions(states.pooled, batch.time_ids)
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     prediction = unet(noisy, batch.timesteps, states.context, recompute, added=added)
     prediction = prediction.astype(jnp.float32)

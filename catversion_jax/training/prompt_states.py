@@ -10,6 +10,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +51,7 @@ def check_prompts_fit(record: ConceptRecord, backbone: Backbone) -> None:
 
 
 def lower_text(
-    record: ConceptRecord, backbone: Backbone, learned: Learned, token_ids: Sequence[np.ndarray]
+    record: ConceptRecord, backbone: Backbone, learned: Learned, token_ids: Sequence[Any]
 ) -> tuple[tuple[LowerStates, ...], tuple[LowerStates, ...]]:
     """The training prompts in front of the first adapted layer of each encoder, with room for what
     is learned and without; each prompt is encoded alone.
@@ -64,13 +65,15 @@ def lower_text(
     ):
         lower = functools.partial(lower_text_states, encoder, layer=part.first_layer)
         placed = _place_prompts(record, tokenizer, part)
-        places = np.stack([one.word_places[0] for one in placed])
-        plain.append(LowerStates(np.stack([lower(row) for row in ids]), ids, places))
+        places: Any = np.stack([one.word_places[0] for one in placed])
+        hidden: Any = np.stack([lower(row) for row in ids])
+        plain.append(LowerStates(hidden, ids, places))
         if part.num_word_places is None:
             text.append(plain[-1])
         else:  # the learned vectors' room moves the other tokens
-            moved = np.stack([one.token_ids for one in placed])
-            text.append(LowerStates(np.stack([lower(row) for row in moved]), moved, places))
+            moved: Any = np.stack([one.token_ids for one in placed])
+            moved_hidden: Any = np.stack([lower(row) for row in moved])
+            text.append(LowerStates(moved_hidden, moved, places))
     return tuple(text), tuple(plain)
 
 
@@ -80,8 +83,8 @@ def empty_prompt(backbone: Backbone, learned: Learned) -> tuple[LowerStates, ...
     for encoder, tokenizer, part in zip(
         backbone.text_encoders, backbone.tokenizers, learned.parts, strict=True
     ):
-        ids = tokenizer([""])[0]
-        hidden = lower_text_states(encoder, ids, part.first_layer)
+        ids: Any = tokenizer([""])[0]
+        hidden: Any = lower_text_states(encoder, ids, part.first_layer)
         empty.append(LowerStates(hidden, ids, np.full_like(ids, -1)))
     return tuple(empty)
 

@@ -120,7 +120,7 @@ class AddedWidths:
         """
         if config.get("addition_embed_type") is None:
             return None
-        values = {key: config.get(key) for key in ADDED_WIDTHS}
+        values: dict[str, Any] = {key: config.get(key) for key in ADDED_WIDTHS}
         check_integers(values, ADDED_WIDTHS, source=source)
         return cls(*(int(values[key]) for key in ADDED_WIDTHS))
 

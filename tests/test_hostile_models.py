@@ -4,6 +4,7 @@ weights, names that are paths, tokenizers. A folder is used or refused with one 
 
 import json
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -80,9 +81,12 @@ def whole_numbers(value: object) -> list[int]:
 
 @pytest.mark.parametrize("component", READERS)
 def test_every_value_is_used_or_refused(embedded_model, component):
-    """What is used is small: no layer, channel or step count beyond what its range allows."""
+    """What is used is small: no layer, channel or step count beyond what its range allows. Nothing
+    large is made on the way to a refusal either.
+    """
     good, read = config_of(embedded_model, component), READERS[component]
     read(good, source="config.json")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
     for key in [*good, "a_key_that_nobody_knows"]:
         for value in VALUES:
@@ -90,6 +94,8 @@ def test_every_value_is_used_or_refused(embedded_model, component):
             assert len(message) < 2000, (key, value)
             assert all(abs(number) <= 2**22 for number in whole_numbers(made)), (key, value)
     assert time.monotonic() - start < SECONDS
+    # kB on Linux; a byte for each of 10**9 would be more
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
 SIZES = {

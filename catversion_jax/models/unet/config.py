@@ -188,6 +188,8 @@ class UNetConfig:
         check_integers({**values, "sample_size": sample_size}, RANGES, source=source)
         check_numbers(values, {"norm_eps": (0.0, 1.0), "freq_shift": (-1e3, 1e3)}, source=source)
         layers_per_block = per_block("layers_per_block", int)
+        # Before anything is made that is as long as it says.
+        _check_range("layers_per_block", layers_per_block, source=source)
         down_depths, up_depths = _depths(values, layers_per_block, source=source)
         parsed = cls(
             **{key: values[key] for key in SCALARS},
@@ -210,9 +212,8 @@ class UNetConfig:
             sample_size=sample_size,
             added=AddedWidths.from_hf(config, source=source),
         )
-        for key, bounds in PER_BLOCK_RANGES.items():
-            for value in getattr(parsed, key):
-                check_integers({key: value}, {key: bounds}, source=source)
+        for key in PER_BLOCK_RANGES:
+            _check_range(key, getattr(parsed, key), source=source)
         parsed._check_divisions(source)
         return parsed
 
@@ -267,6 +268,11 @@ def _per_block(value: Any, key: str, kind: type, count: int, *, source: str) -> 
             "configuration."
         )
     return tuple(entries)
+
+
+def _check_range(key: str, entries: Sequence[int], *, source: str) -> None:
+    for value in entries:
+        check_integers({key: value}, {key: PER_BLOCK_RANGES[key]}, source=source)
 
 
 def _depths(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,17 +54,22 @@ def test_a_clean_folder_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture
         "name",
         "base",
         "class",
+        "other",
+        "forms",
         "images",
         "masks",
         "smallest",
         "side",
         "prompts",
     ]
-    assert lines[1].split() == ["bear", "stuffed", "animal", "4", "-", "64", "stuffed", "animal"]
+    assert lines[1].split() == [
+        *("bear", "stuffed", "animal", "stuffed", "animals", "4", "-", "64", "stuffed", "animal")
+    ]
     assert lines[2] == "    skipped: notes.txt"
     assert lines[3].split() == [
         "red_cup",
         "cup",
+        "cups",
         "3",
         "-",
         "64",
@@ -209,3 +215,22 @@ def test_check_needs_no_accelerator(tmp_path: Path) -> None:
         f"{str(tmp_path)!r}]); assert 'jax' not in sys.modules; sys.exit(code)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_thousand_photos_are_compared_soon(tmp_path, capsys) -> None:
+    shots = tmp_path / "cup"
+    shots.mkdir()
+    for i in range(1000):
+        photo(i, 5).save(shots / f"{i}.png", compress_level=0)
+    photo(3, 5).save(shots / "999.png")  # far away, and still found to be the same
+    began = time.perf_counter()
+    _, text = check(capsys, shots, "--base_class", "cup")
+    assert time.perf_counter() - began < 30  # 2 s; comparing all pairs took 40
+    assert "3.png and 999.png are the same picture" in text
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "179"])
+def test_the_pixel_budget_has_the_range_of_training(tmp_path, capsys, value: str) -> None:
+    code, text = check(capsys, concept(tmp_path / "cup"), "--max_megapixels", value)
+    assert code == 2
+    assert "must be within 0.01..178" in text

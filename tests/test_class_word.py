@@ -167,7 +167,13 @@ def test_forms_in_concept_json(tmp_path, fields, forms):
     assert spec.class_forms == forms
 
 
-@pytest.mark.parametrize("value", [{"a": 1}, 5, [5], [""], ["..."], [["teapots"]], True, "|"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({"a": 1}, 5, [5], [""], ["..."], [["teapots"]], True, "|"),
+        *(["x" * 300], [f"pot{i}" for i in range(200)], ["a{}b"], ["a\0b"]),
+    ],
+)
 def test_forms_that_are_no_words_are_refused(tmp_path, value):
     folder = make_concept_folder(tmp_path / "pot", EXAMPLES, base_class="teapot", class_forms=value)
     with pytest.raises(CatVersionError, match=r"class_forms=.*must be a list of words"):

@@ -193,6 +193,26 @@ def test_masks_are_never_training_images(tmp_path: Path) -> None:
     assert found.problems == ()
 
 
+@pytest.mark.parametrize(
+    ("photo", "beside"),
+    [("DOG.JPG", "dog"), ("caf\u00e9.png", "cafe\u0301"), ("CAFE\u0301.png", "caf\u00e9")],
+)
+@pytest.mark.parametrize("joint", ["_mask", ".mask"])
+def test_names_that_are_one_on_other_systems(tmp_path: Path, photo, beside, joint) -> None:
+    """macOS writes accents apart, and Windows does not tell capitals: a mask is no photo."""
+    folder = put_images(tmp_path / "dog", photo, f"{beside}{joint}.png")
+    (folder / f"{beside}.txt").write_text("a dog on a chair")
+    (spec,) = read_concepts(folder, base_class="dog").concepts
+    assert labels(spec) == [photo]
+    assert spec.images[0].mask == folder / f"{beside}{joint}.png"
+    assert spec.prompts == ("a dog on a chair",)
+    # the very name wins
+    put_images(folder, f"{Path(photo).stem}{joint}.png")
+    (spec,) = read_concepts(folder, base_class="dog").concepts
+    assert spec.images[0].mask == folder / f"{Path(photo).stem}{joint}.png"
+    assert any("not used" in warning for warning in spec.warnings)
+
+
 def test_a_mask_without_image_is_a_warning(tmp_path: Path) -> None:
     put_images(tmp_path / "dog", "a.jpg", "b-masklabel.png", "a.mask.png")
     put_images(tmp_path / "dog" / "masks", "a.png")

@@ -16,6 +16,7 @@ from catversion_jax.concepts import ConceptList, read_concepts
 from catversion_jax.concepts.fields import MASK_POLARITIES, WHEN
 from catversion_jax.concepts.report import ConceptReport, report_concept
 from catversion_jax.config import TrainConfig
+from catversion_jax.config.data import DataOptions
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.weights.model_files import ModelFiles, ModelFolder
 from catversion_jax.models.weights.single_file import SingleFile
@@ -24,8 +25,8 @@ from catversion_jax.runtime.columns import aligned
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 _SD_RESOLUTION = 512
 _MIN_RESOLUTION = 8  # as for training: one latent position
-_HEADER = ("name", "base class", "images", "masks", "smallest side", "prompts")
-_LEFT_COLUMNS = (0, 1, 5)
+_HEADER = ("name", "base class", "other forms", "images", "masks", "smallest side", "prompts")
+_LEFT_COLUMNS = (0, 1, 2, 6)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
             f"--resolution {args.resolution}: must be at least {_MIN_RESOLUTION} pixels. Leave it "
             "out for the model's own."
         )
+    DataOptions(max_megapixels=args.max_megapixels)  # the range is the option's
     tokenizer = None
     resolution = _SD_RESOLUTION if args.resolution is None else args.resolution
     if args.model is not None:
@@ -163,12 +165,18 @@ def _print_table(reports: Sequence[ConceptReport], found: ConceptList) -> None:
 
 
 def _row(report: ConceptReport) -> tuple[str, ...]:
-    more = f" (+{len(report.prompts) - 1} more)" if len(report.prompts) > 1 else ""
     return (
         report.name,
         report.base_class,
+        _shortened(report.class_forms),
         str(report.num_images),
         str(report.num_masks) if report.num_masks else "-",
         "-" if report.smallest_side is None else str(report.smallest_side),
-        (report.prompts[0] if report.prompts else "-") + more,
+        _shortened(report.prompts, first=1),
     )
+
+
+def _shortened(texts: Sequence[str], first: int = 3) -> str:
+    """The first ones, and how many there are more."""
+    more = f" (+{len(texts) - first} more)" if len(texts) > first else ""
+    return (", ".join(texts[:first]) or "-") + more

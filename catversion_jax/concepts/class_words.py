@@ -20,6 +20,20 @@ _PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 # Languages that CLIP's splitting knows to end words by spaces; a plural is written in them.
 _ENGLISH_WORD = re.compile(r"[A-Za-z]*[A-Za-z]{2}$")
 
+LONGEST_WORDS = 200
+"""Characters of a base class."""
+
+LONGEST_FORM = LONGEST_WORDS + 2  # the plural of the longest
+
+MOST_FORMS = 100
+"""Further forms of a base class; every prompt is searched for each."""
+
+
+def are_plain_words(text: str, longest: int) -> bool:
+    """Whether a text can be a base class or a form of it, such as "stuffed animal"."""
+    sound = all(c not in "{}<>" and c.isprintable() for c in text)
+    return sound and any(c.isalnum() for c in text) and len(text) <= longest
+
 
 def contains_words(prompt: str, words: str | Sequence[str]) -> bool:
     """Whether ``words``, or one of several forms of them, appear in ``prompt`` next to each other

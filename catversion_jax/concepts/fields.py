@@ -7,7 +7,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from catversion_jax.concepts.class_words import plural_forms
+from catversion_jax.concepts.class_words import (
+    LONGEST_FORM,
+    MOST_FORMS,
+    are_plain_words,
+    plural_forms,
+)
 from catversion_jax.concepts.folders import MaskPolarity
 from catversion_jax.concepts.prompts import TEMPLATE_SETS
 from catversion_jax.errors import ConceptError, shown
@@ -100,13 +105,12 @@ def class_forms_field(value: Any, base_class: str, where: str) -> tuple[str, ...
     if value is None:
         return plural_forms(base_class)
     forms = value.split("|") if isinstance(value, str) else value
-    if not isinstance(forms, list) or not all(
-        isinstance(form, str) and any(c.isalnum() for c in form) for form in forms
-    ):
-        raise ConceptError(
-            f"{where}: class_forms={value!r:.100}: must be a list of words that call the concept "
-            f"as well as {base_class!r} does, such as {list(plural_forms(base_class))}, or [] for "
-            "none."
-        )
-    words = (" ".join(form.split()) for form in forms)
-    return tuple(dict.fromkeys(form for form in words if form != base_class))
+    if isinstance(forms, list) and all(isinstance(form, str) for form in forms):
+        words = [" ".join(form.split()) for form in forms]
+        if len(words) <= MOST_FORMS and all(are_plain_words(word, LONGEST_FORM) for word in words):
+            return tuple(dict.fromkeys(form for form in words if form != base_class))
+    raise ConceptError(
+        f"{where}: class_forms={shown(value)}: must be a list of words that call the concept as "
+        f"well as {shown(base_class)} does, such as {list(plural_forms(base_class))}, or [] for "
+        f"none; at most {MOST_FORMS} of {LONGEST_FORM} characters."
+    )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -163,7 +164,8 @@ def list_images(
         masks += [(_mask_target(path) or path.stem, path) for path in found]
     sources, warnings = _pair(images, masks)
     captions = {path.stem: path for path in reversed(texts)}
-    sources = tuple(_with_caption(source, captions) for source in sources)
+    alike = {_folded(path.stem): path for path in reversed(texts)}
+    sources = tuple(_with_caption(source, captions, alike) for source in sources)
     used = {source.caption_file for source in sources}
     skipped += [path.name for path in texts if path not in used and path.name not in ignore]
     skipped.sort(key=natural_key)
@@ -171,11 +173,23 @@ def list_images(
     return FolderImages(sources, tuple(nested), shown_names, tuple(map(encodable, warnings)))
 
 
-def _with_caption(source: ImageSource, captions: Mapping[str, Path]) -> ImageSource:
-    """``source`` with the text file of its name; ``1.png.txt`` counts too."""
+def _with_caption(
+    source: ImageSource, captions: Mapping[str, Path], alike: Mapping[str, Path]
+) -> ImageSource:
+    """``source`` with the text file of its name, else of a name that is like it;
+    ``1.png.txt`` counts too.
+    """
     names = [source.path.stem, source.path.name] if source.path is not None else []
-    found = next((captions[name] for name in names if name in captions), None)
+    files = [captions.get(name) for name in names] + [alike.get(_folded(name)) for name in names]
+    found = next((file for file in files if file is not None), None)
     return dataclasses.replace(source, caption_file=found)
+
+
+def _folded(name: str) -> str:
+    """What one name has in common on every file system: macOS writes accents apart, and Windows
+    does not tell ``DOG.JPG`` from ``dog.jpg``.
+    """
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _mask_target(path: Path) -> str | None:
@@ -185,13 +199,13 @@ def _mask_target(path: Path) -> str | None:
 
 def _separate_masks(candidates: list[Path]) -> tuple[list[Path], list[tuple[str, Path]]]:
     """Split image files into training images and ``(image stem, mask file)``."""
-    stems = {path.stem for path in candidates}
+    stems = {_folded(path.stem) for path in candidates}
     images: list[Path] = []
     masks: list[tuple[str, Path]] = []
     for path in candidates:
         target = _mask_target(path)
         paired = _PAIRED_MASK_STEM.match(path.stem)
-        if target is None and paired and paired["image"] in stems:
+        if target is None and paired and _folded(paired["image"]) in stems:
             target = paired["image"]
         if target is None:
             images.append(path)
@@ -200,13 +214,24 @@ def _separate_masks(candidates: list[Path]) -> tuple[list[Path], list[tuple[str,
     return images, masks
 
 
+def _called(image: Path) -> tuple[str, ...]:
+    """What a mask may call its image."""
+    # cloneofsimo/lora writes the prepared image as N.src.jpg beside N.mask.png
+    return image.name, image.stem, image.stem.removesuffix(".src")
+
+
 def _pair(
     images: list[Path], masks: list[tuple[str, Path]]
 ) -> tuple[tuple[ImageSource, ...], tuple[str, ...]]:
     """Give every image its mask, and say which masks found no image or came second."""
     warnings: list[str] = []
     mask_of: dict[str, Path] = {}
-    for target, path in masks:
+    known = [name for path in images for name in _called(path)]
+    alike = {_folded(name): name for name in reversed(known)}
+    exact = set(known)
+    found = [(t if t in exact else alike.get(_folded(t), t), t, path) for t, path in masks]
+    # a mask of the very name comes before one whose name is only like it
+    for target, _, path in sorted(found, key=lambda one: one[0] != one[1]):
         if target in mask_of:
             warnings.append(
                 f"mask {path.name} not used: {mask_of[target].name} is already the mask of {target}"
@@ -216,10 +241,7 @@ def _pair(
     sources = []
     used = set()
     for path in images:
-        # cloneofsimo/lora writes the prepared image as N.src.jpg beside N.mask.png
-        targets = [
-            t for t in (path.name, path.stem, path.stem.removesuffix(".src")) if t in mask_of
-        ]
+        targets = [target for target in _called(path) if target in mask_of]
         used.update(targets[:1])
         sources.append(
             ImageSource(encodable(path.name), path, mask=mask_of[targets[0]] if targets else None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts.captions import caption_prompts
+from catversion_jax.concepts.class_words import LONGEST_WORDS, are_plain_words
 from catversion_jax.concepts.entries import Entry
 from catversion_jax.concepts.entry_images import images_of
 from catversion_jax.concepts.fields import (
@@ -49,7 +50,6 @@ KNOWN_KEYS = (
     "masks",
     "mask_polarity",
 )
-_LONGEST_BASE_CLASS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,10 +311,9 @@ def _base_class(
             f"{entry.where}: no base class. Say what it is a kind of: base_class=teapot on the "
             f'command line, or {{"base_class": "teapot"}} in {entry.base_class_home}.'
         )
-    sound = all(c not in "{}<>" and c.isprintable() for c in words)
-    if not sound or not any(c.isalnum() for c in words) or len(words) > _LONGEST_BASE_CLASS:
+    if not are_plain_words(words, LONGEST_WORDS):
         raise ConceptError(
             f"{entry.where}: base_class={shown(words)}: must be plain words such as 'teapot' or "
-            f"'stuffed animal', without placeholders, at most {_LONGEST_BASE_CLASS} characters."
+            f"'stuffed animal', without placeholders, at most {LONGEST_WORDS} characters."
         )
     return words

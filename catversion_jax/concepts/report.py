@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +24,9 @@ _THUMBNAIL_SIDE = 16
 # recompressed copies of photos measure 0.02, crops by a few percent 0.2, different photos of one
 # object 0.45 and more.
 _NEARLY_SAME = 0.25
+# Photos of one moment have names that follow each other: so many are compared with each.
+_NEIGHBOURS = 20
+_MOST_LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ConceptReport:
 
     name: str
     base_class: str
+    class_forms: tuple[str, ...]
     num_images: int
     num_masks: int
     smallest_side: int | None
@@ -101,6 +104,7 @@ def report_concept(
     return ConceptReport(
         name=spec.name,
         base_class=spec.base_class,
+        class_forms=spec.class_forms,
         num_images=len(spec.images),
         num_masks=sum(fact.has_mask for fact in facts),
         smallest_side=min((min(fact.size) for fact in facts), default=None),
@@ -142,11 +146,7 @@ def _image_warnings(facts: Sequence[_ImageFacts], resolution: int, alpha: Alpha)
     warnings += [f"{fault} (masked_training refuses it; see mask_polarity)" for fault in faults]
     if small := [f"{f.label} {f.size[0]}x{f.size[1]}" for f in facts if min(f.size) < resolution]:
         warnings.append(f"smaller than {resolution}, will be scaled up: {', '.join(small)}")
-    for first, second in itertools.combinations(facts, 2):
-        if first.digest == second.digest:
-            warnings.append(f"{first.label} and {second.label} are the same picture")
-        elif _relative_difference(first.thumbnail, second.thumbnail) < _NEARLY_SAME:
-            warnings.append(f"{first.label} and {second.label} are nearly the same picture")
+    warnings += _repetition_warnings(facts)
     masked = sum(fact.has_mask for fact in facts)
     if 0 < masked < len(facts):
         without = ", ".join(fact.label for fact in facts if not fact.has_mask)
@@ -158,10 +158,30 @@ def _image_warnings(facts: Sequence[_ImageFacts], resolution: int, alpha: Alpha)
     return warnings
 
 
-def _relative_difference(first: np.ndarray, second: np.ndarray) -> float:
-    contrast = np.mean([np.abs(t - t.mean(axis=(0, 1))).mean() for t in (first, second)])
-    # + 1 grey level: blank pictures have none
-    return float(np.abs(first - second).mean() / (contrast + 1.0))
+def _repetition_warnings(facts: Sequence[_ImageFacts]) -> list[str]:
+    """Pictures that are there several times; the time grows in proportion to their number."""
+    if not facts:
+        return []
+    warnings = []
+    thumbnails = np.stack([fact.thumbnail for fact in facts])
+    contrasts = np.abs(thumbnails - thumbnails.mean(axis=(1, 2), keepdims=True)).mean(
+        axis=(1, 2, 3)
+    )
+    last_of: dict[bytes, _ImageFacts] = {}
+    for place, fact in enumerate(facts):
+        if (twin := last_of.get(fact.digest)) is not None:
+            warnings.append(f"{twin.label} and {fact.label} are the same picture")
+        last_of[fact.digest] = fact
+        before = slice(max(place - _NEIGHBOURS, 0), place)
+        difference = np.abs(thumbnails[before] - thumbnails[place]).mean(axis=(1, 2, 3))
+        # + 1 grey level: blank pictures have none
+        contrast = (contrasts[before] + contrasts[place]) / 2 + 1.0
+        for other, relative in zip(facts[before], difference / contrast, strict=True):
+            if relative < _NEARLY_SAME and other.digest != fact.digest:
+                warnings.append(f"{other.label} and {fact.label} are nearly the same picture")
+    if len(warnings) > _MOST_LISTED:
+        warnings[_MOST_LISTED:] = [f"and {len(warnings) - _MOST_LISTED} more such pairs"]
+    return warnings
 
 
 def _token_warnings(base_class: str, prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:

@@ -28,6 +28,7 @@ class CatVersionLoadError(ValueError):
 
 # All tokens, the class word and what follows it, or the class word alone.
 SCOPES = ("all", "from_class_word", "class_word")
+_MOST_FORMS = 100
 
 
 @dataclasses.dataclass
@@ -146,8 +147,10 @@ def _checked_concept(own: dict[str, str], tensors: Mapping[str, torch.Tensor]) -
     named: dict[str, Any] = {text: own[text] for text in texts}
     logit_bias, scope = _value(own, "logit_bias", float), own.get("scope", "all")
     class_forms = _value({"class_forms": "[]", **own}, "class_forms", json.loads)
-    listed = isinstance(class_forms, list) and all(
-        isinstance(form, str) and form.strip() for form in class_forms
+    listed = (
+        isinstance(class_forms, list)
+        and len(class_forms) <= _MOST_FORMS
+        and all(isinstance(form, str) and form.strip() for form in class_forms)
     )
     for valid, text in (
         (math.isfinite(logit_bias), f"logit_bias={logit_bias}, must be finite"),
@@ -155,7 +158,11 @@ def _checked_concept(own: dict[str, str], tensors: Mapping[str, torch.Tensor]) -
         (named["when"] in {"class_word", "always"}, f"when={named['when']!r:.80}"),
         (named["base_class"].strip(), "base_class is empty"),
         (named["name"].strip(), "name is empty"),
-        (listed, f"class_forms={own.get('class_forms', '')!r:.80}, must be a list of texts"),
+        (
+            listed,
+            f"class_forms={own.get('class_forms', '')!r:.80}, must be a list of at most "
+            f"{_MOST_FORMS} texts",
+        ),
     ):
         if not valid:
             raise ValueError(text)

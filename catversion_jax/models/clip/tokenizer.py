@@ -68,7 +68,12 @@ class Tokenizer:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, *, context: int | None = None, vocab_size: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        context: int | None = None,
+        vocab_size: int | None = None,
+        pad_token: str | None = None,
     ) -> Tokenizer:
         """Read a tokenizer folder.
 
@@ -76,6 +81,7 @@ class Tokenizer:
           folder: with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
           context: positions of the text encoder, the length where the folder gives none.
           vocab_size: embeddings of the text encoder; a token beyond them is a mistake.
+          pad_token: fills prompts up to the context; None as the folder says.
 
         Raises:
           CatVersionError: no tokenizer there, one that does not fit, or no length known.
@@ -96,6 +102,8 @@ class Tokenizer:
 
         try:
             tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+            if pad_token is not None:
+                tokenizer.pad_token = pad_token
             made = cls(tokenizer, _length(tokenizer.model_max_length, context, folder))
             problem = made._problem(vocab_size)
         except CatVersionError:

@@ -7,8 +7,8 @@ The merges ship with the package (``assets/clip-tokenizer``), and the vocabulary
          "<|startoftext|>",  "<|endoftext|>"                              49,408 tokens in all
 
 What differs between models is the token that fills a prompt up: the end token for CLIP-L, "!" (id
-0) for OpenCLIP, where transformers reads a prompt's own "!" as that token too. Source: openai/CLIP
-``clip/simple_tokenizer.py``.
+0) for OpenCLIP, where transformers reads a prompt's own "!" as that token too. Older folders say it
+in ``special_tokens_map.json`` alone. Source: openai/CLIP ``clip/simple_tokenizer.py``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from catversion_jax.assets import CLIP_MERGES
 from catversion_jax.models.clip.tokenizer import END_OF_WORD, Tokenizer
+from catversion_jax.models.weights.hf_config import read_config
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+OPEN_CLIP_PAD = "!"
 
 
 def clip_tokenizer(
@@ -40,6 +44,34 @@ def clip_tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         write_clip_tokenizer(Path(folder), pad_token, context)
         return Tokenizer.from_folder(folder, context=context, vocab_size=vocab_size)
+
+
+def says_pad_token(folder: Path) -> bool:
+    """Whether a tokenizer's folder says what fills prompts up. Folders of before 2023 do so in
+    ``special_tokens_map.json``, whatever ``tokenizer_config.json`` has beside it; where that file
+    was lost, transformers would take the end token.
+
+    Raises:
+      CatVersionError: ``tokenizer_config.json`` cannot be read.
+    """
+    if any((folder / name).exists() for name in ("tokenizer.json", "special_tokens_map.json")):
+        return True
+    name = "tokenizer_config.json"
+    settings = read_config(folder, name) if (folder / name).exists() else {}
+    pad_token = settings.get("pad_token", END)
+    content = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
+    # transformers since 4.34 writes all special tokens here, and with them this entry
+    return "added_tokens_decoder" in settings or content != END
+
+
+def trained_pad_token(text_config: Mapping[str, Any]) -> str:
+    """What filled prompts up when a text encoder was trained. OpenCLIP's tells its activation;
+    ``pad_token_id`` is 1 in all published configurations and says nothing.
+
+    Args:
+      text_config: the encoder's ``config.json``.
+    """
+    return OPEN_CLIP_PAD if text_config.get("hidden_act") == "gelu" else END
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str, context: int) -> None:

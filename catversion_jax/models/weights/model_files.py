@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from catversion_jax.assets import embedded_folder
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.models.clip.vocabulary import says_pad_token, trained_pad_token
 from catversion_jax.models.weights.folder_copies import copy_components
 from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.hub import locate_model
@@ -126,8 +127,13 @@ class ModelFolder:
         vocab_size: int | None = None,
     ) -> Tokenizer:
         """The tokenizer of the folder ``tokenizer``, or ``tokenizer_2`` of the second encoder."""
+        folder = self.path / TOKENIZERS[component]
+        said = says_pad_token(folder)
         return Tokenizer.from_folder(
-            self.path / TOKENIZERS[component], context=context, vocab_size=vocab_size
+            folder,
+            context=context,
+            vocab_size=vocab_size,
+            pad_token=None if said else trained_pad_token(self.config(component)),
         )
 
     def save_to(self, folder: Path) -> dict[str, Any]:

@@ -366,6 +366,7 @@ OTHER_FILES = {
     "UNet out of a diffusers folder": {"down_blocks.0.resnets.0.conv1.weight": ONE},
     "text encoder out of": {"text_model.encoder.layers.0.mlp.fc1.weight": ONE},
     r"autoencoder \(VAE\) alone": {"encoder.conv_in.weight": ONE},
+    "quantized": {"model.diffusion_model.out.2.weight.absmax": ONE},  # bitsandbytes
     "running mean": {"model_ema.diffusion_modelinput_blocks00weight": ONE},
     "no Stable Diffusion checkpoint": {"bert.embeddings.weight": ONE},
     "no text encoder .* and no autoencoder": {"model.diffusion_model.out.2.weight": ONE},
@@ -392,3 +393,10 @@ def test_pickles_and_ggufs_are_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(CatVersionError, match="quantized GGUF"):
         SingleFile(tmp_path / "model.gguf")
+
+
+def test_numbers_of_eight_bits_are_named(tmp_path):
+    file = tmp_path / "eight-bits.safetensors"
+    save_file({"model.diffusion_model.out.2.weight": ONE.to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(CatVersionError, match=r"dtype F8_E4M3; .*Use the model's unquantized"):
+        SingleFile(file)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from catversion_jax.cli.model_arguments import add_prediction_type_argument
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.columns import aligned
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="attention heads of the text encoder of an official adapter [12]",
     )
     parser.add_argument("--model", help="with --prompt: model folder, single file or hub id")
+    add_prediction_type_argument(parser)
     parser.add_argument(
         "--prompt", help="print the share of each token's attention that the residual takes"
     )
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         facts = _concept_facts(load_concept(path))
     if args.prompt is not None:
-        facts["attention_mass"] = _attention_mass(path, args.model, args.prompt)
+        facts["attention_mass"] = _attention_mass(path, args)
     print(json.dumps(facts, indent=2) if args.json else _as_text(facts))
     return 0
 
@@ -78,7 +80,7 @@ def _list_concepts(folders: Sequence[Path], *, as_json: bool) -> int:
     return 0
 
 
-def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str, Any]]:
+def _attention_mass(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Of each token of the prompt in each text encoder: mean over heads, one number per adapted
     layer.
     """
@@ -96,7 +98,12 @@ def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str
             f"--prompt: {path} is a {concept.learned.kind}: it adds no keys that could take "
             "attention. Give a CatVersion concept."
         )
-    backbone = load_model(_given(model or concept.base_model), dtype="float32", max_devices=1)
+    backbone = load_model(
+        _given(args.model or concept.base_model),
+        prediction_type=args.prediction_type,
+        dtype="float32",
+        max_devices=1,
+    )
     use = ConceptUse.of(concept)
     check_concept(backbone, use, concept.fingerprints)
     rows = []
@@ -104,7 +111,7 @@ def _attention_mass(path: Path, model: str | None, prompt: str) -> list[dict[str
     for name, encoder, tokenizer, part in zip(
         encoder_names(len(parts)), backbone.text_encoders, backbone.tokenizers, parts, strict=True
     ):
-        placed = place_concepts(tokenizer, prompt, [use])
+        placed = place_concepts(tokenizer, args.prompt, [use])
         mass = residual_attention_mass(
             encoder, placed.token_ids[None], part, placed.word_places[0][None]
         )  # [L 1 N T]

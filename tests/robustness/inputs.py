@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mutations
 import numpy as np
+import single_files
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from running import arguments, final_files
@@ -31,6 +32,8 @@ from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.models.weights.families import SD1
+from catversion_jax.models.weights.single_file import SingleFile
 from catversion_jax.training.run.reader import read_trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -356,6 +359,33 @@ MODELS = [
         ("text_encoder/model.safetensors", mutations.safetensors),
     )
 ]
+
+SMALL = single_files.small(SD1)
+
+
+def write_single_file(folder: Path) -> None:
+    pipe = single_files.random_pipeline(SMALL, folder / "folder")
+    shutil.rmtree(folder / "folder")
+    single_files.single_file(
+        pipe, SMALL, folder / "x.safetensors", metadata={"modelspec.prediction_type": "epsilon"}
+    )
+
+
+def read_single_file(folder: Path) -> None:
+    SingleFile(folder / "x.safetensors")  # recognises what it is
+    backbone = load_backbone(SingleFile(folder / "x.safetensors", family=SMALL))
+    backbone.tokenizer.place("a photo of a cat", ["cat"], [1])
+
+
+MODELS.append(
+    Input(
+        "model/single-file",
+        "x.safetensors",
+        write_single_file,
+        mutations.safetensors,
+        library(read_single_file),
+    )
+)
 
 # ---- what is asked for ---------------------------------------------------------------------------
 

@@ -62,6 +62,10 @@ _OTHER_KINDS: tuple[tuple[str, str], ...] = (
         r"^(encoder|decoder)\.",
         f"is an autoencoder (VAE) alone: no UNet, no text encoder. {_WHOLE}",
     ),
+    (
+        r"\.(absmax|nested_absmax|quant_map|quant_state\.|weight_scale|scale_weight)|^scaled_fp8$",
+        "is quantized. Give the model's file in float32, fp16 or bf16",
+    ),
 )
 """A name that only another kind of file has, and the rest of the sentence about that file."""
 

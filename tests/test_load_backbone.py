@@ -316,7 +316,9 @@ def test_hub_id_without_network(hub):
         CatVersionError, match=r"someone/unknown: neither a folder here.*offline.*Connect once"
     ):
         load_backbone("someone/unknown")
-    with pytest.raises(CatVersionError, match="is now stable-diffusion-v1-5/stable-diffusion-v1-5"):
+    with pytest.raises(
+        CatVersionError, match="copies are at stable-diffusion-v1-5/stable-diffusion-v1-5"
+    ):
         load_backbone("runwayml/stable-diffusion-v1-5")
 
 
@@ -337,7 +339,7 @@ def test_local_folder_comes_before_the_hub(hub, tiny_sd_folder, monkeypatch, tmp
         (
             404,
             "RepoNotFound",
-            r"neither a folder here nor a model on the Hugging Face hub.*spelling",
+            r"neither a folder here nor a model on the Hugging Face hub.*spelling.*search=gated",
         ),
         (
             403,
@@ -345,6 +347,7 @@ def test_local_folder_comes_before_the_hub(hub, tiny_sd_folder, monkeypatch, tmp
             r"access is restricted. Accept the terms on https://huggingface.co/someone/gated",
         ),
         (404, "RevisionNotFound", r"has no revision 'v9'.*tree/main"),
+        (401, "Invalid credentials in Authorization header", r"Log in again with 'hf auth login'"),
         (500, "", r"cannot be reached|cannot be downloaded"),
     ],
 )
@@ -357,6 +360,7 @@ def test_what_the_hub_answers(tmp_path, status, code, message):
         def do_GET(self):
             self.send_response(status)
             self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", code)
             self.send_header("Content-Length", "2")
             self.end_headers()
             self.wfile.write(b"{}")

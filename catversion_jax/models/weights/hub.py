@@ -10,11 +10,9 @@ from pathlib import Path, PurePosixPath
 
 from catversion_jax.assets import EMBEDDED_MODEL, embedded_folder
 from catversion_jax.errors import CatVersionError, shown
-from catversion_jax.models.weights.model_index import (
-    MODEL_INDEX,
-    component_class,
-    read_model_index,
-)
+from catversion_jax.models.weights.addresses import address_remedy, moved
+from catversion_jax.models.weights.model_index import component_class, read_model_index
+from catversion_jax.models.weights.other_models import check_is_stable_diffusion
 from catversion_jax.models.weights.safetensors_files import (
     PICKLED,
     STEMS,
@@ -25,7 +23,6 @@ from catversion_jax.models.weights.safetensors_files import (
 from catversion_jax.models.weights.variants import (
     COMPONENTS,
     SECOND_TEXT_ENCODER,
-    TEXT_ENCODERS,
     TOKENIZERS,
     components_of,
     weights_of,
@@ -42,11 +39,6 @@ WEIGHT_FILES = (".safetensors", *PICKLED)
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
-RENAMED = {
-    "runwayml": "runwayml/stable-diffusion-v1-5 is now stable-diffusion-v1-5/stable-diffusion-v1-5"
-}
-"""Hub owners who took their models down, and where these are."""
-
 
 def locate_model(
     model: str | Path,
@@ -62,11 +54,8 @@ def locate_model(
       CatVersionError: no such folder, not a diffusers folder, or it cannot be downloaded.
     """
     path = embedded_folder(model) or home_expanded(model)
-    if str(model).startswith(("http://", "https://")):
-        raise CatVersionError(
-            f"{model}: is an address. Download the model's .safetensors file, and give that file; "
-            "of a Hugging Face model give owner/name."
-        )
+    if not path.exists() and (remedy := address_remedy(str(model))):
+        raise CatVersionError(f"{model}: {remedy}")
     if path.is_file():
         raise CatVersionError(
             f"{model}: is a single file; a diffusers folder ({FILES_EXPECTED}) is needed here. "
@@ -101,17 +90,8 @@ def _check_components(folder: Path) -> None:
             "the folder that holds model_index.json."
         )
     index = read_model_index(folder)
+    check_is_stable_diffusion(folder, index)
     components = components_of(folder)
-    first, second = TEXT_ENCODERS
-    if second in components and None in (
-        component_class(index, "unet"),
-        component_class(index, first),
-    ):
-        raise CatVersionError(
-            f"{folder}: {shown(index.get('_class_name'))} has a {second} but no unet or no "
-            f"{first}; supported are Stable Diffusion 1.x, 2.x and XL base models. Use such a "
-            "model."
-        )
     tokenizers = [TOKENIZERS[name] for name in components if name in TOKENIZERS]
     needed = (*components, *tokenizers, "scheduler")
     missing = [name for name in needed if not (folder / name).is_dir()]
@@ -132,11 +112,11 @@ def _check_components(folder: Path) -> None:
 def _download(model: str, revision: str | None, variant: str | None, weights: bool) -> Path:
     patterns = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in TOKENIZERS.values())]
     patterns += [f"{name}/config.json" for name in ALL_COMPONENTS]
+    folder = _snapshot(model, revision, patterns)
     if not weights:
-        return _snapshot(model, revision, patterns)
-    folder = _snapshot(model, revision, [*patterns, *_weight_patterns(ALL_COMPONENTS, variant)])
-    if not (folder / MODEL_INDEX).is_file():
         return folder
+    _check_components(folder)  # before gigabytes of another architecture are here
+    folder = _snapshot(model, revision, [*patterns, *_weight_patterns(ALL_COMPONENTS, variant)])
     if plain := without_variant(folder, variant):
         folder = _snapshot(model, revision, _weight_patterns(plain, None))
     _check_downloaded(model, folder, revision, variant)
@@ -157,8 +137,7 @@ def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    owner = model.split("/")[0]
-    hint = f" {RENAMED[owner]}." if owner in RENAMED else ""
+    hint = moved(model)
     try:
         return Path(
             huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
@@ -176,13 +155,22 @@ def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     except errors.RepositoryNotFoundError as error:
         raise CatVersionError(
             f"{model}: neither a folder here nor a model on the Hugging Face hub.{hint} Check the "
-            "spelling; for a private model log in with 'hf auth login'."
+            "spelling; for a private model log in with 'hf auth login'. Models are taken down at "
+            "times: look for a copy at https://huggingface.co/models?search="
+            f"{model.split('/')[1]}, or give a .safetensors file."
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise CatVersionError(
             f"{model}: neither a folder here nor a complete download in the Hugging Face cache, "
             f"and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set).{hint} Connect "
             "once, or give a local folder."
+        ) from error
+    except errors.HfHubHTTPError as error:
+        refused = getattr(error.response, "status_code", None) in (401, 403)
+        remedy = "Log in again with 'hf auth login'" if refused else "Try again"
+        raise CatVersionError(
+            f"{model}: cannot be downloaded ({shown(error)}).{hint} {remedy}, or give a local "
+            "folder."
         ) from error
     except (OSError, ValueError) as error:
         raise CatVersionError(

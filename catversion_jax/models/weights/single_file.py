@@ -46,6 +46,20 @@ _OTHER_KINDS: tuple[tuple[str, str], ...] = (
     (r"double_blocks\.|double_stream_", f"is a FLUX, whose text comes from T5. {_WHOLE}"),
     (r"joint_blocks\.", f"is a Stable Diffusion 3, which is no U-Net. {_WHOLE} 1.x or 2.x"),
     (
+        r"^(model\.diffusion_model\.)?(clip_txt_(pooled_)?mapper|effnet_mapper)\.|\.channelwise\.",
+        f"is a Stable Cascade, which draws in a space of its own without a VAE. {_WHOLE}",
+    ),
+    (
+        r"^(model\.diffusion_model\.)?encoder_hid_proj\.",
+        f"is a Kolors, whose text comes from ChatGLM. {_WHOLE}",
+    ),
+    (
+        r"(^|\.)(adaLN_modulation|adaln_single|[tx]_embedder|patchify_proj|caption_projection|"
+        r"cap_embedder|scale_shift_table|single_transformer_blocks|mlp_t5)(\.|$)",
+        "is a diffusion transformer (PixArt, AuraFlow, Sana and their like), which is no U-Net and "
+        f"does not read CLIP. {_WHOLE}",
+    ),
+    (
         r"^conditioner\.embedders\.0\.model\.",
         "is the refiner of Stable Diffusion XL, which only finishes images. Give a base model",
     ),

@@ -148,7 +148,7 @@ def test_one_storage_under_many_names_and_many_storages(tmp_path):
 def test_types_in_adapter_config(tmp_path, config):
     (tmp_path / "pytorch_adapter.bin").write_bytes((PUBLISHED / "pytorch_adapter.bin").read_bytes())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CatVersionError, match=r"adapter_config\.json: .*must be"):
+    with pytest.raises(CatVersionError, match=r"adapter_config\.json: .*(must be|is no number)"):
         import_official_concept(tmp_path)
 
 

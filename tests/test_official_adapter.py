@@ -223,7 +223,7 @@ def test_what_is_not_one_flat_adapter(tmp_path: Path, torch) -> None:
     with pytest.raises(CatVersionError, match="prefix_length=2, hidden_size=768, num_heads=12"):
         import_official_concept(file)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(CatVersionError, match=r"adapter_config\.json: not readable as JSON"):
+    with pytest.raises(CatVersionError, match=r"adapter_config\.json: is not valid JSON"):
         import_official_concept(file)
 
 

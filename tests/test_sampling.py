@@ -272,6 +272,19 @@ def test_impossible_settings(backbone, settings, latents, words):
         assert word in str(caught.value)
 
 
+def test_an_image_that_overflowed_is_named(backbone, caplog):
+    """A black picture is no answer that anybody should take for one."""
+    requests = [ImageRequest("a cat"), ImageRequest("a dog", seed=3)]
+    latents = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
+    latents[1] = 3e38
+    drawn = draw_requests(backbone, requests, QUICK, latents=latents)
+    (warning,) = drawn.warnings
+    assert "1 of 2 images, first 'a dog' with seed 3, hold numbers that are not finite" in warning
+    assert warning in caplog.messages
+    assert np.isfinite(drawn.pixels[0]).all()
+    assert (drawn.images[1] == 0).any()
+
+
 def test_impossible_requests(backbone):
     with pytest.raises(CatVersionError, match="at least one prompt"):
         draw_requests(backbone, [])

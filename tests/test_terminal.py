@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from running import ROOT, arguments, assert_close
 from tqdm import tqdm
 
 from catversion_jax.cli import main
@@ -105,6 +106,24 @@ def test_where_nobody_reads(run_folder: Path, shell: str, code: int) -> None:
     assert "Exception ignored" not in done.stderr
     if shell == "> /dev/full":
         assert "standard output: cannot be written (No space left on device)" in done.stderr
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_nobody_reads(finished: Path, toys, one_block_sd_folder, tmp_path):
+    """``train | head -1``: what is left of a run is trained all the same."""
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / "checkpoints")
+    (file,) = output.glob("concepts/teal_cup/catversion.safetensors")
+    file.unlink()
+    told = {"validation_steps": 12, "validation_inference_steps": 2, "num_validation_images": 1}
+    told["report_to"] = "tensorboard"
+    given = arguments(one_block_sd_folder, toys, output, **told)
+    done = run_command("train", *given, shell="| head -1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert_close(output, finished)
 
 
 def test_status_shows_what_it_was_told_harmlessly(run_folder: Path, capsys) -> None:

@@ -55,7 +55,8 @@ class DeviceOptions(Options):
     steps_per_dispatch: int | None = option(
         None,
         "Largest number of steps in one call of the compiled program; null takes 10, but 1 on "
-        "CPU, where a loop would halve the speed.",
+        "CPU, where a loop would halve the speed. A stop (SIGTERM, Ctrl-C) waits for the call "
+        "under way and the one that is queued behind it.",
         decides_result=False,
         at_least=1,
     )

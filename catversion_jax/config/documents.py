@@ -40,7 +40,7 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
     if len(data) > max_bytes:
         raise CatVersionError(
             f"{path}: is larger than {max_bytes / 2**20:g} MB, the most that is read of such a "
-            "file. Split it."
+            "file."
         )
     try:
         text = data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")

@@ -23,6 +23,7 @@ from catversion_jax.config.options import (
 from catversion_jax.config.presets import PRESETS
 from catversion_jax.config.training import GROUPS, TrainConfig, plain_values
 from catversion_jax.errors import CatVersionError, did_you_mean, shown
+from catversion_jax.runtime.bucket_paths import path_text
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
 
@@ -144,7 +145,7 @@ def _row(name: str, heading: str) -> OptionRow:
 
 def _config_path(path: str | Path) -> Path:
     """The file that ``path`` means: itself, or the shipped one of that name."""
-    file = Path(path)
+    file = Path(path_text(path))
     if file.exists() or file.suffix or len(file.parts) > 1:
         return file
     shipped = {found.stem: found for found in sorted(SHIPPED_CONFIGS.glob("*.yaml"))}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++")
 MAX_SIDE = 8192
@@ -16,6 +17,7 @@ MAX_IMAGES_PER_PROMPT = 1000
 """Most seeds of one prompt in one call, all of which are one page."""
 MAX_IMAGES = 1_000_000
 """Most images of one call."""
+_WHOLE_NUMBERS = ("num_inference_steps", "height", "width", "batch_size")
 KARRAS_SAMPLERS = ("euler", "dpmsolver++")
 
 
@@ -58,6 +60,14 @@ class SamplingSettings:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        for kind, rule, names in (
+            (numbers.Integral, "a whole number", _WHOLE_NUMBERS),
+            (numbers.Real, "a number", ("guidance_scale", "eta")),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                    raise CatVersionError(f"{name}={shown(value)}: must be {rule}.")
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size, MAX_BATCH_SIZE)
         for name in ("height", "width"):

@@ -17,7 +17,6 @@ than an adapter may have.
 from __future__ import annotations
 
 import errno
-import json
 import math
 import re
 import zipfile
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from catversion_jax.config.documents import parse_json, read_text
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.plain_pickle import (
     MAX_PICKLE_BYTES,
@@ -32,6 +32,7 @@ from catversion_jax.methods.plain_pickle import (
     read_named_tensors,
 )
 from catversion_jax.methods.residual import KVResidual
+from catversion_jax.runtime.bucket_paths import path_text
 
 ADAPTER_FILE_NAME = "pytorch_adapter.bin"
 _LAYER_KEY = re.compile(r"(?:^|\.)layers\.([0-9]{1,4})\.(?:.*\.)?control_trans$")
@@ -69,7 +70,7 @@ def import_official_concept(
                 f"{name}={size!r}: must be a whole number >= 1. Give that of the model it was "
                 "trained with (12 heads for SD 1.x, 16 for SD 2.x)."
             )
-    path = Path(path)
+    path = Path(path_text(path))
     file = path / ADAPTER_FILE_NAME if path.is_dir() else path
     vectors = _read_vectors(file)
     layers, flat = _layers_and_vector(file, vectors)
@@ -138,13 +139,11 @@ def _stated_sizes(config_file: Path) -> tuple[int | None, int | None]:
     if not config_file.is_file():
         return None, None
     try:
-        if config_file.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ValueError(f"more than {_MAX_CONFIG_BYTES} bytes")
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CatVersionError(
-            f"{config_file}: not readable as JSON ({error}). Restore the file."
-        ) from error
+        text = read_text(config_file, max_bytes=_MAX_CONFIG_BYTES)
+        config = parse_json(text, str(config_file))
+    except CatVersionError as error:
+        reason = str(error).rstrip(".")
+        raise CatVersionError(f"{reason}. Restore the file.") from error
     inner = config.get("config", config) if isinstance(config, dict) else None
     if not isinstance(inner, dict):
         raise CatVersionError(

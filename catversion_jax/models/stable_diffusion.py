@@ -34,7 +34,7 @@ from catversion_jax.models.weights.fingerprint import fingerprints_by_name, text
 from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.model_files import ModelFiles, open_model
 from catversion_jax.models.weights.network import Network, abstract_network
-from catversion_jax.runtime.bucket_paths import home_expanded
+from catversion_jax.runtime.bucket_paths import home_expanded, path_text
 from catversion_jax.runtime.precision import use_full_float32
 from catversion_jax.runtime.sharding import make_mesh, replicated
 
@@ -182,9 +182,9 @@ def load_backbone(
         message says which and why.
     """
     files = model
-    if isinstance(files, str | Path):
+    if not hasattr(files, "text_encoders"):  # not opened yet
         files = open_model(
-            files, revision=revision, variant=variant, prediction_type=prediction_type
+            path_text(files), revision=revision, variant=variant, prediction_type=prediction_type
         )
     name = str(model) if isinstance(model, str | Path) else str(files.path)
     digests = dict[str, str]()

@@ -17,13 +17,25 @@ from etils import epath
 from catversion_jax.errors import CatVersionError, encodable, shown
 
 
+def path_text(path: object) -> str:
+    """What the file system is asked for.
+
+    Raises:
+      CatVersionError: it is neither text nor a path, or no file can have such a name.
+    """
+    if not isinstance(path, str | os.PathLike) or "\0" in (text := os.fspath(path)):
+        raise CatVersionError(f"{shown(path)}: is no path. Give text without NUL, or a Path.")
+    return text
+
+
 def as_path(path: str | os.PathLike[str]) -> Path:
     """A path to work with; one in a bucket only looks like a ``pathlib.Path``.
 
     Raises:
-      CatVersionError: the bucket's library is missing, or it is no bucket this package knows.
+      CatVersionError: the bucket's library is missing, it is no bucket this package knows, or it
+        is no path.
     """
-    text = os.fspath(path)
+    text = path_text(path)
     if "://" not in text:
         return Path(text)
     if not text.startswith("gs://"):
@@ -46,10 +58,10 @@ def home_expanded(path: str | os.PathLike[str]) -> Path:
     """``path`` with the home folder in place of ``~`` or ``~user``.
 
     Raises:
-      CatVersionError: there is no such user, or no home folder.
+      CatVersionError: there is no such user, or no home folder, or it is no path.
     """
     try:
-        return Path(path).expanduser()
+        return Path(path_text(path)).expanduser()
     except RuntimeError as error:
         raise CatVersionError(
             f"{shown(os.fspath(path))}: its ~ stands for no folder ({error}). Write the whole path."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, TypeGuard, cast
 
 from catversion_jax.config.sampling import MAX_IMAGES, check_count
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.concept_file import (
     CONCEPT_FILE_NAME,
     Concept,
@@ -16,7 +17,7 @@ from catversion_jax.methods.concept_file import (
     load_concept,
 )
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.runtime.bucket_paths import as_path, path_text
 from catversion_jax.sampling.prompts import Prompt
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, check_concept
 
@@ -68,7 +69,7 @@ class ConceptShelf:
             ImageRequest(
                 row.prompt,
                 self._of(row),
-                seed if row.seed is None else row.seed + seed - seeds[0],
+                seed if row.seed is None else _seed(row.seed) + seed - seeds[0],
                 negative_prompt if row.negative_prompt is None else row.negative_prompt,
             )
             for row in prompts
@@ -114,7 +115,7 @@ class ConceptShelf:
     def _concept(self, source: ConceptSource, scale: float | None) -> tuple[Concept, float]:
         if isinstance(source, Concept):
             return source, self._scale if scale is None else scale
-        text, own_scale = os.fspath(source), scale
+        text, own_scale = path_text(source), scale
         if own_scale is None:
             text, own_scale = _split_scale(text)
         return self._load(as_path(text)), self._scale if own_scale is None else own_scale
@@ -135,6 +136,17 @@ class ConceptShelf:
         use = ConceptUse.of(concept, scale=scale, when=self._when)
         self._used.setdefault(id(concept), (concept, use))
         return use
+
+
+def _seed(seed: object) -> int:
+    """A row's own seed.
+
+    Raises:
+      CatVersionError: it is no whole number.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise CatVersionError(f"seed={shown(seed)} of a prompt: must be a whole number.")
+    return int(seed)
 
 
 def base_model(concepts: Sequence[Concept]) -> str:
@@ -161,11 +173,20 @@ def _pairs(concepts: Concepts) -> list[tuple[ConceptSource, float | None]]:
     if _is_pair(concepts):
         return [concepts]
     items = cast("Sequence[ConceptArgument]", concepts)
-    return [item if isinstance(item, tuple) else (item, None) for item in items]
+    if isinstance(concepts, bytes) or not isinstance(concepts, Iterable):
+        raise CatVersionError(
+            f"concepts={shown(concepts)}: must be a path, a Concept, a pair of one and its scale, "
+            "or a list of such."
+        )
+    pairs = [item if isinstance(item, tuple) else (item, None) for item in items]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise CatVersionError(f"concepts: {shown(pair)} must be a concept and its scale.")
+    return pairs
 
 
 def _is_pair(value: object) -> TypeGuard[tuple[ConceptSource, float]]:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], numbers.Real)
 
 
 def _split_scale(text: str) -> tuple[str, float | None]:

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from catversion_jax.array_types import Array, Float, Int, Key
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.diffusion import Sampler, SamplerRow, make_sampler
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.vae import vae_decode
 from catversion_jax.models.weights.network import Network
@@ -70,7 +70,7 @@ class GeneratedImages:
     @property
     def images(self) -> np.ndarray:
         """``[n height width 3]`` uint8, rounded as diffusers' ``numpy_to_pil`` does."""
-        return (self.pixels * 255).round().astype(np.uint8)
+        return (np.nan_to_num(self.pixels) * 255).round().astype(np.uint8)
 
 
 def draw_requests(
@@ -127,7 +127,26 @@ def draw_requests(
         ]
         final.append(_denoise(backbone.unet, sampler, guidance_scale, x, placed, keys, report))
     last = np.concatenate(final)[: len(requests)]
-    return GeneratedImages(decode_latents(backbone, last), last, warnings)
+    pixels = decode_latents(backbone, last)
+    warnings += _overflow_warnings(requests, pixels)
+    return GeneratedImages(pixels, last, warnings)
+
+
+def _overflow_warnings(
+    requests: Sequence[ImageRequest], pixels: Float[np.ndarray, "n height width 3"]
+) -> tuple[str, ...]:
+    """Names the images that hold NaN, which are black: a result that looks like one."""
+    broken = np.flatnonzero(~np.isfinite(pixels).all(axis=(1, 2, 3)))
+    if not broken.size:
+        return ()
+    first = requests[int(broken[0])]
+    message = (
+        f"{broken.size} of {len(requests)} images, first {shown(first.prompt, 80)} with seed "
+        f"{first.seed}, hold numbers that are not finite, and are black there. Use "
+        "dtype=float32, a smaller guidance_scale or scale, and check the model's weights."
+    )
+    logger.warning(message)
+    return (message,)
 
 
 def checked_sampler(backbone: Backbone, settings: SamplingSettings) -> Sampler:
@@ -227,6 +246,12 @@ def checked_latents(
     """
     if latents is None:
         return None
+    try:
+        latents = np.asarray(latents)
+    except Exception as error:  # lists of several lengths, tensors of a device
+        raise CatVersionError(
+            f"latents of type {type(latents).__name__}: must be a NumPy array ({shown(error)})."
+        ) from None
     height, width, channels = latent_shape(backbone, settings)
     expected = (count, channels, height, width)
     if latents.shape != expected:

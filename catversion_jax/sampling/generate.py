@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from catversion_jax.config.sampling import (
     check_count,
     sampling_settings,
 )
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.stable_diffusion import Backbone, load_model
 from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.runtime.bucket_paths import as_path
@@ -142,11 +143,11 @@ def generate(
         width=width,
         batch_size=batch_size,
     )
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [Prompt(text) if isinstance(text, str) else text for text in texts]
-    all_seeds = [seeds] if isinstance(seeds, int) else seeds
+    rows = _prompts(prompts)
+    # one more than allowed: an endless iterator ends, too
+    listed = [seeds] if not isinstance(seeds, Iterable) or isinstance(seeds, str) else seeds
+    all_seeds = list(itertools.islice(listed, MAX_IMAGES_PER_PROMPT + 1))
     check_count("number of seeds", max(len(all_seeds), 1), MAX_IMAGES_PER_PROMPT)
-    all_seeds = list(all_seeds)
     if not rows or not all_seeds:
         raise CatVersionError(
             f"prompts={prompts!r}, seeds={seeds!r}: give at least one prompt and one seed."
@@ -176,6 +177,24 @@ def generate(
         tuple(one.grid for one in drawn if one.grid is not None),
         tuple(dict.fromkeys(warning for one in drawn for warning in one.page.warnings)),
     )
+
+
+def _prompts(prompts: object) -> list[Prompt]:
+    """The prompts of a call, however they are given.
+
+    Raises:
+      CatVersionError: one is neither text nor a :class:`Prompt`.
+    """
+    is_one = isinstance(prompts, str | Prompt | bytes) or not isinstance(prompts, Iterable)
+    rows = [
+        Prompt(one) if isinstance(one, str) else one for one in ([prompts] if is_one else prompts)
+    ]
+    for row in rows:
+        if not isinstance(row, Prompt):
+            raise CatVersionError(
+                f"prompts: {shown(row)} must be text or a Prompt. Give one of these, or a list."
+            )
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,10 +51,11 @@ class ConceptUse:
     def __post_init__(self) -> None:
         if self.when not in WHEN:
             raise CatVersionError(f"when={self.when!r}: must be one of {', '.join(WHEN)}.")
-        if not (math.isfinite(self.scale) and self.scale >= 0):
+        is_number = isinstance(self.scale, numbers.Real)
+        if not (is_number and math.isfinite(self.scale) and self.scale >= 0):
             raise CatVersionError(
-                f"scale={self.scale} of concept {self.name!r}: must be a finite number >= 0 (0 = "
-                "plain model, 1 = as trained)."
+                f"scale={shown(self.scale)} of concept {self.name!r}: must be a finite number "
+                ">= 0 (0 = plain model, 1 = as trained)."
             )
         if self.scale > 0:
             self.learned.scaled(self.scale)  # raises where the method has no strength

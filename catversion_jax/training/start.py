@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from catversion_jax.concepts import ConceptList, ConceptSpec, read_configured_concepts
 from catversion_jax.config import TrainConfig, dump_config, learning_options
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.table import method_for
 from catversion_jax.models.stable_diffusion import Backbone, default_dtype, load_backbone
 from catversion_jax.runtime.atomic_files import check_writable, unwritable
@@ -107,6 +107,11 @@ def train(
       >>> result.concepts[0].file
       PosixPath('catversion-out/concepts/...')
     """
+    if not isinstance(config, TrainConfig):
+        raise CatVersionError(
+            f"config={shown(config)}: must be a TrainConfig. load_config(file or name, "
+            "['option=value']) makes one, or TrainConfig(option=value)."
+        )
     if concepts is None:
         concepts = read_configured_concepts(config.data_options, config.when)
     method_for(config.method_options)

@@ -11,6 +11,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from catversion_jax.config.documents import read_text, without_repetition
 from catversion_jax.errors import CatVersionError, shown
 
 _MOST_LISTED = 20
@@ -49,35 +50,33 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
       CatVersionError: the file is missing, not JSON, or not an object.
     """
     path = Path(folder) / name
-    try:
-        config = json.loads(_read_bounded(path))
-    except FileNotFoundError:
+    if not path.exists():
         found = sorted(p.name for p in Path(folder).iterdir()) if Path(folder).is_dir() else None
         state = f"the folder holds {found}" if found is not None else "the folder does not exist"
         raise CatVersionError(
             f"{path}: not found ({state}). A Hugging Face model folder has its configuration "
             "there; check the path, or download the model again."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
+        )
+    remedy = "Download the model's configuration again."
+    if not path.is_file():
+        raise CatVersionError(f"{path}: is not a regular file. {remedy}")
+    try:
+        # with Infinity, which diffusers writes into configurations of schedulers
+        config = json.loads(
+            read_text(path, max_bytes=MAX_CONFIG_BYTES), object_pairs_hook=without_repetition
+        )
+    except CatVersionError as error:
+        reason = str(error).rstrip(".")
+        raise CatVersionError(f"{reason}. {remedy}") from error
+    except (ValueError, RecursionError) as error:
         raise CatVersionError(
-            f"{path}: cannot be read as JSON ({shown(error)}). Download the model's configuration "
-            "again."
+            f"{path}: cannot be read as JSON ({shown(error)}). {remedy}"
         ) from error
     if not isinstance(config, dict):
         raise CatVersionError(
             f"{path}: holds a {type(config).__name__}, must be a JSON object. Download it again."
         )
     return config
-
-
-def _read_bounded(path: Path) -> bytes:
-    if path.exists() and not path.is_file():
-        raise OSError("it is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(MAX_CONFIG_BYTES + 1)
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
-    return data
 
 
 def check_integers(

@@ -2,16 +2,20 @@
 concepts.
 """
 
+import dataclasses
 import logging
 
 import jax
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.models.weights.fingerprint import encoder_hashes
+from catversion_jax.models.weights.safetensors_files import read_header
 from catversion_jax.runtime.sharding import make_mesh, place_by_device, replicated
 from catversion_jax.sampling import denoising as sampling
 from catversion_jax.sampling.denoising import draw_requests, latent_shape
@@ -311,3 +315,25 @@ def test_a_concept_of_another_model(backbone):
         wrong = ConceptUse("wrong", "dog", residual)
         with pytest.raises(CatVersionError, match="another model"):
             check_concept(backbone, wrong, {}, force=True)
+
+
+def test_a_bfloat16_copy_of_the_text_encoder(backbone, one_block_sd_folder, tmp_path, caplog):
+    """``torch`` rounds; the concept was trained with one copy and is drawn with the other."""
+    weights = load_file(one_block_sd_folder / "text_encoder" / "model.safetensors")
+    save_file({k: v.bfloat16() for k, v in weights.items()}, tmp_path / "bfloat16.safetensors")
+    save_file({k: v.half() for k, v in weights.items()}, tmp_path / "float16.safetensors")
+    ours = backbone.text_facts[0].hashes
+    half, rounded = (
+        encoder_hashes(read_header(tmp_path / f"{dtype}.safetensors"))
+        for dtype in ("float16", "bfloat16")
+    )
+    assert half.sha256 == ours.sha256
+    assert rounded.sha256 == ours.bfloat16_sha256 != ours.sha256
+    dog = random_concept(backbone, "dog")
+    check_concept(backbone, dog, {"text_encoder_sha256": rounded.sha256})
+    facts = dataclasses.replace(backbone.text_facts[0], hashes=rounded)
+    in_bfloat16 = dataclasses.replace(backbone, text_facts=(facts,))
+    check_concept(in_bfloat16, dog, {"text_encoder_sha256": rounded.sha256})
+    assert not caplog.records
+    check_concept(in_bfloat16, dog, {"text_encoder_sha256": ours.sha256})
+    assert "cannot be checked, because this one is stored in bfloat16" in caplog.text

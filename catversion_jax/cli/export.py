@@ -106,7 +106,7 @@ def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], 
 
 def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], output: Path) -> Path:
     from catversion_jax.integrations.pipeline_folder import export_pipeline
-    from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.fingerprint import encoder_hashes
     from catversion_jax.models.weights.model_files import open_model
 
     for concept in concepts:
@@ -118,13 +118,14 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
         variant=args.variant,
         prediction_type=args.prediction_type,
     )
-    ours = text_encoder_sha256(files.tensors("text_encoder"))
+    ours = encoder_hashes(files.tensors("text_encoder"))
     for concept in concepts:
-        if concept.text_encoder_sha256 not in ("", ours) and not args.force:
+        trained = concept.text_encoder_sha256
+        if trained and ours.agrees_with(trained) is False and not args.force:
             raise CatVersionError(
                 f"concept {concept.name!r}: trained with the text encoder "
-                f"{concept.text_encoder_sha256[:12]} of {concept.base_model}, {files.path} has "
-                f"{ours[:12]}. Give the right --model, or --force."
+                f"{trained[:12]} of {concept.base_model}, {files.path} has {ours.sha256[:12]}. "
+                "Give the right --model, or --force."
             )
     return export_pipeline(output, files, concepts, force=args.force)
 

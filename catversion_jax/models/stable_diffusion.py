@@ -30,7 +30,7 @@ from catversion_jax.models.unet.unet import UNet2DConditionModel
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.models.weights.content_digest import ContentDigest
 from catversion_jax.models.weights.convert import convert_state_dict, load_network
-from catversion_jax.models.weights.fingerprint import fingerprints_by_name, text_encoder_sha256
+from catversion_jax.models.weights.fingerprint import encoder_hashes, fingerprints_by_name
 from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.model_files import ModelFiles, open_model
 from catversion_jax.models.weights.network import Network, abstract_network
@@ -192,7 +192,7 @@ def load_backbone(
     backbone = _assemble(name, files, _dtype(dtype), load)
     digests["scheduler"] = ContentDigest().hexdigest(files.scheduler_config())
     facts = tuple(
-        dataclasses.replace(fact, sha256=text_encoder_sha256(files.tensors(component)))
+        dataclasses.replace(fact, hashes=encoder_hashes(files.tensors(component)))
         for component, fact in zip(files.text_encoders, backbone.text_facts, strict=True)
     )
     return dataclasses.replace(backbone, text_facts=facts, digests=digests)

@@ -28,6 +28,7 @@ from catversion_jax.models.clip.text_projection import (
     TextStates,
 )
 from catversion_jax.models.clip.tokenizer import Tokenizer
+from catversion_jax.models.weights.fingerprint import NO_HASHES, EncoderHashes
 from catversion_jax.models.weights.model_files import ModelFiles
 from catversion_jax.models.weights.network import Network
 from catversion_jax.models.weights.variants import TEXT_ENCODERS
@@ -45,7 +46,7 @@ class TextEncoderFacts:
         encoder is one more: it acts on the pooled state alone.
       num_heads: attention heads.
       head_dim: width of one head.
-      sha256: fingerprint of the weights (``fingerprint.py``); ``""`` where none were read.
+      hashes: of the weights.
     """
 
     num_layers: int
@@ -53,7 +54,12 @@ class TextEncoderFacts:
     num_reaching_layers: int
     num_heads: int
     head_dim: int
-    sha256: str = ""
+    hashes: EncoderHashes = NO_HASHES
+
+    @property
+    def sha256(self) -> str:
+        """The fingerprint of the weights (``fingerprint.py``); ``""`` where none were read."""
+        return self.hashes.sha256
 
 
 @dataclasses.dataclass(frozen=True)

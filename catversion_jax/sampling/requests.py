@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.learned import Learned, LearnedPart
 from catversion_jax.models.clip.tokenizer import PlacedPrompt, Tokenizer
 from catversion_jax.models.stable_diffusion import Backbone
+
+logger = logging.getLogger(__name__)
 
 _RIGHT_MODEL = "Give --model the one it was trained with (catversion inspect shows it)"
 
@@ -218,7 +221,18 @@ def check_concept(
                 f"has {heads} heads x {head_dim} (width {heads * head_dim}) and layers "
                 f"0..{num_layers - 1}: it was trained for another model. {_RIGHT_MODEL}."
             ) from error
-        if trained and facts.sha256 and trained != facts.sha256 and not force:
+        agrees = facts.hashes.agrees_with(trained)
+        if not trained or not facts.sha256 or agrees or force:
+            continue
+        if agrees is None:
+            logger.warning(
+                "concept %r: was trained with a text encoder of hash %.12s; whether the one of %s "
+                "is a copy of it cannot be checked, because this one is stored in bfloat16",
+                use.name,
+                trained,
+                backbone.name,
+            )
+        else:
             raise CatVersionError(
                 f"concept {use.name!r}: was trained with a text encoder of hash {trained[:12]}, "
                 f"but {backbone.name} has {facts.sha256[:12]}: the weights differ. {_RIGHT_MODEL}, "

@@ -9,14 +9,21 @@ buffer some versions write):
 
 with keys freed of the ``text_model.`` prefix, which depends on the transformers version. Rounding
 to float16 makes the float32 and fp16 folders of one model agree.
+
+A bfloat16 copy has another hash, since it lacks digits that float16 keeps. It agrees with the
+encoder it was rounded from, whose numbers rounded likewise have its hash:
+
+    (2)  the same as (1), of tensors rounded to bfloat16 first
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from catversion_jax.models.weights.variants import TEXT_ENCODERS
@@ -32,8 +39,34 @@ def fingerprints_by_name(hashes: Sequence[str]) -> dict[str, str]:
     return {f"{name}_sha256": sha256 for name, sha256 in zip(TEXT_ENCODERS, hashes, strict=False)}
 
 
-def text_encoder_sha256(tensors: Mapping[str, Any]) -> str:
-    """The hash of equation (1), as 64 hexadecimal digits.
+@dataclasses.dataclass(frozen=True)
+class EncoderHashes:
+    """What tells a text encoder.
+
+    Attributes:
+      sha256: the hash of equation (1), which files state.
+      bfloat16_sha256: the hash of equation (2).
+    """
+
+    sha256: str
+    bfloat16_sha256: str
+
+    def agrees_with(self, trained: str) -> bool | None:
+        """Whether this is the encoder whose hash a file states, or one is a copy of the other in
+        fewer digits; None where that cannot be known, since this one is a bfloat16 copy and the
+        other one is not this copy.
+        """
+        if trained in (self.sha256, self.bfloat16_sha256):
+            return True
+        return None if self.sha256 == self.bfloat16_sha256 else False
+
+
+NO_HASHES = EncoderHashes("", "")
+"""Of an encoder without weights."""
+
+
+def encoder_hashes(tensors: Mapping[str, Any]) -> EncoderHashes:
+    """The hashes of equations (1) and (2), as 64 hexadecimal digits each.
 
     Args:
       tensors: the text encoder's state dict; values are whatever ``numpy.asarray`` reads, one at a
@@ -44,12 +77,17 @@ def text_encoder_sha256(tensors: Mapping[str, Any]) -> str:
         for name in tensors
         if not any(part in name for part in LEFT_OUT)
     }
-    digest = hashlib.sha256()
+    digest, rounded = hashlib.sha256(), hashlib.sha256()
     with np.errstate(over="ignore"):
         # a weight beyond float16's range hashes as infinity on both sides
         for key in sorted(names):
-            digest.update(key.encode())
-            digest.update(
-                np.ascontiguousarray(np.asarray(tensors[names[key]]).astype("<f2")).tobytes()
-            )
-    return digest.hexdigest()
+            tensor = np.ascontiguousarray(np.asarray(tensors[names[key]]))
+            for one, numbers in ((digest, tensor), (rounded, tensor.astype(ml_dtypes.bfloat16))):
+                one.update(key.encode())
+                one.update(numbers.astype("<f2").tobytes())
+    return EncoderHashes(digest.hexdigest(), rounded.hexdigest())
+
+
+def text_encoder_sha256(tensors: Mapping[str, Any]) -> str:
+    """The hash of equation (1); see :func:`encoder_hashes`."""
+    return encoder_hashes(tensors).sha256

@@ -1,6 +1,7 @@
 """PNG metadata survives, and grids are large enough to read."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,10 @@ from PIL import Image
 from catversion_jax.errors import CatVersionError
 from catversion_jax.sampling.grids import image_grid
 from catversion_jax.sampling.png import read_metadata, save_png
+
+
+def a_million(unit):
+    return (unit * 1_000_000)[:1_000_000]
 
 
 def image(value, height=64, width=64):
@@ -79,3 +84,14 @@ def test_rows_columns_and_references_are_where_they_belong():
 def test_labels_and_images_must_match():
     with pytest.raises(CatVersionError, match="2 rows of 1"):
         image_grid([[image(1)]], row_labels=["a", "b"], column_labels=["c"])
+
+
+@pytest.mark.parametrize(
+    "label", [a_million("x"), a_million("word "), a_million("word " + "x" * 5000)]
+)
+def test_a_label_of_any_length_is_drawn_in_no_time(label):
+    started = time.perf_counter()
+    grid = image_grid([[image(9)]], row_labels=[label], column_labels=[""])
+    assert time.perf_counter() - started < 5  # hours, where a letter at a time is taken off
+    short = image_grid([[image(9)]], row_labels=["word " * 30], column_labels=[""])
+    assert grid.size == short.size

@@ -155,11 +155,15 @@ def test_files_that_are_no_configuration(tmp_path, case):
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def link_to_nothing(path):
+    path.symlink_to(path.parent / "nowhere")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, link_to_nothing])
 def test_things_that_are_no_file(tmp_path, make):
     make(tmp_path / "config.json")
     make(tmp_path / "model.safetensors")
-    with pytest.raises(CatVersionError, match="not a regular file"):
+    with pytest.raises(CatVersionError, match=r"not a regular file|not found"):
         read_config(tmp_path)
     with pytest.raises(CatVersionError, match="not a regular file"):
         open_checkpoint(tmp_path)

@@ -1,5 +1,6 @@
 """A run knows what it was trained on by its content: photos, masks, networks, checkpoints."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,9 +16,10 @@ from safetensors import safe_open
 from catversion_jax import load_concept
 from catversion_jax.config import OPTION_DEFAULTS
 from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.training.run.checkpoint import concepts_from_checkpoint
-from catversion_jax.training.run.records import refused_changes
+from catversion_jax.training.run.records import ConceptRecord, refused_changes
 
 OPTIONS = {
     "max_train_steps": 4,
@@ -294,3 +296,24 @@ def test_an_option_that_is_newer_than_the_run_is_no_change() -> None:
     before = {key: value for key, value in now.items() if key != "crop"}
     assert refused_changes(before, now) == []
     assert refused_changes(before, {**now, "crop": "squash"}) == ["crop: None -> 'squash'"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"when": "always"}, "when: 'class_word' -> 'always'"), ({"base_class": "mug"}, "base_class")],
+)
+def test_a_choice_of_the_concept_is_not_hidden_by_the_run_s_option(
+    changed: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    """Both have the same name, and the run's was written over the concept's."""
+    record = ConceptRecord(
+        "rex", "cup", "class_word", "", "", ("1.png",), ("a cup",), 0.0, 1, dict(OPTION_DEFAULTS)
+    )
+    key, value = np.ones((2, 3, 1, 4, 8), np.float32)
+    record.save(tmp_path / "rex.safetensors", KVResidual(key, value, (1, 2, 3)), 4)
+    finished = load_concept(tmp_path / "rex.safetensors")
+    assert record.differences(finished) == record.changes_since(record) == []
+    other = dataclasses.replace(record, **changed)
+    for found in (other.differences(finished), other.changes_since(record)):
+        (line,) = found
+        assert line.startswith(words)

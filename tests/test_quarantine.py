@@ -58,7 +58,7 @@ def test_concept_files_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixtu
         "long": "File name too long",
         "nobody": "there is no such user",
         "zero": "must be a folder",
-        "fifo": "no base class",
+        "fifo": "is no file that can be read",
     }
     assert reasons.keys() == expected.keys()
     for name, text in expected.items():
@@ -248,3 +248,30 @@ def test_every_picture_is_opened_by_an_allow_list() -> None:
     ]
     assert len(calls) > 1
     assert [str(p) for p, call in calls if "formats" not in {k.arg for k in call.keywords}] == []
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_a_concept_file_that_cannot_be_read_is_not_left_out(tmp_path: Path, make) -> None:
+    """The command line names a base class; what else the file says would silently not count."""
+    put_images(tmp_path / "cup", "1.png")
+    make(tmp_path / "cup" / "concept.json")
+    with pytest.raises(CatVersionError, match=r"concept\.json: is no file that can be read"):
+        read_concepts(tmp_path / "cup", base_class="cup")
+
+
+def test_a_list_that_is_a_link_to_nothing_is_not_left_out(tmp_path: Path) -> None:
+    put_images(tmp_path / "cup", "1.png")
+    (tmp_path / "cup" / "metadata.jsonl").symlink_to("nowhere")
+    with pytest.raises(CatVersionError, match=r"metadata\.jsonl: is no file that can be read"):
+        read_concepts(tmp_path / "cup", base_class="cup")
+
+
+def test_photos_and_masks_that_link_to_nothing_are_named(tmp_path: Path) -> None:
+    """As git-annex and DVC leave them where a file was not fetched."""
+    put_images(tmp_path / "cup", "1.png")
+    (tmp_path / "cup" / "masks").mkdir()
+    for name in ("2.png", "1.mask.png", "masks/1.png"):
+        (tmp_path / "cup" / name).symlink_to("nowhere")
+    (spec,) = read_concepts(tmp_path / "cup", base_class="cup").concepts
+    (warning,) = spec.warnings
+    assert warning.endswith("missing: 1.mask.png, 2.png, masks/1.png")

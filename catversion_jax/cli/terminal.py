@@ -81,6 +81,10 @@ class SafeStream:
         with self._guarded() as stream:
             stream.flush()
 
+    def close(self) -> None:
+        """Leave the stream to whom it belongs: loggers close at exit what they once took."""
+        self.flush()
+
     def isatty(self) -> bool:
         """Whether a person looks on."""
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts.entries import CONCEPT_FILE, Entry, quarantined_entry
+from catversion_jax.concepts.user_paths import is_there
 from catversion_jax.config.documents import parse_json, read_text
 from catversion_jax.errors import ConceptError, encodable, shown
 
@@ -32,7 +33,7 @@ def with_concept_file(entry: Entry, folder: Path) -> Entry:
 
 def _with_concept_file(entry: Entry, folder: Path) -> Entry:
     file = folder / CONCEPT_FILE
-    if not file.is_file():
+    if not is_there(file):
         return entry
     own = parse_json(read_text(file, max_bytes=_MAX_BYTES), str(file))
     if not isinstance(own, dict):

@@ -144,6 +144,7 @@ def list_images(
     texts: list[Path] = []
     nested: list[Path] = []
     skipped: list[str] = []
+    broken: list[str] = []
     for path in children(folder):
         if path.is_dir():
             if mask_folder is not None and os.path.samefile(path, mask_folder):
@@ -158,11 +159,17 @@ def list_images(
             texts.append(path)
         elif path.name not in ignore:
             skipped.append(path.name if path.exists() else f"{path.name} (broken link)")
+        if is_image_name(path) and not path.exists():
+            broken.append(path.name)
     images, masks = _separate_masks(candidates)
     if mask_folder is not None:
-        found = [p for p in children(mask_folder) if p.is_file() and is_image_name(p)]
+        named = [path for path in children(mask_folder) if is_image_name(path)]
+        found = [path for path in named if path.is_file()]
+        broken += [f"{mask_folder.name}/{path.name}" for path in named if not path.exists()]
         masks += [(_mask_target(path) or path.stem, path) for path in found]
     sources, warnings = _pair(images, masks)
+    if broken:
+        warnings += (f"not used, since the files they link to are missing: {', '.join(broken)}",)
     captions = {path.stem: path for path in reversed(texts)}
     alike = {_folded(path.stem): path for path in reversed(texts)}
     sources = tuple(_with_caption(source, captions, alike) for source in sources)

@@ -38,7 +38,7 @@ from catversion_jax.concepts.kohya import (
 from catversion_jax.concepts.manifests import MANIFEST_SUFFIXES, read_manifest
 from catversion_jax.concepts.metadata import METADATA_FILES, read_metadata
 from catversion_jax.concepts.quarantine import concept_errors
-from catversion_jax.concepts.user_paths import user_path
+from catversion_jax.concepts.user_paths import is_there, user_path
 from catversion_jax.config.documents import read_text
 from catversion_jax.errors import CatVersionError, ConceptError, encodable
 
@@ -66,7 +66,7 @@ def read_entries(
         return _read_file(path)
     if not path.is_dir():
         return _hub_dataset(str(source), path, columns)
-    listed = next((path / name for name in METADATA_FILES if (path / name).is_file()), None)
+    listed = next((path / name for name in METADATA_FILES if is_there(path / name)), None)
     has_splits = any((path / name).is_dir() for name in _SPLIT_FOLDERS)
     if (
         listed is not None

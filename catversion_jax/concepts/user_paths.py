@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from catversion_jax.errors import ConceptError, shown
@@ -25,6 +26,22 @@ def user_path(text: str, root: Path) -> Path:
     if "\\" in text and not path.exists():
         return user_path(text.replace("\\", "/"), root)
     return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether the file lies there; what it says is not to be left out silently.
+
+    Raises:
+      ConceptError: something else does: a link whose target is missing, a folder, a pipe.
+    """
+    if path.is_file():
+        return True
+    if os.path.lexists(path):
+        raise ConceptError(
+            f"{path}: is no file that can be read (a link to nothing, a folder or a pipe). Put the "
+            "file there, or remove it."
+        )
+    return False
 
 
 def folder_of(text: str, root: Path) -> Path:

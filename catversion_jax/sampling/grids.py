@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -117,7 +118,7 @@ def _reference_column(
 
 
 def _label_width(labels: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
-    widest = max((font.getlength(label) for label in labels), default=0)
+    widest = max((font.getlength(label[: 2 * _LABEL_WIDTH]) for label in labels), default=0)
     return min(int(widest) + 1, _LABEL_WIDTH)
 
 
@@ -132,10 +133,13 @@ def _wrap(
     """
     max_lines = max(max_lines, 1)
     lines = [""]
-    for word in text.split():
+    # No more than this fits, since hardly a letter is half a pixel wide; measuring more takes time.
+    for word in text[: 2 * max_lines * width].split():
         candidate = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(candidate) > width:
             lines.append(word)
+            if len(lines) > max_lines:
+                break
         else:
             lines[-1] = candidate
     shown, hidden = lines[:max_lines], len(lines) > max_lines
@@ -148,6 +152,8 @@ def _shortened(
 ) -> str:
     if not force and font.getlength(line) <= width:
         return line
-    while line and font.getlength(line + "...") > width:
-        line = line[:-1]
-    return line + "..."
+    # halving, since measuring a text takes time in proportion to its length
+    count = bisect.bisect_right(
+        range(1, len(line) + 1), width, key=lambda length: font.getlength(line[:length] + "...")
+    )
+    return line[:count] + "..."

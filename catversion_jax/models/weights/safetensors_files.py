@@ -157,8 +157,10 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
     Raises:
       CatVersionError: see :func:`read_header`.
     """
-    if path.exists() and not path.is_file():
-        raise CatVersionError(f"{path}: is not a regular file. Download it again.")
+    if not path.is_file():
+        raise CatVersionError(
+            f"{path}: is not a regular file, or a link to one that is missing. Download it again."
+        )
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -74,7 +74,8 @@ class ConceptRecord:
         """What is not as a finished concept's file says, in words."""
         stored = {"base_class": concept.base_class, "when": concept.when, "images": concept.images}
         forms = {"class_forms": self._known_forms(concept.class_forms)}
-        return self._changes({**stored, **forms, **concept.train_config})
+        # the concept's own choice of what the run has an option for comes last
+        return self._changes({**concept.train_config, **stored, **forms})
 
     def changes_since(self, earlier: ConceptRecord) -> list[str]:
         """What is not as the record in a checkpoint says, in words."""
@@ -102,7 +103,7 @@ class ConceptRecord:
     def _decisive(self) -> dict[str, Any]:
         own = {"base_class": self.base_class, "when": self.when, "images": self.images}
         own["class_forms"] = self.class_forms
-        return {**own, **self.train_config()}
+        return {**self.train_config(), **own}
 
     def save(self, path: Path, learned: Learned, step: int) -> None:
         """Write the concept file of this record."""

@@ -145,6 +145,46 @@ def test_bad_requests(tiny_sd_folder, tmp_path):
         loader.set_catversion(pipe, ["tom"], [1, 2])
 
 
+@pytest.mark.parametrize(
+    "source", [None, 5, b"x", [], ("a", "b"), object(), "x" * 5000, "a\0b", {1: 2}, {"a": "b"}]
+)
+def test_what_is_no_source(tiny_sd_folder, source):
+    pipe = load_pipe(tiny_sd_folder)
+    with pytest.raises(loader.CatVersionLoadError):
+        loader.load_catversion(pipe, source, local_files_only=True)
+    with pytest.raises(loader.CatVersionLoadError):
+        loader.load_catversion(pipe, source, metadata={"catversion.format_version": 1})
+
+
+def test_tensors_and_arguments_of_other_types(tiny_sd_folder, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    pipe = load_pipe(tiny_sd_folder)
+    file = write(tmp_path, "cup", "cup", make_residual(0))
+    metadata = safe_open(file, "pt").metadata()
+    for change in (lambda t: t.to("meta"), torch.Tensor.to_sparse, torch.Tensor.numpy):
+        tensors = {name: change(tensor) for name, tensor in load_file(file).items()}
+        with pytest.raises(loader.CatVersionLoadError, match="no tensor that holds its numbers"):
+            loader.load_catversion(pipe, tensors, metadata=metadata)
+    for name in (5, b"x", True, ["cup"]):
+        with pytest.raises(loader.CatVersionLoadError, match=r"adapter_name=.*must be text"):
+            loader.load_catversion(pipe, file, adapter_name=name)
+    loader.load_catversion(pipe, file)
+    for name in (None, 5, b"cup", [None]):
+        with pytest.raises(loader.CatVersionLoadError, match=r"name=.*must be text"):
+            loader.set_catversion(pipe, name)
+        if name is not None:
+            with pytest.raises(loader.CatVersionLoadError, match=r"plain_prompts=.*must be text"):
+                loader.set_catversion(pipe, "cup", plain_prompts=name)
+    with pytest.raises(loader.CatVersionLoadError, match="give each name once"):
+        loader.set_catversion(pipe, ["cup", "cup"], [0.1, 0.9])
+    for scale in (10**400, "1", None, np.array([1, 2]), torch.ones(2)):
+        with pytest.raises(loader.CatVersionLoadError, match="scale="):
+            loader.set_catversion(pipe, "cup", scale)
+    assert [one["scale"] for one in loader.list_catversion(pipe)] == [1.0]
+
+
 def test_needs_no_jax():
     program = """
 import importlib.abc, sys

@@ -261,6 +261,7 @@ def test_warnings_name_what_was_cut_and_who_was_not_called(backbone, caplog):
         ({}, np.zeros((1, 8, 8, 4), np.float32), ["(1, 8, 8, 4)", "(1, 4, 8, 8)", "diffusers"]),
         ({"height": 32}, np.zeros((1, 4, 8, 8), np.float32), ["(1, 4, 16, 8)"]),
         ({}, np.full((1, 4, 8, 8), np.nan, np.float32), ["finite"]),
+        ({}, np.full((1, 4, 8, 8), 1e300), ["float32 can hold"]),
         ({}, np.zeros((1, 4, 8, 8), np.int32), ["int32"]),
         ({"sampler": "eular"}, None, ["'eular'", "Did you mean 'euler'"]),
         ({"batch_size": 0}, None, ["batch_size=0"]),

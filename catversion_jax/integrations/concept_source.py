@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ def read_concept(
       CatVersionLoadError: there is none, or it is damaged.
     """
     if isinstance(source, Mapping):
-        if metadata is None:
+        if not isinstance(metadata, Mapping) or not all(
+            isinstance(text, str) for text in (*source, *metadata, *metadata.values())
+        ):
             raise CatVersionLoadError(
-                f"a state dict of {len(source)} tensors without metadata: its base class and bias "
-                "are in the file's header. Pass metadata=safe_open(file, 'pt').metadata(), or the "
-                "file itself."
+                f"a state dict of {len(source)} tensors without metadata of texts: its base "
+                "class and bias are in the file's header. Pass metadata=safe_open(file, "
+                "'pt').metadata(), or the file itself."
             )
         return concept_of(source, metadata, "state dict"), "state dict"
     file = _resolve_file(source, subfolder, weight_name, **hub)
@@ -45,10 +48,21 @@ def _resolve_file(
     weight_name: str | None = None,
     **hub: Any,
 ) -> Path:
+    if not isinstance(source, str | os.PathLike):
+        raise CatVersionLoadError(
+            f"{source!r:.80}: must be a concept file, its folder, a hub id or a state dict. Give "
+            "one concept at a time."
+        )
     path = Path(source)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or NUL in it
+        raise CatVersionLoadError(
+            f"{source!s:.80}: cannot be read ({error!s:.80}). Check the path."
+        ) from error
+    if is_folder:
         return _file_in(path / (subfolder or ""), weight_name)
-    if path.is_file():
+    if is_file:
         return path
     owner, *parts = str(source).split("/")
     if not parts or owner in ("", ".", "..", "~"):

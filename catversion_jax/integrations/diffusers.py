@@ -35,7 +35,7 @@ which then needs no package of ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,8 @@ def load_catversion(
     Raises:
       CatVersionLoadError: not a concept file, or it does not fit this pipeline's text encoder.
     """
+    if adapter_name is not None:
+        (adapter_name,) = _texts("adapter_name", [adapter_name])
     concept, source = read_concept(
         path_or_hub_id,
         subfolder,
@@ -154,7 +156,9 @@ def set_catversion(
       CatVersionLoadError: a name that is not loaded, or a scale that is not a finite number >= 0.
     """
     state = _state_of(pipe)
-    names = [name] if isinstance(name, str) else list(name)
+    names = _texts("name", name)
+    if len(set(names)) < len(names):
+        raise CatVersionLoadError(f"name={names!r:.200}: give each name once.")
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(names)
     if len(scales) != len(names):
         raise CatVersionLoadError(
@@ -167,7 +171,7 @@ def set_catversion(
     state.enabled = True
     state.select()
     if plain_prompts is not None:
-        given = [plain_prompts] if isinstance(plain_prompts, str) else plain_prompts
+        given = _texts("plain_prompts", plain_prompts)
         limit = pipe.tokenizer.model_max_length - 2  # begin-of-text and end-of-text
         state.plain = {_word_ids(pipe.tokenizer, prompt)[:limit] for prompt in given}
 
@@ -223,6 +227,15 @@ def list_catversion(pipe: Any) -> list[dict[str, Any]]:
         entry = {key: getattr(one, key) for key in ("base_class", "when", "layers", "base_model")}
         active = state.enabled and name in state.active
         listed.append({"name": name, "active": active, "scale": state.active.get(name), **entry})
+    return listed
+
+
+def _texts(argument: str, value: Any) -> list[str]:
+    """One text or several as a list."""
+    listed = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    for one in listed:
+        if not isinstance(one, str):
+            raise CatVersionLoadError(f"{argument}={one!r:.80}: must be text or a list of texts.")
     return listed
 
 

@@ -136,6 +136,8 @@ def _checked_concept(own: dict[str, str], tensors: Mapping[str, torch.Tensor]) -
         raise ValueError(f"tensor {min(unknown)} belongs to no layer of {layers}")
     for name in (*names["key"], *names["value"]):
         tensor = tensors[name]
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.is_sparse:
+            raise ValueError(f"{name} is no tensor that holds its numbers")
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or 0 in shape:
             raise ValueError(
                 f"tensor {name}: {tensor.dtype} of shape {tuple(tensor.shape)}, must be "

@@ -49,6 +49,7 @@ def scaled(pipe: Any, scale: float | Mapping[str, float]) -> Iterator[None]:
     """A block in which active concepts have other scales, as ``set_catversion`` knows them.
 
     It holds for the thread or task that opened it, so calls side by side may have different scales.
+    Of blocks within each other the innermost counts.
 
     Args:
       pipe: the pipeline.
@@ -81,7 +82,7 @@ def check_scale(number: Any) -> None:
     """Raise where a number is no scale."""
     try:
         valid = math.isfinite(number) and number >= 0
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):
         valid = False
     if not valid:
         raise CatVersionLoadError(

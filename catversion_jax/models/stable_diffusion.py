@@ -181,12 +181,14 @@ def load_backbone(
       CatVersionError: the folder or file, a configuration or the weights cannot be used; the
         message says which and why.
     """
-    files = model
-    if not hasattr(files, "text_encoders"):  # not opened yet
+    if isinstance(model, str | Path) or not hasattr(model, "text_encoders"):  # not opened yet
         files = open_model(
-            path_text(files), revision=revision, variant=variant, prediction_type=prediction_type
+            path_text(model), revision=revision, variant=variant, prediction_type=prediction_type
         )
-    name = str(model) if isinstance(model, str | Path) else str(files.path)
+        name = str(model)
+    else:
+        files = model
+        name = str(files.path)
     digests = dict[str, str]()
     load = functools.partial(_load_component, files, sharding=sharding, digests=digests)
     backbone = _assemble(name, files, _dtype(dtype), load)

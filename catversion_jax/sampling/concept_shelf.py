@@ -178,7 +178,9 @@ def _pairs(concepts: Concepts) -> list[tuple[ConceptSource, float | None]]:
             f"concepts={shown(concepts)}: must be a path, a Concept, a pair of one and its scale, "
             "or a list of such."
         )
-    pairs = [item if isinstance(item, tuple) else (item, None) for item in items]
+    pairs: list[tuple[ConceptSource, float | None]] = [
+        item if isinstance(item, tuple) else (item, None) for item in items
+    ]
     for pair in pairs:
         if len(pair) != 2:
             raise CatVersionError(f"concepts: {shown(pair)} must be a concept and its scale.")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -185,15 +186,16 @@ def _prompts(prompts: object) -> list[Prompt]:
     Raises:
       CatVersionError: one is neither text nor a :class:`Prompt`.
     """
-    is_one = isinstance(prompts, str | Prompt | bytes) or not isinstance(prompts, Iterable)
-    rows = [
-        Prompt(one) if isinstance(one, str) else one for one in ([prompts] if is_one else prompts)
-    ]
-    for row in rows:
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Prompt)
+    given = cast("Iterable[object]", prompts) if several else [prompts]
+    rows: list[Prompt] = []
+    for one in given:
+        row = Prompt(one) if isinstance(one, str) else one
         if not isinstance(row, Prompt):
             raise CatVersionError(
                 f"prompts: {shown(row)} must be text or a Prompt. Give one of these, or a list."
             )
+        rows.append(row)
     return rows
 
 

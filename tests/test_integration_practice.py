@@ -3,12 +3,10 @@ checkpointing, offloading, other processes, other pipelines.
 """
 
 import concurrent.futures
-import copy
 import pickle
 import subprocess
 import sys
 import threading
-import types
 import warnings
 from pathlib import Path
 
@@ -347,14 +345,6 @@ def test_saving_says_that_concepts_are_not_saved(tmp_path, pipe):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="save_pretrained")
         pipe.save_pretrained(tmp_path / "again")
-
-
-def test_a_second_text_encoder_is_refused(tiny_sd_folder, files):
-    pipe = load_pipe(tiny_sd_folder)
-    two = types.SimpleNamespace(**vars(pipe), text_encoder_2=copy.deepcopy(pipe.text_encoder))
-    with pytest.raises(loader.CatVersionLoadError, match=r"second text encoder.*1\.x or 2\.x"):
-        loader.load_catversion(two, files["tom"])
-    assert loader.list_catversion(pipe) == []
 
 
 def test_a_state_dict(tiny_sd_folder, files):

@@ -105,7 +105,7 @@ def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], 
 
 
 def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], output: Path) -> Path:
-    from catversion_jax.integrations.pipeline_folder import export_pipeline
+    from catversion_jax.integrations.pipeline_folder import check_parts, export_pipeline
     from catversion_jax.models.weights.fingerprint import encoder_hashes
     from catversion_jax.models.weights.model_files import open_model
 
@@ -118,15 +118,17 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
         variant=args.variant,
         prediction_type=args.prediction_type,
     )
-    ours = encoder_hashes(files.tensors("text_encoder"))
-    for concept in concepts:
-        trained = concept.text_encoder_sha256
-        if trained and ours.agrees_with(trained) is False and not args.force:
-            raise CatVersionError(
-                f"concept {concept.name!r}: trained with the text encoder "
-                f"{trained[:12]} of {concept.base_model}, {files.path} has {ours.sha256[:12]}. "
-                "Give the right --model, or --force."
-            )
+    check_parts(files, concepts)
+    for name in files.text_encoders:
+        ours = encoder_hashes(files.tensors(name))
+        for concept in concepts:
+            trained = concept.fingerprints[f"{name}_sha256"]
+            if trained and ours.agrees_with(trained) is False and not args.force:
+                raise CatVersionError(
+                    f"concept {concept.name!r}: trained with the {name} {trained[:12]} of "
+                    f"{concept.base_model}, {files.path} has {ours.sha256[:12]}. Give the right "
+                    "--model, or --force."
+                )
     return export_pipeline(output, files, concepts, force=args.force)
 
 

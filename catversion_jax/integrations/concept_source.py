@@ -22,8 +22,9 @@ def read_concept(
     weight_name: str | None = None,
     metadata: Mapping[str, str] | None = None,
     **hub: Any,
-) -> tuple[LoadedConcept, str]:
-    """The concept, and what to call its source in messages; see ``load_catversion``.
+) -> tuple[tuple[LoadedConcept, ...], str]:
+    """What the concept holds for each text encoder, and what to call its source in messages; see
+    ``load_catversion``.
 
     Raises:
       CatVersionLoadError: there is none, or it is damaged.

@@ -5,6 +5,9 @@ r"""CatVersion concepts in a PyTorch diffusers pipeline.
     load_catversion(pipe, "out/concepts/my_teapot")           # or a hub id
     pipe("a teapot on the moon")                              # the class word calls the concept
 
+A concept of Stable Diffusion XL has a part for each of its two text encoders and is loaded into
+both; all that follows holds for each, with its own tokenizer and its own prompt.
+
 A concept is a few keys and values per adapted layer of the text encoder's self-attention,
 concatenated before the layer's own (CatVersion, arXiv 2311.14631), with an additive bias b on their
 logits:
@@ -45,11 +48,17 @@ from catversion_jax.integrations.encoder_fingerprint import (
     check_weights,
     text_encoder_sha256,
 )
-from catversion_jax.integrations.encoder_state import EncoderState, innermost, state_on
+from catversion_jax.integrations.encoder_state import EncoderState, check_implementation
 from catversion_jax.integrations.loaded_concept import (
     CatVersionLoadError,
     LoadedConcept,
     parse_concept,
+)
+from catversion_jax.integrations.pipeline_encoders import (
+    encoders_for,
+    encoders_of,
+    names_in,
+    states_on,
 )
 from catversion_jax.integrations.told_pipeline import (
     check_scale,
@@ -97,7 +106,8 @@ def load_catversion(
     fine-tune of the one the concept was trained with is taken with a warning.
 
     Args:
-      pipe: a pipeline with ``text_encoder`` (CLIP) and ``tokenizer``.
+      pipe: a pipeline with ``text_encoder`` (CLIP) and ``tokenizer``, and for a concept of Stable
+        Diffusion XL ``text_encoder_2`` and ``tokenizer_2``.
       path_or_hub_id: a concept file; a folder with ``catversion.safetensors`` or one concept file
         of another name; a hub id, optionally with a folder or file inside the repository:
         ``"user/repo"``, ``"user/repo/teapot"``; or the tensors of a concept file by name.
@@ -116,11 +126,11 @@ def load_catversion(
       The name under which it is loaded.
 
     Raises:
-      CatVersionLoadError: not a concept file, or it does not fit this pipeline's text encoder.
+      CatVersionLoadError: not a concept file, or it does not fit this pipeline's text encoders.
     """
     if adapter_name is not None:
         (adapter_name,) = _texts("adapter_name", [adapter_name])
-    concept, source = read_concept(
+    parts, source = read_concept(
         path_or_hub_id,
         subfolder,
         weight_name,
@@ -130,7 +140,7 @@ def load_catversion(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    return _load(pipe, concept, source, adapter_name, force)
+    return _load(pipe, parts, source, adapter_name, force)
 
 
 def set_catversion(
@@ -155,7 +165,7 @@ def set_catversion(
     Raises:
       CatVersionLoadError: a name that is not loaded, or a scale that is not a finite number >= 0.
     """
-    state = _state_of(pipe)
+    states = _states_of(pipe)
     names = _texts("name", name)
     if len(set(names)) < len(names):
         raise CatVersionLoadError(f"name={names!r:.200}: give each name once.")
@@ -165,24 +175,27 @@ def set_catversion(
             f"{len(names)} names and {len(scales)} scales: give one scale per name."
         )
     for one, number in zip(names, scales, strict=True):
-        state.require(one)
+        for state in states:
+            state.require(one)
         check_scale(number)
-    state.active = dict(zip(names, map(float, scales), strict=True))
-    state.enabled = True
-    state.select()
+    for state in states:
+        state.active = dict(zip(names, map(float, scales), strict=True))
+        state.enabled = True
+        state.select()
     if plain_prompts is not None:
         given = _texts("plain_prompts", plain_prompts)
-        limit = pipe.tokenizer.model_max_length - 2  # begin-of-text and end-of-text
-        state.plain = {_word_ids(pipe.tokenizer, prompt)[:limit] for prompt in given}
+        for state, encoder in zip(states, encoders_of(pipe), strict=True):
+            limit = encoder.tokenizer.model_max_length - 2  # begin-of-text and end-of-text
+            state.plain = {encoder.word_ids(prompt)[:limit] for prompt in given}
 
 
 def disable_catversion(pipe: Any) -> None:
     """Let every concept rest: the pipeline is bit-identical to the plain one until
     ``enable_catversion``.
     """
-    state = _state_of(pipe)
-    state.enabled = False
-    state.select()
+    for state in _states_of(pipe):
+        state.enabled = False
+        state.select()
 
 
 def enable_catversion(pipe: Any) -> None:
@@ -191,9 +204,9 @@ def enable_catversion(pipe: Any) -> None:
     A second pipeline that shares the text encoder (``from_pipe``, ``components``) shares its
     concepts; handed to this function, it too spares its negative prompts.
     """
-    state = _state_of(pipe)
-    state.enabled = True
-    state.select()
+    for state in _states_of(pipe):
+        state.enabled = True
+        state.select()
 
 
 def unload_catversion(pipe: Any, name: str | None = None) -> None:
@@ -203,30 +216,35 @@ def unload_catversion(pipe: Any, name: str | None = None) -> None:
     Raises:
       CatVersionLoadError: ``name`` is not loaded.
     """
-    if name is None and state_on(pipe.text_encoder) is None:
-        untell(pipe)
-        return
-    state = _state_of(pipe)
-    for one in [name] if name is not None else list(state.loaded):
-        state.require(one)
-        del state.loaded[one]
-        state.active.pop(one, None)
-    state.select()
-    if not state.loaded:
-        state.uninstall(innermost(pipe.text_encoder))
+    if name is not None:
+        for state in _states_of(pipe):
+            state.require(name)
+    for encoder in encoders_of(pipe):
+        if (state := encoder.state) is None:
+            continue
+        for one in [name] if name is not None else list(state.loaded):
+            state.forget(one)
+        state.select()
+        if not state.loaded:
+            state.uninstall(encoder.model)
+    if not states_on(pipe):
         untell(pipe)
 
 
 def list_catversion(pipe: Any) -> list[dict[str, Any]]:
-    """The loaded concepts: name, active, scale, base_class, when, layers, base_model."""
-    state = state_on(pipe.text_encoder)
+    """The loaded concepts: name, active, scale, base_class, when, layers (in Stable Diffusion XL
+    those of each text encoder), base_model.
+    """
+    states = states_on(pipe)
     listed: list[dict[str, Any]] = []
-    if state is None:
-        return listed
-    for name, one in state.loaded.items():
-        entry = {key: getattr(one, key) for key in ("base_class", "when", "layers", "base_model")}
-        active = state.enabled and name in state.active
-        listed.append({"name": name, "active": active, "scale": state.active.get(name), **entry})
+    for name in names_in(states):
+        first, *others = (state.loaded[name] for state in states)
+        entry = {key: getattr(first, key) for key in ("base_class", "when", "layers", "base_model")}
+        if others:
+            entry["layers"] = (first.layers, *(other.layers for other in others))
+        active = states[0].enabled and name in states[0].active
+        scale = states[0].active.get(name)
+        listed.append({"name": name, "active": active, "scale": scale, **entry})
     return listed
 
 
@@ -245,45 +263,44 @@ def load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str, force: bo
 
 
 def _load(
-    pipe: Any, concept: LoadedConcept, source: str, adapter_name: str | None, force: bool
+    pipe: Any,
+    parts: Sequence[LoadedConcept],
+    source: str,
+    adapter_name: str | None,
+    force: bool,
 ) -> str:
-    if hasattr(pipe, "text_encoder_2"):
-        raise CatVersionLoadError(
-            f"{type(pipe).__name__} has a second text encoder (text_encoder_2), and a concept "
-            "knows one only: its prompts would be half plain. Use a pipeline of Stable Diffusion "
-            "1.x or 2.x."
-        )
-    encoder = innermost(getattr(pipe, "text_encoder", None))
-    if encoder is None or getattr(pipe, "tokenizer", None) is None:
-        raise CatVersionLoadError(
-            f"{type(pipe).__name__}: a concept needs a text_encoder and a tokenizer."
-        )
-    check_shape(concept, encoder, source)
-    state = state_on(encoder) or EncoderState(pipe.tokenizer)
-    if not force:
-        check_weights(state, concept, encoder, source)
-    concept.class_ids = tuple(
-        _word_ids(pipe.tokenizer, words) for words in (concept.base_class, *concept.class_forms)
-    )
-    if not concept.class_ids[0]:
-        raise CatVersionLoadError(
-            f"{source}: base class {concept.base_class!r} has no tokens. Export it again."
-        )
-    state.install(encoder)
+    encoders = encoders_for(pipe, parts, source)
+    states = [one.state or EncoderState(one.tokenizer) for one in encoders]
+    for encoder, state, part in zip(encoders, states, parts, strict=True):
+        check_shape(part, encoder.model, source)
+        check_implementation(encoder.model)
+        state.warned = states[0].warned  # what is said of one is not said of the other again
+        if not force:
+            check_weights(state, part, encoder.model, source)
+        part.class_ids = tuple(map(encoder.word_ids, (part.base_class, *part.class_forms)))
+        if not part.class_ids[0]:
+            raise CatVersionLoadError(
+                f"{source}: base class {part.base_class!r} has no tokens. Export it again."
+            )
+    name = adapter_name or parts[0].name
+    known = names_in(states)
+    for encoder, state, part in zip(encoders, states, parts, strict=True):
+        state.install(encoder.model)
+        for rival, one in list(state.loaded.items()):
+            if rival not in known:  # it was in a text encoder that was replaced, too
+                state.forget(rival)
+            elif one.class_ids[0] == part.class_ids[0]:
+                state.active.pop(rival, None)
+        state.loaded[name] = part
+        state.active[name] = 1.0
+        state.select()
     tell(pipe)
-    for rival, one in state.loaded.items():
-        if one.class_ids[0] == concept.class_ids[0]:
-            state.active.pop(rival, None)
-    name = adapter_name or concept.name
-    state.loaded[name] = concept
-    state.active[name] = 1.0
-    state.select()
     return name
 
 
-def _state_of(pipe: Any) -> EncoderState:
-    state = state_on(pipe.text_encoder)
-    if state is None:
+def _states_of(pipe: Any) -> tuple[EncoderState, ...]:
+    states = states_on(pipe)
+    if not states:
         why = (
             "its text encoder was replaced, and the concepts went with the old one"
             if is_replaced(pipe)
@@ -291,8 +308,4 @@ def _state_of(pipe: Any) -> EncoderState:
         )
         raise CatVersionLoadError(f"{why}. Use load_catversion first.")
     tell(pipe)
-    return state
-
-
-def _word_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    return states

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from catversion_jax.integrations.encoder_state import EncoderState, innermost
-from catversion_jax.integrations.loaded_concept import CatVersionLoadError, LoadedConcept
+from catversion_jax.integrations.loaded_concept import PAIR, CatVersionLoadError, LoadedConcept
 
 _WRAPPINGS = ("_orig_mod.", "base_model.model.")
 _LARGEST_CHANGE = 0.5  # of the weights' own size; unrelated networks differ by about 1.4
@@ -23,12 +23,19 @@ _LARGEST_CHANGE = 0.5  # of the weights' own size; unrelated networks differ by 
 def check_shape(concept: LoadedConcept, encoder: Any, source: str) -> None:
     """Raise where a concept was made for a text encoder of another shape."""
     config = encoder.config
+    name = concept.component or "text encoder"
+    if config.model_type != "clip_text_model":
+        raise CatVersionLoadError(
+            f"{source}: acts in a CLIP text encoder, and the {name} of this pipeline is a "
+            f"{type(encoder).__name__}. Load the model it was trained on: "
+            f"{concept.base_model or 'not stated in the file'}."
+        )
     heads, num_layers = config.num_attention_heads, config.num_hidden_layers
     head_dim = config.hidden_size // heads
     top = max(concept.layers)
     if tuple(concept.key.shape[2:]) != (heads, head_dim) or top >= num_layers:
         raise CatVersionLoadError(
-            f"{source}: made for a text encoder with {concept.key.shape[2]} heads of "
+            f"{source}: made for a {name} with {concept.key.shape[2]} heads of "
             f"{concept.key.shape[3]} and at least {top + 1} layers; this pipeline's has {heads} "
             f"heads of {head_dim} and {num_layers} layers. Load the model it was trained on: "
             f"{concept.base_model or 'not stated in the file'}."
@@ -49,19 +56,20 @@ def check_weights(
     weights = {} if state.fingerprint else encoder_weights(encoder)
     state.fingerprint = state.fingerprint or weights_sha256(weights)
     model = concept.base_model or "an unnamed model"
+    name = concept.component or "text encoder"
     if state.fingerprint == trained:
         return
     if state.fingerprint is None:
         state.warn_once(
             ("accepted", trained),
-            f"{source}: whether this text encoder is the one it was trained with cannot be checked "
+            f"{source}: whether this {name} is the one it was trained with cannot be checked "
             f"in {getattr(encoder, 'dtype', 'this dtype')}; load the pipeline in float16 or "
             "float32 to check.",
         )
         return
-    pair = f"the text encoder {trained[:12]} of {model}; this pipeline's is "
+    pair = f"the {name} {trained[:12]} of {model}; this pipeline's is "
     pair = f"{source}: trained with {pair}{state.fingerprint[:12]}"
-    original = _weights_of(concept.base_model, trained)
+    original = _weights_of(concept)
     if original is None:
         state.warn_once(
             ("accepted", trained),
@@ -129,18 +137,20 @@ def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str | None:
     return digest.hexdigest()
 
 
-def _weights_of(base_model: str, sha256: str) -> dict[str, torch.Tensor] | None:
-    """The text encoder of a model that is on this machine; None where it is not, or has changed."""
+def _weights_of(concept: LoadedConcept) -> dict[str, torch.Tensor] | None:
+    """The text encoder that a concept was trained with, if its model is on this machine; None where
+    it is not, or has changed.
+    """
     import safetensors.torch
     from huggingface_hub import hf_hub_download
 
-    if not base_model:
+    if not concept.base_model:
         return None
+    inside = f"{concept.component or PAIR[0]}/model.safetensors"
     try:
-        file = Path(base_model) / "text_encoder" / "model.safetensors"
+        file = Path(concept.base_model) / inside
         if not file.is_file():
-            inside = "text_encoder/model.safetensors"
-            file = Path(hf_hub_download(base_model, inside, local_files_only=True))
+            file = Path(hf_hub_download(concept.base_model, inside, local_files_only=True))
         tensors = safetensors.torch.load_file(file)
     except Exception:  # the hub's exceptions differ by version; all mean that there is none
         return None
@@ -150,7 +160,7 @@ def _weights_of(base_model: str, sha256: str) -> dict[str, torch.Tensor] | None:
         for key, tensor in tensors.items()
         if not any(part in key for part in left_out)
     }
-    return weights if weights_sha256(weights) == sha256 else None
+    return weights if weights_sha256(weights) == concept.text_encoder_sha256 else None
 
 
 def _change(

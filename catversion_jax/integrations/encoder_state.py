@@ -77,6 +77,8 @@ _SELECTIONS: weakref.WeakValueDictionary[int, Selection] = weakref.WeakValueDict
 class EncoderState:
     """All that is loaded into one text encoder. Lives on the encoder, so pipelines that share it
     share this. Nothing of a single call is kept here.
+
+    The two text encoders of Stable Diffusion XL have a state each, of the same concepts.
     """
 
     def __init__(self, tokenizer: Any):
@@ -108,6 +110,11 @@ class EncoderState:
                 f"{name!r} is not loaded; loaded: {listed}. Use load_catversion first."
             )
 
+    def forget(self, name: str) -> None:
+        """Drop one concept; :meth:`select` makes it so."""
+        del self.loaded[name]
+        self.active.pop(name, None)
+
     def select(self) -> None:
         """Make what is loaded, active and enabled the selection that later calls use."""
         acting = self.active if self.enabled else {}
@@ -120,12 +127,7 @@ class EncoderState:
         """
         current = encoder.config._attn_implementation
         if not current.startswith(ATTENTION_PREFIX):
-            if current not in _IMPLEMENTATIONS:
-                raise CatVersionLoadError(
-                    f"attention implementation {current!r} of the text encoder: must be one of "
-                    f"{', '.join(_IMPLEMENTATIONS)}. Use "
-                    "pipe.text_encoder.set_attn_implementation('sdpa')."
-                )
+            check_implementation(encoder)
             self.original = current
             encoder.set_attn_implementation(register_attention(current))
         if self.argument:
@@ -223,12 +225,14 @@ class EncoderState:
         """Warn of prompts that call nothing, and of prompts of which nobody says what they are."""
         if uncalled:
             words = sorted({concept.base_class for concept in selection.concepts})
+            component = selection.concepts[0].component
+            reader = f"read in {component}" if component else "drawn"
             listed = " or ".join(map(repr, words[:5])) + (" ..." if len(words) > 5 else "")
             self.warn_once(
                 tuple(words),
                 f"prompt {', '.join(map(str, sorted(uncalled)))} of this batch calls no active "
-                f"concept and is drawn by the plain model. Write {listed} in it as a separate word "
-                "(add spaces around it, or list the form in class_forms). This is said once.",
+                f"concept and is {reader} by the plain model. Write {listed} in it as a separate "
+                "word (add spaces around it, or list the form in class_forms). This is said once.",
             )
         if any_called and not TOLD_HERE.get():
             self.warn_once(
@@ -238,6 +242,17 @@ class EncoderState:
                 "prompts inside `with plain(pipe):`, and hand another pipeline that shares this "
                 "text encoder to enable_catversion(pipe) once. This is said once.",
             )
+
+
+def check_implementation(encoder: Any) -> None:
+    """Raise where a text encoder computes its attention in a way that takes no concepts."""
+    current = encoder.config._attn_implementation
+    if not current.startswith(ATTENTION_PREFIX) and current not in _IMPLEMENTATIONS:
+        raise CatVersionLoadError(
+            f"attention implementation {current!r} of {type(encoder).__name__}: must be one of "
+            f"{', '.join(_IMPLEMENTATIONS)}. Use the text encoder's "
+            "set_attn_implementation('sdpa')."
+        )
 
 
 def _before_encoding(encoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

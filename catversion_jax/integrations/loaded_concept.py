@@ -11,13 +11,15 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 CONCEPT_FILE_NAME = "catversion.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# The text encoders of a concept for Stable Diffusion XL, since version 3.
+PAIR = ("text_encoder", "text_encoder_2")
 
 
 class CatVersionLoadError(ValueError):
@@ -33,7 +35,9 @@ _MOST_FORMS = 100
 
 @dataclasses.dataclass
 class LoadedConcept:
-    """A concept file's content; ``key`` and ``value`` are ``[L P N H]`` float32 on the CPU."""
+    """What a concept file holds for one text encoder; ``key`` and ``value`` are ``[L P N H]``
+    float32 on the CPU.
+    """
 
     layers: tuple[int, ...]
     key: torch.Tensor
@@ -45,6 +49,7 @@ class LoadedConcept:
     when: str
     base_model: str
     text_encoder_sha256: str
+    component: str = ""  # one of PAIR, or '' for the only text encoder
     class_forms: tuple[str, ...] = ()  # further words that call it, such as a plural
     class_ids: tuple[tuple[int, ...], ...] = ()  # token ids of the base class and of the forms
 
@@ -59,8 +64,8 @@ class LoadedConcept:
         return key, value
 
 
-def parse_concept(data: bytes, source: str) -> LoadedConcept:
-    """The concept in a file's bytes; ``source`` names it in messages.
+def parse_concept(data: bytes, source: str) -> tuple[LoadedConcept, ...]:
+    """What the bytes of a concept file hold for each text encoder; ``source`` names it in messages.
 
     Raises:
       CatVersionLoadError: not a concept file, damaged, or of a newer version.
@@ -85,8 +90,9 @@ def parse_concept(data: bytes, source: str) -> LoadedConcept:
 
 def concept_of(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], source: str
-) -> LoadedConcept:
-    """The concept in a file's tensors and metadata; ``source`` names it in messages.
+) -> tuple[LoadedConcept, ...]:
+    """What a file's tensors and metadata hold for each text encoder; ``source`` names it in
+    messages.
 
     Raises:
       CatVersionLoadError: not those of a concept file, damaged, or of a newer version.
@@ -108,46 +114,122 @@ def concept_of(
         )
     if own.get("method", "catversion") != "catversion":
         raise CatVersionLoadError(
-            f"{source}: a concept of method {own['method']}, not keys and values. Use "
-            f"pipe.load_textual_inversion({source!r}) and write {own.get('placeholder_token')} in "
-            "the prompt."
+            f"{source}: a concept of method {own['method']}, not keys and values. "
+            + _how_to_load(own, source)
         )
     try:
-        return _checked_concept(own, tensors)
+        return _checked_parts(own, tensors)
     except (KeyError, ValueError) as error:
         raise CatVersionLoadError(
             f"{source}: damaged concept file ({error!r}). Export it again."
         ) from error
 
 
-def _checked_concept(own: dict[str, str], tensors: Mapping[str, torch.Tensor]) -> LoadedConcept:
-    """The concept that a file's ``catversion.`` metadata and its tensors describe.
+def _how_to_load(own: Mapping[str, str], source: str) -> str:
+    """What to do with a Textual Inversion file."""
+    if token := own.get("placeholder_token"):
+        return f"Use pipe.load_textual_inversion({source!r}) and write {token} in the prompt."
+    return (
+        "Hand its tensors clip_l and clip_g to pipe.load_textual_inversion, each with token=, "
+        "text_encoder= and tokenizer= (clip_g with those of text_encoder_2), and write "
+        f"{own.get('text_encoder.placeholder_token')} in the prompt."
+    )
+
+
+def _checked_parts(
+    own: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
+) -> tuple[LoadedConcept, ...]:
+    """The parts that a file's ``catversion.`` metadata and its tensors describe.
 
     Raises:
       KeyError, ValueError: one of them is missing or out of its rule; the message names it.
     """
-    layers = _value(own, "layers", json.loads)
+    components = PAIR if own["format_version"] == str(FORMAT_VERSION) else ("",)
+    layers = [_checked_layers(own, f"{_prefix(component)}layers") for component in components]
+    names = [
+        f"{_prefix(component)}layers.{i}.{half}"
+        for component, own_layers in zip(components, layers, strict=True)
+        for i in own_layers
+        for half in ("key", "value")
+    ]
+    if unknown := set(tensors).difference(names):
+        listed = " and ".join(map(str, layers))
+        raise ValueError(f"tensor {min(unknown)} belongs to no layer of {listed}")
+    texts = _checked_texts(own)
+    return tuple(
+        _checked_part(own, tensors, component, own_layers, texts)
+        for component, own_layers in zip(components, layers, strict=True)
+    )
+
+
+def _checked_part(
+    own: Mapping[str, str],
+    tensors: Mapping[str, torch.Tensor],
+    component: str,
+    layers: Sequence[int],
+    texts: Mapping[str, Any],
+) -> LoadedConcept:
+    """What the file holds for one text encoder."""
+    prefix = _prefix(component)
+    shape = tuple(
+        _value(own, f"{prefix}{key}", int) for key in ("num_positions", "num_heads", "head_dim")
+    )
+    halves = []
+    for half in ("key", "value"):
+        names = [f"{prefix}layers.{i}.{half}" for i in layers]
+        for name in names:
+            _check_tensor(name, tensors[name], shape)
+        halves.append(torch.stack([tensors[name] for name in names]))
+    key, value = halves
+    logit_bias = _value(own, f"{prefix}logit_bias", float)
+    scope = own.get(f"{prefix}scope", "all")
+    if not math.isfinite(logit_bias):
+        raise ValueError(f"{prefix}logit_bias={logit_bias}, must be finite")
+    if scope not in SCOPES:
+        raise ValueError(f"{prefix}scope={scope!r:.80}")
+    sha256 = own[f"{component or PAIR[0]}_sha256"]
+    return LoadedConcept(
+        tuple(layers),
+        key,
+        value,
+        logit_bias,
+        scope,
+        text_encoder_sha256=sha256,
+        component=component,
+        **texts,
+    )
+
+
+def _prefix(component: str) -> str:
+    """What the names of a part begin with."""
+    return component and f"{component}."
+
+
+def _checked_layers(own: Mapping[str, str], key: str) -> list[int]:
+    layers: Any = _value(own, key, json.loads)
     numbers = isinstance(layers, list) and all(type(i) is int and i >= 0 for i in layers)
     if not numbers or not layers or sorted(set(layers)) != layers:
-        raise ValueError(f"layers={own['layers']:.80}, must be ascending numbers, each once")
-    shape = tuple(_value(own, key, int) for key in ("num_positions", "num_heads", "head_dim"))
-    names = {part: [f"layers.{i}.{part}" for i in layers] for part in ("key", "value")}
-    if unknown := set(tensors).difference(*names.values()):
-        raise ValueError(f"tensor {min(unknown)} belongs to no layer of {layers}")
-    for name in (*names["key"], *names["value"]):
-        tensor = tensors[name]
-        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.is_sparse:
-            raise ValueError(f"{name} is no tensor that holds its numbers")
-        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or 0 in shape:
-            raise ValueError(
-                f"tensor {name}: {tensor.dtype} of shape {tuple(tensor.shape)}, must be "
-                f"torch.float32 of shape {shape}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"tensor {name} holds NaN or infinite numbers")
-    texts = ("name", "base_class", "when", "base_model", "text_encoder_sha256")
-    named: dict[str, Any] = {text: own[text] for text in texts}
-    logit_bias, scope = _value(own, "logit_bias", float), own.get("scope", "all")
+        raise ValueError(f"{key}={own[key]:.80}, must be ascending numbers, each once")
+    return layers
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.is_sparse:
+        raise ValueError(f"{name} is no tensor that holds its numbers")
+    if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or 0 in shape:
+        raise ValueError(
+            f"tensor {name}: {tensor.dtype} of shape {tuple(tensor.shape)}, must be torch.float32 "
+            f"of shape {shape}"
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"tensor {name} holds NaN or infinite numbers")
+
+
+def _checked_texts(own: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says of the concept as a whole."""
+    texts: dict[str, Any] = {
+        text: own[text] for text in ("name", "base_class", "when", "base_model")
+    }
     class_forms = _value({"class_forms": "[]", **own}, "class_forms", json.loads)
     listed = (
         isinstance(class_forms, list)
@@ -155,11 +237,9 @@ def _checked_concept(own: dict[str, str], tensors: Mapping[str, torch.Tensor]) -
         and all(isinstance(form, str) and form.strip() for form in class_forms)
     )
     for valid, text in (
-        (math.isfinite(logit_bias), f"logit_bias={logit_bias}, must be finite"),
-        (scope in SCOPES, f"scope={scope!r:.80}"),
-        (named["when"] in {"class_word", "always"}, f"when={named['when']!r:.80}"),
-        (named["base_class"].strip(), "base_class is empty"),
-        (named["name"].strip(), "name is empty"),
+        (texts["when"] in {"class_word", "always"}, f"when={texts['when']!r:.80}"),
+        (texts["base_class"].strip(), "base_class is empty"),
+        (texts["name"].strip(), "name is empty"),
         (
             listed,
             f"class_forms={own.get('class_forms', '')!r:.80}, must be a list of at most "
@@ -168,13 +248,10 @@ def _checked_concept(own: dict[str, str], tensors: Mapping[str, torch.Tensor]) -
     ):
         if not valid:
             raise ValueError(text)
-    key, value = (torch.stack([tensors[name] for name in names[part]]) for part in names)
-    return LoadedConcept(
-        tuple(layers), key, value, logit_bias, scope, **named, class_forms=tuple(class_forms)
-    )
+    return {**texts, "class_forms": tuple(class_forms)}
 
 
-def _value(own: dict[str, str], key: str, convert: Callable[[str], Any]) -> Any:
+def _value(own: Mapping[str, str], key: str, convert: Callable[[str], Any]) -> Any:
     """A value of the metadata, which are strings."""
     try:
         return convert(own[key])

@@ -4,7 +4,8 @@ need.
 ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` then needs torch, diffusers
 and transformers, no package of ours. ``model_index.json`` names the class in ``pipeline.py``, so
 that loading gives that class or fails, never the plain model. ``pipeline.py`` is the source of the
-files in ``_SOURCES`` one after the other, and the concept files in base64.
+files in ``_SOURCES`` and of one in ``_PIPELINES``, one after the other, and the concept files in
+base64.
 """
 
 from __future__ import annotations
@@ -28,10 +29,16 @@ _SOURCES = (
     "encoder_state.py",
     "encoder_fingerprint.py",
     "concept_source.py",
+    "pipeline_encoders.py",
     "told_pipeline.py",
     "diffusers.py",
     "exported_pipeline.py",
 )
+# By the number of text encoders: the file of the pipeline class, and its name.
+_PIPELINES = {
+    1: ("exported_sd_pipeline.py", "CatVersionPipeline"),
+    2: ("exported_xl_pipeline.py", "CatVersionXLPipeline"),
+}
 
 _HEADER = '''"""Stable Diffusion with CatVersion concepts: {names}.
 
@@ -49,9 +56,9 @@ _CONCEPTS = """
 
 # ---- The concepts of this folder -----------------------------------------------------------------
 
-CatVersionPipeline.force = {force}
-CatVersionPipeline.source = Path(__file__).read_text(encoding="utf-8")
-CatVersionPipeline.concepts = {concepts}
+{name}.force = {force}
+{name}.source = Path(__file__).read_text(encoding="utf-8")
+{name}.concepts = {concepts}
 register_connected()
 """
 
@@ -76,15 +83,19 @@ folder `catversion/` holds the concept files.
 """
 
 
-def pipeline_source(concepts: Mapping[str, bytes], *, force: bool = False) -> str:
+def pipeline_source(
+    concepts: Mapping[str, bytes], *, num_text_encoders: int = 1, force: bool = False
+) -> str:
     """Source of ``pipeline.py`` for concept files given as bytes by name."""
+    pipeline_file, class_name = _PIPELINES[num_text_encoders]
     bodies = [
-        _body(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in _SOURCES
+        _body(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+        for file in (*_SOURCES, pipeline_file)
     ]
     encoded = {name: base64.b64encode(data).decode() for name, data in concepts.items()}
     entries = "".join(f"    {name!r}: {data!r},\n" for name, data in encoded.items())
     names = ", ".join(concepts).replace("\\", "/").replace('"', "'")
-    tail = _CONCEPTS.format(concepts="{\n" + entries + "}", force=force)
+    tail = _CONCEPTS.format(name=class_name, concepts="{\n" + entries + "}", force=force)
     return _HEADER.format(names=names) + "\n\n".join(bodies) + tail
 
 
@@ -118,18 +129,18 @@ def export_pipeline(
             f"{output}: exists and is not an empty folder. Give a new folder for the pipeline."
         )
     files = opened(model)
-    if len(files.text_encoders) > 1:
-        raise CatVersionError(
-            f"{files.path}: has a second text encoder (text_encoder_2), and a concept knows one "
-            "only: its prompts would be half plain. Give a Stable Diffusion 1.x or 2.x model."
-        )
+    check_parts(files, concepts)
     index = files.save_to(output)
     if (index.get("text_encoder") or [None, None])[1] == "CLIPTextModel":
         name_for_older_transformers(output / "text_encoder")
-    index["_class_name"] = ["pipeline", "CatVersionPipeline"]
-    index["requires_safety_checker"] = bool((index.get("safety_checker") or [None])[0])
-    files = write_concepts(concepts, output / "catversion")
-    data = {concept.name: file.read_bytes() for concept, file in zip(concepts, files, strict=True)}
+    num_text_encoders = len(files.text_encoders)
+    index["_class_name"] = ["pipeline", _PIPELINES[num_text_encoders][1]]
+    if num_text_encoders == 1:
+        index["requires_safety_checker"] = bool((index.get("safety_checker") or [None])[0])
+    written = write_concepts(concepts, output / "catversion")
+    data = {
+        concept.name: file.read_bytes() for concept, file in zip(concepts, written, strict=True)
+    }
     write_atomically(
         output / "model_index.json", (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     )
@@ -140,8 +151,26 @@ def export_pipeline(
     prompt = f"a photo of a {concepts[0].base_class}"
     readme = _README.format(title=output.name, rows=rows, prompt=prompt)
     write_atomically(output / "README.md", readme.encode())
-    write_atomically(output / "pipeline.py", pipeline_source(data, force=force).encode())
+    source = pipeline_source(data, num_text_encoders=num_text_encoders, force=force)
+    write_atomically(output / "pipeline.py", source.encode())
     return output
+
+
+def check_parts(files: ModelFiles, concepts: Sequence[Concept]) -> None:
+    """Check that concepts have a part for each of a model's text encoders.
+
+    Raises:
+      CatVersionError: one has another number of parts.
+    """
+    number = len(files.text_encoders)
+    for concept in concepts:
+        parts = len(concept.learned.parts)
+        if parts != number:
+            raise CatVersionError(
+                f"concept {concept.name!r}: was trained for a model with {parts} text encoder(s), "
+                f"but {files.path} has {number}. Give as --model the one it was trained with: "
+                f"{concept.base_model or 'not stated in the file'}."
+            )
 
 
 def name_for_older_transformers(text_encoder: Path) -> None:

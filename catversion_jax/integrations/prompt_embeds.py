@@ -1,20 +1,19 @@
 """Prompt embeddings baked with a concept: the form that any stock diffusers pipeline takes, without
-our code.
+our code. The file beside them says how:
 
     tensors = safetensors.torch.load_file("prompt_embeds.safetensors")
-    pipe(
-        prompt_embeds=tensors["prompt_embeds"][:1],
-        negative_prompt_embeds=tensors["negative_prompt_embeds"][:1],
-    )
+    pipe(**{name: tensor[:1] for name, tensor in tensors.items()})
 
-The keys and values act inside the text encoder only, so its output carries all of a concept. What
-is lost is the freedom to write other prompts.
+The names are those of the pipeline's arguments; Stable Diffusion XL has pooled ones too. The keys
+and values act inside the text encoders only, so their output carries all of a concept. What is lost
+is the freedom to write other prompts.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.safetensors_bytes import serialize_safetensors
-from catversion_jax.sampling.encoding import encode_prompt
+from catversion_jax.sampling.encoding import encode_requests
 from catversion_jax.sampling.requests import (
     ConceptUse,
     ImageRequest,
@@ -34,6 +33,31 @@ from catversion_jax.sampling.requests import (
 )
 
 logger = logging.getLogger(__name__)
+
+_README = """# Prompt embeddings of {model}
+
+| row | prompt | concepts that act |
+|-----|--------|-------------------|
+{rows}
+
+Negative prompt: {negative}, encoded without any concept.
+
+They need a pipeline of the same model and no code of ours:
+
+```python
+from safetensors.torch import load_file
+
+tensors = load_file("{file}")
+row = 0
+embeds = {{
+    name: tensor[row : row + 1].to(pipe.device, pipe.unet.dtype)
+    for name, tensor in tensors.items()
+}}
+pipe(**embeds).images[0]
+```
+
+{tensors}
+"""
 
 
 def export_prompt_embeds(
@@ -44,14 +68,17 @@ def export_prompt_embeds(
     *,
     negative_prompt: str = "",
 ) -> Path:
-    """Write ``prompt_embeds`` and ``negative_prompt_embeds``, both float32 ``[prompts T D]``.
+    """Write ``prompt_embeds`` and ``negative_prompt_embeds``, both float32 ``[prompts T D]``, and
+    for Stable Diffusion XL ``pooled_prompt_embeds`` and ``negative_pooled_prompt_embeds``
+    ``[prompts P]``.
 
     Args:
-      path: the safetensors file to write.
+      path: the safetensors file to write; a text file of the same name says how to use it.
       backbone: the model whose pipeline will use the file.
       prompts: at least one; each with the concepts that it calls.
       concepts: as for :func:`~catversion_jax.sampling.denoising.draw_requests`.
-      negative_prompt: encoded without any concept, repeated for every prompt.
+      negative_prompt: encoded without any concept, repeated for every prompt; an empty one is
+        zeros where the model says so, as Stable Diffusion XL does.
 
     Returns:
       ``path``. Its metadata lists the prompts and which concepts act on each. Prompts that name
@@ -65,7 +92,7 @@ def export_prompt_embeds(
         raise CatVersionError(
             "no prompts: embeddings are of fixed prompts. Give at least one --prompt."
         )
-    acting = [active_concepts(backbone.tokenizer, prompt, concepts) for prompt in prompts]
+    acting = [active_concepts(backbone.tokenizers[0], prompt, concepts) for prompt in prompts]
     # Concepts of the other prompts are no mistake in a prompt that names one.
     requests = [
         ImageRequest(prompt, uses or tuple(concepts), negative_prompt=negative_prompt)
@@ -73,8 +100,13 @@ def export_prompt_embeds(
     ]
     for message in prompt_warnings(backbone.tokenizers, requests):
         logger.warning(message)
-    prompted = np.stack([encode_prompt(backbone, prompt, concepts) for prompt in prompts])
-    plain = encode_prompt(backbone, negative_prompt, ())
+    tensors = {}
+    rows = encode_requests(backbone, requests, guidance_scale=math.inf)
+    for begin, states in zip(("", "negative_"), rows, strict=True):
+        tensors[f"{begin}prompt_embeds"] = np.stack([one.context for one in states])
+        pooled = [one.pooled for one in states if one.pooled is not None]
+        if pooled:
+            tensors[f"{begin}pooled_prompt_embeds"] = np.stack(pooled)
     metadata = {
         "format": "pt",
         "catversion.prompts": json.dumps(list(prompts)),
@@ -82,12 +114,25 @@ def export_prompt_embeds(
         "catversion.scales": json.dumps({use.name: use.scale for use in concepts}),
         "catversion.negative_prompt": negative_prompt,
         "catversion.base_model": backbone.name,
-        "catversion.text_encoder_sha256": backbone.text_encoder_sha256,
-    }
-    tensors = {
-        "prompt_embeds": np.asarray(prompted, np.float32),
-        "negative_prompt_embeds": np.broadcast_to(np.asarray(plain, np.float32), prompted.shape),
+        **{f"catversion.{name}": sha256 for name, sha256 in backbone.fingerprints.items()},
     }
     make_folder(path.parent)
     write_atomically(path, serialize_safetensors(tensors, metadata))
+    rows_of = "\n".join(
+        f"| {row} | {_cell(prompt)} | {_cell(', '.join(use.name for use in uses) or 'none')} |"
+        for row, (prompt, uses) in enumerate(zip(prompts, acting, strict=True))
+    )
+    said = _README.format(
+        file=path.name,
+        model=backbone.name,
+        rows=rows_of,
+        negative=_cell(negative_prompt) or "empty",
+        tensors="\n".join(f"- `{name}` {list(array.shape)}" for name, array in tensors.items()),
+    )
+    write_atomically(path.with_suffix(".md"), said.encode())
     return path
+
+
+def _cell(text: str) -> str:
+    """Text on one line of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())

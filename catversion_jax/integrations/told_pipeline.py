@@ -3,7 +3,8 @@
 The text encoder sees token ids only. A pipeline that loads a concept becomes one of a subclass of
 its class, of the same name, that differs in two public methods. ``encode_prompt`` is done in two
 calls of the method itself: the prompt, then the negative prompt with its documented parameter
-``prompt_embeds`` set, inside :func:`plain`. ``save_pretrained`` warns that concepts are not saved.
+``prompt_embeds`` set (and ``pooled_prompt_embeds`` in Stable Diffusion XL), inside :func:`plain`.
+``save_pretrained`` warns that concepts are not saved.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from catversion_jax.integrations.encoder_state import (
     SCALES_HERE,
     TOLD_HERE,
-    innermost,
-    state_on,
 )
 from catversion_jax.integrations.loaded_concept import CatVersionLoadError
+from catversion_jax.integrations.pipeline_encoders import (
+    encoders_of,
+    is_half_loaded,
+    names_in,
+    states_on,
+)
 
 _PARAMETERS = {
     "prompt",
@@ -58,20 +63,18 @@ def scaled(pipe: Any, scale: float | Mapping[str, float]) -> Iterator[None]:
     Raises:
       CatVersionLoadError: a name that is not active, or a scale that is not a finite number >= 0.
     """
-    state = state_on(pipe.text_encoder)
+    states = [one.state for one in encoders_of(pipe) if one.state is not None]
     for number in scale.values() if isinstance(scale, Mapping) else [scale]:
         check_scale(number)
     if isinstance(scale, Mapping):
+        active = [name for name in names_in(states) if name in states[0].active]
         for name in scale:
-            if state is None or name not in state.active:
-                active = ", ".join(state.active) if state is not None else ""
+            if name not in active:
                 raise CatVersionLoadError(
-                    f"{name!r} is not active; active: {active or 'none'}. Use set_catversion first."
+                    f"{name!r} is not active; active: {', '.join(active) or 'none'}. Use "
+                    "set_catversion first."
                 )
-    if state is None:
-        yield
-        return
-    token = SCALES_HERE.set((*SCALES_HERE.get(), (state, scale)))
+    token = SCALES_HERE.set((*SCALES_HERE.get(), *((state, scale) for state in states)))
     try:
         yield
     finally:
@@ -93,7 +96,7 @@ def check_scale(number: Any) -> None:
 class ToldPipeline:
     """The two methods by which a pipeline with concepts differs from its class."""
 
-    _catversion_encoder = 0  # which text encoder the concepts were loaded into
+    _catversion_encoders: tuple[int, ...] = ()  # those that the concepts were loaded into
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline's own; no concept acts on the negative prompt."""
@@ -107,25 +110,25 @@ class ToldPipeline:
         given = call.arguments
         token = TOLD_HERE.set(True)
         try:
-            if given["prompt_embeds"] is None:
-                if given["negative_prompt_embeds"] is not None:
+            # a concept never acts in one of two text encoders alone
+            with plain(self) if is_half_loaded(self) else contextlib.nullcontext():
+                if given["prompt_embeds"] is None:
+                    guided = given["do_classifier_free_guidance"]
+                    if not guided or given["negative_prompt_embeds"] is not None:
+                        return encode(*call.args, **call.kwargs)
+                    count = given["num_images_per_prompt"]
+                    given |= {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
+                    given |= _embeds(given, encode(*call.args, **call.kwargs))
+                    given |= {"do_classifier_free_guidance": guided, "num_images_per_prompt": count}
+                with plain(self):
                     return encode(*call.args, **call.kwargs)
-                guided, count = given["do_classifier_free_guidance"], given["num_images_per_prompt"]
-                if not guided:
-                    return encode(*call.args, **call.kwargs)
-                given |= {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
-                given["prompt_embeds"] = encode(*call.args, **call.kwargs)[0]
-                given |= {"do_classifier_free_guidance": guided, "num_images_per_prompt": count}
-            with plain(self):
-                return encode(*call.args, **call.kwargs)
         finally:
             TOLD_HERE.reset(token)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline's own, which knows no concepts."""
-        state = state_on(self.text_encoder)  # type: ignore[attr-defined]
-        if state is not None and state.loaded:
-            names = ", ".join(list(state.loaded)[:5]) + (" ..." if len(state.loaded) > 5 else "")
+        if loaded := names_in(states_on(self)):
+            names = ", ".join(loaded[:5]) + (" ..." if len(loaded) > 5 else "")
             warnings.warn(
                 f"save_pretrained saves the plain model: the loaded concepts ({names}) are not in "
                 "it. Keep their files beside it, or write a folder that has them with `catversion "
@@ -133,6 +136,15 @@ class ToldPipeline:
                 stacklevel=2,
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+def _embeds(given: Mapping[str, Any], encoded: Sequence[Any]) -> dict[str, Any]:
+    """What a call gave for the prompt, as arguments of the next call. Stable Diffusion XL's gives
+    ``(prompt, negative, pooled, negative pooled)``.
+    """
+    if "pooled_prompt_embeds" in given:
+        return {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[2]}
+    return {"prompt_embeds": encoded[0]}
 
 
 @functools.cache
@@ -170,9 +182,8 @@ def tell(pipe: Any) -> None:
     if not isinstance(pipe, ToldPipeline):
         kind: Any = type(pipe)
         pipe.__class__ = told_class(kind, kind.__name__)
-    encoder = id(innermost(pipe.text_encoder))
-    if vars(pipe).get("_catversion_encoder") != encoder:
-        pipe._catversion_encoder = encoder
+    if vars(pipe).get("_catversion_encoders") != (ids := _ids(pipe)):
+        pipe._catversion_encoders = ids
 
 
 def untell(pipe: Any) -> None:
@@ -180,22 +191,24 @@ def untell(pipe: Any) -> None:
     base = vars(type(pipe)).get("_catversion_base")
     if base is not None:
         pipe.__class__ = base
-        vars(pipe).pop("_catversion_encoder", None)
+        vars(pipe).pop("_catversion_encoders", None)
 
 
 def is_replaced(pipe: Any) -> bool:
     """Whether the pipeline has another text encoder than when its concepts were loaded."""
-    before = getattr(pipe, "_catversion_encoder", 0)
-    return before not in (0, id(innermost(pipe.text_encoder))) and (
-        state_on(pipe.text_encoder) is None
-    )
+    before = getattr(pipe, "_catversion_encoders", ())
+    return before not in ((), _ids(pipe)) and not states_on(pipe)
+
+
+def _ids(pipe: Any) -> tuple[int, ...]:
+    return tuple(id(one.model) for one in encoders_of(pipe))
 
 
 def _warn_replaced(pipe: Any) -> None:
     if is_replaced(pipe):
         warnings.warn(
-            "the text encoder of this pipeline was replaced, and its concepts went with the old "
+            "a text encoder of this pipeline was replaced, and its concepts went with the old "
             "one: load them again.",
             stacklevel=3,
         )
-        pipe._catversion_encoder = 0
+        pipe._catversion_encoders = ()

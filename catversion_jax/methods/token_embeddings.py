@@ -47,7 +47,8 @@ class TokenEmbeddings(LearnedPart):
     replaces_word: ClassVar[bool] = True
     pipeline_obstacle: ClassVar[str] = (
         "holds token embeddings, which stock pipelines load by themselves. Use --format "
-        "safetensors and diffusers' `pipe.load_textual_inversion(FILE)`."
+        "safetensors and diffusers' `pipe.load_textual_inversion(FILE)`, or for Stable Diffusion "
+        "XL hand it the file's tensors clip_l and clip_g."
     )
 
     vectors: Float[Array, "*C V D"]

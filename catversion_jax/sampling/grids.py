@@ -152,8 +152,10 @@ def _shortened(
 ) -> str:
     if not force and font.getlength(line) <= width:
         return line
+
+    def too_long(length: int) -> bool:
+        return font.getlength(line[:length] + "...") > width
+
     # halving, since measuring a text takes time in proportion to its length
-    count = bisect.bisect_right(
-        range(1, len(line) + 1), width, key=lambda length: font.getlength(line[:length] + "...")
-    )
+    count = bisect.bisect_left(range(1, len(line) + 1), True, key=too_long)
     return line[:count] + "..."

@@ -20,14 +20,20 @@ from training_cases import config, optimizer, train_step
 
 from catversion_jax.cli import main
 from catversion_jax.concepts.images import size_conditions
+from catversion_jax.config import make_config
 from catversion_jax.diffusion import noise_schedule
+from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.learned import stack_learned
 from catversion_jax.methods.per_encoder import PerEncoder
-from catversion_jax.models.stable_diffusion import Backbone, load_backbone
+from catversion_jax.models.stable_diffusion import Backbone, abstract_backbone, load_backbone
 from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.runtime.sharding import make_mesh, place_by_concept, replicated
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
+from catversion_jax.training.planning.abstract import abstract_arguments
+from catversion_jax.training.planning.compiled import counted_flops
+from catversion_jax.training.run.manifest import check_same_run, write_manifest
+from catversion_jax.training.start import planned_step
 from catversion_jax.training.state import ConceptData, concept_key, create_train_state
 
 FIRST_LAYERS = (1, 3)
@@ -176,6 +182,31 @@ def test_alone_a_concept_learns_what_it_learns_in_a_pack_on_a_mesh(backbone):
 )
 def test_what_the_unet_is_told_of_an_images_size(size, crop, expected):
     assert size_conditions(size, resolution=32, crop=crop) == expected
+
+
+def test_the_planned_step_is_that_of_training(one_block_xl_folder):
+    shapes = abstract_backbone(one_block_xl_folder)
+    options = make_config({"concepts": "x", "resolution": 32, "steps_per_dispatch": 2})
+    planned = planned_step(options, shapes)
+    mesh = make_mesh(1, jax.devices()[:1])
+    state, data, *_ = abstract_arguments(planned, mesh, num_rows=3, max_images=5, max_prompts=2)
+    assert [part.key.shape for part in state.learned.parts] == [(3, 3, 1, 4, 8), (3, 3, 1, 4, 12)]
+    assert [text.hidden.shape for text in data.text] == [(3, 2, 24, 32), (3, 2, 24, 48)]
+    assert data.time_ids.shape == (3, 5, 6)
+    assert counted_flops(planned, max_images=5) > 0  # it is traced
+
+
+def test_another_second_text_encoder_is_another_model(backbone, tmp_path):
+    settings = {**backbone.fingerprints, "base_model": "m", "options": {}, "digests": {}}
+    write_manifest(tmp_path, settings, None)
+    check_same_run(tmp_path, settings, retrains=False)
+    other = {**settings, "text_encoder_2_sha256": "0" * 64}
+    with pytest.raises(CatVersionError, match="the model's second text encoder has changed since"):
+        check_same_run(tmp_path, other, retrains=False)
+    digests = {"digests": {"text_encoder_2": "a"}}, {"digests": {"text_encoder_2": "b"}}
+    write_manifest(tmp_path, settings | digests[0], None)
+    with pytest.raises(CatVersionError, match="the model's second text encoder has changed since"):
+        check_same_run(tmp_path, settings | digests[1], retrains=False)
 
 
 # ---- the command -----------------------------------------------------------------------------

@@ -108,7 +108,9 @@ def test_a_file_holds_both_parts_and_both_fingerprints(tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_diffusers_loads_the_embeddings_of_both_encoders(tmp_path, tiny_xl_folder):
+def test_diffusers_reads_a_prompt_with_the_embeddings_of_both_encoders(
+    tmp_path, tiny_xl_folder, backbone
+):
     path = save(tmp_path / "x.safetensors", embeddings())
     assert sorted(load_file(path)) == ["clip_g", "clip_l"]
     pipe = load_xl(tiny_xl_folder)
@@ -123,7 +125,15 @@ def test_diffusers_loads_the_embeddings_of_both_encoders(tmp_path, tiny_xl_folde
         ids = tokenizer.convert_tokens_to_ids(["<car>", "<car>_1"])
         loaded = encoder.get_input_embeddings().weight[ids].detach().numpy()
         np.testing.assert_array_equal(loaded, learned.vectors)
+    # The configuration says 2, which means the token of the highest id: the added one.
+    pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+    with torch.no_grad():
+        prompt = "a <car> in snow"
+        context, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
     concept = load_concept(path)
+    found = encode_text(backbone, "a toy car in snow", [ConceptUse.of(concept)])
+    assert relative_error(found.context, context[0]) < 1e-4
+    assert relative_error(found.pooled, pooled[0]) < 1e-4
     np.testing.assert_array_equal(concept.learned.parts[1].vectors, embeddings().parts[1].vectors)
     assert concept.save(tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 

@@ -245,7 +245,7 @@ def test_textual_inversion_learns_tokens_of_both_encoders(one_block_xl_folder, t
     write_toy_concepts(tmp_path / "toys")
     run = tmp_path / "run"
     options = {"method": "textual_inversion", "num_vectors": 2, "init": "class_word"}
-    options |= {"train_batch_size": 1, "max_train_steps": 2, "learning_rate": 1e-2}
+    options |= {"train_batch_size": 1, "max_train_steps": 2, "instance_prompt": "a {}"}
     given = arguments(one_block_xl_folder, tmp_path / "toys", run, **options)
     assert main(["train", *given]) == 0
     for name, array in load_file(run / "concepts" / "teal_cup" / "catversion.safetensors").items():
@@ -271,6 +271,7 @@ def test_evaluate_draws_masks_and_scores_a_concept(one_block_xl_folder, tmp_path
     save_clip(tmp_path / "clip", one_block_xl_folder / "tokenizer")
     (tmp_path / "prompts.txt").write_text("a {} in the snow\n")
     options = {
+        "--model": one_block_xl_folder,
         "--clip": tmp_path / "clip",
         "--concepts": tmp_path / "toys",
         "--prompts": tmp_path / "prompts.txt",

@@ -24,7 +24,6 @@ from diffusers import (  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny_pipelines import make_residual, write  # noqa: E402
 from tiny_xl import WIDTHS, load_xl, residuals  # noqa: E402
-from torch_reference import relative_error  # noqa: E402
 
 from catversion_jax.cli import main  # noqa: E402
 from catversion_jax.integrations import diffusers as loader  # noqa: E402
@@ -32,8 +31,6 @@ from catversion_jax.methods.concept_file import save_concept  # noqa: E402
 from catversion_jax.methods.per_encoder import PerEncoder  # noqa: E402
 from catversion_jax.methods.token_embeddings import TokenEmbeddings  # noqa: E402
 from catversion_jax.models.stable_diffusion import load_backbone  # noqa: E402
-from catversion_jax.sampling.encoding import encode_text  # noqa: E402
-from catversion_jax.sampling.requests import ConceptUse  # noqa: E402
 
 UGLY = {"negative_prompt": "an ugly cat", "negative_prompt_2": "no cat!"}
 
@@ -156,34 +153,13 @@ def test_prompt_embeds_in_a_stock_pipeline(tiny_xl_folder, stock, tom, tmp_path,
         torch.testing.assert_close(tensors[name][1:], reference, atol=1e-4, rtol=1e-4)
 
 
-def test_an_embedding_of_two_encoders_in_diffusers(tiny_xl_folder, tmp_path):
-    """Loaded as diffusers' documentation says. The published configurations name 2 as the
-    end-of-text token; transformers then takes the pooled state where the highest token id stands,
-    which is the added one.
-    """
-    rng = np.random.default_rng(0)
-    vectors = tuple(TokenEmbeddings(rng.normal(size=(2, width)).astype("f4")) for width in WIDTHS)
-    learned = PerEncoder(vectors)
+def test_embeddings_are_for_diffusers_own_loader(stock, tmp_path, capsys):
+    """What it does with them, tests/test_concepts_xl.py compares."""
+    learned = PerEncoder(tuple(TokenEmbeddings(np.ones((2, width), "f4")) for width in WIDTHS))
     path = save_concept(tmp_path / "x.safetensors", learned, base_class="cat", name="tom")
-    pipe = load_xl(tiny_xl_folder)
     with pytest.raises(
         loader.CatVersionLoadError, match=r"clip_l and clip_g .* write <tom> in the"
     ):
-        loader.load_catversion(pipe, path)
-    state = load_file(path)
-    pipe.load_textual_inversion(
-        state["clip_l"], token="<tom>", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
-    )
-    pipe.load_textual_inversion(
-        state["clip_g"], token="<tom>", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
-    )
-    ours = encode_text(
-        load_backbone(tiny_xl_folder), "a cat in snow", [ConceptUse("tom", "cat", learned)]
-    )
-    context, _, pooled, _ = encoded(pipe, "a <tom> in snow")
-    assert relative_error(ours.context, context[0]) < 1e-4
-    assert relative_error(ours.pooled, pooled[0]) > 0.1
-    pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
-    context, _, pooled, _ = encoded(pipe, "a <tom> in snow")
-    assert relative_error(ours.context, context[0]) < 1e-4
-    assert relative_error(ours.pooled, pooled[0]) < 1e-4
+        loader.load_catversion(stock, path)
+    assert export("pipeline", path, tmp_path / "out") == 2
+    assert "tensors clip_l and clip_g" in capsys.readouterr().err

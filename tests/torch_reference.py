@@ -128,6 +128,18 @@ TEXT_ENCODERS = {
         "pad_token_id": 1,
     },
 }
+# text_encoder_2/config.json of stable-diffusion-xl-base-1.0; its text_encoder is SD 1.5's.
+SDXL_TEXT_ENCODER_2 = {
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+}
 # scheduler_config.json of the published SD 1.x folders, as far as it decides the noise.
 SD1_SCHEDULE = {
     "beta_start": 0.00085,

@@ -128,6 +128,7 @@ TEXT_ENCODERS = {
         "pad_token_id": 1,
     },
 }
+SDXL_VAE = SD15_VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
 # text_encoder_2/config.json of stable-diffusion-xl-base-1.0; its text_encoder is SD 1.5's.
 SDXL_TEXT_ENCODER_2 = {
     "hidden_act": "gelu",
@@ -148,6 +149,15 @@ SD1_SCHEDULE = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
+}
+
+# The same of stable-diffusion-xl-base-1.0.
+SDXL_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
 }
 
 

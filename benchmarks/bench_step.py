@@ -166,7 +166,7 @@ def models(name: str, work: Path) -> str:
     """A folder; ``sd15`` makes one with random weights."""
     if name != "sd15":
         return str(embedded_folder(name) or name)
-    from random_sd15 import write_random_sd15
+    from random_models import write_random_sd15
 
     return str(write_random_sd15(work / "sd15"))
 

@@ -12,7 +12,16 @@ pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'catversion-
 import diffusers  # noqa: E402
 import transformers  # noqa: E402
 from tiny_pipelines import tiny_tokenizer  # noqa: E402
-from torch_reference import SD1_SCHEDULE, SD15_UNET, SD15_VAE, TEXT_ENCODERS  # noqa: E402
+from torch_reference import (  # noqa: E402
+    SD1_SCHEDULE,
+    SD15_UNET,
+    SD15_VAE,
+    SDXL_SCHEDULE,
+    SDXL_TEXT_ENCODER_2,
+    SDXL_UNET,
+    SDXL_VAE,
+    TEXT_ENCODERS,
+)
 
 from catversion_jax.cli import main  # noqa: E402
 
@@ -28,6 +37,30 @@ def write_sd15_configs(folder: Path) -> None:
     diffusers.DDIMScheduler(**SD1_SCHEDULE).save_config(folder / "scheduler")
     transformers.CLIPTextConfig(**TEXT_ENCODERS["SD 1.5"]).save_pretrained(folder / "text_encoder")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+
+
+def write_sdxl_configs(folder: Path) -> None:
+    """Everything of Stable Diffusion XL but weights."""
+    for name in ("tokenizer", "tokenizer_2"):
+        tiny_tokenizer(folder / name, context=77).save_pretrained(folder / name)
+    with torch.device("meta"):
+        diffusers.UNet2DConditionModel.from_config(SDXL_UNET).save_config(folder / "unet")
+        diffusers.AutoencoderKL.from_config(SDXL_VAE).save_config(folder / "vae")
+    diffusers.EulerDiscreteScheduler(**SDXL_SCHEDULE).save_config(folder / "scheduler")
+    configs = {"text_encoder": TEXT_ENCODERS["SD 1.5"], "text_encoder_2": SDXL_TEXT_ENCODER_2}
+    for name, config in configs.items():
+        transformers.CLIPTextConfig(**config).save_pretrained(folder / name)
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    kinds = {
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index | kinds))
 
 
 def test_the_plan_of_sd15_takes_less_than_ten_minutes(

@@ -4,7 +4,6 @@ By hand: ``pytest -m slow -s tests/test_full_size_train.py`` prints wall time an
 """
 
 import gc
-import json
 import os
 import resource
 import subprocess
@@ -23,12 +22,12 @@ pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch", reason="the folder is made with torch: pip install '.[test]'")
 import diffusers  # noqa: E402
 import transformers  # noqa: E402
+from test_full_size_plan import write_sdxl_configs  # noqa: E402
 from tiny_pipelines import tiny_tokenizer  # noqa: E402
 from torch_reference import (  # noqa: E402
     SD1_SCHEDULE,
     SD15_UNET,
     SD15_VAE,
-    SDXL_SCHEDULE,
     SDXL_TEXT_ENCODER_2,
     SDXL_UNET,
     SDXL_VAE,
@@ -57,6 +56,7 @@ def write_sd15(folder: Path) -> None:
 
 def write_sdxl(folder: Path) -> None:
     """The same of Stable Diffusion XL (7.1 GB), a component at a time."""
+    write_sdxl_configs(folder)
     torch.manual_seed(0)
     first = transformers.CLIPTextConfig(**TEXT_ENCODERS["SD 1.5"])
     second = transformers.CLIPTextConfig(**SDXL_TEXT_ENCODER_2)
@@ -75,24 +75,6 @@ def write_sdxl(folder: Path) -> None:
         module.half().save_pretrained(folder / name)
         del module
         gc.collect()
-    for name in ("tokenizer", "tokenizer_2"):
-        tiny_tokenizer(folder / name, context=77).save_pretrained(folder / name)
-    diffusers.EulerDiscreteScheduler(**SDXL_SCHEDULE).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(
-        json.dumps(
-            {
-                "_class_name": "StableDiffusionXLPipeline",
-                "force_zeros_for_empty_prompt": True,
-                "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-                "tokenizer_2": ["transformers", "CLIPTokenizer"],
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "vae": ["diffusers", "AutoencoderKL"],
-            }
-        )
-    )
 
 
 def trained(

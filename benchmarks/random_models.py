@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 as a folder without its trained weights; speed does not depend on them.
+"""Stable Diffusion 1.5 and XL as folders without trained weights; speed does not depend on them.
 
 The published configurations are those the tests hold against the published parameter counts.
 """
@@ -27,4 +27,13 @@ def write_sd15_configurations(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     write_sd15_configs(folder)
+    return folder
+
+
+def write_sdxl_configurations(folder: Path) -> Path:
+    """The same of Stable Diffusion XL."""
+    from test_full_size_plan import write_sdxl_configs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_sdxl_configs(folder)
     return folder

@@ -220,13 +220,14 @@ def unload_catversion(pipe: Any, name: str | None = None) -> None:
         for state in _states_of(pipe):
             state.require(name)
     for encoder in encoders_of(pipe):
-        if (state := encoder.state) is None:
+        held = encoder.state
+        if held is None:
             continue
-        for one in [name] if name is not None else list(state.loaded):
-            state.forget(one)
-        state.select()
-        if not state.loaded:
-            state.uninstall(encoder.model)
+        for one in [name] if name is not None else list(held.loaded):
+            held.forget(one)
+        held.select()
+        if not held.loaded:
+            held.uninstall(encoder.model)
     if not states_on(pipe):
         untell(pipe)
 

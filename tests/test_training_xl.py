@@ -31,7 +31,6 @@ from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.runtime.sharding import make_mesh, place_by_concept, replicated
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.training.planning.abstract import abstract_arguments
-from catversion_jax.training.planning.compiled import counted_flops
 from catversion_jax.training.run.manifest import check_same_run, write_manifest
 from catversion_jax.training.start import planned_step
 from catversion_jax.training.state import ConceptData, concept_key, create_train_state
@@ -193,7 +192,6 @@ def test_the_planned_step_is_that_of_training(one_block_xl_folder):
     assert [part.key.shape for part in state.learned.parts] == [(3, 3, 1, 4, 8), (3, 3, 1, 4, 12)]
     assert [text.hidden.shape for text in data.text] == [(3, 2, 24, 32), (3, 2, 24, 48)]
     assert data.time_ids.shape == (3, 5, 6)
-    assert counted_flops(planned, max_images=5) > 0  # it is traced
 
 
 def test_another_second_text_encoder_is_another_model(backbone, tmp_path):

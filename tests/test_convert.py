@@ -348,6 +348,7 @@ print(json.dumps([before, peak(), sum(leaf.nbytes for leaf in jax.tree.leaves(ne
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="the peak is read from Linux' /proc"
 )

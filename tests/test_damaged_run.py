@@ -133,6 +133,7 @@ def test_a_finished_run_is_recognised_whatever_became_of_its_small_files(
     assert len(recorded_concepts(output).concepts) == 3
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_knows_is_written_again(
     one_block_sd_folder: Path, toys: Path, output: Path, finished: Path
 ) -> None:

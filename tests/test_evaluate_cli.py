@@ -181,6 +181,7 @@ def test_masked_scores_and_empty_masks(world, output, tmp_path):
         assert concept["overall_masked"] == pytest.approx(overall, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_digits(world, output, tmp_path):
     more = ["--plain", "--all_steps", "--dino", world / "dino"]
     assert evaluate(world, world / "run", tmp_path, *more) == 0

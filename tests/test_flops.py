@@ -74,6 +74,7 @@ def test_recomputation_is_counted() -> None:
     assert counted(jax.grad(jax.checkpoint(loss)), LEFT) == 3 * once
 
 
+@pytest.mark.slow
 def test_the_training_step_is_what_xla_counts() -> None:
     """No loop in it at 64 pixels; XLA leaves out products with padding and adds the rest."""
     backbone = abstract_backbone("tiny-sd")

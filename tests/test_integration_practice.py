@@ -233,6 +233,7 @@ def test_gradient_checkpointing(pipe):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_pickling_into_a_new_process(tmp_path, pipe):
     (tmp_path / "pipe.pickle").write_bytes(pickle.dumps((pipe.text_encoder, pipe)))
     torch.save(token_ids(pipe, "a cat", "a house"), tmp_path / "ids")

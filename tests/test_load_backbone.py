@@ -55,6 +55,7 @@ def test_every_network_equals_the_pipeline(tiny_sd_folder):
     check_equals_torch(tiny_sd_folder, "a teapot")
 
 
+@pytest.mark.slow
 def test_every_network_of_the_real_model_equals_the_pipeline(embedded_model):
     """Its weights are stored in float16 and read into float32 on both sides."""
     check_equals_torch(embedded_model, "a red ball on the beach")

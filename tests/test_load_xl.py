@@ -100,6 +100,7 @@ def test_facts_about_the_folder(tiny_xl_folder):
     assert ours.zeros_for_empty_prompt
 
 
+@pytest.mark.slow
 def test_bfloat16_and_the_abstract_networks(tiny_xl_folder):
     half, abstract = (
         load_backbone(tiny_xl_folder, dtype="bfloat16"),

@@ -95,6 +95,7 @@ def test_no_guidance_at_or_below_one_and_another_size(
     assert result.images.shape == expected.shape == (2, 24, 32, 3)
 
 
+@pytest.mark.slow
 def test_a_model_that_really_draws(embedded_model):
     backbone = load_backbone(embedded_model)
     for sampler in ("ddim", "dpmsolver++"):

@@ -110,6 +110,7 @@ def test_how_steps_are_dispatched_does_not_change_a_bit(
     assert np.isnan(metrics.losses[2:]).all()
 
 
+@pytest.mark.slow
 def test_one_step_a_call_learns_what_the_loop_learns(
     backbone: Backbone, packed: TrainState
 ) -> None:
@@ -249,6 +250,7 @@ def test_gradient_clip_never_couples_concepts() -> None:
     )
 
 
+@pytest.mark.slow
 def test_evaluation_loss_ignores_mesh_and_batch(backbone: Backbone) -> None:
     """Nor does it change from one time to the next, or with who else is due."""
     residual, data = concept_data(backbone)

@@ -158,6 +158,7 @@ def trained(backbone: Backbone, rows: slice, devices: int = 1, data_parallel: in
     return jax.tree.map(np.asarray, state.learned)
 
 
+@pytest.mark.slow
 def test_alone_a_concept_learns_what_it_learns_in_a_pack_on_a_mesh(backbone):
     alone = trained(backbone, slice(2, 3))
     packed = trained(backbone, slice(0, 4), devices=4, data_parallel=2)

@@ -274,6 +274,7 @@ def test_one_timestep_serves_the_batch(one_block_pair):
     )
 
 
+@pytest.mark.slow
 def test_concept_axis_scan_and_rematerialisation_change_nothing(one_block_pair):
     _, unet = one_block_pair
     sample, text = draw(3, 2, 4, 4, 4), draw(3, 2, 7, 24)

@@ -161,7 +161,7 @@ def test_every_published_scheduler_class_gives_its_own_betas(class_name):
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
             ["'shift'", "flow matching"],
         ),
-        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, ["'sigma_data'", "EDM"]),
+        ({"sigma_data": 0.5}, ["unknown key 'sigma_data'"]),
         ({"trained_betas": [0.1, 0.2]}, ["trained_betas has 2 entries", "1000"]),
     ],
 )

@@ -57,6 +57,16 @@ def test_turbo_needs_few_steps_and_no_guidance(config, sampler):
     assert config["_class_name"] in found.because
 
 
+def test_playground_is_drawn_as_its_authors_do():
+    found = defaults_of({"_class_name": "EDMDPMSolverMultistepScheduler"})
+    assert (found.sampler, found.num_inference_steps, found.guidance_scale) == (
+        "dpmsolver++",
+        50,
+        3,
+    )
+    assert defaults_of({"_class_name": "EDMEulerScheduler"}).sampler == "euler"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from catversion_jax.config.sampling import SAMPLERS
-from catversion_jax.diffusion import NoiseScheduleConfig, SamplerRow, make_sampler
+from catversion_jax.diffusion import NoiseScheduleConfig, SamplerRow, make_sampler, noise_schedule
 from catversion_jax.errors import CatVersionError
 
 torch = pytest.importorskip("torch")
@@ -249,3 +249,79 @@ def test_another_number_of_steps_does_not_recompile():
         for row in make_sampler(name, config, steps).rows:
             step(row, x, x, x, x)
     assert step._cache_size() == 1
+
+
+# scheduler/scheduler_config.json of playground-v2.5-1024px-aesthetic
+PLAYGROUND = {
+    "_class_name": "EDMDPMSolverMultistepScheduler",
+    "algorithm_type": "dpmsolver++",
+    "dynamic_thresholding_ratio": 0.995,
+    "euler_at_final": False,
+    "final_sigmas_type": "zero",
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rho": 7.0,
+    "sample_max_value": 1.0,
+    "sigma_data": 0.5,
+    "sigma_max": 80.0,
+    "sigma_min": 0.002,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "thresholding": False,
+}
+EDM_PEERS = {"euler": "EDMEulerScheduler", "dpmsolver++": "EDMDPMSolverMultistepScheduler"}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 20])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"prediction_type": "v_prediction"},
+        {"sigma_schedule": "exponential", "rho": 3.0},
+        {"final_sigmas_type": "sigma_min", "sigma_max": 20.0, "sigma_data": 1.0},
+    ],
+)
+@pytest.mark.parametrize("name", EDM_PEERS)
+def test_noise_levels_of_edm(name, change, steps, monkeypatch):
+    if steps == 1 and change.get("final_sigmas_type") == "sigma_min":
+        steps = 3  # EDMEulerScheduler's only step would lead nowhere
+    monkeypatch.setitem(PEERS, name, EDM_PEERS[name])
+    model = PLAYGROUND | change
+    config = NoiseScheduleConfig.from_scheduler_config(model)
+    sampler = make_sampler(name, config, steps)
+    start, *noises = np.random.default_rng(steps).normal(size=(2, 1, 4, 8, 8)).astype(np.float32)
+    expected, scheduler = peer_trajectory(
+        name, model, steps, start, noises, fake_network, monkeypatch
+    )
+    timesteps = np.array([row.timestep for row in sampler.rows])
+    np.testing.assert_allclose(timesteps, scheduler.timesteps.numpy(), rtol=0, atol=1e-5)
+    actual = our_trajectory(sampler, start, noises * steps, fake_network)
+    for mine, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "options", "named"),
+    [
+        ("ddim", {}, {}, "euler and dpmsolver"),
+        ("euler", {}, {"karras": True}, "leave karras out"),
+        ("euler", {"prediction_type": "sample"}, {}, "'epsilon' or 'v_prediction'"),
+        ("euler", {"sigma_min": 0.0}, {}, "sigma_min=0.0"),
+        ("euler", {"sigma_min": 90.0}, {}, "from 80 to 90"),
+        ("euler", {"sigma_data": float("nan")}, {}, "sigma_data=nan"),
+        ("euler", {"sigma_schedule": "linear"}, {}, "one of karras, exponential"),
+        ("euler", {"thresholding": True}, {}, "thresholding"),
+    ],
+)
+def test_what_edm_cannot_be(name, change, options, named):
+    with pytest.raises(CatVersionError, match=named):
+        make_sampler(
+            name, NoiseScheduleConfig.from_scheduler_config(PLAYGROUND | change), 5, **options
+        )
+
+
+def test_edm_has_no_betas_to_train_on():
+    with pytest.raises(CatVersionError, match=r"no betas: .*can be drawn, but neither trained"):
+        noise_schedule(NoiseScheduleConfig.from_scheduler_config(PLAYGROUND))

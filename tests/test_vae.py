@@ -173,11 +173,44 @@ def test_the_published_config_makes_the_published_number_of_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(vae.params)) == 83_653_863
 
 
+# latents_mean and latents_std of vae/config.json of playground-v2.5-1024px-aesthetic
+PLAYGROUND = {
+    "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+    "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+    "scaling_factor": 0.5,
+    "shift_factor": 0.0,
+}
+
+
+def test_whitened_latents_are_those_of_diffusers_pipelines():
+    """``StableDiffusionXLPipeline`` decodes ``latents * std / scaling_factor + mean``."""
+    reference = randomise(diffusers.AutoencoderKL.from_config(SMALL))
+    vae = as_network(
+        reference,
+        lambda rngs: AutoencoderKL(
+            VAEConfig.from_hf(SMALL | PLAYGROUND), layers=LayerFactory(rngs)
+        ),
+    )
+    mean, std = (
+        torch.tensor(PLAYGROUND[f"latents_{name}"]).view(1, 4, 1, 1) for name in ("mean", "std")
+    )
+    images, latents = draw(1, 8, 8, 3), draw(1, 2, 2, 4, seed=1)
+    posterior = reference.encode(nchw(images)).latent_dist
+    found_mean, found_std = encode(vae, images)
+    assert relative_error(found_mean, nhwc((posterior.mean - mean) / std)) < 1e-4
+    assert relative_error(found_std, nhwc(posterior.std / std)) < 1e-4
+    expected = reference.decode(nchw(latents) * std + mean).sample
+    assert relative_error(decode(vae, latents), nhwc(expected)) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"shift_factor": 0.1}, "shift_factor"),
-        ({"latents_mean": [0.0] * 4}, "latents_mean"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean .*given together"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 1.0, 0.0]}, "latents_std .*above 0"),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "a list of 4 numbers"),
+        ({"latents_mean": ["0"] * 4, "latents_std": [1.0] * 4}, "latents_mean = '0'"),
         ({"latents_std": [1.0] * 4}, "latents_std"),
         ({"act_fn": "tanh"}, "act_fn"),
         ({"a_key_of_tomorrow": 3}, "a_key_of_tomorrow"),

@@ -5,14 +5,17 @@ and little or no guidance, and give burnt images with the usual ones.
 |---|---|---|---|---|
 | SD-Turbo, SDXL-Turbo (arXiv 2311.17042) | an Euler scheduler with trailing timesteps, without \
 zero-terminal SNR, that predicts noise | that of the file | 4 | 0 |
+| Playground 2.5 | a scheduler of EDM (``edm.py``) | dpmsolver++ or euler | 50 | 3 |
 | others | | ddim | 50 | 7.5 |
 
-Steps are the most that Stability AI names for Turbo, 1 to 4; the user's own options win.
+Playground's are its authors'; of Turbo the most steps that Stability AI names for it, 1 to 4. The
+user's own options win.
 """
 
 from __future__ import annotations
 
 from catversion_jax.config.sampling import USUAL, DrawingDefaults
+from catversion_jax.diffusion.edm import SCHEDULERS as EDM_SCHEDULERS
 from catversion_jax.diffusion.scheduler_config import NoiseScheduleConfig
 
 _TURBO_SAMPLERS = {
@@ -23,15 +26,19 @@ _TURBO_SAMPLERS = {
 
 def drawing_defaults(schedule: NoiseScheduleConfig) -> DrawingDefaults:
     """The row of the table for a model with this schedule."""
-    sampler = _TURBO_SAMPLERS.get(schedule.scheduler_class)
+    if schedule.edm is not None:
+        sampler = EDM_SCHEDULERS[schedule.scheduler_class]
+        because = f"{schedule.scheduler_class}, as Playground 2.5's"
+        return DrawingDefaults(sampler, 50, 3.0, because)
+    turbo = _TURBO_SAMPLERS.get(schedule.scheduler_class)
     trained_for_few = (
         schedule.timestep_spacing == "trailing"
         and schedule.prediction_type == "epsilon"
         and not schedule.rescale_betas_zero_snr
     )
-    if sampler is not None and trained_for_few:
+    if turbo is not None and trained_for_few:
         because = (
             f"{schedule.scheduler_class} with trailing timesteps, as SD-Turbo's and SDXL-Turbo's"
         )
-        return DrawingDefaults(sampler, 4, 0.0, because)
+        return DrawingDefaults(turbo, 4, 0.0, because)
     return USUAL

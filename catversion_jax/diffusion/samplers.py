@@ -24,7 +24,8 @@ cumulative alphas (DDIM) or ``s = sqrt((1 - a) / a)`` (the others), primes for t
          first order (without the last term) at the first step and, see ``_is_first_order``, at the
          last.
 
-Timesteps and roundings are those of diffusers' DDIMScheduler, EulerDiscreteScheduler,
+A model with the noise levels of EDM (``edm.py``) has (4) and (6) with alpha = 1 and its own E, F
+and c_in. Timesteps and roundings are those of diffusers' DDIMScheduler, EulerDiscreteScheduler,
 EulerAncestralDiscreteScheduler and DPMSolverMultistepScheduler, which the tests compare with.
 """
 
@@ -37,6 +38,8 @@ import numpy as np
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.config.sampling import KARRAS_SAMPLERS, SAMPLERS
+from catversion_jax.diffusion.edm import SCHEDULERS as EDM_SCHEDULERS
+from catversion_jax.diffusion.edm import EDMConfig
 from catversion_jax.diffusion.schedule import alphas_cumprod
 from catversion_jax.diffusion.scheduler_config import NoiseScheduleConfig
 from catversion_jax.errors import CatVersionError, did_you_mean
@@ -115,6 +118,8 @@ def make_sampler(
         have, or a zero-terminal-SNR schedule that an epsilon model cannot start from.
     """
     _check_request(name, config, num_inference_steps, eta, karras)
+    if config.edm is not None:
+        return _edm(name, config, config.edm, num_inference_steps)
     use_karras = config.use_karras_sigmas if karras is None else karras
     if name == "ddim":
         return _ddim(config, num_inference_steps, eta)
@@ -145,6 +150,12 @@ def _check_request(
         raise CatVersionError(
             f"eta={eta} with sampler={name!r}: only 'ddim' has eta; use --sampler ddim, or "
             "euler_ancestral for another stochastic sampler."
+        )
+    if config.edm is not None and (name not in EDM_SCHEDULERS.values() or karras is not None):
+        raise CatVersionError(
+            f"sampler={name!r} with karras={karras}: {config.scheduler_class} has its own noise "
+            f"levels, which {' and '.join(EDM_SCHEDULERS.values())} draw; choose one of them and "
+            "leave karras out."
         )
     if karras and name not in KARRAS_SAMPLERS:
         raise CatVersionError(
@@ -295,6 +306,27 @@ def _euler(name: str, config: NoiseScheduleConfig, num_steps: int, karras: bool)
     )
 
 
+def _edm(name: str, config: NoiseScheduleConfig, edm: EDMConfig, num_steps: int) -> Sampler:
+    """Equations (4) and (6) with those of ``edm.py``."""
+    s = edm.levels(num_steps)
+    s_next = np.append(s[1:], 0.0 if config.final_sigmas_type == "zero" else edm.sigma_min)
+    timesteps, c_in, e, f = edm.preconditioning(s, config.prediction_type)
+    ratio = s_next / s
+    second = ~_is_first_order(config, num_steps) & (name == "dpmsolver++")
+    extrapolation = _extrapolation(ratio, second)
+    mix, previous = (1 - ratio) * (1 + extrapolation), -(1 - ratio) * extrapolation
+    rows = _table(timesteps, c_in, e, f, ratio, mix, previous=previous)
+    return Sampler(name, rows, float(np.sqrt(edm.sigma_max**2 + 1)))
+
+
+def _extrapolation(ratio: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """``1 / (2 r)`` of equation (6) where a step is of second order: ``1 / r = h / h_before``."""
+    extrapolation = np.zeros(len(ratio))
+    steps = np.flatnonzero(second)
+    extrapolation[steps] = 0.5 * np.log(ratio[steps]) / np.log(ratio[steps - 1])
+    return extrapolation
+
+
 def _is_first_order(config: NoiseScheduleConfig, num_steps: int) -> np.ndarray:
     """The first step has no predecessor; the last is first order where diffusers makes it so."""
     first_order = np.zeros(num_steps, bool)
@@ -325,10 +357,7 @@ def _dpm_solver_pp(config: NoiseScheduleConfig, num_steps: int, karras: bool) ->
     e, f = _x0_coefficients(config.prediction_type, signal, sigma)
     ratio = s_next / s  # e^-h
     gain = signal_next * (1 - ratio)
-    # (x_0 - y) / (2 r) with 1 / r = h / h_before
-    extrapolation = np.zeros(num_steps)
-    second = np.flatnonzero(~_is_first_order(config, num_steps))
-    extrapolation[second] = 0.5 * np.log(ratio[second]) / np.log(ratio[second - 1])
+    extrapolation = _extrapolation(ratio, ~_is_first_order(config, num_steps))
     mix, previous = gain * (1 + extrapolation), -gain * extrapolation
     rows = _table(timesteps, np.ones_like(s), e, f, sigma_next / sigma, mix, previous=previous)
     return Sampler("dpmsolver++", rows, 1.0)

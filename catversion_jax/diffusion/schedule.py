@@ -29,6 +29,7 @@ import numpy as np
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.diffusion.scheduler_config import NoiseScheduleConfig
+from catversion_jax.errors import CatVersionError
 
 
 def _cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> np.ndarray:
@@ -53,7 +54,17 @@ def _cumulative_alphas(betas: np.ndarray) -> np.ndarray:
 
 
 def alphas_cumprod(config: NoiseScheduleConfig) -> Float[np.ndarray, " timesteps"]:
-    """The table ``a_t`` in float32, on the host."""
+    """The table ``a_t`` in float32, on the host.
+
+    Raises:
+      CatVersionError: the model has EDM's noise levels in place of betas.
+    """
+    if config.edm is not None:
+        raise CatVersionError(
+            f"scheduler config: {config.scheduler_class} has noise levels of EDM and no betas: "
+            "such a model (Playground 2.5) can be drawn, but neither trained on nor asked for "
+            "masks. Use another model for these."
+        )
     if config.trained_betas is not None:
         betas = np.asarray(config.trained_betas, np.float32)
     elif config.beta_schedule == "linear":

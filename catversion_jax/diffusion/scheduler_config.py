@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from catversion_jax.diffusion.edm import SCHEDULERS as EDM_SCHEDULERS
+from catversion_jax.diffusion.edm import EDMConfig
 from catversion_jax.errors import CatVersionError, did_you_mean, shown
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -82,7 +84,7 @@ class NoiseScheduleConfig:
 
     ``timestep_spacing=None`` means the file leaves it to the sampler, each of which has its own
     default. ``scheduler_class`` is the class that the file names; it decides no noise, only how the
-    model is drawn where nobody says (``drawing_defaults.py``).
+    model is drawn where nobody says (``drawing_defaults.py``). With ``edm`` the model has no betas.
     """
 
     num_train_timesteps: int = 1000
@@ -100,6 +102,7 @@ class NoiseScheduleConfig:
     lower_order_final: bool = True
     euler_at_final: bool = False
     scheduler_class: str = ""
+    edm: EDMConfig | None = None
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseScheduleConfig:
@@ -110,10 +113,15 @@ class NoiseScheduleConfig:
             supported.
         """
         class_name = str(config.get("_class_name", ""))
+        edm = None
+        if class_name in EDM_SCHEDULERS:
+            edm = EDMConfig.from_scheduler_config(config)
+            own = {field.name for field in dataclasses.fields(edm)}
+            config = {key: value for key, value in config.items() if key not in own}
         given = {key: value for key, value in config.items() if not key.startswith("_")}
         if class_name in _CLIPS_BY_DEFAULT:
             given.setdefault("clip_sample", True)
-        known = {field.name for field in dataclasses.fields(cls)} - {"scheduler_class"}
+        known = {field.name for field in dataclasses.fields(cls)} - {"scheduler_class", "edm"}
         for key, value in given.items():
             if key in _REQUIRED_VALUES:
                 _check_choice(key, value, _REQUIRED_VALUES[key])
@@ -126,7 +134,7 @@ class NoiseScheduleConfig:
         )
         if isinstance(values.get("trained_betas"), list):
             values["trained_betas"] = tuple(values["trained_betas"])
-        return cls(**values, scheduler_class=class_name)
+        return cls(**values, scheduler_class=class_name, edm=edm)
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -188,6 +196,6 @@ def _unknown_key_message(key: str, class_name: str, known: set[str]) -> str:
     return (
         f"scheduler config: unknown key {shown(key)} (scheduler class "
         f"{class_name[:80] or 'not named'}): it might change the result, so it is not "
-        f"ignored.{hint} Models that are not trained on betas (flow matching, "
-        "EDM) cannot be used; otherwise remove the key from scheduler/scheduler_config.json."
+        f"ignored.{hint} Models that are trained by flow matching (SD3, "
+        "FLUX) cannot be used; otherwise remove the key from scheduler/scheduler_config.json."
     )

@@ -4,7 +4,9 @@ r"""The autoencoder of Stable Diffusion 1.x and 2.x: ``AutoencoderKL`` of diffus
     (2)  q(z | image) = N(mean, diag(std^2)),   std = exp(log var / 2)
     (3)  image' = decoder(post_quant_conv(z))
 
-Latents are unscaled here: the UNet sees ``scaling_factor * z``, and the caller multiplies. Source:
+Latents are unscaled here: the UNet sees ``scaling_factor * z``, and the caller multiplies. Where
+the configuration has ``latents_mean`` and ``latents_std`` (Playground 2.5), ``z`` is whitened by
+them: equation (1) gives ``(mean - latents_mean) / latents_std`` and (3) undoes it. Source:
 diffusers ``models/autoencoders/{autoencoder_kl,vae}.py``. Two facts that bite: downsampling pads
 below and right only, and every group norm has epsilon 1e-6.
 """
@@ -55,6 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
     "scaling_factor": 0.18215,
 }
+WHITENING = ("latents_mean", "latents_std")
 RANGES = {
     "in_channels": (1, 64),
     "out_channels": (1, 64),
@@ -85,6 +88,8 @@ class VAEConfig:
     use_post_quant_conv: bool
     mid_block_add_attention: bool
     scaling_factor: float
+    latents_mean: tuple[float, ...] | None
+    latents_std: tuple[float, ...] | None
 
     @property
     def downsampling(self) -> int:
@@ -99,14 +104,12 @@ class VAEConfig:
           CatVersionError: a key asks for something unsupported, or the keys contradict each other.
         """
         block_keys = {"down_block_types": DOWN_BLOCK, "up_block_types": UP_BLOCK}
-        # shift_factor, latents_mean and latents_std change how latents are scaled: only null
-        # passes.
         check_supported(
             config,
             source=source,
-            used=DEFAULTS.keys() | block_keys.keys(),
+            used={*DEFAULTS, *block_keys, *WHITENING},
             ignored=IGNORED,
-            only={"act_fn": tuple(ACTIVATIONS)},
+            only={"act_fn": tuple(ACTIVATIONS), "shift_factor": (0.0, None)},
         )
         values = {key: config.get(key, default) for key, default in DEFAULTS.items()}
         for key, default in DEFAULTS.items():
@@ -138,7 +141,30 @@ class VAEConfig:
                     "2.x autoencoder."
                 )
         check_groups(values["norm_num_groups"], values["block_out_channels"], source=source)
-        return cls(**values)
+        mean, std = (
+            _per_channel(config.get(key), key, values["latent_channels"], source=source)
+            for key in WHITENING
+        )
+        if (mean is None) != (std is None) or not all(value > 0 for value in std or ()):
+            raise CatVersionError(
+                f"{source}: latents_mean = {shown(mean)} and latents_std = {shown(std)} must be "
+                "given together, the latter above 0, or neither. Correct the configuration."
+            )
+        return cls(**values, latents_mean=mean, latents_std=std)
+
+
+def _per_channel(value: Any, key: str, channels: int, *, source: str) -> tuple[float, ...] | None:
+    """One number for each channel of the latents; None where there is none."""
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or len(value) != channels:
+        raise CatVersionError(
+            f"{source}: {key} = {shown(value)}, must be null or a list of {channels} numbers, one "
+            "for each latent channel. Correct the configuration."
+        )
+    for number in value:
+        check_numbers({key: number}, {key: (-1e6, 1e6)}, source=source)
+    return tuple(float(number) for number in value)
 
 
 def _resnet(
@@ -308,6 +334,8 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, layers: LayerFactory):
         channels = config.latent_channels
+        mean, std = config.latents_mean, config.latents_std
+        self.whitening = None if mean is None or std is None else (mean, std)
         self.dtype = layers.dtype
         self.encoder = Encoder(config, layers=layers)
         self.decoder = Decoder(config, layers=layers)
@@ -330,11 +358,18 @@ class AutoencoderKL(nnx.Module):
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
-        return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
+        std = jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
+        if self.whitening is not None:
+            shift, scale = (jnp.asarray(row, mean.dtype) for row in self.whitening)
+            return (mean - shift) / scale, std / scale
+        return mean, std
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Equation (3): images, roughly in [-1, 1] and not clipped, from unscaled latents."""
         latents = jnp.asarray(latents, self.dtype)
+        if self.whitening is not None:
+            shift, scale = (jnp.asarray(row, self.dtype) for row in self.whitening)
+            latents = latents * scale + shift
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)

@@ -11,7 +11,9 @@ import argparse
 import importlib
 import itertools
 import re
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 
 from catversion_jax.cli import COMMANDS
 from catversion_jax.config.presets import PRESETS
@@ -122,4 +124,25 @@ def _meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-WRITERS = {"options": options, "presets": presets, "commands": commands}
+def models() -> str:
+    """The table of ``tests/model_families.py``: which family can do what, and its tests."""
+    found = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "model_families.py"))
+    tests: dict[str, int] = {}
+    lines = [["family", *found["QUESTIONS"]], ["---"] * (len(found["QUESTIONS"]) + 1)]
+    for family, cells in found["FAMILIES"].items():
+        lines.append([family, *(_cell(cell, tests) for cell in cells)])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    notes = "\n".join(f"{number}. `tests/{test}`" for test, number in tests.items())
+    return f"{table}\n\nThe tests:\n\n{notes}"
+
+
+def _cell(cell: str, tests: dict[str, int]) -> str:
+    """Yes or no with the number of the test, another family, or that nobody tested it."""
+    if "::" not in cell:
+        return cell
+    test = cell.removeprefix("no: ")
+    answer = "no" if cell.startswith("no: ") else "yes"
+    return f"{answer} ({tests.setdefault(test, len(tests) + 1)})"
+
+
+WRITERS = {"models": models, "options": options, "presets": presets, "commands": commands}

@@ -112,7 +112,7 @@ def test_zero_terminal_snr_ends_exactly_at_zero():
 def published_classes():
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    extra = ["DDPMScheduler", "LCMScheduler", "TCDScheduler"]
+    extra = ["DDPMScheduler", "LCMScheduler", "TCDScheduler", "SASolverScheduler"]
     without_betas = {"EDMEulerScheduler"}
     return sorted({e.name for e in KarrasDiffusionSchedulers}.union(extra) - without_betas)
 

@@ -10,14 +10,18 @@ import pytest
 from catversion_jax.config import RecordingOptions
 from catversion_jax.config.sampling import USUAL, SamplingSettings, grid_settings
 from catversion_jax.diffusion import NoiseScheduleConfig, drawing_defaults
+from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.sampling import denoising
 from catversion_jax.sampling.denoising import draw_requests
 from catversion_jax.sampling.pages import ImageMetadata
 from catversion_jax.sampling.requests import ImageRequest
+from catversion_jax.training.trainable import check_trainable
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
-from tiny_pipelines import load_pipe  # noqa: E402
+import jax  # noqa: E402
+from tiny_pipelines import load_pipe, save_tiny_sd  # noqa: E402
 
 # scheduler_config.json of stabilityai/sd-turbo and sdxl-turbo, as far as it decides the noise
 SD_TURBO = {
@@ -44,8 +48,9 @@ def backbone(one_block_sd_folder):
     return load_backbone(one_block_sd_folder)
 
 
-def defaults_of(config):
-    return drawing_defaults(NoiseScheduleConfig.from_scheduler_config(config))
+def defaults_of(config, takes_guidance=False):
+    schedule = NoiseScheduleConfig.from_scheduler_config(config)
+    return drawing_defaults(schedule, takes_guidance=takes_guidance)
 
 
 @pytest.mark.parametrize(
@@ -128,3 +133,63 @@ def test_turbo_draws_what_diffusers_draws(one_block_sd_folder, backbone, config,
     assert np.abs(found.pixels - expected).max() < 1e-3
     recorded = ImageMetadata(turbo, settings)(request)
     assert (recorded["num_inference_steps"], recorded["guidance_scale"]) == (steps or 4, 0.0)
+
+
+# ---- latent consistency models -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lcm_folder(made_once):
+    """As SimianLuo/LCM_Dreamshaper_v7: the UNet takes the guidance scale, here as a wave of 16."""
+    return made_once("one-block-lcm", lambda f: save_tiny_sd(f, blocks=1, time_cond_proj_dim=16))
+
+
+def test_consistency_models_need_four_steps():
+    lcm = {"_class_name": "LCMScheduler"}
+    for scheduler, takes_guidance, scale in (
+        (SD_TURBO, True, 8.5),
+        (lcm, True, 8.5),
+        (lcm, False, 1),
+    ):
+        found = defaults_of(scheduler, takes_guidance)
+        assert found.sampler == "lcm"
+        assert (found.num_inference_steps, found.guidance_scale) == (4, scale)
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 1.0, 3.0])
+def test_a_consistency_model_draws_what_diffusers_draws(lcm_folder, guidance_scale, monkeypatch):
+    """With the same noise between the steps. Guidance is an input of the UNet at any scale."""
+    backbone = load_backbone(lcm_folder)
+    plain = load_pipe(lcm_folder)
+    scheduler = diffusers.LCMScheduler.from_config(plain.scheduler.config)
+    pipe = diffusers.LatentConsistencyModelPipeline(
+        plain.vae, plain.text_encoder, plain.tokenizer, plain.unet, scheduler, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    seed = 5
+    keys = jax.vmap(jax.random.key)(np.array([seed], np.uint32))
+    noises = (denoising._noise(keys, fold, (8, 8, 4)) for fold in range(5))
+    latents, *between = (np.asarray(noise).transpose(0, 3, 1, 2) for noise in noises)
+    queue = iter(between)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_lcm.randn_tensor",
+        lambda *args, **kwargs: torch.from_numpy(np.array(next(queue))),
+    )
+    expected = pipe(
+        "a red cat",
+        latents=torch.from_numpy(np.array(latents)),
+        num_inference_steps=4,
+        guidance_scale=guidance_scale or 8.5,
+        output_type="np",
+    ).images
+    settings = SamplingSettings(guidance_scale=guidance_scale)
+    found = draw_requests(backbone, [ImageRequest("a red cat", seed=seed)], settings)
+    assert expected.std() > 0.05  # something is drawn
+    assert np.abs(found.pixels - expected).max() < 1e-3
+
+
+def test_a_consistency_model_is_not_trained_on(lcm_folder, backbone):
+    check_trainable(backbone)
+    with pytest.raises(CatVersionError, match=r"latent consistency model.*it was distilled from"):
+        check_trainable(load_backbone(lcm_folder))

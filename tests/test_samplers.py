@@ -17,6 +17,7 @@ PEERS = {
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
 }
 MODEL = {
     "_class_name": "PNDMScheduler",
@@ -47,10 +48,11 @@ def peer_trajectory(name, model, steps, start, noises, network, monkeypatch, *, 
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    if name == "euler_ancestral":
+    if name in ("euler_ancestral", "lcm"):
         queue = iter(noises)
+        module = {"lcm": "lcm", "euler_ancestral": "euler_ancestral_discrete"}[name]
         monkeypatch.setattr(
-            "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor",
+            f"diffusers.schedulers.scheduling_{module}.randn_tensor",
             lambda *args, **kwargs: torch.from_numpy(next(queue)),
         )
     x = torch.from_numpy(start) * scheduler.init_noise_sigma
@@ -325,3 +327,21 @@ def test_what_edm_cannot_be(name, change, options, named):
 def test_edm_has_no_betas_to_train_on():
     with pytest.raises(CatVersionError, match=r"no betas: .*can be drawn, but neither trained"):
         noise_schedule(NoiseScheduleConfig.from_scheduler_config(PLAYGROUND))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_steps_and_scaling_of_consistency_models(steps, monkeypatch):
+    change = {"original_inference_steps": 20, "timestep_scaling": 3.0}
+    compare("lcm", change, steps, monkeypatch)
+    config = NoiseScheduleConfig.from_scheduler_config(MODEL | change)
+    with pytest.raises(CatVersionError, match=r"at most original_inference_steps=20"):
+        make_sampler("lcm", config, 21)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"original_inference_steps": 0}, {"timestep_scaling": 0.0}, {"timestep_scaling": "10"}],
+)
+def test_what_a_consistency_model_cannot_be(change):
+    with pytest.raises(CatVersionError, match=next(iter(change))):
+        NoiseScheduleConfig.from_scheduler_config(MODEL | change)

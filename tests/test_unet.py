@@ -389,7 +389,7 @@ def test_equal_configs_make_equal_structures():
         ),
         ({"class_embed_type": "projection"}, "class_embed_type"),
         ({"num_class_embeds": 1000}, "num_class_embeds"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+        ({"time_cond_proj_dim": "256"}, "time_cond_proj_dim"),
         ({"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type"),
         ({"dual_cross_attention": True}, "dual_cross_attention"),
         ({"center_input_sample": True}, "center_input_sample"),

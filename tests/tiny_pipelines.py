@@ -34,7 +34,9 @@ def tiny_tokenizer(folder: Path, *, context: int):
     return CLIPTokenizer.from_pretrained(folder, model_max_length=context)
 
 
-def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0, blocks: int = 2) -> Path:
+def save_tiny_sd(
+    folder: Path, *, context: int = 24, seed: int = 0, blocks: int = 2, **unet_options
+) -> Path:
     """Write a random Stable Diffusion of the real classes, 16x16 images, a few hundred kB.
 
     With one block instead of two the UNet has no middle either: it compiles in a third of the time.
@@ -64,7 +66,7 @@ def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0, blocks: int 
                 parameter.normal_(std=0.2)
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
+        in_channels=unet_options.pop("in_channels", 4),
         out_channels=4,
         block_out_channels=(32, 64)[:blocks],
         layers_per_block=1,
@@ -74,6 +76,7 @@ def save_tiny_sd(folder: Path, *, context: int = 24, seed: int = 0, blocks: int 
         cross_attention_dim=32,
         attention_head_dim=4,
         norm_num_groups=8,
+        **unet_options,
     )
     vae = AutoencoderKL(
         block_out_channels=(16, 32),

@@ -74,6 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="initial latents [images channels h w], as diffusers takes them",
     )
     add(
+        "--image",
+        metavar="FILE",
+        type=path_argument,
+        help="for inpainting models: picture of which a part is painted anew [all is]",
+    )
+    add(
+        "--mask_image",
+        metavar="FILE",
+        type=path_argument,
+        help="white where --image is painted anew",
+    )
+    add(
         "--output_dir",
         type=path_argument,
         default="catversion-images",
@@ -89,11 +101,18 @@ def run(args: argparse.Namespace) -> int:
     settings = given_sampling_settings(args)
     rows = [Prompt(p) for p in args.prompt] if args.prompt else read_prompts(args.prompts)
     seeds = range(args.seed, args.seed + args.num_images_per_prompt)
+    if (args.image is None) != (args.mask_image is None):
+        raise CatVersionError(
+            f"--image {args.image}, --mask_image {args.mask_image}: must be given together; white "
+            "in the mask is painted anew."
+        )
     latents = None if args.latents is None else _read_latents(args.latents)
 
     from catversion_jax.sampling.concept_shelf import ConceptShelf
     from catversion_jax.sampling.generate import generated_pages
+    from catversion_jax.sampling.inpainting import KeptPicture
 
+    picture = None if args.image is None else KeptPicture.read(args.image, args.mask_image)
     shelf = ConceptShelf(args.concept, scale=args.scale, when=args.when)
     with progress(f"drawing {len(rows) * len(seeds)} images", "step") as advance:
         for drawn in generated_pages(
@@ -109,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
             negative_prompt=args.negative_prompt,
             force=args.force,
             latents=latents,
+            picture=picture,
             latents_name=str(args.latents),
             output_dir=args.output_dir,
             on_step=advance,

@@ -9,7 +9,7 @@ from typing import Any
 
 from catversion_jax.errors import CatVersionError, shown
 
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++")
+SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm")
 MAX_SIDE = 8192
 """Most pixels of a drawn image's side: more is a slip of the keyboard, and no memory holds it."""
 MAX_BATCH_SIZE = 4096

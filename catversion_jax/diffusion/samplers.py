@@ -24,9 +24,15 @@ cumulative alphas (DDIM) or ``s = sqrt((1 - a) / a)`` (the others), primes for t
          first order (without the last term) at the first step and, see ``_is_first_order``, at the
          last.
 
+    (7)  LCM (arXiv 2310.04378, algorithm 3), c_in = 1, boundary conditions of the timestep t with
+         u = 10 t (timestep_scaling) and 1/2 for sigma_data:
+             y = 1/4 / (u^2 + 1/4) x + u / sqrt(u^2 + 1/4) x_0
+             x_next = sqrt(a') y + sqrt(1 - a') noise, the last one y
+
 A model with the noise levels of EDM (``edm.py``) has (4) and (6) with alpha = 1 and its own E, F
 and c_in. Timesteps and roundings are those of diffusers' DDIMScheduler, EulerDiscreteScheduler,
-EulerAncestralDiscreteScheduler and DPMSolverMultistepScheduler, which the tests compare with.
+EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler and LCMScheduler, which the tests
+compare with.
 """
 
 from __future__ import annotations
@@ -123,6 +129,8 @@ def make_sampler(
     use_karras = config.use_karras_sigmas if karras is None else karras
     if name == "ddim":
         return _ddim(config, num_inference_steps, eta)
+    if name == "lcm":
+        return _lcm(config, num_inference_steps)
     if name == "dpmsolver++":
         return _dpm_solver_pp(config, num_inference_steps, use_karras)
     return _euler(name, config, num_inference_steps, use_karras and name in KARRAS_SAMPLERS)
@@ -236,12 +244,7 @@ def _ddim(config: NoiseScheduleConfig, num_steps: int, eta: float) -> Sampler:
     here = timesteps.astype(np.int64)
     before = here - config.num_train_timesteps // num_steps
     a = table[here]
-    if config.prediction_type == "epsilon" and (a == 0).any():
-        raise CatVersionError(
-            "rescale_betas_zero_snr with prediction_type='epsilon': at the last timestep nothing "
-            "of the image is left, so predicted noise does not determine it; set timestep_spacing "
-            "to 'leading' in the scheduler config or use a v_prediction model."
-        )
+    _check_signal(config, a)
     a_next = np.where(
         before >= 0, table[np.maximum(before, 0)], 1.0 if config.set_alpha_to_one else table[0]
     )
@@ -252,6 +255,38 @@ def _ddim(config: NoiseScheduleConfig, num_steps: int, eta: float) -> Sampler:
     direction = np.sqrt(np.maximum(1 - a_next - added**2, 0)) / sigma
     keep, mix = direction, np.sqrt(a_next) - direction * signal
     return Sampler("ddim", _table(timesteps, np.ones_like(a), e, f, keep, mix, noise=added), 1.0)
+
+
+def _check_signal(config: NoiseScheduleConfig, a: np.ndarray) -> None:
+    """Refuse a step at which noise that the network predicts does not determine the image."""
+    if config.prediction_type == "epsilon" and (a == 0).any():
+        raise CatVersionError(
+            "rescale_betas_zero_snr with prediction_type='epsilon': at the last timestep nothing "
+            "of the image is left, so predicted noise does not determine it; set timestep_spacing "
+            "to 'leading' in the scheduler config or use a v_prediction model."
+        )
+
+
+def _lcm(config: NoiseScheduleConfig, num_steps: int) -> Sampler:
+    """Equation (7). Its timesteps are a choice of those that the model was distilled on."""
+    original = config.original_inference_steps
+    if not num_steps <= original <= config.num_train_timesteps:
+        raise CatVersionError(
+            f"num_inference_steps={num_steps} with sampler='lcm': must be at most "
+            f"original_inference_steps={original} of the scheduler config, which must be within "
+            f"1..{config.num_train_timesteps}; 4 to 8 is usual."
+        )
+    taught = (np.arange(original) + 1) * (config.num_train_timesteps // original) - 1
+    here = taught[::-1][np.floor(np.linspace(0, original, num_steps, endpoint=False)).astype(int)]
+    a = alphas_cumprod(config).astype(np.float64)[here]
+    _check_signal(config, a)
+    a_next = np.append(a[1:], 1.0)
+    u = config.timestep_scaling * here.astype(np.float64)
+    total = u**2 + 0.25
+    e, f = _x0_coefficients(config.prediction_type, np.sqrt(a), np.sqrt(1 - a))
+    keep, mix = np.sqrt(a_next) * 0.25 / total, np.sqrt(a_next) * u / np.sqrt(total)
+    timesteps, noise = here.astype(np.float64), np.sqrt(1 - a_next)
+    return Sampler("lcm", _table(timesteps, np.ones_like(a), e, f, keep, mix, noise=noise), 1.0)
 
 
 def _sigma_table(config: NoiseScheduleConfig) -> np.ndarray:

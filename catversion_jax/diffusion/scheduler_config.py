@@ -63,6 +63,9 @@ _STEP_RULE_KEYS = frozenset(
         "dynamic_thresholding_ratio",
         "sample_max_value",
         "solver_order",
+        "predictor_order",
+        "corrector_order",
+        "tau_func",
         "solver_type",
         "solver_p",
         "algorithm_type",
@@ -71,8 +74,6 @@ _STEP_RULE_KEYS = frozenset(
         "flow_shift",
         "time_shift_type",
         "noise_sampler_seed",
-        "original_inference_steps",
-        "timestep_scaling",
     }
 )
 
@@ -101,6 +102,8 @@ class NoiseScheduleConfig:
     final_sigmas_type: str = "zero"
     lower_order_final: bool = True
     euler_at_final: bool = False
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
     scheduler_class: str = ""
     edm: EDMConfig | None = None
 
@@ -156,7 +159,11 @@ def _check_values(config: NoiseScheduleConfig) -> None:
         value = getattr(config, field.name)
         if field.type == "bool" and type(value) is not bool:
             _refuse(field.name, value, "true or false")
-    for name, low in (("num_train_timesteps", 1), ("steps_offset", 0)):
+    for name, low in (
+        ("num_train_timesteps", 1),
+        ("steps_offset", 0),
+        ("original_inference_steps", 1),
+    ):
         value = getattr(config, name)
         if type(value) is not int or not low <= value <= _MOST_TIMESTEPS:
             _refuse(name, value, f"a whole number within {low}..{_MOST_TIMESTEPS}")
@@ -164,6 +171,9 @@ def _check_values(config: NoiseScheduleConfig) -> None:
         value = getattr(config, name)
         if not _is_beta(value) or value == 1:
             _refuse(name, value, "a number above 0 and below 1")
+    scaling = config.timestep_scaling
+    if type(scaling) not in (int, float) or not 0 < scaling <= 1e6:
+        _refuse("timestep_scaling", scaling, "a number above 0")
     betas = config.trained_betas
     if betas is not None and not (isinstance(betas, tuple) and all(map(_is_beta, betas))):
         _refuse("trained_betas", betas, "a list of numbers above 0 and at most 1")

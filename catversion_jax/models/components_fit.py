@@ -28,13 +28,22 @@ def check_components_fit(
             f"{folder}: vae in_channels = {vae.in_channels} and out_channels = {vae.out_channels}, "
             "must both be 3 (red, green, blue). Use a Stable Diffusion 1.x or 2.x model."
         )
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+    latents = vae.latent_channels
+    if unet.in_channels not in (latents, inpainting_channels(latents)) or (
+        unet.out_channels != latents
+    ):
         raise CatVersionError(
             f"{folder}: unet in_channels = {unet.in_channels}, out_channels = "
-            f"{unet.out_channels} and vae latent_channels = {vae.latent_channels} must be equal. "
-            "Inpainting, depth and upscaling models are not supported: use the text-to-image model "
+            f"{unet.out_channels} and vae latent_channels = {latents}: in_channels must be "
+            f"{latents}, or {inpainting_channels(latents)} for inpainting, and out_channels "
+            f"{latents}. Depth and upscaling models are not supported: use the text-to-image model "
             "of the same family."
         )
+
+
+def inpainting_channels(latent_channels: int) -> int:
+    """What the UNet of an inpainting model reads: latents, a mask, and latents of what is kept."""
+    return 2 * latent_channels + 1
 
 
 def _check_text_fits(folder: Path, texts: Sequence[CLIPTextConfig], unet: UNetConfig) -> None:

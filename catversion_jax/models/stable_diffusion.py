@@ -18,7 +18,7 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vision import sub_config
-from catversion_jax.models.components_fit import check_components_fit
+from catversion_jax.models.components_fit import check_components_fit, inpainting_channels
 from catversion_jax.models.layers.resnet import LayerFactory
 from catversion_jax.models.text_encoders import (
     TextEncoderFacts,
@@ -66,6 +66,8 @@ class Backbone:
       latent_downsampling: pixels per latent position, each way.
       latent_channels: of the latents.
       default_resolution: pixels per side the UNet was trained at.
+      takes_guidance: the UNet was distilled with the guidance scale as an input (LCM).
+      inpaints: the UNet reads a mask and the latents of what is kept too (``inpainting.py``).
       zeros_for_empty_prompt: an empty negative prompt means states of zeros, as in Stable
         Diffusion XL, and not the states of ``""``.
       digests: of the content of ``text_encoder``, ``unet``, ``vae``, ``scheduler`` and, if there is
@@ -85,13 +87,15 @@ class Backbone:
     latent_downsampling: int
     latent_channels: int
     default_resolution: int
+    takes_guidance: bool
+    inpaints: bool
     zeros_for_empty_prompt: bool
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def drawing_defaults(self) -> DrawingDefaults:
         """Sampler, steps and guidance where nobody gives them."""
-        return drawing_defaults(self.noise_schedule)
+        return drawing_defaults(self.noise_schedule, takes_guidance=self.takes_guidance)
 
     @property
     def text_encoder(self) -> Network:
@@ -288,6 +292,8 @@ def _assemble(name: str, files: ModelFiles, weights: Any, load: Callable[..., Ne
         latent_downsampling=vae_config.downsampling,
         latent_channels=vae_config.latent_channels,
         default_resolution=unet_config.sample_size * vae_config.downsampling,
+        takes_guidance=unet_config.guidance_width is not None,
+        inpaints=unet_config.in_channels == inpainting_channels(vae_config.latent_channels),
         zeros_for_empty_prompt=files.zeros_for_empty_prompt,
     )
 

@@ -79,6 +79,11 @@ def class_word_maps(
     """How much each pixel belongs to the class word, 0..1; arguments as for
     :func:`class_word_masks`.
     """
+    if backbone.inpaints:
+        raise CatVersionError(
+            f"{backbone.name}: is an inpainting model, whose attention makes no masks. Give the "
+            "text-to-image model of the same family."
+        )
     _check_images(backbone, pixels, base_classes)
     read = {word: _read_word(backbone, word) for word in dict.fromkeys(base_classes)}
     schedule = noise_schedule(backbone.noise_schedule)

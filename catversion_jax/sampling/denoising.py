@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +48,24 @@ from catversion_jax.sampling.encoding import (
     encode_requests,
     stack_conditions,
 )
+from catversion_jax.sampling.inpainting import KeptPicture, inpainting_input
 from catversion_jax.sampling.requests import ImageRequest, prompt_warnings
 
 logger = logging.getLogger(__name__)
+
+
+class UNetInputs(NamedTuple):
+    """What the UNet is told of a batch of images beside their noisy latents.
+
+    Attributes:
+      texts: the conditions of the prompts, and with guidance of the negative prompts.
+      guidance: the guidance scale of each, where the UNet takes it as an input.
+      kept: mask and latents of what is kept, where the model inpaints (``inpainting.py``).
+    """
+
+    texts: list[Conditions]
+    guidance: Float[Array, " B"] | None = None
+    kept: Float[Array, "B h w c"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +94,7 @@ def draw_requests(
     settings: SamplingSettings | None = None,
     *,
     latents: Float[np.ndarray, "n channels h w"] | None = None,
+    picture: KeptPicture | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> GeneratedImages:
     """Draw every request.
@@ -89,10 +105,12 @@ def draw_requests(
       settings: None is the defaults.
       latents: standard-normal initial latents in diffusers' NCHW layout, one per request, instead
         of the seeds'.
+      picture: what an inpainting model keeps a part of; None paints everything anew.
       on_step: called with (steps done, steps in all) of the whole call.
 
     Raises:
-      CatVersionError: a setting, a size or a latent shape that cannot be.
+      CatVersionError: a setting, a size or a latent shape that cannot be; a picture for a model
+        that reads none.
     """
     settings = (settings or SamplingSettings()).over(backbone.drawing_defaults)
     if because := backbone.drawing_defaults.because:
@@ -112,8 +130,10 @@ def draw_requests(
     warnings = prompt_warnings(backbone.tokenizers, requests)
     for message in warnings:
         logger.warning(message)
+    kept = inpainting_input(backbone, picture, *shape[:2])
     guidance_scale = cast(float, settings.guidance_scale)
-    texts = encode_requests(backbone, requests, guidance_scale)
+    # A UNet that takes the scale as an input gives the guided output by itself.
+    texts = encode_requests(backbone, requests, 1.0 if backbone.takes_guidance else guidance_scale)
     factor = backbone.latent_downsampling
     branches = [
         [conditions(states, shape[0] * factor, shape[1] * factor) for states in branch]
@@ -130,10 +150,13 @@ def draw_requests(
         keys, x = _initial_noise(place_by_device(seeds, mesh), shape)
         if start is not None:
             x = place_by_device(start[rows], mesh)
-        placed = [
-            place_by_device(stack_conditions([branch[i] for i in rows]), mesh)
-            for branch in branches
-        ]
+        scales = np.full(len(rows), guidance_scale, np.float32)
+        inputs = UNetInputs(
+            [stack_conditions([branch[i] for i in rows]) for branch in branches],
+            scales if backbone.takes_guidance else None,
+            None if kept is None else np.stack([kept] * len(rows)),
+        )
+        placed = place_by_device(inputs, mesh)
         final.append(_denoise(backbone.unet, sampler, guidance_scale, x, placed, keys, report))
     last = np.concatenate(final)[: len(requests)]
     pixels = decode_latents(backbone, last)
@@ -211,7 +234,7 @@ def _denoise(
     sampler: Sampler,
     guidance_scale: float,
     noise: Float[Array, "B h w channels"],
-    texts: list[Conditions],
+    inputs: UNetInputs,
     keys: Key[Array, " B"],
     report: Callable[[Array], None],
 ) -> Float[np.ndarray, "B h w channels"]:
@@ -225,7 +248,7 @@ def _denoise(
     x, x0 = _first_state(noise, sigma)
     for step, row in enumerate(sampler.rows):
         row, number = jax.device_put((row, np.uint32(step)), replicated(mesh))
-        x, x0 = _denoise_step(mesh, unet, row, guidance, x, x0, texts, keys, number)
+        x, x0 = _denoise_step(mesh, unet, row, guidance, x, x0, inputs, keys, number)
         report(x)
     return jax.device_get(x)
 
@@ -310,7 +333,7 @@ def _denoise_step(
     guidance_scale: Float[Array, ""],
     x: Float[Array, "B h w channels"],
     previous_x0: Float[Array, "B h w channels"],
-    texts: list[Conditions],
+    inputs: UNetInputs,
     keys: Key[Array, " B"],
     step: Int[Array, ""],
 ) -> tuple[Array, Array]:
@@ -318,7 +341,7 @@ def _denoise_step(
     everywhere, images = replicated(mesh).spec, by_device(mesh).spec
     specs = (everywhere, everywhere, everywhere, images, images, images, images, everywhere)
     advance = on_every_device(_advance, mesh, specs, (images, images))
-    return advance(unet, row, guidance_scale, x, previous_x0, texts, keys, step)
+    return advance(unet, row, guidance_scale, x, previous_x0, inputs, keys, step)
 
 
 def _advance(
@@ -327,15 +350,19 @@ def _advance(
     guidance_scale: Float[Array, ""],
     x: Float[Array, "B h w channels"],
     previous_x0: Float[Array, "B h w channels"],
-    texts: list[Conditions],
+    inputs: UNetInputs,
     keys: Key[Array, " B"],
     step: Int[Array, ""],
 ) -> tuple[Array, Array]:
-    """``texts``: the conditions of the prompts, and with guidance of the negative prompts."""
+    """One step."""
+    texts, guidance, kept = inputs
     model_input = row.input_scale * x
+    if kept is not None:
+        model_input = jnp.concatenate([model_input, kept], axis=-1)
     context, added = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *texts)
-    inputs = jnp.concatenate([model_input] * len(texts))
-    output = unet(inputs, row.timestep, context, added=added).astype(jnp.float32)
+    model_input = jnp.concatenate([model_input] * len(texts))
+    output = unet(model_input, row.timestep, context, added=added, guidance=guidance)
+    output = output.astype(jnp.float32)
     if len(texts) == 2:
         prompted, plain = jnp.split(output, 2)
         output = plain + guidance_scale * (prompted - plain)  # (1)

@@ -22,6 +22,7 @@ from catversion_jax.models.stable_diffusion import Backbone, load_model
 from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.sampling.concept_shelf import Concepts, ConceptShelf
+from catversion_jax.sampling.inpainting import KeptPicture
 from catversion_jax.sampling.pages import (
     IMAGES_PER_PAGE,
     ImageMetadata,
@@ -68,6 +69,8 @@ def generate(
     when: str | None = None,
     force: bool = False,
     latents: Float[np.ndarray, "B C h w"] | None = None,
+    image: Int[np.ndarray, "H W 3"] | str | Path | None = None,
+    mask_image: Int[np.ndarray, "H W"] | str | Path | None = None,
     output_dir: str | Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     sampler: str | None = None,
@@ -106,6 +109,9 @@ def generate(
       force: use a concept though it was trained with another text encoder of the same shape.
       latents: standard-normal initial latents in diffusers' layout, one per image, instead of those
         of the seeds; ``h`` and ``w`` are pixels divided by the VAE's factor (8).
+      image: for inpainting models: the picture of which a part is painted anew, a file or uint8;
+        it is scaled to the size that is drawn. None paints everything anew.
+      mask_image: white where ``image`` is painted anew, a file or uint8.
       output_dir: receives a PNG per image, which carries its settings, and labelled grids. None
         writes nothing.
       on_step: is called with (steps done, steps in all) of the page of 64 images under way.
@@ -153,6 +159,7 @@ def generate(
         raise CatVersionError(
             f"prompts={prompts!r}, seeds={seeds!r}: give at least one prompt and one seed."
         )
+    picture = _kept_picture(image, mask_image)
     drawn = list(
         generated_pages(
             rows,
@@ -167,6 +174,7 @@ def generate(
             negative_prompt=negative_prompt,
             force=force,
             latents=latents,
+            picture=picture,
             output_dir=None if output_dir is None else as_path(output_dir),
             on_step=on_step,
         )
@@ -199,6 +207,22 @@ def _prompts(prompts: object) -> list[Prompt]:
     return rows
 
 
+def _kept_picture(
+    image: np.ndarray | str | Path | None, mask: np.ndarray | str | Path | None
+) -> KeptPicture | None:
+    """Both as arrays or both as files; None where neither was given."""
+    if image is None and mask is None:
+        return None
+    if isinstance(image, np.ndarray) and isinstance(mask, np.ndarray):
+        return KeptPicture(image, mask)
+    if isinstance(image, str | Path) and isinstance(mask, str | Path):
+        return KeptPicture.read(image, mask)
+    raise CatVersionError(
+        f"image of type {type(image).__name__} and mask_image of type {type(mask).__name__}: give "
+        "both, as two files or as two uint8 arrays; white in mask_image is painted anew."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class GeneratedPage:
     """One page, and the files it became where an ``output_dir`` was given.
@@ -228,6 +252,7 @@ def generated_pages(
     negative_prompt: str,
     force: bool,
     latents: Float[np.ndarray, "B C h w"] | None,
+    picture: KeptPicture | None,
     output_dir: Path | None,
     on_step: Callable[[int, int], None] | None,
     latents_name: str = "given",
@@ -254,13 +279,16 @@ def generated_pages(
     shelf.check(backbone, force=force)
     folder = None
     if output_dir is not None:
-        describe = ImageMetadata(backbone, settings, None if latents is None else latents_name)
+        describe = ImageMetadata(
+            backbone, settings, None if latents is None else latents_name, picture
+        )
         folder = PageFolder(output_dir, len(seeds), describe)
     for page in draw_pages(
         backbone,
         requests,
         settings,
         latents=latents,
+        picture=picture,
         # whole rows of the grid
         images_per_page=max(IMAGES_PER_PAGE // len(seeds), 1) * len(seeds),
         on_step=on_step,

@@ -26,6 +26,7 @@ from catversion_jax.methods.table import settings_of
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.sampling.denoising import checked_latents, draw_requests
 from catversion_jax.sampling.grids import image_grid
+from catversion_jax.sampling.inpainting import KeptPicture
 from catversion_jax.sampling.png import save_png, slug
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, active_concepts
 
@@ -57,6 +58,7 @@ def draw_pages(
     settings: SamplingSettings,
     *,
     latents: np.ndarray | None = None,
+    picture: KeptPicture | None = None,
     images_per_page: int = IMAGES_PER_PAGE,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[Page]:
@@ -72,7 +74,9 @@ def draw_pages(
     for start in range(0, len(requests), images_per_page):
         page = requests[start : start + images_per_page]
         own_latents = None if latents is None else latents[start : start + images_per_page]
-        drawn = draw_requests(backbone, page, settings, latents=own_latents, on_step=on_step)
+        drawn = draw_requests(
+            backbone, page, settings, latents=own_latents, picture=picture, on_step=on_step
+        )
         yield Page(start, page, drawn.images, drawn.warnings)
 
 
@@ -144,9 +148,16 @@ class ImageMetadata:
       backbone: the model that draws.
       settings: how it draws; the model's own where they have none.
       latents: where initial latents came from, if they were given.
+      picture: of which a part is kept, if one was given.
     """
 
-    def __init__(self, backbone: Backbone, settings: SamplingSettings, latents: str | None = None):
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: SamplingSettings,
+        latents: str | None = None,
+        picture: KeptPicture | None = None,
+    ):
         self._tokenizer = backbone.tokenizers[0]
         self._learned: dict[int, str] = {}
         settings = settings.over(backbone.drawing_defaults)
@@ -154,6 +165,7 @@ class ImageMetadata:
         self._of_job = {
             **given,
             "latents": latents,
+            "kept_picture_sha256": None if picture is None else picture.sha256,
             "model": backbone.name,
             **backbone.fingerprints,
             "platform": jax.default_backend(),

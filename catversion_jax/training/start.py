@@ -43,6 +43,7 @@ from catversion_jax.training.run.reader import TrainedConcept, read_trained_conc
 from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.start_values import abstract_state
 from catversion_jax.training.state import make_optimizer
+from catversion_jax.training.trainable import check_trainable
 from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def train(
     join_processes(config.coordinator_address, config.num_processes, config.process_id)
     mesh = make_mesh(config.data_parallel, jax.local_devices())
     backbone = _load(config, mesh) if backbone is None else _placed(config, backbone, mesh)
+    check_trainable(backbone)
     if stop is not None and stop.is_set():
         return TrainResult(root, (), {}, True, backbone)
     dtype = _dtype_of(backbone)
@@ -188,7 +190,8 @@ def _dtype_of(backbone: Backbone) -> str:
 
 
 def planned_step(config: TrainConfig, backbone: Backbone) -> PlannedStep:
-    """What :mod:`~catversion_jax.training.planning` compiles, from options and networks."""
+    """What :mod:`~catversion_jax.training.planning` compiles; the networks must be trainable."""
+    check_trainable(backbone)
     return PlannedStep(
         backbone,
         config.resolution or backbone.default_resolution,

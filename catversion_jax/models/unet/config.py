@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_head_dim": 8,
     "use_linear_projection": False,
     "sample_size": 64,
+    "time_cond_proj_dim": None,
 }
 
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -131,7 +132,8 @@ class UNetConfig:
 
     ``num_heads`` is what the files call ``attention_head_dim``: since SD 1.x it has meant the
     number of heads. ``sample_size``, the latent positions per side that the UNet was trained on,
-    decides nothing but the default resolution. ``added`` is None except in Stable Diffusion XL.
+    decides nothing but the default resolution. ``added`` is None except in Stable Diffusion XL, and
+    ``guidance_width`` except in latent consistency models.
     ``down_depths`` and ``up_depths`` have the number of transformer layers behind each residual
     block of each level; distilled models such as SSD-1B have fewer on the way down than on the way
     up.
@@ -157,6 +159,7 @@ class UNetConfig:
     cross_attention_dim: tuple[int, ...]
     only_cross_attention: tuple[bool, ...]
     sample_size: int
+    guidance_width: int | None
     added: AddedWidths | None
 
     @classmethod
@@ -210,6 +213,7 @@ class UNetConfig:
             cross_attention_dim=per_block("cross_attention_dim", int),
             only_cross_attention=per_block("only_cross_attention", bool),
             sample_size=sample_size,
+            guidance_width=_guidance_width(values["time_cond_proj_dim"], source=source),
             added=AddedWidths.from_hf(config, source=source),
         )
         for key in PER_BLOCK_RANGES:
@@ -241,6 +245,13 @@ class UNetConfig:
                     f"of each block and must divide its width; {heads} does not divide {width}. "
                     "Correct the configuration."
                 )
+
+
+def _guidance_width(value: Any, *, source: str) -> int | None:
+    if value is not None:
+        bounds = {"time_cond_proj_dim": (4, _MOST_CHANNELS)}
+        check_integers({"time_cond_proj_dim": value}, bounds, source=source)
+    return value
 
 
 def _integers(value: Any, key: str, *, source: str) -> tuple[int, ...]:

@@ -3,11 +3,14 @@ r"""Everything but noise and prompt that a UNet is told, as one vector that its 
     (1)  e(t) = [cos(t w), sin(t w)] or sin first,  w_k = 10000^{-k / (E/2 - freq_shift)},  k < E/2
     (2)  temb = W_2 act(W_1 e(t))
     (3)  temb' = temb + V_2 silu(V_1 [pooled, e(a_1), ..., e(a_6)])       (Stable Diffusion XL only)
+    (4)  temb = W_2 act(W_1 (e(t) + G e'(1000 (w - 1))))        (latent consistency models, for (2))
 
 (3) adds the pooled state of the prompt and six numbers ``a`` about the picture, each by (1) at the
-width ``addition_time_embed_dim``. Source: diffusers ``models/embeddings.py`` and, for (3),
-``addition_embed_type="text_time"`` of ``models/unets/unet_2d_condition.py``. The activation of (3)
-is silu whatever ``act_fn`` says.
+width ``addition_time_embed_dim``. (4) has the guidance scale w as an input (arXiv 2310.04378), e'
+is (1) with sin first and freq_shift 1. Source: diffusers ``models/embeddings.py``,
+``get_guidance_scale_embedding`` of its LCM pipeline and, for (3), ``addition_embed_type =
+"text_time"`` of ``models/unets/unet_2d_condition.py``. The activation of (3) is silu whatever
+``act_fn`` says.
 """
 
 from __future__ import annotations
@@ -67,13 +70,38 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Equation (2), and the second term of (3)."""
+    """Equation (2) or (4), and the second term of (3).
 
-    def __init__(self, in_channels: int, width: int, *, act_fn: str, layers: LayerFactory):
+    Args:
+      in_channels: of the embedding.
+      width: of the result.
+      act_fn: a key of ``ACTIVATIONS``.
+      guidance_width: of the wave of the guidance scale; None where there is none.
+      layers: makes the elementary layers.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        act_fn: str,
+        guidance_width: int | None = None,
+        layers: LayerFactory,
+    ):
+        self.cond_proj = (
+            None
+            if guidance_width is None
+            else layers.linear(guidance_width, in_channels, use_bias=False)
+        )
         self.act = ACTIVATIONS[act_fn]
         self.linear_1 = layers.linear(in_channels, width)
         self.linear_2 = layers.linear(width, width)
 
-    def __call__(self, embedding: Float[Array, "B E"]) -> Float[Array, "B F"]:
-        """Two dense layers."""
+    def __call__(
+        self, embedding: Float[Array, "B E"], guidance: Float[Array, "B G"] | None = None
+    ) -> Float[Array, "B F"]:
+        """Two dense layers; ``guidance`` is the wave of (4)."""
+        if guidance is not None and self.cond_proj is not None:
+            embedding = embedding + self.cond_proj(guidance)
         return self.linear_2(self.act(self.linear_1(embedding)))

@@ -43,7 +43,11 @@ class UNet2DConditionModel(nnx.Module):
         self.dtype = layers.dtype
         self.conv_in = layers.conv(config.in_channels, widths[0])
         self.time_embedding = TimestepEmbedding(
-            widths[0], temb_channels, act_fn=config.act_fn, layers=layers
+            widths[0],
+            temb_channels,
+            act_fn=config.act_fn,
+            guidance_width=config.guidance_width,
+            layers=layers,
         )
         self.add_embedding = (
             TimestepEmbedding(config.added.width, temb_channels, act_fn="silu", layers=layers)
@@ -79,6 +83,7 @@ class UNet2DConditionModel(nnx.Module):
         recompute: Recompute = "none",
         *,
         added: AddedConditions | None = None,
+        guidance: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B h w Cout"]:
         """Denoise once.
 
@@ -88,15 +93,25 @@ class UNet2DConditionModel(nnx.Module):
           encoder_hidden_states: the text encoder's output, or both encoders' side by side.
           recompute: what a backward pass computes again instead of keeping it.
           added: what Stable Diffusion XL is told beside the prompt; None for the others.
+          guidance: the guidance scale, for networks that were distilled with it.
 
         Returns:
           The prediction, in the computation's dtype. Any height and width work: where halving an
           odd size rounded up, the way up follows the size of the skips.
 
         Raises:
-          CatVersionError: ``added`` is missing, of other widths, or not what this network takes.
+          CatVersionError: ``added`` is missing, of other widths, or not what this network takes;
+            ``guidance`` where it takes none.
         """
-        return self._denoise(sample, timesteps, encoder_hidden_states, None, recompute, added=added)
+        return self._denoise(
+            sample,
+            timesteps,
+            encoder_hidden_states,
+            None,
+            recompute,
+            added=added,
+            guidance=guidance,
+        )
 
     def attention_maps(
         self,
@@ -133,10 +148,12 @@ class UNet2DConditionModel(nnx.Module):
         recompute: Recompute = "none",
         *,
         added: AddedConditions | None,
+        guidance: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B h w Cout"]:
         hidden = jnp.asarray(sample, self.dtype)
         text = jnp.asarray(encoder_hidden_states, self.dtype)
-        temb = self._embed(jnp.broadcast_to(jnp.asarray(timesteps), hidden.shape[:1]), added)
+        steps = jnp.broadcast_to(jnp.asarray(timesteps), hidden.shape[:1])
+        temb = self._embed(steps, added, guidance)
         hidden = self.conv_in(hidden)
         # Level l's up block takes what down block l made, except that each level's last output
         # (the downsampled one) goes to the level below and conv_in's goes to the outermost.
@@ -156,10 +173,15 @@ class UNet2DConditionModel(nnx.Module):
         return self.conv_out(self.act(self.conv_norm_out(hidden)))
 
     def _embed(
-        self, timesteps: Float[Array, " B"], added: AddedConditions | None
+        self,
+        timesteps: Float[Array, " B"],
+        added: AddedConditions | None,
+        guidance: Float[Array, " B"] | None,
     ) -> Float[Array, "B E"]:
-        """Equations (2) and (3) of ``embeddings.py``."""
-        temb = self.time_embedding(self._wave(timesteps, self.config.block_out_channels[0]))
+        """Equations (2) to (4) of ``embeddings.py``."""
+        temb = self.time_embedding(
+            self._wave(timesteps, self.config.block_out_channels[0]), self._guidance(guidance)
+        )
         widths = self.config.added
         if (added is None) != (widths is None):
             raise CatVersionError(
@@ -181,6 +203,19 @@ class UNet2DConditionModel(nnx.Module):
                 "of this model's second text encoder and six time ids."
             )
         return temb + self.add_embedding(given)
+
+    def _guidance(self, scale: Float[Array, " B"] | None) -> Float[Array, "B G"] | None:
+        """The wave in equation (4)."""
+        if scale is None:
+            return None
+        width = self.config.guidance_width
+        if width is None:
+            raise CatVersionError(
+                "guidance: this UNet has no time_cond_proj_dim and takes no guidance scale. Leave "
+                "it out."
+            )
+        wave = timestep_embedding(1000 * (scale - 1), width, flip_sin_to_cos=False, freq_shift=1)
+        return wave.astype(self.dtype)
 
     def _wave(self, numbers: Float[Array, " B"], width: int) -> Float[Array, "B E"]:
         """Equation (1), in the computation's dtype."""

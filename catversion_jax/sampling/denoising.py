@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -150,11 +150,12 @@ def draw_requests(
         keys, x = _initial_noise(place_by_device(seeds, mesh), shape)
         if start is not None:
             x = place_by_device(start[rows], mesh)
-        scales = np.full(len(rows), guidance_scale, np.float32)
+        scales: Any = np.full(len(rows), guidance_scale, np.float32)
+        same: Any = None if kept is None else np.stack([kept] * len(rows))
         inputs = UNetInputs(
             [stack_conditions([branch[i] for i in rows]) for branch in branches],
             scales if backbone.takes_guidance else None,
-            None if kept is None else np.stack([kept] * len(rows)),
+            same,
         )
         placed = place_by_device(inputs, mesh)
         final.append(_denoise(backbone.unet, sampler, guidance_scale, x, placed, keys, report))

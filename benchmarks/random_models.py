@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 def write_random_sd15(folder: Path) -> Path:
     """Random weights in half precision, 2.1 GB; what is there already stays."""
-    from test_full_size_train import write_sd15
+    from full_size_models import write_sd15
 
     if not (folder / "model_index.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def write_random_sd15(folder: Path) -> Path:
 
 def write_sd15_configurations(folder: Path) -> Path:
     """Everything but weights: enough to compile for."""
-    from test_full_size_plan import write_sd15_configs
+    from full_size_models import write_sd15_configs
 
     folder.mkdir(parents=True, exist_ok=True)
     write_sd15_configs(folder)
@@ -32,7 +32,7 @@ def write_sd15_configurations(folder: Path) -> Path:
 
 def write_sdxl_configurations(folder: Path) -> Path:
     """The same of Stable Diffusion XL."""
-    from test_full_size_plan import write_sdxl_configs
+    from full_size_models import write_sdxl_configs
 
     folder.mkdir(parents=True, exist_ok=True)
     write_sdxl_configs(folder)

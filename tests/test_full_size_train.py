@@ -3,13 +3,11 @@
 By hand: ``pytest -m slow -s tests/test_full_size_train.py`` prints wall time and peak memory.
 """
 
-import gc
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,62 +17,10 @@ from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
 
-torch = pytest.importorskip("torch", reason="the folder is made with torch: pip install '.[test]'")
-import diffusers  # noqa: E402
-import transformers  # noqa: E402
-from test_full_size_plan import write_sdxl_configs  # noqa: E402
-from tiny_pipelines import tiny_tokenizer  # noqa: E402
-from torch_reference import (  # noqa: E402
-    SD1_SCHEDULE,
-    SD15_UNET,
-    SD15_VAE,
-    SDXL_TEXT_ENCODER_2,
-    SDXL_UNET,
-    SDXL_VAE,
-    TEXT_ENCODERS,
-)
+pytest.importorskip("torch", reason="the folder is made with torch: pip install '.[test]'")
+from full_size_models import write_sd15, write_sdxl  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def write_sd15(folder: Path) -> None:
-    """Random weights in the published sizes, half precision on disk (2.1 GB)."""
-    torch.manual_seed(0)
-    text_config = transformers.CLIPTextConfig(**TEXT_ENCODERS["SD 1.5"])
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL.from_config(SD15_VAE),
-        text_encoder=transformers.CLIPTextModel(text_config),
-        tokenizer=tiny_tokenizer(folder.parent / "tokenizer", context=77),
-        unet=diffusers.UNet2DConditionModel.from_config(SD15_UNET),
-        scheduler=diffusers.DDIMScheduler(**SD1_SCHEDULE),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.to(torch.float16).save_pretrained(folder)
-
-
-def write_sdxl(folder: Path) -> None:
-    """The same of Stable Diffusion XL (7.1 GB), a component at a time."""
-    write_sdxl_configs(folder)
-    torch.manual_seed(0)
-    first = transformers.CLIPTextConfig(**TEXT_ENCODERS["SD 1.5"])
-    second = transformers.CLIPTextConfig(**SDXL_TEXT_ENCODER_2)
-    components: dict[str, Callable[[], torch.nn.Module]] = {
-        "unet": lambda: diffusers.UNet2DConditionModel.from_config(SDXL_UNET),
-        "text_encoder_2": lambda: transformers.CLIPTextModelWithProjection(second),
-        "text_encoder": lambda: transformers.CLIPTextModel(first),
-        "vae": lambda: diffusers.AutoencoderKL.from_config(SDXL_VAE),
-    }
-    for name, make in components.items():
-        torch.set_default_dtype(torch.float16)
-        try:
-            module = make()
-        finally:
-            torch.set_default_dtype(torch.float32)
-        module.half().save_pretrained(folder / name)
-        del module
-        gc.collect()
 
 
 def trained(

@@ -119,6 +119,8 @@ def export_pipeline(
       CatVersionError: ``output`` is in use or cannot be written, or the model cannot be used.
     """
     output = as_path(output)
+    if not concepts:
+        raise CatVersionError("concepts=[]: must be at least one. The model alone needs no export.")
     if is_in_bucket(output):
         raise CatVersionError(
             f"{output}: a pipeline folder must lie on this machine, because diffusers reads it as "

@@ -32,7 +32,7 @@ def test_a_tpu_that_is_not_here_is_planned_for(tmp_path: Path) -> None:
 def test_too_many_rows_are_said_not_to_fit() -> None:
     backbone = abstract_backbone("tiny-sd", dtype="bfloat16")
     mesh = compiled.tpu_mesh(parse_slice("v5e:1x1"))
-    with pytest.raises(compiled.DoesNotFitError, match=r"500000 rows on a chip: do not fit"):
+    with pytest.raises(compiled.DoesNotFitError, match=r"500000 rows on a device: do not fit"):
         compiled.compile_step(planned_step(CONFIG, backbone), mesh, 500_000, max_images=5)
 
 

@@ -87,6 +87,7 @@ def test_interrupted_concepts_continue_on_a_smaller_machine(
     assert_close(output, finished)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_without_a_concept_that_was_taken_out(
     one_block_sd_folder: Path, toys: Path, interrupted: Path, finished: Path, tmp_path: Path, caplog
 ) -> None:

@@ -14,15 +14,25 @@ from catversion_jax.cli.paths import path_argument
 TEXTS = {
     "train": {"config", "overrides"},  # the options of training are read by the config
     "plan": {"config", "overrides", "tpu", "gpu"},
-    "check": {"concepts", "base_class", "model", "instance_prompt", "dataset_split"}
+    "check": {
+        "concepts",
+        "base_class",
+        "model",
+        "prediction_type",
+        "instance_prompt",
+        "dataset_split",
+    }
     | {"image_column", "concept_column", "base_class_column"},
-    "masks": {"concepts", "model", "clipseg", "base_class", "revision", "variant"},
-    "generate": {"model", "revision", "variant", "prompt", "concept", "negative_prompt", "sampler"},
+    "masks": {"concepts", "model", "clipseg", "base_class", "revision", "variant"}
+    | {"prediction_type"},
+    "generate": {"model", "revision", "variant", "prompt", "concept", "negative_prompt", "sampler"}
+    | {"prediction_type"},
     "evaluate": {"clip", "prompts", "concepts", "base_class", "model", "revision", "variant"}
-    | {"dino", "classes", "sampler"},
-    "export": {"concept", "model", "revision", "variant", "prompt", "negative_prompt"},
+    | {"dino", "classes", "sampler", "prediction_type"},
+    "export": {"concept", "model", "revision", "variant", "prompt", "negative_prompt"}
+    | {"prediction_type"},
     "import": {"base_class", "name", "model", "variant"},
-    "inspect": {"model", "prompt"},
+    "inspect": {"model", "prompt", "prediction_type"},
     "status": set(),
 }
 

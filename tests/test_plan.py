@@ -192,6 +192,7 @@ def test_the_compiler_knows_every_chip_by_as_many_devices(name: str) -> None:
     assert tpu_mesh(target).devices.size == target.num_devices
 
 
+@pytest.mark.slow
 def test_several_devices_on_one_concept_hold_fewer_concepts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -131,6 +131,7 @@ def test_an_image_is_the_same_bits_whatever_the_batch(backbone, sampler):
     assert np.abs(draw_requests(backbone, others, settings).pixels - alone.pixels).max() > 0.01
 
 
+@pytest.mark.slow
 def test_every_device_draws_images_of_its_own(one_block_sd_folder, backbone):
     mesh = make_mesh(1, jax.devices()[:3])
     spread = load_backbone(one_block_sd_folder, sharding=replicated(mesh))

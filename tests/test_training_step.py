@@ -272,6 +272,7 @@ def test_evaluation_loss_ignores_mesh_and_batch(backbone: Backbone) -> None:
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [1, 3])  # fewer and more than the prompts, which are two
 def test_the_evaluation_loss_is_the_mean_of_its_samples(
     backbone: Backbone, num_samples: int

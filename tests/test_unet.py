@@ -422,6 +422,7 @@ def test_unsupported_config_is_named(change, named):
         UNetConfig.from_hf(SD1_LIKE | change)
 
 
+@pytest.mark.slow
 def test_the_embedded_model(embedded_model):
     folder = embedded_model / "unet"
     reference = diffusers.UNet2DConditionModel.from_pretrained(folder).eval()

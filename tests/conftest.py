@@ -102,12 +102,16 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_sd_folder(made_once: Callable[..., Path]) -> Path:
-    """A random pipeline folder: text 4 layers x 32, context 24, latents [8 8 4]."""
+def _need_diffusers() -> None:
     pytest.importorskip(
         "diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'"
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(made_once: Callable[..., Path]) -> Path:
+    """A random pipeline folder: text 4 layers x 32, context 24, latents [8 8 4]."""
+    _need_diffusers()
     from tiny_pipelines import save_tiny_sd
 
     return made_once("tiny-sd", save_tiny_sd)
@@ -116,9 +120,7 @@ def tiny_sd_folder(made_once: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def one_block_sd_folder(made_once: Callable[..., Path]) -> Path:
     """As ``tiny_sd_folder`` with a UNet of one block, for tests that train through commands."""
-    pytest.importorskip(
-        "diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'"
-    )
+    _need_diffusers()
     from tiny_pipelines import save_tiny_sd
 
     return made_once("one-block-sd", functools.partial(save_tiny_sd, blocks=1))
@@ -127,9 +129,7 @@ def one_block_sd_folder(made_once: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def tiny_xl_folder(made_once: Callable[..., Path]) -> Path:
     """A random Stable Diffusion XL: texts 4 x 32 and 5 x 48, context 24, latents [16 16 4]."""
-    pytest.importorskip(
-        "diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'"
-    )
+    _need_diffusers()
     from tiny_xl import save_tiny_xl
 
     return made_once("tiny-xl", save_tiny_xl)
@@ -138,9 +138,7 @@ def tiny_xl_folder(made_once: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def one_block_xl_folder(made_once: Callable[..., Path]) -> Path:
     """As ``tiny_xl_folder`` with a UNet of one block, for tests that train."""
-    pytest.importorskip(
-        "diffusers", reason="the tiny pipeline is built with diffusers: pip install '.[test]'"
-    )
+    _need_diffusers()
     from tiny_xl import save_tiny_xl
 
     return made_once("one-block-xl", functools.partial(save_tiny_xl, blocks=1))

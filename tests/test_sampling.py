@@ -50,16 +50,9 @@ def torch_images(folder, sampler, prompts, negative, latents, settings):
     pipe.set_progress_bar_config(disable=True)
     scheduler = getattr(diffusers, PEERS[sampler])
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    return pipe(
-        prompts,
-        negative_prompt=negative,
-        latents=torch.from_numpy(latents),
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        height=settings.height,
-        width=settings.width,
-        output_type="np",
-    ).images
+    from tiny_pipelines import drawn_by_torch
+
+    return drawn_by_torch(pipe, prompts, negative, latents, settings)
 
 
 def compare_with_torch(folder, backbone, settings, shape=None):

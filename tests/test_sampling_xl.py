@@ -7,7 +7,7 @@ import json
 import diffusers
 import numpy as np
 import pytest
-import torch
+from tiny_pipelines import drawn_by_torch
 from tiny_xl import load_xl
 
 from catversion_jax.config.sampling import SamplingSettings
@@ -47,16 +47,7 @@ def compare(folder, backbone, settings, negative=NEGATIVE, shape=(16, 16), **cha
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) | changes
     pipe.scheduler = getattr(diffusers, PEERS[settings.sampler]).from_config(scheduler)
     latents = np.random.default_rng(3).normal(size=(2, 4, *shape)).astype(np.float32)
-    expected = pipe(
-        PROMPTS,
-        negative_prompt=negative,
-        latents=torch.from_numpy(latents),
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        height=settings.height,
-        width=settings.width,
-        output_type="np",
-    ).images
+    expected = drawn_by_torch(pipe, PROMPTS, negative, latents, settings)
     schedule = NoiseScheduleConfig.from_scheduler_config(scheduler)
     ours = dataclasses.replace(backbone, noise_schedule=schedule)
     requests = [

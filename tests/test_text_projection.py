@@ -9,7 +9,14 @@ import pytest
 import torch
 import transformers
 from small_networks import SIZES, make_residual, token_ids
-from torch_reference import as_network, concatenated_attention, draw, randomise, relative_error
+from torch_reference import (
+    SDXL_TEXT_ENCODER_2,
+    as_network,
+    concatenated_attention,
+    draw,
+    randomise,
+    relative_error,
+)
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
@@ -147,16 +154,7 @@ def test_refused():
 @pytest.mark.slow  # 32 layers are traced
 def test_the_published_configuration_makes_the_published_number_of_parameters():
     """text_encoder_2/config.json of stable-diffusion-xl-base-1.0."""
-    published = {
-        "model_type": "clip_text_model",
-        "hidden_act": "gelu",
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_attention_heads": 20,
-        "num_hidden_layers": 32,
-        "projection_dim": 1280,
-        "vocab_size": 49408,
-    }
+    published = SDXL_TEXT_ENCODER_2 | {"model_type": "clip_text_model", "vocab_size": 49408}
     config = CLIPTextWithProjectionConfig.from_hf(published, source="config.json")
     network = abstract_network(
         lambda rngs: CLIPTextModelWithProjection(config, param_dtype=jnp.float32, rngs=rngs)

@@ -165,3 +165,17 @@ def save_vit(folder):
         patch_size=8,
     )
     randomise(transformers.ViTModel(config), seed=1).save_pretrained(folder)
+
+
+def drawn_by_torch(pipe, prompts, negative, latents, settings) -> np.ndarray:
+    """``[n height width 3]`` in 0..1: what a pipeline of diffusers draws with our settings."""
+    return pipe(
+        prompts,
+        negative_prompt=negative,
+        latents=torch.from_numpy(latents),
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=settings.height,
+        width=settings.width,
+        output_type="np",
+    ).images

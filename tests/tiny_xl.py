@@ -13,7 +13,7 @@ from diffusers import (
 )
 from random_model import byte_vocabulary
 from tiny_pipelines import tiny_tokenizer
-from torch_reference import SD1_SCHEDULE, randomise
+from torch_reference import SD1_SCHEDULE, SDXL_SCHEDULE, randomise
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -87,13 +87,7 @@ def save_tiny_xl(
         sample_size=32,
         scaling_factor=0.13025,
     )
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
+    scheduler = EulerDiscreteScheduler(**SDXL_SCHEDULE)
     tokenizer = tiny_tokenizer(folder / "tokenizer", context=context)
     tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "tokenizer", pad_token="!")
     tokenizer_2.model_max_length = context

@@ -18,8 +18,7 @@ from catversion_jax.concepts.report import ConceptReport, report_concept
 from catversion_jax.config import TrainConfig
 from catversion_jax.config.data import DataOptions
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.weights.model_files import ModelFiles, ModelFolder
-from catversion_jax.models.weights.single_file import SingleFile
+from catversion_jax.models.weights.model_files import opened
 from catversion_jax.runtime.columns import aligned
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -83,16 +82,12 @@ def run(args: argparse.Namespace) -> int:
     resolution = _SD_RESOLUTION if args.resolution is None else args.resolution
     if args.model is not None:
         path = embedded_folder(args.model) or Path(args.model)
-        files: ModelFiles
-        if path.is_file():
-            files = SingleFile(path, prediction_type=args.prediction_type)
-        elif path.is_dir():
-            files = ModelFolder(path)
-        else:
+        if not path.is_file() and not path.is_dir():
             raise CatVersionError(
                 f"--model {args.model}: neither a folder nor a file. Give a model folder or file "
                 "on disk, or leave it out."
             )
+        files = opened(path, prediction_type=args.prediction_type)
         tokenizer = files.tokenizer()
         if args.resolution is None:
             # imports jax, which the rest of this command does without

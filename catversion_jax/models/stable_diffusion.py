@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,8 @@ from catversion_jax.models.weights.network import Network, abstract_network
 from catversion_jax.runtime.bucket_paths import home_expanded, path_text
 from catversion_jax.runtime.precision import use_full_float32
 from catversion_jax.runtime.sharding import make_mesh, replicated
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -201,6 +204,17 @@ def load_backbone(
         dataclasses.replace(fact, hashes=encoder_hashes(files.tensors(component)))
         for component, fact in zip(files.text_encoders, backbone.text_facts, strict=True)
     )
+    defaults = backbone.drawing_defaults
+    if defaults.because:
+        logger.info(
+            "%s: taken for a distilled model (%s); unless told otherwise it is drawn with %s, %d "
+            "steps and guidance %g",
+            name,
+            defaults.because,
+            defaults.sampler,
+            defaults.num_inference_steps,
+            defaults.guidance_scale,
+        )
     return dataclasses.replace(backbone, text_facts=facts, digests=digests)
 
 

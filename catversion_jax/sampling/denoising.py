@@ -113,15 +113,6 @@ def draw_requests(
         that reads none.
     """
     settings = (settings or SamplingSettings()).over(backbone.drawing_defaults)
-    if because := backbone.drawing_defaults.because:
-        logger.info(
-            "%s: taken for a distilled model (%s); drawn with %s, %d steps and guidance %g",
-            backbone.name,
-            because,
-            settings.sampler,
-            settings.num_inference_steps,
-            settings.guidance_scale,
-        )
     if not requests:
         raise CatVersionError("requests is empty: give at least one prompt.")
     sampler = checked_sampler(backbone, settings)

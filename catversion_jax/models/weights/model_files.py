@@ -100,7 +100,8 @@ class ModelFolder:
     @property
     def text_encoders(self) -> tuple[str, ...]:
         """``text_encoder``, and the other one where ``model_index.json`` names it."""
-        return tuple(name for name in TEXT_ENCODERS if name in components_of(self.path))
+        there = components_of(self.path)
+        return tuple(name for name in TEXT_ENCODERS if name in there)
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
@@ -141,8 +142,12 @@ class ModelFolder:
         return copy_components(self.path, folder)
 
 
-def opened(model: str | Path | ModelFiles) -> ModelFiles:
+def opened(model: str | Path | ModelFiles, *, prediction_type: str | None = None) -> ModelFiles:
     """The files of a model on this machine; one already opened is returned as it is.
+
+    Args:
+      model: a diffusers folder or a single file.
+      prediction_type: what the UNet predicts, where a single file does not say it.
 
     Raises:
       CatVersionError: a single file that cannot be used.
@@ -150,7 +155,9 @@ def opened(model: str | Path | ModelFiles) -> ModelFiles:
     if not isinstance(model, str | Path):
         return model
     path = home_expanded(model)
-    return SingleFile(path) if path.is_file() else ModelFolder(path)
+    if path.is_file():
+        return SingleFile(path, prediction_type=prediction_type)
+    return ModelFolder(path)
 
 
 def open_model(

@@ -4,7 +4,7 @@
 every test that is named here is one that CI runs. So a cell that says yes is a test that passed.
 """
 
-QUESTIONS = ("loads", "equals PyTorch", "draws", "trains", "exports")
+QUESTIONS = ("loads", "equals PyTorch", "draws", "trains", "exports", "is planned")
 
 UNET = "test_unet.py::test_whole_network_and_text_gradient_equal_diffusers"
 DEPTHS = "test_unet.py::test_distilled_models_have_the_tensors_that_diffusers_has"
@@ -26,11 +26,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         DRAWS,
         TRAINS,
         EXPORTS,
+        "test_plan.py::test_a_plan_needs_no_weights",
     ),
     "Stable Diffusion 2.x": (
         "test_unet.py::test_published_configs_make_the_published_number_of_parameters",
         UNET,
         "test_samplers.py::test_trajectory_equals_diffusers",
+        "as 1.x",
         "as 1.x",
         "as 1.x",
     ),
@@ -40,6 +42,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         DRAWS_XL,
         TRAINS_XL,
         "test_training_xl.py::test_the_command_trains_resumes_draws_and_exports",
+        "test_training_xl.py::test_the_planned_step_is_that_of_training",
     ),
     "SD-Turbo, SDXL-Turbo": (
         "as 2.x and XL",
@@ -47,22 +50,25 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         TURBO,
         "as 2.x and XL",
         "as 2.x and XL",
+        "as 2.x and XL",
     ),
-    "BK-SDM Base, Small and Tiny": (DEPTHS, OTHER_UNETS, "as 1.x", "as 1.x", "as 1.x"),
-    "SSD-1B, Segmind-Vega": (DEPTHS, OTHER_UNETS, "as XL", "as XL", "as XL"),
+    "BK-SDM Base, Small and Tiny": (DEPTHS, OTHER_UNETS, "as 1.x", "as 1.x", "as 1.x", "as 1.x"),
+    "SSD-1B, Segmind-Vega": (DEPTHS, OTHER_UNETS, "as XL", "as XL", "as XL", "as XL"),
     "Latent consistency models": (
         LCM,
         LCM,
         LCM,
         "no: test_distilled.py::test_a_consistency_model_is_not_trained_on",
         "as 1.x",
+        "no: test_distilled.py::test_a_consistency_model_is_not_trained_on",
     ),
     "Inpainting models (9 channels)": (
         INPAINTING,
         INPAINTING,
         INPAINTING,
-        "no: test_inpainting.py::test_what_cannot_be_inpainted",
-        "not tested",
+        "test_inpainting_training.py::test_loss_and_gradient_equal_torch_autograd",
+        "test_inpainting_training.py::test_an_exported_folder_paints_with_the_concept",
+        "test_inpainting_training.py::test_the_planned_step_is_that_of_training",
     ),
     "Playground 2.5": (
         "as XL",
@@ -70,6 +76,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         EDM,
         "no: test_samplers.py::test_edm_has_no_betas_to_train_on",
         "as XL",
+        "no: test_samplers.py::test_edm_has_no_betas_to_train_on",
     ),
 }
 """A test; ``no:`` and the test of the refusal; or ``as`` the family whose code it shares."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.array_types import Array, Float
+from catversion_jax.array_types import Array, Bool, Float
 from catversion_jax.concepts import ConceptSpec
 from catversion_jax.concepts.images import Alpha, Crop, LoadedImage, load_image
 from catversion_jax.concepts.quarantine import concept_errors
@@ -42,12 +42,15 @@ class EncodedConcept:
       mask: ``[M 2 h w]`` float32 in [0, 1], share of the object in each latent pixel; 1 without a
         mask.
       time_ids: ``[M 6]`` float32, what Stable Diffusion XL is told of their sizes.
+      kept: ``[M V 2 h w 1+c]`` float32, what an inpainting model reads beside the noisy latents for
+        each of V areas to be painted anew; None for other models.
     """
 
     mean: np.ndarray
     std: np.ndarray
     mask: np.ndarray
     time_ids: np.ndarray
+    kept: np.ndarray | None = None
 
 
 def load_concept_images(
@@ -72,7 +75,12 @@ def load_concept_images(
 
 
 def encode_concept(
-    images: Sequence[LoadedImage], vae: Network, *, latent_scale: float, latent_downsampling: int
+    images: Sequence[LoadedImage],
+    vae: Network,
+    *,
+    latent_scale: float,
+    latent_downsampling: int,
+    repainted: Sequence[Bool[np.ndarray, "V R R"]] | None = None,
 ) -> EncodedConcept:
     """Encode images and their mirror images (equation 1).
 
@@ -81,6 +89,8 @@ def encode_concept(
       vae: its ``encode`` maps ``[B H W 3]`` to mean and standard deviation ``[B h w c]``.
       latent_scale: the model's factor s.
       latent_downsampling: pixels per latent pixel, 8 for Stable Diffusion.
+      repainted: for an inpainting model the areas of each image to be painted anew, see
+        :mod:`~catversion_jax.concepts.repainting`.
 
     Raises:
       ConceptError: no image, or the encoder's output is not finite.
@@ -97,15 +107,9 @@ def encode_concept(
     pixels = np.stack(
         [flip for image in images for flip in (image.pixels, image.pixels[:, ::-1])]
     )  # [2M H W 3]
-    chunks = [
-        jax.device_get(_encode(vae, pixels[rows]))
-        for rows in full_batches(len(pixels), ENCODE_BATCH)
-    ]
     scale = np.float32(latent_scale)
-    per_image = (len(images), 2, *chunks[0][0].shape[1:])  # [M 2 h w c]
     mean, std = (
-        scale * np.concatenate(part)[: len(pixels)].reshape(per_image)
-        for part in zip(*chunks, strict=True)
+        scale * part.reshape(len(images), 2, *part.shape[1:]) for part in _posterior(vae, pixels)
     )
     if not (np.isfinite(mean).all() and np.isfinite(std).all()):
         raise ConceptError(
@@ -117,7 +121,40 @@ def encode_concept(
         std,
         np.stack([_latent_masks(image, latent_downsampling) for image in images]),
         np.array([image.time_ids for image in images], np.float32),
+        None if repainted is None else _kept(vae, images, repainted, scale, latent_downsampling),
     )
+
+
+def _posterior(
+    vae: Network, pixels: Float[np.ndarray, "N H W 3"]
+) -> tuple[Float[np.ndarray, "N h w c"], Float[np.ndarray, "N h w c"]]:
+    """Mean and standard deviation, ``ENCODE_BATCH`` images at a time."""
+    chunks = [
+        jax.device_get(_encode(vae, pixels[rows]))
+        for rows in full_batches(len(pixels), ENCODE_BATCH)
+    ]
+    mean, std = (np.concatenate(part)[: len(pixels)] for part in zip(*chunks, strict=True))
+    return mean, std
+
+
+def _kept(
+    vae: Network,
+    images: Sequence[LoadedImage],
+    repainted: Sequence[Bool[np.ndarray, "V R R"]],
+    scale: np.float32,
+    factor: int,
+) -> Float[np.ndarray, "M V 2 h w 1+c"]:
+    """Equation (1) of ``sampling/inpainting.py`` without the noisy latents."""
+    per_image = []
+    for image, areas in zip(images, repainted, strict=True):
+        both = [flip for area in areas for flip in (area, area[:, ::-1])]  # [2V R R]
+        pixels = [image.pixels, image.pixels[:, ::-1]] * len(areas)
+        emptied = np.stack([p * ~area[..., None] for p, area in zip(pixels, both, strict=True)])
+        mean, _ = _posterior(vae, emptied)
+        where = np.stack(both)[:, ::factor, ::factor, None].astype(np.float32)
+        kept = np.concatenate([where, scale * mean], axis=-1)
+        per_image.append(kept.reshape(len(areas), 2, *kept.shape[1:]))
+    return np.stack(per_image)
 
 
 @jax.jit

@@ -1,6 +1,6 @@
 """What the pipeline of an exported folder has beside its class. ``catversion export --format
-pipeline`` writes this file, those that it imports and one of ``exported_sd_pipeline.py`` and
-``exported_xl_pipeline.py`` into ``pipeline.py``, and the concepts below them.
+pipeline`` writes this file, those that it imports and one of ``exported_*_pipeline.py`` into
+``pipeline.py``, and the concepts below them.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import Concept, write_concepts
+from catversion_jax.models.components_fit import inpainting_channels
 from catversion_jax.models.weights.model_files import ModelFiles, opened
 from catversion_jax.runtime.atomic_files import unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
@@ -34,10 +35,12 @@ _SOURCES = (
     "diffusers.py",
     "exported_pipeline.py",
 )
-# By the number of text encoders: the file of the pipeline class, and its name.
+# By the number of text encoders and whether it inpaints: the file of the pipeline class, its name.
 _PIPELINES = {
-    1: ("exported_sd_pipeline.py", "CatVersionPipeline"),
-    2: ("exported_xl_pipeline.py", "CatVersionXLPipeline"),
+    (1, False): ("exported_sd_pipeline.py", "CatVersionPipeline"),
+    (1, True): ("exported_sd_inpaint_pipeline.py", "CatVersionInpaintPipeline"),
+    (2, False): ("exported_xl_pipeline.py", "CatVersionXLPipeline"),
+    (2, True): ("exported_xl_inpaint_pipeline.py", "CatVersionXLInpaintPipeline"),
 }
 
 _HEADER = '''"""Stable Diffusion with CatVersion concepts: {names}.
@@ -74,7 +77,7 @@ A diffusers model folder with CatVersion concepts.
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-pipe("{prompt}").images[0]
+pipe("{prompt}"{more}).images[0]
 ```
 
 It needs torch 2.6, diffusers 0.35 and transformers 4.57 or newer. `trust_remote_code=True` lets the
@@ -84,10 +87,14 @@ folder `catversion/` holds the concept files.
 
 
 def pipeline_source(
-    concepts: Mapping[str, bytes], *, num_text_encoders: int = 1, force: bool = False
+    concepts: Mapping[str, bytes],
+    *,
+    num_text_encoders: int = 1,
+    inpaints: bool = False,
+    force: bool = False,
 ) -> str:
     """Source of ``pipeline.py`` for concept files given as bytes by name."""
-    pipeline_file, class_name = _PIPELINES[num_text_encoders]
+    pipeline_file, class_name = _PIPELINES[num_text_encoders, inpaints]
     bodies = [
         _body(Path(__file__).with_name(file).read_text(encoding="utf-8"))
         for file in (*_SOURCES, pipeline_file)
@@ -136,7 +143,9 @@ def export_pipeline(
     if (index.get("text_encoder") or [None, None])[1] == "CLIPTextModel":
         name_for_older_transformers(output / "text_encoder")
     num_text_encoders = len(files.text_encoders)
-    index["_class_name"] = ["pipeline", _PIPELINES[num_text_encoders][1]]
+    latents = files.config("vae").get("latent_channels", 4)
+    inpaints = files.config("unet").get("in_channels", 4) == inpainting_channels(latents)
+    index["_class_name"] = ["pipeline", _PIPELINES[num_text_encoders, inpaints][1]]
     if num_text_encoders == 1:
         index["requires_safety_checker"] = bool((index.get("safety_checker") or [None])[0])
     written = write_concepts(concepts, output / "catversion")
@@ -151,9 +160,12 @@ def export_pipeline(
         for c in concepts
     )
     prompt = f"a photo of a {concepts[0].base_class}"
-    readme = _README.format(title=output.name, rows=rows, prompt=prompt)
+    more = ", image=photo, mask_image=where" if inpaints else ""
+    readme = _README.format(title=output.name, rows=rows, prompt=prompt, more=more)
     write_atomically(output / "README.md", readme.encode())
-    source = pipeline_source(data, num_text_encoders=num_text_encoders, force=force)
+    source = pipeline_source(
+        data, num_text_encoders=num_text_encoders, inpaints=inpaints, force=force
+    )
     write_atomically(output / "pipeline.py", source.encode())
     return output
 

@@ -92,8 +92,11 @@ def make_eval_step(
             noise = standard_normal(jax.random.fold_in(rng, index), latents.shape)
             timestep = ((2 * index + 1) * schedule.num_train_timesteps) // (2 * num_samples)
             time_ids = None if data.time_ids is None else data.time_ids[image]
+            kept = None
+            if data.kept is not None:
+                kept = data.kept[image, index // data.num_images % data.kept.shape[1], 0]
             # The prompts are encoded already.
-            batch = DiffusionBatch(latents, noise, timestep, text=(), time_ids=time_ids)
+            batch = DiffusionBatch(latents, noise, timestep, (), time_ids=time_ids, kept=kept)
             return batch, jax.tree.map(lambda leaf: leaf[prompt], states)
 
         def some_samples(indices: Int[Array, "B"]) -> Float[Array, "1"]:

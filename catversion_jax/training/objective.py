@@ -44,6 +44,7 @@ class DiffusionBatch:
         do not depend on what is learned).
       mask: ``[C B h w]`` object mask in 0..1, or None where the loss is not masked.
       time_ids: ``[C B 6]`` what Stable Diffusion XL is told of the images' sizes, or None.
+      kept: ``[C B h w 1+c]`` what an inpainting model reads beside the noisy latents, or None.
     """
 
     latents: Float[Array, "C B h w c"]
@@ -52,6 +53,7 @@ class DiffusionBatch:
     text: tuple[LowerStates, ...]
     mask: Float[Array, "C B h w"] | None = None
     time_ids: Float[Array, "C B 6"] | None = None
+    kept: Float[Array, "C B h w k"] | None = None
 
 
 def diffusion_losses(
@@ -144,6 +146,8 @@ def denoising_losses(
     if states.pooled is not None and batch.time_ids is not None:
         added = AddedConditions(states.pooled, batch.time_ids)
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    if batch.kept is not None:
+        noisy = jnp.concatenate([noisy, batch.kept], axis=-1)
     prediction = unet(noisy, batch.timesteps, states.context, recompute, added=added)
     prediction = prediction.astype(jnp.float32)
     target = schedule.target(batch.latents, batch.noise, batch.timesteps)

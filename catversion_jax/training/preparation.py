@@ -20,6 +20,7 @@ import numpy as np
 from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
 from catversion_jax.concepts.quarantine import concept_errors, grouped
+from catversion_jax.concepts.repainting import areas_to_repaint
 from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.errors import CatVersionError, ConceptError, shown
 from catversion_jax.methods.learned import Learned, stack_learned
@@ -223,6 +224,9 @@ def prepare_concept(
         backbone.vae,
         latent_scale=backbone.latent_scale,
         latent_downsampling=backbone.latent_downsampling,
+        repainted=[areas_to_repaint(image, record.seed, i) for i, image in enumerate(images)]
+        if backbone.inpaints
+        else None,
     )
     if (
         objective.masked_training
@@ -302,6 +306,9 @@ def assemble_rows(
         empty_text=empty_text,
         time_ids=np.stack([_padded(row.encoded.time_ids, max_images) for row in rows])
         if backbone.reads_time_ids
+        else None,
+        kept=np.stack([_padded(row.encoded.kept, max_images) for row in rows])
+        if backbone.inpaints
         else None,
     )
     data = ConceptData(**arrays)

@@ -67,6 +67,8 @@ class ConceptData:
       empty_text: ``[C T D]`` the same for the empty prompt, or None without caption dropout.
       time_ids: ``[C M 6]`` what Stable Diffusion XL is told of the images' sizes; None for models
         that are told nothing.
+      kept: ``[C M V 2 h w 1+c]`` what an inpainting model reads beside the noisy latents, for V
+        areas to be painted anew; None for other models.
     """
 
     rng: Array
@@ -79,6 +81,7 @@ class ConceptData:
     num_prompts: Int[Array, "C"]
     empty_text: tuple[LowerStates, ...] | None
     time_ids: Float[Array, "C M 6"] | None = None
+    kept: Float[Array, "C M V 2 h w k"] | None = None
 
 
 def make_optimizer(

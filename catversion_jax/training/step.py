@@ -235,7 +235,11 @@ def sample_batch(
             text = jax.tree.map(functools.partial(jnp.where, dropped), data.empty_text, text)
         mask = None if data.mask is None else data.mask[image, flipped]
         time_ids = None if data.time_ids is None else data.time_ids[image]
-        return DiffusionBatch(latents, noise, timestep, text, mask, time_ids)
+        kept = None
+        if data.kept is not None:
+            area = jax.random.randint(jax.random.fold_in(rngs[0], 1), (), 0, data.kept.shape[1])
+            kept = data.kept[image, area, flipped]
+        return DiffusionBatch(latents, noise, timestep, text, mask, time_ids, kept)
 
     return jax.vmap(draw)(first_place + jnp.arange(batch_size))
 

@@ -1,5 +1,5 @@
-"""Which models a concept can be learned on: those that are taught to predict noise from a noisy
-image and a prompt alone. Others can draw a concept that was learned on such a relative.
+"""Which models a concept can be learned on: those whose own training had our objective. Others can
+draw a concept that was learned on such a relative.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ def check_trainable(backbone: Backbone) -> None:
     """Refuse a model whose own training had another objective than ours.
 
     Raises:
-      CatVersionError: a latent consistency model, an inpainting model, or one with noise levels of
-        EDM.
+      CatVersionError: a latent consistency model, or one with noise levels of EDM.
     """
     relative = "the text-to-image model of the same family"
     if backbone.takes_guidance:
         what, relative = "a latent consistency model", "the model that it was distilled from"
-    elif backbone.inpaints:
-        what = "an inpainting model"
     elif backbone.noise_schedule.edm is not None:
         what, relative = "a model with noise levels of EDM", "Stable Diffusion XL base"
     else:

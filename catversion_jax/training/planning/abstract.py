@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from catversion_jax.concepts.repainting import NUM_AREAS
 from catversion_jax.config import (
     DeviceOptions,
     MethodOptions,
@@ -104,6 +105,9 @@ def _abstract_data(
         num_prompts=integers,
         empty_text=text() if objective.caption_dropout > 0 else None,
         time_ids=_floats(num_rows, max_images, NUM_TIME_IDS) if backbone.reads_time_ids else None,
+        kept=_floats(num_rows, max_images, NUM_AREAS, 2, side, side, 1 + backbone.latent_channels)
+        if backbone.inpaints
+        else None,
     )
 
 

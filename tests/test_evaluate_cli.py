@@ -181,6 +181,29 @@ def test_masked_scores_and_empty_masks(world, output, tmp_path):
         assert concept["overall_masked"] == pytest.approx(overall, abs=1e-5)
 
 
+def test_held_out_photos_take_the_place_of_training_photos(world, output, tmp_path):
+    """The last photo is compared with; copies are still counted against the first three."""
+    concepts = ["--concepts", world / "concepts", "--holdout", "1"]
+    assert evaluate(world, output / "images", tmp_path, *concepts, "--dino", world / "dino") == 0
+    clip, found = TorchClip(world / "clip"), scores_of(tmp_path)
+    assert found["protocol"]["photos"].startswith("held out from training for 2 concepts;")
+    for concept in found["methods"]["images"]["concepts"]:
+        folder = world / "concepts" / concept["name"]
+        photos = clip.images([np.asarray(Image.open(folder / f"{i}.png")) for i in range(1, 5)])
+        trained, held_out = photos[:3], photos[3:]
+        images = output / "images" / concept["name"]
+        drawn = clip.images(pictures_of(images, "snow") + pictures_of(images, "wet"))
+        assert concept["held_out_images"] == ["4.png"]
+        assert concept["image_alignment"] == pytest.approx((drawn @ held_out.T).mean(), abs=1e-5)
+        real = concept["training_images"]["image_alignment"]
+        assert real == pytest.approx((trained @ held_out.T).mean(), abs=1e-5)
+        limit = (trained @ trained.T)[np.triu_indices(3, 1)].max()
+        assert concept["copies"] == ((drawn @ trained.T).max(axis=1) > limit).sum()
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Photos held out from training, which the scores are against") == 2
+    assert "held-out photo" not in (output / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_the_same_command_gives_the_same_digits(world, output, tmp_path):
     more = ["--plain", "--all_steps", "--dino", world / "dino"]

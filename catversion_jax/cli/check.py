@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"largest image that is decoded, in millions [{_DEFAULTS['max_megapixels']:g}]",
     )
     parser.add_argument(
+        "--holdout",
+        type=int,
+        default=_DEFAULTS["holdout"],
+        help=f"last photos of each concept that are kept from training [{_DEFAULTS['holdout']}]",
+    )
+    parser.add_argument(
         "--instance_prompt",
         default=_DEFAULTS["instance_prompt"],
         help="template, 'object' or 'style'",
@@ -77,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             f"--resolution {args.resolution}: must be at least {_MIN_RESOLUTION} pixels. Leave it "
             "out for the model's own."
         )
-    DataOptions(max_megapixels=args.max_megapixels)  # the range is the option's
+    DataOptions(max_megapixels=args.max_megapixels, holdout=args.holdout)  # the options' ranges
     tokenizer = None
     resolution = _SD_RESOLUTION if args.resolution is None else args.resolution
     if args.model is not None:
@@ -104,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         default_when=args.when,
         mask_polarity=args.mask_polarity,
         max_megapixels=args.max_megapixels,
+        holdout=args.holdout,
     )
     reports = [
         report_concept(

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "[dreambench]")  # fmt: skip
     add("--concepts", help="the training images [where the run says they were]")
     add("--base_class", help="base class of concepts that do not name their own")
+    add("--holdout", type=int,
+        help="last photos of each concept that were kept from training, to score against "
+             "[as the run says]")  # fmt: skip
     add(
         "--model", help="model that draws, and makes missing masks [the one the run was trained on]"
     )
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             prompts=args.prompts,
             concepts=args.concepts,
             base_class=args.base_class,
+            holdout=args.holdout,
             model=args.model,
             revision=args.revision,
             variant=args.variant,

@@ -101,12 +101,17 @@ def run(args: argparse.Namespace) -> int:
         default_when=args.when,
         mask_polarity=args.mask_polarity,
     )
+    # held-out photos want masks too: the masked score is of both sides
+    concepts = [
+        dataclasses.replace(spec, images=(*spec.images, *spec.eval_images))
+        for spec in found.concepts
+    ]
     failures = {problem.name: problem.message for problem in found.problems}
     make, resolution = _maker(args, settings)
     if args.compare:
-        _compare(found.concepts, make, resolution, failures)
+        _compare(concepts, make, resolution, failures)
     else:
-        _write(args, found.concepts, make, resolution, failures)
+        _write(args, concepts, make, resolution, failures)
     for name, message in failures.items():
         print(f"{name}: left out: {message}", file=sys.stderr)
     return 3 if failures else 0

@@ -12,10 +12,12 @@ from catversion_jax.concepts.entries import CONCEPT_FILES, Entry
 from catversion_jax.concepts.folders import (
     FolderImages,
     ImageSource,
+    eval_folder_of,
     is_hidden,
     list_images,
     mask_folder_of,
 )
+from catversion_jax.concepts.held_out import eval_folder, folder_photos, listed_names, without
 from catversion_jax.concepts.user_paths import user_path
 from catversion_jax.errors import ConceptError, encodable, shown
 
@@ -25,7 +27,8 @@ def images_of(
     fields: Mapping[str, Any],
     list_folder: Callable[[Path], FolderImages] = list_images,
 ) -> FolderImages:
-    """The images of a concept, each with its mask and caption, and what else was there.
+    """The images of a concept, each with its mask and caption, those it holds out from training,
+    and what else was there.
 
     Args:
       entry: the concept.
@@ -36,17 +39,37 @@ def images_of(
       ConceptError: there are none, or files or folders that it names are not there.
     """
     if entry.images is not None:
-        return FolderImages(entry.images)
-    if not entry.folders:
-        return FolderImages(_listed_images(entry, fields, list_folder))
-    found = [_folder_images(folder, entry, fields) for folder in entry.folders]
-    merged = _merged(found, entry)
-    if not merged.images:
+        found = FolderImages(entry.images)
+    elif not entry.folders:
+        found = FolderImages(_listed_images(entry, fields, list_folder))
+    else:
+        found = _merged([_folder_images(path, entry, fields) for path in entry.folders], entry)
+    if entry.folders and not found.images:
         raise ConceptError(
-            f"{entry.folders[0]}: no image in it{_what_was_there(merged.skipped)}. Put 3 to 10 "
+            f"{entry.folders[0]}: no image in it{_what_was_there(found.skipped)}. Put 3 to 10 "
             "photos of the concept there."
         )
-    return merged
+    held_out = _held_out(entry, fields, found.images, list_folder)
+    left = without(found.images, held_out, entry.where)
+    return dataclasses.replace(found, images=left, held_out=held_out)
+
+
+def _held_out(
+    entry: Entry,
+    fields: Mapping[str, Any],
+    images: Sequence[ImageSource],
+    list_folder: Callable[[Path], FolderImages],
+) -> tuple[ImageSource, ...]:
+    """The photos that ``eval_images`` names, or that lie in a folder of that name."""
+    if "eval_images" in fields:
+        if (folder := eval_folder(entry, fields)) is not None:
+            return folder_photos(folder, entry)
+        files = _listed_files(listed_names(fields["eval_images"]), entry, "eval_images")
+        known = {s.path.resolve(): s for s in images if s.path is not None}
+        beside = zip(files, _beside(files, list_folder), strict=True)
+        return tuple(known.get(file.resolve(), source) for file, source in beside)
+    folders = [path for home in entry.folders if (path := eval_folder_of(home)) is not None]
+    return tuple(source for path in folders for source in folder_photos(path, entry))
 
 
 def _folder_images(folder: Path, entry: Entry, fields: Mapping[str, Any]) -> FolderImages:
@@ -64,14 +87,20 @@ def _folder_images(folder: Path, entry: Entry, fields: Mapping[str, Any]) -> Fol
             f"{entry.where}: {mask_folder}: is the folder of the images itself, so each would be "
             "its own mask. Give the masks a folder, or name them x.mask.png."
         )
-    found = list_images(folder, mask_folder=mask_folder, ignore=CONCEPT_FILES)
+    found = list_images(
+        folder,
+        mask_folder=mask_folder,
+        eval_folder=eval_folder(entry, fields),
+        ignore=CONCEPT_FILES,
+    )
     if entry.subfolders == "included":
         return _with_subfolders(folder, found)
     if found.nested and entry.subfolders == "refused":
         raise ConceptError(
             f"{folder}: has images and also sub-folders of images "
             f"({', '.join(path.name for path in found.nested)}). Move the sub-folders out, or give "
-            "each concept a folder of its own; masks go into a sub-folder named masks."
+            "each concept a folder of its own; masks go into a sub-folder named masks, photos that "
+            "are held out from training into one named eval_images."
         )
     nested = tuple(f"{encodable(path.name)}/" for path in found.nested)
     return dataclasses.replace(found, nested=(), skipped=(*found.skipped, *nested))
@@ -83,8 +112,8 @@ def _with_subfolders(folder: Path, found: FolderImages) -> FolderImages:
     """
     images, warnings = list(found.images), list(found.warnings)
     for home, names, _ in os.walk(folder):
-        masks = mask_folder_of(Path(home))
-        names[:] = sorted(n for n in names if not is_hidden(n) and Path(home, n) != masks)
+        apart = (mask_folder_of(Path(home)), eval_folder_of(Path(home)))
+        names[:] = sorted(n for n in names if not is_hidden(n) and Path(home, n) not in apart)
         if Path(home) == folder:
             continue
         inside = list_images(Path(home))
@@ -116,12 +145,7 @@ def _listed_images(
     them.
     """
     files = _listed_files(fields.get("images"), entry, "images")
-    beside = {
-        source.path: source
-        for folder in dict.fromkeys(file.parent for file in files)
-        for source in list_folder(folder).images
-    }
-    sources = [beside.get(f, ImageSource(encodable(f.name), f)) for f in files]
+    sources = _beside(files, list_folder)
     if "masks" not in fields:
         return tuple(sources)
     masks = _listed_files(fields["masks"], entry, "masks")
@@ -130,6 +154,18 @@ def _listed_images(
             f"{entry.where}: {len(masks)} masks for {len(files)} images; list one mask per image."
         )
     return tuple(dataclasses.replace(s, mask=m) for s, m in zip(sources, masks, strict=True))
+
+
+def _beside(
+    files: Sequence[Path], list_folder: Callable[[Path], FolderImages]
+) -> list[ImageSource]:
+    """Files with the masks and captions that lie beside them."""
+    beside = {
+        source.path: source
+        for folder in dict.fromkeys(file.parent for file in files)
+        for source in list_folder(folder).images
+    }
+    return [beside.get(file, ImageSource(encodable(file.name), file)) for file in files]
 
 
 def _listed_files(value: Any, entry: Entry, key: str) -> list[Path]:

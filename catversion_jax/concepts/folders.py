@@ -33,6 +33,7 @@ IMAGE_SUFFIXES = (
 MaskPolarity = Literal["white", "black"]
 CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_FOLDERS = ("masks", "mask")
+EVAL_FOLDER = "eval_images"
 _MASK_STEM = re.compile(r"^(?P<image>.+)(-masklabel|\.mask)$", re.IGNORECASE)
 _PAIRED_MASK_STEM = re.compile(r"^(?P<image>.+)[_-]mask$", re.IGNORECASE)
 _SYSTEM_NAMES = frozenset({"__macosx", "@eadir", "__pycache__", "thumbs.db", "desktop.ini"})
@@ -66,12 +67,15 @@ class ImageSource:
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
-    """What :func:`list_images` found. ``nested`` are sub-folders that hold images of their own."""
+    """What :func:`list_images` found. ``nested`` are sub-folders that hold images of their own;
+    ``held_out`` are photos that are kept from training.
+    """
 
     images: tuple[ImageSource, ...]
     nested: tuple[Path, ...] = ()
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    held_out: tuple[ImageSource, ...] = ()
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -126,20 +130,33 @@ def mask_folder_of(folder: Path) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
+def eval_folder_of(folder: Path) -> Path | None:
+    """The sub-folder of held-out photos by naming habit, ``eval_images``, or None."""
+    path = folder / EVAL_FOLDER
+    return path if path.is_dir() and holds_images(path) else None
+
+
 def list_images(
-    folder: Path, *, mask_folder: Path | None = None, ignore: Iterable[str] = ()
+    folder: Path,
+    *,
+    mask_folder: Path | None = None,
+    eval_folder: Path | None = None,
+    ignore: Iterable[str] = (),
 ) -> FolderImages:
     """Sort the contents of one folder into training images, masks, nested folders and the rest.
 
     Args:
       folder: the folder; sub-folders are not entered.
       mask_folder: parallel folder of masks; found by naming habit when None.
+      eval_folder: folder of photos that are held out; found by naming habit when None.
       ignore: file names that are configuration, not to be reported as skipped.
 
     Raises:
       ConceptError: the folder cannot be listed.
     """
     mask_folder = mask_folder or mask_folder_of(folder)
+    eval_folder = eval_folder or eval_folder_of(folder)
+    apart = [path for path in (mask_folder, eval_folder) if path is not None]
     candidates: list[Path] = []
     texts: list[Path] = []
     nested: list[Path] = []
@@ -147,7 +164,7 @@ def list_images(
     broken: list[str] = []
     for path in children(folder):
         if path.is_dir():
-            if mask_folder is not None and os.path.samefile(path, mask_folder):
+            if any(os.path.samefile(path, other) for other in apart):
                 continue
             if not is_hidden(path.name) and holds_images(path):
                 nested.append(path)

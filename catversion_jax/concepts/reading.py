@@ -27,6 +27,7 @@ from catversion_jax.concepts.fields import (
     when_field,
 )
 from catversion_jax.concepts.folders import FolderImages, ImageSource, MaskPolarity, list_images
+from catversion_jax.concepts.held_out import check_holdout, held_out_note, split_last
 from catversion_jax.concepts.layouts import read_entries
 from catversion_jax.concepts.names import with_sound_names
 from catversion_jax.concepts.prompts import fill_template, prompt_templates
@@ -47,6 +48,7 @@ KNOWN_KEYS = (
     "random_flip",
     "when",
     "images",
+    "eval_images",
     "masks",
     "mask_polarity",
 )
@@ -68,6 +70,7 @@ class ConceptSpec:
       warnings: what a user should look at before training; shown by ``catversion check``.
       notes: remarks that ask for no correction.
       class_forms: further forms of the base class that call the concept, such as its plural.
+      eval_images: photos that are held out from training; evaluation scores against them.
     """
 
     name: str
@@ -81,6 +84,7 @@ class ConceptSpec:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     class_forms: tuple[str, ...] = ()
+    eval_images: tuple[ImageSource, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,7 @@ def read_configured_concepts(options: DataOptions, default_when: str) -> Concept
         default_when=default_when,
         mask_polarity=options.mask_polarity,
         max_megapixels=options.max_megapixels,
+        holdout=options.holdout,
     )
 
 
@@ -138,6 +143,7 @@ def read_concepts(
     default_when: str = "class_word",
     mask_polarity: MaskPolarity | None = DataOptions.mask_polarity,
     max_megapixels: float = DataOptions.max_megapixels,
+    holdout: int = DataOptions.holdout,
 ) -> ConceptList:
     """Find the concepts of ``source`` and check them. No image is decoded.
 
@@ -157,11 +163,14 @@ def read_concepts(
         class word.
       mask_polarity: what the object is in mask files, for concepts that do not say.
       max_megapixels: most pixels of an image, in millions, that will be decoded.
+      holdout: number of each concept's last images that are held out from training, where at least
+        3 are left and the concept has no ``eval_images`` of its own.
 
     Raises:
       CatVersionError: the source is not found or not understood, holds no usable concept, or has
         duplicate names. The message lists everything that is wrong.
     """
+    check_holdout(holdout)
     with concept_errors(f"{shown(str(source))[1:-1]}: cannot be read as concepts"):
         layout = read_entries(
             source,
@@ -184,6 +193,7 @@ def read_concepts(
                     default_when,
                     mask_polarity,
                     max_megapixels,
+                    holdout,
                     list_folder,
                 )
                 concept_prompts(spec, "default", default_when=default_when)
@@ -232,6 +242,7 @@ def _build_concept(
     default_when: str,
     mask_polarity: MaskPolarity | None,
     max_megapixels: float,
+    holdout: int,
     list_folder: Callable[[Path], FolderImages],
 ) -> ConceptSpec:
     if entry.problem:
@@ -241,10 +252,17 @@ def _build_concept(
     found = images_of(entry, fields, list_folder)
     base_class = _base_class(fields, entry, argument, overrides, notes)
     polarity = mask_polarity_field(fields.get("mask_polarity"), entry.where) or mask_polarity
-    images = tuple(
-        dataclasses.replace(source, mask_polarity=polarity, max_megapixels=max_megapixels)
-        for source in found.images
+    images, held_out = (
+        tuple(
+            dataclasses.replace(source, mask_polarity=polarity, max_megapixels=max_megapixels)
+            for source in sources
+        )
+        for sources in (found.images, found.held_out)
     )
+    if holdout and not held_out:
+        images, held_out, remark = split_last(images, holdout)
+        notes += [remark] if remark else []
+    notes += [held_out_note(held_out)] if held_out else []
     when = when_field(fields.get("when"), entry.where)
     prompts = prompts_field(fields, entry.where)
     class_forms = class_forms_field(fields.get("class_forms"), base_class, entry.where)
@@ -267,6 +285,7 @@ def _build_concept(
         warnings=found.warnings,
         notes=tuple(notes),
         class_forms=class_forms,
+        eval_images=held_out,
     )
 
 

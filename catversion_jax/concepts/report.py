@@ -82,10 +82,12 @@ def report_concept(
     """
     facts: list[_ImageFacts] = []
     problems: list[str] = []
-    for source in spec.images:
+    num_masks = 0
+    for number, source in enumerate((*spec.images, *spec.eval_images)):
         try:
             with concept_errors(f"{source.label}: cannot be read"):
                 facts.append(_image_facts(source, alpha))
+                num_masks += facts[-1].has_mask and number < len(spec.images)
         except ConceptError as error:
             problems.append(str(error))
     prompts: tuple[str, ...] = ()
@@ -106,7 +108,7 @@ def report_concept(
         base_class=spec.base_class,
         class_forms=spec.class_forms,
         num_images=len(spec.images),
-        num_masks=sum(fact.has_mask for fact in facts),
+        num_masks=num_masks,
         smallest_side=min((min(fact.size) for fact in facts), default=None),
         prompts=prompts,
         warnings=tuple(warnings),

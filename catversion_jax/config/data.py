@@ -74,6 +74,16 @@ class DataOptions(Options):
         "set it for its concept.",
         decides_result=True,
     )
+    holdout: int = option(
+        0,
+        "Number of each concept's last photos that are kept from training, for evaluate to score "
+        "against (0: scores against training photos, as published, which are too high: arXiv "
+        "2503.06632); a concept that would keep fewer than 3, or has eval_images, is left as it "
+        "is.",
+        decides_result=False,  # the concept files name the images themselves
+        at_least=0,
+        at_most=1000,
+    )
     max_megapixels: float = option(
         100.0,
         "Largest image that is decoded, in millions of pixels; a small file can claim to be huge.",

@@ -30,7 +30,7 @@ from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.sampling.class_word_masks import class_word_masks
 from catversion_jax.sampling.requests import ConceptUse, check_concept
-from catversion_jax.training.run.reader import is_run, recorded_model
+from catversion_jax.training.run.reader import is_run, recorded_holdout, recorded_model
 
 _BATCH_SIZE = 4
 """Images denoised together where nothing else is said; fixed, so that a machine gives the same
@@ -43,6 +43,7 @@ def evaluate(
     prompts: str = "dreambench",
     concepts: str | ConceptList | None = None,
     base_class: str | None = None,
+    holdout: int | None = None,
     model: str | Path | Backbone | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -78,9 +79,13 @@ def evaluate(
         drawn; or a folder of images as ``IMAGES/<concept>/<prompt>_<seed>.png``.
       prompts: a prompt set that ships (``"dreambench"``, ``"catversion"``, ``"tiny"``), or a text
         or YAML file with ``{}`` for the class word.
-      concepts: the training images that the images are compared with: a folder or manifest, or what
-        ``read_concepts`` returned. None is where the run says they were.
+      concepts: the photos that the images are compared with: a folder or manifest, or what
+        ``read_concepts`` returned. None is where the run says they were. Photos that were held out
+        from training (``eval_images``, ``holdout``) are compared with in place of the training
+        images, where a concept has any.
       base_class: base class of concepts that do not name their own.
+      holdout: how many of each concept's last photos were held out; None is what the run says, and
+        0 for a folder of images.
       model: the model that draws, and that makes missing masks: a diffusers folder, a Hugging Face
         hub id, or a backbone that is loaded already. None is the one the run was trained on.
       revision: branch, tag or commit of the hub id.
@@ -148,8 +153,9 @@ def evaluate(
         )
     folder = as_path(source)
     if isinstance(concepts, str):
-        concepts = read_concepts(concepts, base_class=base_class)
-    subjects, left_out, draws = _subjects(folder, concepts)
+        held = recorded_holdout(folder) if holdout is None else holdout
+        concepts = read_concepts(concepts, base_class=base_class, holdout=held)
+    subjects, left_out, draws = _subjects(folder, concepts, holdout)
     words = {word.strip() for word in classes} - {""}
     job = EvaluationJob(
         source=folder,
@@ -196,7 +202,7 @@ def evaluate(
 
 
 def _subjects(
-    folder: Path, concepts: ConceptList | None
+    folder: Path, concepts: ConceptList | None, holdout: int | None
 ) -> tuple[list[Subject], dict[str, str], bool]:
     """The concepts to evaluate, why others cannot be, and whether all are of a run and drawn."""
     if not folder.is_dir():
@@ -205,7 +211,7 @@ def _subjects(
             "images."
         )
     if is_run(folder):
-        return *read_run(folder, concepts), True
+        return *read_run(folder, concepts, holdout), True
     if concepts is None:
         raise CatVersionError(
             f"{folder}: holds no trained concept, so it is taken as a folder of images; give the "

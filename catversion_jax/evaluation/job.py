@@ -202,6 +202,8 @@ class EvaluationJob:
             protocol["drawn with"] = drawn_with or "the files do not say"
             protocol["mask model"] = "none" if backbone is None else backbone.name
         protocol["seeds"] = sorted({seed for subject in subjects for seed in subject.seeds})
+        if any(subject.held_out for subject in subjects):
+            protocol["photos"] = _compared_with(subjects)
         return protocol | {
             "prompt set": f"{prompts.name} ({len(prompts.prompts)} prompts)",
             "prompt form": "the class word alone calls the concept; edit text = the prompt without "
@@ -214,6 +216,15 @@ class EvaluationJob:
             "platform": jax.default_backend(),
             "software": f"catversion_jax {__version__}",
         }
+
+
+def _compared_with(subjects: Sequence[SubjectScores]) -> str:
+    """Which photos the image scores are against."""
+    without = [subject.name for subject in subjects if not subject.held_out]
+    names = f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}"
+    held_out = f"held out from training for {len(subjects) - len(without)} concepts"
+    others = f"; training images for {len(without)} ({names})" if without else ""
+    return f"{held_out}{others}; copies are counted against the training images"
 
 
 def _drawn_with(settings: SamplingSettings, backbone: Backbone) -> dict[str, Any]:

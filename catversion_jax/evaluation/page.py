@@ -61,6 +61,7 @@ def write_evaluation_page(path: Path, evaluation: Evaluation, material: PageMate
     first = next(iter(evaluation.methods))
     others = {name: subjects for name, subjects in evaluation.methods.items() if name != first}
     text = template.render(
+        held_out=any(subject.held_out for subject in evaluation.methods[first]),
         columns=[(TABLE_COLUMNS[metric], metric) for metric in columns],
         method=first,
         methods=[_method(name, s, columns) for name, s in evaluation.methods.items()],
@@ -126,6 +127,9 @@ def _concept(
         "name": subject.name,
         "base_class": subject.base_class,
         "references": [_data_uri(picture) for picture in references.pictures],
+        "held_out": [_data_uri(picture) for picture in references.judged_by.pictures]
+        if references.held_out
+        else [],
         "crops": [_data_uri(crop) for crop in crops if crop is not None],
         "real": subject.real,
         "total": subject.total,

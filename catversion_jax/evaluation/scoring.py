@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,8 @@ class Scores:
 
     Attributes:
       images: number of images that were scored.
-      image_alignment: CLIP, generated against training images, whole pictures.
+      image_alignment: CLIP, generated against the photos, whole pictures. The photos are those that
+        were held out from training, where there are any, else the training images.
       image_alignment_masked: the same on masked crops of both.
       text_alignment_edit: against the prompt without the concept word (the paper's).
       text_alignment_prompt: against the full prompt.
@@ -80,7 +81,9 @@ METRICS = (
 
 @dataclasses.dataclass(frozen=True)
 class RealImages:
-    """What the training images reach among themselves: the ceiling of the image scores."""
+    """What the training images reach, against the held-out photos or, without any, among
+    themselves: the ceiling of the image scores. ``copy_limit`` is of the training images always.
+    """
 
     image_alignment: float | None
     image_alignment_masked: float | None
@@ -114,6 +117,8 @@ class SubjectScores:
       real: what its training images score among themselves.
       seeds: the seeds of its images.
       ignored: images of prompts that are not in the set.
+      held_out: names of the photos that the scores are against, where they were held out from
+        training.
     """
 
     name: str
@@ -124,6 +129,7 @@ class SubjectScores:
     real: RealImages
     seeds: tuple[int, ...]
     ignored: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
 
 
 class Scorer:
@@ -172,6 +178,7 @@ class Scorer:
             vectors.real(),
             tuple(sorted({image.seed for image in found})),
             tuple(ignored),
+            tuple(source.label for source in subject.held_out),
         )
 
     def _vectors(
@@ -186,24 +193,32 @@ class Scorer:
         masks = self._masks(subject, found, pixels)
         number = [image.prompt for image in found]
         crops = [self._crop(p, m) for p, m in zip(pixels, masks, strict=True)]
-        reference_crops = [
-            self._crop(p, m) for p, m in zip(references.pictures, references.masks, strict=True)
-        ]
         # an empty edit text has no score; its place is taken by the prompt and never read
         edit_vectors = self.clip.texts([edit or f for edit, f in zip(edits, filled, strict=True)])
+        trained = self._photos(references)
+        held_out = None if references.held_out is None else self._photos(references.held_out)
         return _Vectors(
             generated=self.clip.images(pixels),
-            references=self.clip.images(references.pictures),
+            trained=trained,
+            held_out=held_out,
             masked=self.clip.images([crop for crop in crops if crop is not None]),
             has_crop=np.array([crop is not None for crop in crops]),
             has_mask=np.array([mask is not None for mask in masks]),
-            masked_references=self.clip.images([c for c in reference_crops if c is not None]),
-            reference_masks=sum(mask is not None for mask in references.masks),
             edits=edit_vectors[number],
             has_edit=np.array([bool(edits[i]) for i in number]),
             prompts=self.clip.texts(filled)[number],
             dino=None if self.dino is None else self.dino.images(pixels),
-            dino_references=None if self.dino is None else self.dino.images(references.pictures),
+        )
+
+    def _photos(self, references: References) -> _Photos:
+        crops = [
+            self._crop(p, m) for p, m in zip(references.pictures, references.masks, strict=True)
+        ]
+        return _Photos(
+            whole=self.clip.images(references.pictures),
+            masked=self.clip.images([crop for crop in crops if crop is not None]),
+            masks=sum(mask is not None for mask in references.masks),
+            dino=None if self.dino is None else self.dino.images(references.pictures),
         )
 
     def _crop(self, picture: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
@@ -226,35 +241,50 @@ class Scorer:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Photos:
+    """Unit vectors of photos; ``masked`` only of those with an object, ``masks`` of all that have a
+    mask.
+    """
+
+    whole: Float[np.ndarray, "r E"]
+    masked: Float[np.ndarray, "q E"]
+    masks: int
+    dino: Float[np.ndarray, "r F"] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class _Vectors:
     """Unit vectors of one concept's images, row by row; ``masked`` only of those with an object."""
 
     generated: Float[np.ndarray, "n E"]
-    references: Float[np.ndarray, "r E"]
+    trained: _Photos
+    held_out: _Photos | None
     masked: Float[np.ndarray, "m E"]
     has_crop: np.ndarray
     has_mask: np.ndarray
-    masked_references: Float[np.ndarray, "q E"]
-    reference_masks: int
     edits: Float[np.ndarray, "n E"]
     has_edit: np.ndarray
     prompts: Float[np.ndarray, "n E"]
     dino: Float[np.ndarray, "n F"] | None
-    dino_references: Float[np.ndarray, "r F"] | None
+
+    @property
+    def photos(self) -> _Photos:
+        """What images are compared with."""
+        return self.trained if self.held_out is None else self.held_out
 
     def scores(self, rows: np.ndarray) -> Scores:
         """Scores of some of the images."""
-        generated = self.generated[rows]
-        image = mean_pairwise_cosine(generated, self.references)
+        generated, photos = self.generated[rows], self.photos
+        image = mean_pairwise_cosine(generated, photos.whole)
         crop_rows = (np.cumsum(self.has_crop) - 1)[rows[self.has_crop[rows]]]
-        masked = mean_pairwise_cosine(self.masked[crop_rows], self.masked_references)
+        masked = mean_pairwise_cosine(self.masked[crop_rows], photos.masked)
         with_edit = rows[self.has_edit[rows]]
         text = _mean(matched_cosines(self.generated[with_edit], self.edits[with_edit]))
-        nearest = nearest_reference(generated, self.references)
-        limit = copy_limit(self.references)
+        nearest = nearest_reference(generated, self.trained.whole)
+        limit = copy_limit(self.trained.whole)
         dino = None
-        if self.dino is not None and self.dino_references is not None:
-            dino = mean_pairwise_cosine(self.dino[rows], self.dino_references)
+        if self.dino is not None and photos.dino is not None:
+            dino = mean_pairwise_cosine(self.dino[rows], photos.dino)
         return Scores(
             images=len(rows),
             image_alignment=image,
@@ -271,15 +301,23 @@ class _Vectors:
         )
 
     def real(self) -> RealImages:
-        """Scores of the training images among themselves."""
+        """Scores of the training images among themselves, or against the held-out ones."""
+        trained, held_out = self.trained, self.held_out
+
+        def ceiling(of: Callable[[_Photos], np.ndarray | None]) -> float | None:
+            left, right = of(trained), None if held_out is None else of(held_out)
+            if left is None:
+                return None
+            return among_themselves(left) if right is None else mean_pairwise_cosine(left, right)
+
         return RealImages(
-            among_themselves(self.references),
-            among_themselves(self.masked_references),
-            None if self.dino_references is None else among_themselves(self.dino_references),
-            copy_limit(self.references),
-            len(self.references),
-            self.reference_masks,
-            self.reference_masks - len(self.masked_references),
+            ceiling(lambda photos: photos.whole),
+            ceiling(lambda photos: photos.masked),
+            ceiling(lambda photos: photos.dino),
+            copy_limit(trained.whole),
+            len(trained.whole),
+            trained.masks,
+            trained.masks - len(trained.masked),
         )
 
 

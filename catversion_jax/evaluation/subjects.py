@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from catversion_jax.array_types import Int
-from catversion_jax.concepts import ConceptList, ImageSource
+from catversion_jax.concepts import ConceptList, ConceptSpec, ImageSource
 from catversion_jax.concepts.images import decode_upright
 from catversion_jax.concepts.mask_files import MaskMaker
 from catversion_jax.errors import CatVersionError
@@ -18,6 +20,7 @@ from catversion_jax.methods.concept_file import (
     Concept,
     concept_folders,
 )
+from catversion_jax.training.run.identity import image_digest
 from catversion_jax.training.run.reader import (
     evaluation_losses,
     plain_loss,
@@ -25,6 +28,8 @@ from catversion_jax.training.run.reader import (
     recorded_concepts,
     step_files,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Subject:
       references: its training images.
       concept: what was learned, None where only images are given.
       folder: its folder in the run, None where only images are given.
+      held_out: its images that it was not trained on.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Subject:
     references: tuple[ImageSource, ...]
     concept: Concept | None = None
     folder: Path | None = None
+    held_out: tuple[ImageSource, ...] = ()
 
     def steps(self) -> dict[int, Path]:
         """Concept files of intermediate steps, in order."""
@@ -64,18 +71,34 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class References:
-    """A concept's training images at full size; ``masks`` holds None where there is none."""
+    """Photos of a concept at full size.
+
+    Attributes:
+      pictures: its training images.
+      masks: of each of them; None where there is none.
+      held_out: the same of its images that it was not trained on, where there are any; the scores
+        are then against these.
+    """
 
     pictures: list[Int[np.ndarray, "H W 3"]]
     masks: list[Int[np.ndarray, "H W"] | None]
+    held_out: References | None = None
+
+    @property
+    def judged_by(self) -> References:
+        """The photos that pictures are compared with."""
+        return self if self.held_out is None else self.held_out
 
 
-def read_run(folder: Path, concepts: ConceptList | None) -> tuple[list[Subject], dict[str, str]]:
+def read_run(
+    folder: Path, concepts: ConceptList | None, holdout: int | None = None
+) -> tuple[list[Subject], dict[str, str]]:
     """The finished concepts of a run.
 
     Args:
       folder: the output folder of training, or one concept's folder in it.
       concepts: the training images; None reads them where the run's ``config.resolved.yaml`` says.
+      holdout: last photos of each concept that are held out; None is what the run says.
 
     Returns:
       The concepts that can be evaluated, and why the others cannot, by name.
@@ -84,7 +107,7 @@ def read_run(folder: Path, concepts: ConceptList | None) -> tuple[list[Subject],
       CatVersionError: no concept can be evaluated.
     """
     if concepts is None:
-        concepts = recorded_concepts(folder)
+        concepts = recorded_concepts(folder, holdout)
     known = {spec.name: spec for spec in concepts.concepts}
     unreadable = {problem.name: problem.message for problem in concepts.problems}
     trained, damaged = readable_concepts(concept_folders(folder))
@@ -92,8 +115,15 @@ def read_run(folder: Path, concepts: ConceptList | None) -> tuple[list[Subject],
     subjects: list[Subject] = []
     for path, concept in trained:
         if concept.name in known:
-            images = known[concept.name].images
-            subjects.append(Subject(concept.name, concept.base_class, images, concept, path))
+            spec = known[concept.name]
+            try:
+                held_out = _not_trained_on(concept, spec)
+            except CatVersionError as error:
+                left_out[concept.name] = str(error)
+                continue
+            subjects.append(
+                Subject(concept.name, concept.base_class, spec.images, concept, path, held_out)
+            )
         else:
             left_out[concept.name] = unreadable.get(concept.name) or (
                 f"{folder}: no training images of {concept.name}; found those of "
@@ -105,6 +135,29 @@ def read_run(folder: Path, concepts: ConceptList | None) -> tuple[list[Subject],
     return subjects, left_out
 
 
+def _not_trained_on(concept: Concept, spec: ConceptSpec) -> tuple[ImageSource, ...]:
+    """Its held-out photos, without those that the concept file lists as training images: by the
+    SHA-256 of their bytes, by name where a file of version 0.1 knows no more.
+    """
+    digests = concept.train_config.get("digests")
+    trained = digests.get("images") if isinstance(digests, dict) else None
+    held_out = []
+    for source in spec.eval_images:
+        is_trained = (
+            image_digest(source) in trained
+            if isinstance(trained, list)
+            else source.label in concept.images
+        )
+        if is_trained:
+            logger.warning(
+                f"{concept.name}: {source.label} was trained on, so it does not count as held out. "
+                "Train with holdout=1 or eval_images, into another output_dir."
+            )
+        else:
+            held_out.append(source)
+    return tuple(held_out)
+
+
 def subjects_of_images(folder: Path, concepts: ConceptList) -> list[Subject]:
     """The concepts that have a folder of images in ``folder``.
 
@@ -112,7 +165,7 @@ def subjects_of_images(folder: Path, concepts: ConceptList) -> list[Subject]:
       CatVersionError: none has.
     """
     subjects = [
-        Subject(spec.name, spec.base_class, spec.images)
+        Subject(spec.name, spec.base_class, spec.images, held_out=spec.eval_images)
         for spec in concepts.concepts
         if (folder / spec.name).is_dir()
     ]
@@ -126,7 +179,7 @@ def subjects_of_images(folder: Path, concepts: ConceptList) -> list[Subject]:
 
 
 def read_references(subject: Subject, masker: MaskMaker | None, resolution: int) -> References:
-    """Decode a concept's training images and masks (files, else alpha, else ``masker``).
+    """Decode a concept's photos and masks (files, else alpha, else ``masker``).
 
     Args:
       subject: the concept.
@@ -137,9 +190,19 @@ def read_references(subject: Subject, masker: MaskMaker | None, resolution: int)
     Raises:
       ConceptError: an image or mask cannot be read.
     """
+    trained = _decoded(subject.references, subject.base_class, masker, resolution)
+    if not subject.held_out:
+        return trained
+    held_out = _decoded(subject.held_out, subject.base_class, masker, resolution)
+    return dataclasses.replace(trained, held_out=held_out)
+
+
+def _decoded(
+    sources: Sequence[ImageSource], base_class: str, masker: MaskMaker | None, resolution: int
+) -> References:
     pictures: list[np.ndarray] = []
     masks: list[np.ndarray | None] = []
-    for source in subject.references:
+    for source in sources:
         image = decode_upright(source, alpha="mask")
         opaque, mask = image.picture, image.mask
         if mask is None and masker is not None:
@@ -149,7 +212,7 @@ def read_references(subject: Subject, masker: MaskMaker | None, resolution: int)
                 (resolution, resolution), Image.Resampling.BICUBIC
             )
             pictures.append(np.asarray(square))
-            masks.append(masker(pictures[-1][None], [subject.base_class])[0])
+            masks.append(masker(pictures[-1][None], [base_class])[0])
             continue
         pictures.append(np.asarray(opaque))
         masks.append(None if mask is None else np.asarray(mask))

@@ -74,8 +74,8 @@ def means(subjects: Sequence[SubjectScores]) -> dict[str, Interval | float | Non
 
 
 def real_means(subjects: Sequence[SubjectScores]) -> dict[str, float]:
-    """What the training images score among themselves, mean over concepts: the ceiling of the image
-    scores.
+    """What the training images score among themselves, or against the photos that were held out,
+    mean over concepts: the ceiling of the image scores.
     """
     result = {}
     for metric in ("image_alignment", "image_alignment_masked", "dino"):
@@ -189,6 +189,7 @@ def _subject_json(subject: SubjectScores) -> dict[str, Any]:
         "name": subject.name,
         "base_class": subject.base_class,
         **dataclasses.asdict(subject.total),
+        **({"held_out_images": list(subject.held_out)} if subject.held_out else {}),
         "training_images": dataclasses.asdict(subject.real),
         "ignored_files": list(subject.ignored),
         "prompts": [

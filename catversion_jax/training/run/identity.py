@@ -40,10 +40,19 @@ def image_digests(spec: ConceptSpec, *, masked: bool) -> dict[str, list[str]]:
     Raises:
       ConceptError: a file cannot be read.
     """
-    digests = {"images": [_sha256(s.data, s.path, s.label) for s in spec.images]}
+    digests = {"images": [image_digest(source) for source in spec.images]}
     if masked:
         digests["masks"] = [_mask_digest(source) for source in spec.images]
     return digests
+
+
+def image_digest(source: ImageSource) -> str:
+    """The digest of one image.
+
+    Raises:
+      ConceptError: its file cannot be read.
+    """
+    return _sha256(source.data, source.path, source.label)
 
 
 def token_digest(token_ids: Sequence[np.ndarray]) -> str:

@@ -236,8 +236,21 @@ def recorded_model(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def recorded_concepts(folder: Path) -> ConceptList:
+def recorded_holdout(folder: Path) -> int:
+    """How many of the last photos a run kept from training; 0 where it does not say."""
+    path = _file_of_run(folder, names.CONFIG_FILE)
+    try:
+        return 0 if path is None else load_config(path).holdout
+    except CatVersionError:
+        return 0
+
+
+def recorded_concepts(folder: Path, holdout: int | None = None) -> ConceptList:
     """The training images of a run, read where its ``config.resolved.yaml`` says they are.
+
+    Args:
+      folder: the output folder of training, or one concept's folder in it.
+      holdout: last photos of each concept that are held out; None is what the run says.
 
     Raises:
       CatVersionError: the run does not say, or they are not there any more.
@@ -256,7 +269,10 @@ def recorded_concepts(folder: Path) -> ConceptList:
             "--concepts."
         ) from None
     try:
-        return read_configured_concepts(config.data_options, config.when)
+        data = config.data_options
+        if holdout is not None:
+            data = dataclasses.replace(data, holdout=holdout)
+        return read_configured_concepts(data, config.when)
     except CatVersionError as error:
         raise CatVersionError(
             f"{error}\n{path} names {config.concepts!r} as the training images. Say with "

@@ -88,10 +88,31 @@ def test_the_model_of_the_concept_is_not_here(tiny_sd_folder, tmp_path):
         loader.load_catversion(load_pipe(tiny_sd_folder), file)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sure"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)]
+)
+def test_a_concept_of_a_bfloat16_copy(tiny_sd_folder, tmp_path, dtype, sure):
+    """The number of its text encoder is ours, of the weights as torch rounds them."""
+    from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+
+    pipe = load_pipe(tiny_sd_folder, dtype=torch.bfloat16)
+    weights = {k: v.float().numpy() for k, v in pipe.text_encoder.state_dict().items()}
+    trained = loader.text_encoder_sha256(pipe.text_encoder)
+    assert trained == text_encoder_sha256(weights)
+    assert trained.startswith("bfloat16:")
+    file = write(tmp_path, "tom", "cat", make_residual(16), text_encoder_sha256=trained)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loader.load_catversion(load_pipe(tiny_sd_folder, dtype=dtype), file)
+    assert any("cannot be checked" in str(w.message) for w in caught) is not sure
+
+
 def test_bfloat16_encoder_cannot_be_checked(tiny_sd_folder, tmp_path):
     pipe = load_pipe(tiny_sd_folder, dtype=torch.bfloat16)
     file = write(tmp_path, "tom", "cat", make_residual(16), text_encoder_sha256="0" * 64)
-    with pytest.warns(UserWarning, match="cannot be checked in torch.bfloat16"):
+    with pytest.warns(
+        UserWarning, match="cannot be checked, because one of the two is in bfloat16"
+    ):
         loader.load_catversion(pipe, file)
 
 

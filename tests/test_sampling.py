@@ -314,7 +314,7 @@ def test_a_concept_of_another_model(backbone):
 
 
 def test_a_bfloat16_copy_of_the_text_encoder(backbone, one_block_sd_folder, tmp_path, caplog):
-    """``torch`` rounds; the concept was trained with one copy and is drawn with the other."""
+    """``torch`` rounds; the concept was trained with one copy and is drawn with another."""
     weights = load_file(one_block_sd_folder / "text_encoder" / "model.safetensors")
     save_file({k: v.bfloat16() for k, v in weights.items()}, tmp_path / "bfloat16.safetensors")
     save_file({k: v.half() for k, v in weights.items()}, tmp_path / "float16.safetensors")
@@ -324,12 +324,17 @@ def test_a_bfloat16_copy_of_the_text_encoder(backbone, one_block_sd_folder, tmp_
         for dtype in ("float16", "bfloat16")
     )
     assert half.sha256 == ours.sha256
-    assert rounded.sha256 == ours.bfloat16_sha256 != ours.sha256
+    assert rounded.sha256 == "bfloat16:" + ours.bfloat16_sha256 != ours.sha256
     dog = random_concept(backbone, "dog")
     check_concept(backbone, dog, {"text_encoder_sha256": rounded.sha256})
     facts = dataclasses.replace(backbone.text_facts[0], hashes=rounded)
     in_bfloat16 = dataclasses.replace(backbone, text_facts=(facts,))
     check_concept(in_bfloat16, dog, {"text_encoder_sha256": rounded.sha256})
     assert not caplog.records
-    check_concept(in_bfloat16, dog, {"text_encoder_sha256": ours.sha256})
-    assert "cannot be checked, because this one is stored in bfloat16" in caplog.text
+    facts = dataclasses.replace(backbone.text_facts[0], hashes=half)
+    in_float16 = dataclasses.replace(backbone, text_facts=(facts,))
+    assert half.bfloat16_sha256 != ours.bfloat16_sha256  # rounded twice
+    for model, trained in ((in_bfloat16, ours), (in_float16, rounded)):
+        caplog.clear()
+        check_concept(model, dog, {"text_encoder_sha256": trained.sha256})
+        assert "cannot be checked, because one of them is stored in bfloat16" in caplog.text

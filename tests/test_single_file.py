@@ -1,5 +1,6 @@
 """Single-file checkpoints against diffusers: the same file gives the same tensors."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -26,6 +27,7 @@ from single_files import (
 
 from catversion_jax.cli import main
 from catversion_jax.errors import CatVersionError
+from catversion_jax.integrations.diffusers import load_catversion
 from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import (
@@ -255,6 +257,13 @@ def test_a_pipeline_with_concepts_is_exported_from_a_file(made, tmp_path, capsys
     stored = load_file(output / "text_encoder" / "model.safetensors")
     for key, tensor in state_of(pipe.text_encoder).items():
         assert torch.equal(stored[f"text_model.{key}"], tensor), key
+    # the loader finds the file that the concept was trained with, and compares
+    tuned = copy.copy(pipe)
+    tuned.text_encoder = copy.deepcopy(pipe.text_encoder)
+    with torch.no_grad():
+        state_of(tuned.text_encoder)["final_layer_norm.weight"].add_(1)
+    with pytest.warns(UserWarning, match=r"a fine-tuned text encoder, \S+ % of numbers changed"):
+        load_catversion(tuned, concept)
 
 
 def test_what_a_file_cannot_be_is_said(made):

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from catversion_jax.integrations.encoder_state import EncoderState, innermost
 from catversion_jax.integrations.loaded_concept import PAIR, CatVersionLoadError, LoadedConcept
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WRAPPINGS = ("_orig_mod.", "base_model.model.")
+_BFLOAT16 = "bfloat16:"  # the same as there
 _LARGEST_CHANGE = 0.5  # of the weights' own size; unrelated networks differ by about 1.4
 
 
@@ -57,14 +60,18 @@ def check_weights(
     state.fingerprint = state.fingerprint or weights_sha256(weights)
     model = concept.base_model or "an unnamed model"
     name = concept.component or "text encoder"
-    if state.fingerprint == trained:
+    if _same(state.fingerprint, trained):
         return
-    if state.fingerprint is None:
+    if _BFLOAT16 in trained and state.fingerprint:
+        weights = weights or encoder_weights(encoder)
+        if _same(weights_sha256({k: v.bfloat16() for k, v in weights.items()}), trained):
+            return
+    if state.fingerprint is None or _BFLOAT16 in trained + state.fingerprint:
         state.warn_once(
             ("accepted", trained),
-            f"{source}: whether this {name} is the one it was trained with cannot be checked "
-            f"in {getattr(encoder, 'dtype', 'this dtype')}; load the pipeline in float16 or "
-            "float32 to check.",
+            f"{source}: whether this {name} is the one it was trained with cannot be checked, "
+            "because one of the two is in bfloat16 or has fewer digits still; use a float16 or "
+            "float32 model for both to check.",
         )
         return
     pair = f"the {name} {trained[:12]} of {model}; this pipeline's is "
@@ -93,7 +100,8 @@ def check_weights(
 
 def text_encoder_sha256(encoder: torch.nn.Module) -> str | None:
     """Fingerprint of the weights, the same for float32 and float16 copies, with and without
-    adapters of peft; None when it cannot be known.
+    adapters of peft; ``bfloat16:`` stands before that of weights in bfloat16. None when it cannot
+    be known.
 
     sha256 over the sorted state dict without ``token_embedding`` and ``position_ids``: key (freed
     of the ``text_model.`` prefix), then the tensor as little-endian float16.
@@ -124,34 +132,51 @@ def encoder_weights(encoder: Any) -> dict[str, torch.Tensor]:
 
 
 def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """The fingerprint of named tensors; None in a dtype that has dropped digits."""
+    """The fingerprint of named tensors; None in a dtype that has dropped more digits."""
     digest = hashlib.sha256()
+    mark = _BFLOAT16 if any(t.dtype == torch.bfloat16 for t in weights.values()) else ""
     for key in sorted(weights):
         tensor = weights[key]
-        if tensor.is_meta or tensor.dtype not in (torch.float16, torch.float32, torch.float64):
-            return None  # bfloat16 has dropped digits that float16 keeps
+        if tensor.is_meta or tensor.dtype not in _DTYPES:
+            return None
         digest.update(key.encode())
         digest.update(
             tensor.detach().cpu().to(torch.float16).contiguous().numpy().astype("<f2").tobytes()
         )
-    return digest.hexdigest()
+    return mark + digest.hexdigest()
+
+
+def _same(fingerprint: str | None, trained: str) -> bool:
+    """Whether the numbers are the same, however they are stored."""
+    return bool(fingerprint) and str(fingerprint).removeprefix(_BFLOAT16) == trained.removeprefix(
+        _BFLOAT16
+    )
 
 
 def _weights_of(concept: LoadedConcept) -> dict[str, torch.Tensor] | None:
     """The text encoder that a concept was trained with, if its model is on this machine; None where
-    it is not, or has changed.
+    it is not, or has changed, or is a single file and this package is not here to read it.
     """
     import safetensors.torch
     from huggingface_hub import hf_hub_download
 
     if not concept.base_model:
         return None
-    inside = f"{concept.component or PAIR[0]}/model.safetensors"
+    name = concept.component or PAIR[0]
+    inside = f"{name}/model.safetensors"
     try:
-        file = Path(concept.base_model) / inside
-        if not file.is_file():
-            file = Path(hf_hub_download(concept.base_model, inside, local_files_only=True))
-        tensors = safetensors.torch.load_file(file)
+        model = Path(concept.base_model)
+        if model.is_file():
+            from catversion_jax.models.weights.single_file import SingleFile
+
+            stored = SingleFile(model).tensors(name)
+            tensors = {k: torch.tensor(np.asarray(v, np.float32)) for k, v in stored.items()}
+        elif (model / inside).is_file():
+            tensors = safetensors.torch.load_file(model / inside)
+        else:
+            tensors = safetensors.torch.load_file(
+                hf_hub_download(concept.base_model, inside, local_files_only=True)
+            )
     except Exception:  # the hub's exceptions differ by version; all mean that there is none
         return None
     left_out = ("token_embedding", "position_ids")
@@ -160,7 +185,7 @@ def _weights_of(concept: LoadedConcept) -> dict[str, torch.Tensor] | None:
         for key, tensor in tensors.items()
         if not any(part in key for part in left_out)
     }
-    return weights if weights_sha256(weights) == concept.text_encoder_sha256 else None
+    return weights if _same(weights_sha256(weights), concept.text_encoder_sha256) else None
 
 
 def _change(

@@ -227,7 +227,7 @@ def check_concept(
         if agrees is None:
             logger.warning(
                 "concept %r: was trained with a text encoder of hash %.12s; whether the one of %s "
-                "is a copy of it cannot be checked, because this one is stored in bfloat16",
+                "is a copy of it cannot be checked, because one of them is stored in bfloat16",
                 use.name,
                 trained,
                 backbone.name,

@@ -10,10 +10,14 @@ buffer some versions write):
 with keys freed of the ``text_model.`` prefix, which depends on the transformers version. Rounding
 to float16 makes the float32 and fp16 folders of one model agree.
 
-A bfloat16 copy has another hash, since it lacks digits that float16 keeps. It agrees with the
-encoder it was rounded from, whose numbers rounded likewise have its hash:
+A bfloat16 copy has another hash, since it lacks digits that float16 keeps, and its fingerprint
+says so: ``bfloat16:`` and the hash. It agrees with the encoder it was rounded from, whose numbers
+rounded likewise have its hash:
 
     (2)  the same as (1), of tensors rounded to bfloat16 first
+
+A copy that was rounded twice, to float16 and to bfloat16, differs in a few numbers from one that
+was rounded once, so that whether a bfloat16 copy is one of another encoder cannot always be known.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import numpy as np
 from catversion_jax.models.weights.variants import TEXT_ENCODERS
 
 PREFIX = "text_model."
+BFLOAT16 = "bfloat16:"
 LEFT_OUT = ("token_embedding", "position_ids")
 
 
@@ -44,7 +49,8 @@ class EncoderHashes:
     """What tells a text encoder.
 
     Attributes:
-      sha256: the hash of equation (1), which files state.
+      sha256: the hash of equation (1), after ``bfloat16:`` where all numbers are bfloat16 ones;
+        what files state.
       bfloat16_sha256: the hash of equation (2).
     """
 
@@ -53,12 +59,13 @@ class EncoderHashes:
 
     def agrees_with(self, trained: str) -> bool | None:
         """Whether this is the encoder whose hash a file states, or one is a copy of the other in
-        fewer digits; None where that cannot be known, since this one is a bfloat16 copy and the
-        other one is not this copy.
+        fewer digits; None where that cannot be known, since one of them is a bfloat16 copy and was
+        not made from the other one as it is stored here.
         """
-        if trained in (self.sha256, self.bfloat16_sha256):
+        bare = trained.removeprefix(BFLOAT16)
+        if bare in (self.sha256.removeprefix(BFLOAT16), self.bfloat16_sha256):
             return True
-        return None if self.sha256 == self.bfloat16_sha256 else False
+        return None if BFLOAT16 in (trained + self.sha256) else False
 
 
 NO_HASHES = EncoderHashes("", "")
@@ -66,7 +73,7 @@ NO_HASHES = EncoderHashes("", "")
 
 
 def encoder_hashes(tensors: Mapping[str, Any]) -> EncoderHashes:
-    """The hashes of equations (1) and (2), as 64 hexadecimal digits each.
+    """The hashes of equations (1) and (2), of 64 hexadecimal digits each.
 
     Args:
       tensors: the text encoder's state dict; values are whatever ``numpy.asarray`` reads, one at a
@@ -85,9 +92,11 @@ def encoder_hashes(tensors: Mapping[str, Any]) -> EncoderHashes:
             for one, numbers in ((digest, tensor), (rounded, tensor.astype(ml_dtypes.bfloat16))):
                 one.update(key.encode())
                 one.update(numbers.astype("<f2").tobytes())
-    return EncoderHashes(digest.hexdigest(), rounded.hexdigest())
+    sha256, bfloat16_sha256 = digest.hexdigest(), rounded.hexdigest()
+    mark = BFLOAT16 if sha256 == bfloat16_sha256 else ""
+    return EncoderHashes(mark + sha256, bfloat16_sha256)
 
 
 def text_encoder_sha256(tensors: Mapping[str, Any]) -> str:
-    """The hash of equation (1); see :func:`encoder_hashes`."""
+    """The fingerprint; see :func:`encoder_hashes`."""
     return encoder_hashes(tensors).sha256

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from random_model import write_toy_concepts
 from running import arguments, final_files
@@ -21,14 +22,18 @@ from training_cases import config, optimizer, train_step
 from catversion_jax.cli import main
 from catversion_jax.concepts.images import size_conditions
 from catversion_jax.config import make_config
+from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import CatVersionError
+from catversion_jax.integrations.diffusers import load_catversion
 from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.learned import stack_learned
 from catversion_jax.methods.per_encoder import PerEncoder
 from catversion_jax.models.stable_diffusion import Backbone, abstract_backbone, load_backbone
 from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.runtime.sharding import make_mesh, place_by_concept, replicated
+from catversion_jax.sampling.denoising import draw_requests
+from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses
 from catversion_jax.training.planning.abstract import abstract_arguments
 from catversion_jax.training.run.manifest import check_same_run, write_manifest
@@ -211,7 +216,9 @@ def test_another_second_text_encoder_is_another_model(backbone, tmp_path):
 # ---- the command -----------------------------------------------------------------------------
 
 
-def test_the_command_trains_resumes_draws_and_exports(one_block_xl_folder, tmp_path, capsys):
+def test_the_command_trains_resumes_draws_and_exports(
+    one_block_xl_folder, backbone, tmp_path, capsys
+):
     write_toy_concepts(tmp_path / "toys")
     run, options = tmp_path / "run", {"train_batch_size": 1, "eval_steps": 2, "logging_steps": 1}
     options |= {"caption_dropout": 0.1, "checkpointing_steps": 2}
@@ -237,6 +244,20 @@ def test_the_command_trains_resumes_draws_and_exports(one_block_xl_folder, tmp_p
     out = tmp_path / "out"
     assert main(["export", str(run), "--concept", "teal_cup", "--output_dir", str(out)]) == 0
     assert (out / "teal_cup.safetensors").read_bytes() == file.read_bytes()
+
+    latents = np.random.default_rng(3).normal(size=(1, 4, 16, 16)).astype(np.float32)
+    settings = SamplingSettings(num_inference_steps=2).over(backbone.drawing_defaults)
+    request = ImageRequest("a cup", (ConceptUse.of(concept),))
+    ours = draw_requests(backbone, [request], settings, latents=latents).pixels
+    pipe = load_xl(one_block_xl_folder)
+    if settings.sampler == "ddim":
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    load_catversion(pipe, out / "teal_cup.safetensors")
+    theirs = pipe(
+        "a cup", latents=torch.from_numpy(latents), num_inference_steps=2, output_type="np",
+        guidance_scale=settings.guidance_scale,
+    ).images  # fmt: skip
+    assert np.abs(ours - theirs).max() < 1e-3
 
 
 @pytest.mark.slow  # trains once more

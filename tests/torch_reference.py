@@ -56,28 +56,6 @@ BK_SDM_UNETS = {
         "up_block_types": ["CrossAttnUpBlock2D"] * 3,
     },
 }
-# The blocks of segmind/SSD-1B and segmind/Segmind-Vega: those of Stable Diffusion XL, less deep.
-XL_BLOCKS = {
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280],
-    "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
-    "use_linear_projection": True,
-}
-SEGMIND_UNETS = {
-    "SSD-1B": XL_BLOCKS
-    | {
-        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
-        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
-    },
-    "Segmind-Vega": XL_BLOCKS
-    | {
-        "transformer_layers_per_block": [1, [1, 1], [2, 2]],
-        "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
-    },
-}
 SDXL_UNET = SD15_UNET | {
     "addition_embed_type": "text_time",
     "addition_embed_type_num_heads": 64,
@@ -92,6 +70,23 @@ SDXL_UNET = SD15_UNET | {
     "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
     "upcast_attention": None,
     "use_linear_projection": True,
+}
+# Stable Diffusion XL, less deep. The depths agree with the table by which ComfyUI tells
+# segmind/SSD-1B and segmind/Segmind-Vega (comfy/model_detection.py); they have 1.33 and 0.745
+# thousand million parameters, as published.
+SEGMIND_UNETS = {
+    "SSD-1B": SDXL_UNET
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "Segmind-Vega": SDXL_UNET
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+        "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+    },
 }
 SD15_VAE = {
     "act_fn": "silu",

@@ -23,7 +23,7 @@ from catversion_jax.models.weights.safetensors_files import (
     read_header_and_metadata,
 )
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+_PREDICTIONS = ("epsilon", "v_prediction")
 _MODELSPEC = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction"}
 _MODELSPEC |= {"v_prediction": "v_prediction", "v-prediction": "v_prediction"}
 
@@ -161,10 +161,10 @@ class SingleFile:
                 "or v (the 768-pixel ones), and this file does not say which. Give "
                 "prediction_type=epsilon or prediction_type=v_prediction; a wrong one draws noise."
             )
-        if choice not in PREDICTION_TYPES:
+        if choice not in _PREDICTIONS:
             raise CatVersionError(
                 f"{self.path}: prediction_type = {choice:.60}, must be one of "
-                f"{', '.join(PREDICTION_TYPES)}. Give prediction_type= with one of them."
+                f"{', '.join(_PREDICTIONS)}. Give prediction_type= with one of them."
             )
         return choice
 

@@ -111,6 +111,6 @@ def test_what_cannot_be_inpainted(one_block_sd_folder, folder, backbone, tmp_pat
         generate("a cat", model=backbone, image=picture().image)
     command = ["generate", "--model", str(folder), "--prompt", "a cat", "--image", "photo.png"]
     assert main([*command, "--output_dir", str(tmp_path)]) != 0
-    assert "must be given together" in capsys.readouterr().err
+    assert "mask_image missing: give both" in capsys.readouterr().err
     with pytest.raises(CatVersionError, match=r"is an inpainting model, whose attention"):
         class_word_masks(backbone, np.zeros((1, 16, 16, 3), np.uint8), ["cat"])

@@ -101,18 +101,13 @@ def run(args: argparse.Namespace) -> int:
     settings = given_sampling_settings(args)
     rows = [Prompt(p) for p in args.prompt] if args.prompt else read_prompts(args.prompts)
     seeds = range(args.seed, args.seed + args.num_images_per_prompt)
-    if (args.image is None) != (args.mask_image is None):
-        raise CatVersionError(
-            f"--image {args.image}, --mask_image {args.mask_image}: must be given together; white "
-            "in the mask is painted anew."
-        )
     latents = None if args.latents is None else _read_latents(args.latents)
 
     from catversion_jax.sampling.concept_shelf import ConceptShelf
     from catversion_jax.sampling.generate import generated_pages
     from catversion_jax.sampling.inpainting import KeptPicture
 
-    picture = None if args.image is None else KeptPicture.read(args.image, args.mask_image)
+    picture = KeptPicture.of(args.image, args.mask_image)
     shelf = ConceptShelf(args.concept, scale=args.scale, when=args.when)
     with progress(f"drawing {len(rows) * len(seeds)} images", "step") as advance:
         for drawn in generated_pages(

@@ -159,7 +159,7 @@ def generate(
         raise CatVersionError(
             f"prompts={prompts!r}, seeds={seeds!r}: give at least one prompt and one seed."
         )
-    picture = _kept_picture(image, mask_image)
+    picture = KeptPicture.of(image, mask_image)
     drawn = list(
         generated_pages(
             rows,
@@ -205,22 +205,6 @@ def _prompts(prompts: object) -> list[Prompt]:
             )
         rows.append(row)
     return rows
-
-
-def _kept_picture(
-    image: np.ndarray | str | Path | None, mask: np.ndarray | str | Path | None
-) -> KeptPicture | None:
-    """Both as arrays or both as files; None where neither was given."""
-    if image is None and mask is None:
-        return None
-    if isinstance(image, np.ndarray) and isinstance(mask, np.ndarray):
-        return KeptPicture(image, mask)
-    if isinstance(image, str | Path) and isinstance(mask, str | Path):
-        return KeptPicture.read(image, mask)
-    raise CatVersionError(
-        f"image of type {type(image).__name__} and mask_image of type {type(mask).__name__}: give "
-        "both, as two files or as two uint8 arrays; white in mask_image is painted anew."
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,30 @@ class KeptPicture:
                 )
 
     @classmethod
+    def of(
+        cls, image: np.ndarray | str | Path | None, mask: np.ndarray | str | Path | None
+    ) -> KeptPicture | None:
+        """From two arrays or two files; None where neither was given.
+
+        Raises:
+          CatVersionError: one is missing, of another kind than the other, or no picture.
+        """
+        if image is None and mask is None:
+            return None
+        if isinstance(image, np.ndarray) and isinstance(mask, np.ndarray):
+            return cls(image, mask)
+        if isinstance(image, str | Path) and isinstance(mask, str | Path):
+            return cls.read(image, mask)
+        kinds = [
+            f"of type {type(one).__name__}" if one is not None else "missing"
+            for one in (image, mask)
+        ]
+        raise CatVersionError(
+            f"image {kinds[0]}, mask_image {kinds[1]}: give both, as two files or as two uint8 "
+            "arrays; white in mask_image is painted anew."
+        )
+
+    @classmethod
     def read(cls, image: str | Path, mask: str | Path) -> KeptPicture:
         """From two files.
 

@@ -307,7 +307,9 @@ def assemble_rows(
         time_ids=np.stack([_padded(row.encoded.time_ids, max_images) for row in rows])
         if backbone.reads_time_ids
         else None,
-        kept=np.stack([_padded(row.encoded.kept, max_images) for row in rows])
+        kept=np.stack(
+            [_padded(row.encoded.kept, max_images) for row in rows if row.encoded.kept is not None]
+        )
         if backbone.inpaints
         else None,
     )

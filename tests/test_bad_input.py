@@ -21,6 +21,7 @@ from running import COMPILATION_CACHE, arguments, start, start_command
 
 from catversion_jax import KVResidual, load_concept, save_concept
 from catversion_jax.cli import main
+from catversion_jax.runtime.atomic_files import write_atomically
 
 
 def photos(folder: Path, count: int = 3, **fields: object) -> Path:
@@ -326,6 +327,18 @@ def test_a_full_disk_keeps_the_older_file(tmp_path: Path, foreign: Path) -> None
     assert "What was there before is intact; free some space" in text
     assert (output / "cup.safetensors").read_bytes() == before
     assert [path.name for path in output.iterdir()] == ["cup.safetensors"]  # no debris
+
+
+def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path, monkeypatch) -> None:
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    write_atomically(tmp_path / "a.png", b"before")
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a.png", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == b"before"
 
 
 def checkpoints(output: Path) -> list[Path]:

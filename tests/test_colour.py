@@ -1,8 +1,10 @@
 """Colours of stranger files: profiles against Pillow's own engine, wide numbers in closed form."""
 
+import dataclasses
 import io
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from catversion_jax.concepts import ImageSource
-from catversion_jax.concepts.images import decode_photo
+from catversion_jax.concepts.images import decode_mask, decode_photo
+from catversion_jax.errors import ConceptError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **save: Any) -> ImageSource:
@@ -157,6 +160,43 @@ def test_floats_are_scaled_by_their_range(values: tuple[float, ...], white: floa
     expected = np.clip(np.rint(np.array(values) / white * 255), 0, 255)
     np.testing.assert_array_equal(np.asarray(photo.picture)[0, :, 0], expected)
     assert bool(photo.warnings) == (white != 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.array([-5, 70_000], np.int32), "go down to -5: signed"),
+        (np.array([0, np.nan], np.float32), "1 of its 2 numbers are NaN or infinite"),
+        (np.array([np.inf, 1], np.float32), "1 of its 2 numbers are NaN or infinite"),
+        (np.array([-1, 1], np.float32), "go down to -1; black must be 0"),
+        (np.array([-128, 127], np.float32), "go down to -128; black must be 0"),
+    ],
+)
+def test_numbers_that_are_no_brightness_are_refused(
+    values: np.ndarray, said: str, tmp_path: Path
+) -> None:
+    picture = encoded(Image.fromarray(values[None]), "TIFF")
+    with pytest.raises(ConceptError, match=f"colours cannot be read .*{said}.*Save it as"):
+        decode_photo(picture)
+    mask = tmp_path / "1.mask.tiff"
+    mask.write_bytes(picture.data or b"")
+    with pytest.raises(ConceptError, match=f"is no mask .*{said}"):
+        decode_mask(dataclasses.replace(picture, mask=mask))
+
+
+@pytest.mark.parametrize(("top", "white"), [(2**31 - 1, 2**31 - 1), (70_000, 2**24 - 1)])
+def test_thirty_two_bits_have_a_sign(top: int, white: int) -> None:
+    values = np.array([[0, top // 2, top]], np.int32)
+    photo = decode_photo(encoded(Image.fromarray(values), "TIFF"))
+    expected = np.rint(values / white * 255)
+    np.testing.assert_array_equal(np.asarray(photo.picture)[..., 0], expected)
+    assert any(f"taken as {white} for white" in text for text in photo.warnings)
+
+
+def test_a_little_below_black_is_black() -> None:
+    values = np.array([[-0.05, 0.5, 1.0]], np.float32)
+    photo = decode_photo(encoded(Image.fromarray(values), "TIFF"))
+    np.testing.assert_array_equal(np.asarray(photo.picture)[0, :, 0], [0, 128, 255])
 
 
 def test_the_first_frame_of_several_is_said() -> None:

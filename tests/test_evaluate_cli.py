@@ -16,13 +16,14 @@ from random_model import write_random_model, write_toy_concepts
 from tiny_pipelines import save_clip, save_vit
 
 from catversion_jax.cli import main
-from catversion_jax.concepts import ImageSource
+from catversion_jax.concepts import ImageSource, read_concepts
 from catversion_jax.config import TrainConfig, dump_config
+from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation import load_prompt_set
 from catversion_jax.evaluation.embedders import CLIP_MEAN, ClipEmbedder
 from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.scoring import Scorer
-from catversion_jax.evaluation.subjects import Subject, read_references
+from catversion_jax.evaluation.subjects import Subject, read_references, subjects_of_images
 from catversion_jax.methods.concept_file import save_concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.sampling.png import read_metadata
@@ -421,6 +422,23 @@ def test_one_damaged_concept_leaves_the_others_their_scores(world, output, tmp_p
     assert main(["export", str(run), "--output_dir", str(tmp_path / "files")]) == 3
     assert "unknown: left out: " in capsys.readouterr().err
     assert len([*(tmp_path / "files").rglob("*.safetensors")]) == 2
+
+
+def test_images_whose_concept_cannot_be_read_are_named(tmp_path, caplog):
+    write_toy_concepts(tmp_path / "concepts")
+    (tmp_path / "concepts" / "teal_cup" / "concept.json").write_text("{")
+    for name in ("striped_ball", "teal_cup", "stranger"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0_0.png")
+    concepts = read_concepts(str(tmp_path / "concepts"))
+    subjects, left_out = subjects_of_images(tmp_path / "images", concepts)
+    assert [subject.name for subject in subjects] == ["striped_ball"]
+    assert list(left_out) == ["teal_cup"]
+    assert re.search(r"concept.json: .*JSON", left_out["teal_cup"])
+    assert re.search(r"not scored, .*: 'stranger'", caplog.text)
+    shutil.rmtree(tmp_path / "images" / "striped_ball")
+    with pytest.raises(CatVersionError, match=r"concept\.json"):
+        subjects_of_images(tmp_path / "images", concepts)
 
 
 def test_two_images_of_one_prompt_and_seed(world, output, tmp_path, capsys):

@@ -2,6 +2,7 @@
 saved and loaded again, gives other pipelines, and shares no file with the model it was made from.
 """
 
+import ast
 import configparser
 import hashlib
 import re
@@ -26,6 +27,7 @@ from diffusers import (  # noqa: E402
 from tiny_pipelines import load_pipe, make_residual, write  # noqa: E402
 
 from catversion_jax.integrations import diffusers as loader  # noqa: E402
+from catversion_jax.integrations import pipeline_folder  # noqa: E402
 from catversion_jax.integrations.pipeline_folder import export_pipeline  # noqa: E402
 from catversion_jax.methods.concept_file import Concept  # noqa: E402
 
@@ -96,6 +98,31 @@ def test_saving_into_the_folder_changes_no_file_of_the_model(tiny_sd_folder, exp
             with path.open("r+b") as file:
                 file.write(b"written through")
     assert digests(tiny_sd_folder) == before
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_what_stops_the_export_leaves_nothing(tiny_sd_folder, tmp_path, monkeypatch, existed):
+    def stopped(*args: object, **options: object) -> str:
+        raise KeyboardInterrupt
+
+    output, concepts = tmp_path / "out", [Concept(make_residual(0), "cat", "x")]
+    if existed:
+        output.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_folder, "pipeline_source", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            export_pipeline(output, tiny_sd_folder, concepts)
+    assert [*tmp_path.iterdir()] == ([output] if existed else [])
+    assert not existed or not [*output.iterdir()]
+    assert export_pipeline(output, tiny_sd_folder, concepts) == output  # the same command again
+
+
+def test_the_readme_s_code_runs_no_class_word(tiny_sd_folder, tmp_path):
+    word = 'x"); raise SystemExit #'
+    export_pipeline(tmp_path / "out", tiny_sd_folder, [Concept(make_residual(0), word, "x")])
+    code = (tmp_path / "out" / "README.md").read_text().split("```")[1].removeprefix("python")
+    texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert f"a photo of a {word}" in texts
 
 
 def test_a_hub_cache_is_copied_too(tiny_sd_folder, tmp_path):

@@ -83,6 +83,59 @@ def test_eight_threads_with_two_concepts(tiny_sd_folder, pipe, count):
         sys.setswitchinterval(interval)
 
 
+def test_threads_load_and_unload_while_others_encode(tiny_sd_folder, tmp_path):
+    """Every encoding is the plain model's or the one with the concept, and nothing is left over."""
+    pipe, words = load_pipe(tiny_sd_folder), ("cat", "dog", "pot", "bird")
+    files = {w: write(tmp_path, w, w, make_residual(i)) for i, w in enumerate(words)}
+    plain = {word: encode(pipe, word) for word in words}
+    right = {}
+    for word, file in files.items():
+        loader.load_catversion(pipe, file)
+        right[word] = encode(pipe, word)
+        loader.unload_catversion(pipe)
+    ids = {word: token_ids(pipe, word) for word in words}
+    kind, start = type(pipe), threading.Barrier(5)
+
+    @torch.no_grad()
+    def wrong(word: str) -> int:
+        start.wait()
+        count = 0
+        for _ in range(25):
+            loader.load_catversion(pipe, files[word])
+            found = pipe.text_encoder(ids[word]).last_hidden_state
+            count += not torch.equal(found, right[word])
+            if word == "dog":  # in one thread: diffusers' own tokenizer is not made for several
+                found, negative = pipe.encode_prompt(word, "cpu", 1, True, negative_prompt=word)
+                count += not torch.equal(found, right[word])
+                count += not torch.equal(negative, plain[word])
+            loader.unload_catversion(pipe, word)
+            found = pipe.text_encoder(ids[word]).last_hidden_state
+            count += not torch.equal(found, plain[word])
+        return count
+
+    @torch.no_grad()
+    def odd() -> int:
+        start.wait()
+        found = [pipe.text_encoder(ids["cat"]).last_hidden_state for _ in range(300)]
+        return sum(
+            not (torch.equal(x, plain["cat"]) or torch.equal(x, right["cat"])) for x in found
+        )
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(5) as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            looking = pool.submit(odd)
+            assert sum(pool.map(wrong, words)) == 0
+            assert looking.result() == 0
+    finally:
+        sys.setswitchinterval(interval)
+    assert type(pipe) is kind
+    assert not pipe.text_encoder._forward_pre_hooks
+    assert pipe.text_encoder.config._attn_implementation == "sdpa"
+
+
 def test_blocks_hold_for_their_thread_alone(tiny_sd_folder, pipe):
     full, plain = encode(pipe, "a cat"), encode(load_pipe(tiny_sd_folder), "a cat")
     loader.set_catversion(pipe, "tom", 0.3)

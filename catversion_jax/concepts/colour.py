@@ -21,6 +21,8 @@ _SRGB_RED, _SRGB_GAMMA = (0.64, 0.33), 1 / 2.2
 _SRGB_PRIMARIES = (1, 2)  # of ITU-T H.273: BT.709, and unspecified
 # A whole picture below this level is black to the eye: numbers of fewer bits than the file has.
 _NEARLY_BLACK = 16
+# How far below black sharpening takes a picture of floats, as a share of white.
+_UNDERSHOOT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,9 @@ def eight_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
     Returns:
       The picture, and a line where its numbers do not fill the range of their type.
+
+    Raises:
+      ValueError: numbers that are no brightness: negative, infinite or NaN.
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image, np.uint16)
@@ -135,15 +140,23 @@ def eight_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
         return Image.fromarray(_round_to_bytes(table)[values]), notes
     if image.mode == "I":
         values = np.asarray(image)
+        if values.min(initial=0) < 0:
+            raise ValueError(
+                f"its 32-bit numbers go down to {values.min()}: signed ones, or beyond {2**31 - 1}"
+            )
         top, notes = _range(int(values.max(initial=0)))
         return Image.fromarray(_round_to_bytes(values / top)), notes
     if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
+        values = np.asarray(image)
+        if lacking := int(values.size - np.isfinite(values).sum()):
+            raise ValueError(f"{lacking} of its {values.size} numbers are NaN or infinite")
         largest = float(values.max(initial=0.0))
         # floats count to 1, a highlight beyond it included, or to 255 or 65535
         white = next(
             (t for t in (1.0, 255.0, 65535.0) if largest <= max(t, _NEARLY_BLACK)), largest
         )
+        if values.min(initial=0.0) < -_UNDERSHOOT * white:
+            raise ValueError(f"its numbers go down to {values.min():g}; black must be 0")
         notes = [] if white == 1.0 else [f"floats up to {largest:g}, taken as {white:g} for white"]
         return Image.fromarray(_round_to_bytes(values / white)), notes
     return image, []
@@ -153,7 +166,7 @@ def _range(largest: int) -> tuple[int, list[str]]:
     """The number that means white, given the largest of a file of 16 or more bits."""
     if largest == 0:
         return 65535, []
-    for bits in (8, 10, 12, 16, 24, 32):
+    for bits in (8, 10, 12, 16, 24, 31):  # Pillow's numbers of 32 bits have a sign
         top = 2**bits - 1
         if largest <= top:
             break

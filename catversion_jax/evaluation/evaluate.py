@@ -217,7 +217,7 @@ def _subjects(
             f"{folder}: holds no trained concept, so it is taken as a folder of images; give the "
             "training images they are compared with: --concepts."
         )
-    return subjects_of_images(folder, concepts), {}, False
+    return *subjects_of_images(folder, concepts), False
 
 
 def _model_of(folder: Path) -> str:

@@ -14,7 +14,7 @@ from catversion_jax.array_types import Int
 from catversion_jax.concepts import ConceptList, ConceptSpec, ImageSource
 from catversion_jax.concepts.images import decode_upright
 from catversion_jax.concepts.mask_files import MaskMaker
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.concept_file import (
     CONCEPT_FILE_NAME,
     Concept,
@@ -158,24 +158,48 @@ def _not_trained_on(concept: Concept, spec: ConceptSpec) -> tuple[ImageSource, .
     return tuple(held_out)
 
 
-def subjects_of_images(folder: Path, concepts: ConceptList) -> list[Subject]:
+def subjects_of_images(folder: Path, concepts: ConceptList) -> tuple[list[Subject], dict[str, str]]:
     """The concepts that have a folder of images in ``folder``.
 
+    Folders of images that belong to no concept are named in a warning.
+
+    Returns:
+      The concepts that can be evaluated, and why others with such a folder cannot, by name.
+
     Raises:
-      CatVersionError: none has.
+      CatVersionError: no concept can be evaluated.
     """
     subjects = [
         Subject(spec.name, spec.base_class, spec.images, held_out=spec.eval_images)
         for spec in concepts.concepts
         if (folder / spec.name).is_dir()
     ]
+    left_out = {
+        problem.name: problem.message
+        for problem in concepts.problems
+        if (folder / problem.name).is_dir()
+    }
     if not subjects:
         names = ", ".join(spec.name for spec in concepts.concepts)
         raise CatVersionError(
-            f"{folder}: is neither a run (no {CONCEPT_FILE_NAME} in it) nor holds images in a "
+            next(iter(left_out.values()), None)
+            or f"{folder}: is neither a run (no {CONCEPT_FILE_NAME} in it) nor holds images in a "
             f"folder named like a concept ({names}). Images lie in <concept>/<prompt>_<seed>.png."
         )
-    return subjects
+    known = {subject.name for subject in subjects} | left_out.keys()
+    unknown = [
+        shown(path.name)
+        for path in sorted(folder.iterdir())
+        if path.name not in known and path.is_dir() and any(path.glob("*.png"))
+    ]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        logger.warning(
+            "not scored, no concept of the given training images has their name: %s%s",
+            ", ".join(unknown[:5]),
+            more,
+        )
+    return subjects, left_out
 
 
 def read_references(subject: Subject, masker: MaskMaker | None, resolution: int) -> References:

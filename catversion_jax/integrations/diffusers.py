@@ -22,7 +22,7 @@ How it acts. Through transformers' public attention interface: the encoder's own
 concept are overwritten with (1), computed in float32. A public forward pre-hook on the text encoder
 finds those rows from the token ids and hands them to the layers as an argument of the call. So
 prompts about other things, the unconditional branch and everything while nothing is active stay
-bit-identical, and threads may share a pipeline.
+bit-identical, and threads may share a pipeline, also while one of them loads or unloads.
 
 When it acts. ``class_word`` concepts: on prompts that contain the words of their base class.
 ``always`` concepts: on every prompt except the empty one. Never on negative prompts: a pipeline
@@ -48,7 +48,11 @@ from catversion_jax.integrations.encoder_fingerprint import (
     check_weights,
     text_encoder_sha256,
 )
-from catversion_jax.integrations.encoder_state import EncoderState, check_implementation
+from catversion_jax.integrations.encoder_state import (
+    EncoderState,
+    check_implementation,
+    one_at_a_time,
+)
 from catversion_jax.integrations.loaded_concept import (
     CatVersionLoadError,
     LoadedConcept,
@@ -143,6 +147,7 @@ def load_catversion(
     return _load(pipe, parts, source, adapter_name, force)
 
 
+@one_at_a_time
 def set_catversion(
     pipe: Any,
     name: str | Sequence[str],
@@ -189,6 +194,7 @@ def set_catversion(
             state.plain = {encoder.word_ids(prompt)[:limit] for prompt in given}
 
 
+@one_at_a_time
 def disable_catversion(pipe: Any) -> None:
     """Let every concept rest: the pipeline is bit-identical to the plain one until
     ``enable_catversion``.
@@ -198,6 +204,7 @@ def disable_catversion(pipe: Any) -> None:
         state.select()
 
 
+@one_at_a_time
 def enable_catversion(pipe: Any) -> None:
     """Undo ``disable_catversion``: the same concepts at the same scales act again.
 
@@ -209,6 +216,7 @@ def enable_catversion(pipe: Any) -> None:
         state.select()
 
 
+@one_at_a_time
 def unload_catversion(pipe: Any, name: str | None = None) -> None:
     """Forget one concept, or all; with the last one the hook and the attention implementation are
     undone.
@@ -232,6 +240,7 @@ def unload_catversion(pipe: Any, name: str | None = None) -> None:
         untell(pipe)
 
 
+@one_at_a_time
 def list_catversion(pipe: Any) -> list[dict[str, Any]]:
     """The loaded concepts: name, active, scale, base_class, when, layers (in Stable Diffusion XL
     those of each text encoder), base_model.
@@ -263,6 +272,7 @@ def load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str, force: bo
     return _load(pipe, parse_concept(data, source), source, adapter_name, force)
 
 
+@one_at_a_time
 def _load(
     pipe: Any,
     parts: Sequence[LoadedConcept],
@@ -285,6 +295,7 @@ def _load(
             )
     name = adapter_name or parts[0].name
     known = names_in(states)
+    tell(pipe)  # before anything acts on what another thread encodes
     for encoder, state, part in zip(encoders, states, parts, strict=True):
         state.install(encoder.model)
         for rival, one in list(state.loaded.items()):
@@ -295,7 +306,6 @@ def _load(
         state.loaded[name] = part
         state.active[name] = 1.0
         state.select()
-    tell(pipe)
     return name
 
 

@@ -2,20 +2,27 @@
 
 A public forward pre-hook on the encoder reads the token ids and hands :class:`Marks` to the
 attention layers as an argument of the call.
+
+Threads may load, choose and unload concepts while others encode. What is loaded changes under one
+lock, and a call goes on with what it was told when it began: the attention implementation is not
+taken away under it.
 """
 
 from __future__ import annotations
 
 import collections
 import contextvars
+import functools
 import inspect
 import itertools
 import math
+import threading
+import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -32,8 +39,28 @@ _IMPLEMENTATIONS = ("sdpa", "eager")
 # Scales that hold for the calls of one block in one thread or task, the innermost last.
 SCALES_HERE: contextvars.ContextVar[tuple[tuple[EncoderState, Mapping[str, float] | float], ...]]
 SCALES_HERE = contextvars.ContextVar("catversion_scales", default=())
+SWITCHING = threading.RLock()  # held while what is loaded into any text encoder changes
+# Calls that were told of concepts, while their layers may still ask: in which encoder and thread.
+_CALLS: weakref.WeakKeyDictionary[Marks, tuple[EncoderState, int]]
+_CALLS = weakref.WeakKeyDictionary()
+_PATIENCE = 10.0  # seconds: an error's traceback can keep a call that is over
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
 # Whether a pipeline that tells prompts from negative ones is calling its text encoder.
 TOLD_HERE: contextvars.ContextVar[bool] = contextvars.ContextVar("catversion_told", default=False)
+
+
+def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A function that changes what is loaded, made safe to call from several threads."""
+
+    @functools.wraps(function)
+    def locked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with SWITCHING:
+            return function(*args, **kwargs)
+
+    return locked
 
 
 def innermost(encoder: Any) -> Any:
@@ -47,6 +74,13 @@ def innermost(encoder: Any) -> Any:
         else:
             break
     return encoder
+
+
+def content(ids: list[int], bos: int, eos: int) -> tuple[int, ...]:
+    """A row's own tokens, between begin-of-text and the first end-of-text."""
+    start = 1 if ids[:1] == [bos] else 0
+    stop = ids.index(eos, start) if eos in ids[start:] else len(ids)
+    return tuple(ids[start:stop])
 
 
 def state_on(encoder: Any) -> EncoderState | None:
@@ -123,7 +157,7 @@ class EncoderState:
 
     def install(self, encoder: Any) -> None:
         """Hook and attention implementation; again after a change of the latter, else without
-        effect.
+        effect. The caller holds the lock.
         """
         current = encoder.config._attn_implementation
         if not current.startswith(ATTENTION_PREFIX):
@@ -140,13 +174,31 @@ class EncoderState:
         self.handle = encoder.register_forward_pre_hook(_before_encoding, with_kwargs=True)
 
     def uninstall(self, encoder: Any) -> None:
-        """Undo :meth:`install`."""
+        """Undo :meth:`install`, once the calls of other threads that it acts on are over."""
         self.handle.remove()
+        end = time.monotonic() + _PATIENCE
+        while self._is_asked() and time.monotonic() < end:
+            time.sleep(1e-3)
         if encoder.config._attn_implementation.startswith(ATTENTION_PREFIX):
             encoder.set_attn_implementation(self.original)
         for attention in _attention_modules(encoder):
             del attention.catversion_layer
         del encoder._catversion_state
+
+    def _is_asked(self) -> bool:
+        here = threading.get_ident()
+        return any(state is self and thread != here for state, thread in list(_CALLS.values()))
+
+    @one_at_a_time
+    def begin_call(self, encoder: Any, marks: Marks) -> bool:
+        """Whether a call of the text encoder may be told ``marks``: not if all was unloaded since
+        it began.
+        """
+        if state_on(encoder) is not self:
+            return False
+        self.install(encoder)  # the user may have set another attention implementation since
+        _CALLS[marks] = self, threading.get_ident()
+        return True
 
     def called(self, selection: Selection, ids: torch.Tensor) -> dict[int, torch.Tensor]:
         """The bias ``[B T]`` of equation (2) of the concepts that any row calls, by their number in
@@ -157,7 +209,7 @@ class EncoderState:
             return {}
         rows = ids.reshape(-1, ids.shape[-1]).tolist()
         starts = [1 if row[:1] == [self.bos] else 0 for row in rows]
-        prompts = [self._content(row, start) for row, start in zip(rows, starts, strict=True)]
+        prompts = [content(row, self.bos, self.eos) for row in rows]
         biases: dict[int, torch.Tensor] = {}
         unnamed = {row for row, prompt in enumerate(prompts) if prompt and prompt not in self.plain}
         uncalled = set(unnamed)
@@ -190,11 +242,6 @@ class EncoderState:
                     return {name: scales.get(name, scale) for name, scale in own.items()}
                 return dict.fromkeys(own, scales)
         return selection.scales
-
-    def _content(self, ids: list[int], start: int) -> tuple[int, ...]:
-        """A row's own tokens, between begin-of-text and the first end-of-text."""
-        stop = ids.index(self.eos, start) if self.eos in ids[start:] else len(ids)
-        return tuple(ids[start:stop])
 
     def _word_positions(self, prompt: tuple[int, ...], concept: LoadedConcept) -> list[int]:
         """Where the class word or one of its forms stands among a prompt's own tokens, every time.
@@ -255,32 +302,41 @@ def check_implementation(encoder: Any) -> None:
         )
 
 
-def _before_encoding(encoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of the text encoder: add the marks to the arguments of the call."""
-    state: EncoderState = encoder._catversion_state
+def _before_encoding(
+    encoder: Any, args: tuple, kwargs: dict | None = None
+) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of the text encoder: add the marks to the arguments of the call.
+
+    torch hands no keywords to a hook that another thread is just adding or removing.
+    """
+    state: EncoderState | None = getattr(encoder, "_catversion_state", None)
+    if state is None or kwargs is None:
+        return None
     selection = state.selection
     if not selection.concepts:
         return None
-    state.install(encoder)  # the user may have set another attention implementation since
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
         state.warn_once(
             "no ids", "no input_ids: which prompts call a concept is unknown, all stay plain."
         )
         return None
-    concepts: Sequence[LoadedConcept] = selection.concepts
-    if torch.compiler.is_compiling():
-        bias = _TRACED_BIAS(ids, selection.number, len(concepts))
-    else:
-        called = state.called(selection, ids)
-        if not called:
-            return None
-        concepts = [concepts[i] for i in called]
-        bias = torch.stack(list(called.values()))
     said = kwargs.get("output_attentions")
     if said is None:
         said = encoder.config.output_attentions
-    return args, {**kwargs, state.argument: Marks(concepts, bias, said)}
+    if torch.compiler.is_compiling():
+        state.install(encoder)
+        bias = _TRACED_BIAS(ids, selection.number, len(selection.concepts))
+        marks = Marks(selection.concepts, bias, said)
+    else:
+        called = state.called(selection, ids)
+        concepts = [selection.concepts[i] for i in called]
+        if not called:
+            return None
+        marks = Marks(concepts, torch.stack(list(called.values())), said)
+        if not state.begin_call(encoder, marks):
+            return None
+    return args, {**kwargs, state.argument: marks}
 
 
 def _bias(ids: torch.Tensor, number: torch.Tensor, count: int) -> torch.Tensor:

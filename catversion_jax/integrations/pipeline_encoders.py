@@ -6,7 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from catversion_jax.integrations.encoder_state import EncoderState, innermost, state_on
+from catversion_jax.integrations.encoder_state import (
+    EncoderState,
+    content,
+    innermost,
+    state_on,
+)
 from catversion_jax.integrations.loaded_concept import (
     PAIR,
     CatVersionLoadError,
@@ -14,6 +19,8 @@ from catversion_jax.integrations.loaded_concept import (
 )
 
 _TOKENIZERS = dict(zip(PAIR, ("tokenizer", "tokenizer_2"), strict=True))
+
+_LONGEST = 10_000  # tokens; transformers has 10^30 where nothing is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +41,18 @@ class PipelineEncoder:
         return state_on(self.model)
 
     def word_ids(self, text: str) -> tuple[int, ...]:
-        """The token ids of some words."""
-        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        """The token ids of some words, as many as the model reads.
+
+        The tokenizer is asked as pipelines ask it, because a fast one keeps how it pads and cuts
+        off: another question would meet the prompts that other threads encode at the same time.
+        """
+        length = self.tokenizer.model_max_length
+        if length > _LONGEST:  # its folder does not say
+            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        ids = self.tokenizer(
+            text, padding="max_length", max_length=length, truncation=True
+        ).input_ids
+        return content(ids, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
 
 
 def encoders_of(pipe: Any) -> tuple[PipelineEncoder, ...]:

@@ -77,7 +77,7 @@ A diffusers model folder with CatVersion concepts.
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-pipe("{prompt}"{more}).images[0]
+pipe({prompt}{more}).images[0]
 ```
 
 It needs torch 2.6, diffusers 0.35 and transformers 4.57 or newer. `trust_remote_code=True` lets the
@@ -122,6 +122,8 @@ def export_pipeline(
       concepts: at least one, of different names.
       force: load the concepts even though the text encoder is not the one they were trained with.
 
+    What stops it, Ctrl-C included, leaves ``output`` as it was.
+
     Raises:
       CatVersionError: ``output`` is in use or cannot be written, or the model cannot be used.
     """
@@ -139,6 +141,21 @@ def export_pipeline(
         )
     files = opened(model)
     check_parts(files, concepts)
+    existed = output.exists()
+    try:
+        _write_folder(output, files, concepts, force)
+    except BaseException:  # Ctrl-C or a full disk: the same command can be given again
+        for path in output.iterdir() if output.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if not existed and output.is_dir():
+            output.rmdir()
+        raise
+    return output
+
+
+def _write_folder(
+    output: Path, files: ModelFiles, concepts: Sequence[Concept], force: bool
+) -> None:
     index = files.save_to(output)
     if (index.get("text_encoder") or [None, None])[1] == "CLIPTextModel":
         name_for_older_transformers(output / "text_encoder")
@@ -159,7 +176,8 @@ def export_pipeline(
         f"| {c.name} | {c.base_class if c.when == 'class_word' else 'every prompt'} |"
         for c in concepts
     )
-    prompt = f"a photo of a {concepts[0].base_class}"
+    # quoted as Python reads it: the class word may be a stranger's
+    prompt = json.dumps(f"a photo of a {concepts[0].base_class}", ensure_ascii=False)
     more = ", image=photo, mask_image=where" if inpaints else ""
     readme = _README.format(title=output.name, rows=rows, prompt=prompt, more=more)
     write_atomically(output / "README.md", readme.encode())
@@ -167,7 +185,6 @@ def export_pipeline(
         data, num_text_encoders=num_text_encoders, inpaints=inpaints, force=force
     )
     write_atomically(output / "pipeline.py", source.encode())
-    return output
 
 
 def check_parts(files: ModelFiles, concepts: Sequence[Concept]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from catversion_jax.integrations.encoder_state import (
     SCALES_HERE,
+    SWITCHING,
     TOLD_HERE,
 )
 from catversion_jax.integrations.loaded_concept import CatVersionLoadError
@@ -100,7 +101,9 @@ class ToldPipeline:
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline's own; no concept acts on the negative prompt."""
-        encode = super().encode_prompt  # type: ignore[misc]
+        with SWITCHING:  # another thread may just have unloaded the last concept
+            told = isinstance(self, __class__)  # type: ignore[name-defined]
+            encode = super().encode_prompt if told else self.encode_prompt  # type: ignore[misc]
         signature = inspect.signature(encode)
         if not signature.parameters.keys() >= _PARAMETERS:
             return encode(*args, **kwargs)

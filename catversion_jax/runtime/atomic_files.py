@@ -4,6 +4,7 @@ file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -35,10 +36,13 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise unwritable(path, error) from error
+    except BaseException as error:  # Ctrl-C too leaves nothing half written
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
+        raise
 
 
 def make_folder(path: Path) -> None:

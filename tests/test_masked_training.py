@@ -99,6 +99,15 @@ def test_an_image_without_a_mask_is_named(one_block_sd_folder: Path, tmp_path: P
     assert "catversion masks" in reason
 
 
+def test_preserving_needs_masks_too(one_block_sd_folder: Path, tmp_path: Path) -> None:
+    folder = write_concept(tmp_path / "cup", None)
+    assert run_here(one_block_sd_folder, folder, tmp_path / "out", preserve_weight=0.5) == 3
+    reason = (tmp_path / "out" / "concepts" / "cup" / "FAILED.txt").read_text()
+    assert "preserve_weight=0.5, but 3 of 3 images have no mask (0.png, 1.png, 2.png)" in reason
+    assert "catversion masks" in reason
+    assert "use alpha=mask or preserve_weight=0" in reason
+
+
 def test_an_empty_mask_leaves_no_loss(one_block_sd_folder: Path, tmp_path: Path) -> None:
     folder = write_concept(tmp_path / "cup", LEFT)
     Image.fromarray(np.zeros_like(LEFT)).save(folder / "2.mask.png")

@@ -252,6 +252,19 @@ def test_stratified_timesteps_are_even_in_a_batch_and_over_steps(backbone: Backb
     assert np.abs(counts - 1024 / 20).max() <= 4
 
 
+def test_proportional_timesteps_are_even_in_their_square(backbone: Backbone) -> None:
+    """``P(t) = (2 t + 1) / N^2``: the squares of ``t / N`` are spread as stratified ones are."""
+    for batch in (1, 2, 4):
+        drawn = drawn_timesteps(backbone, batch, 1024 // batch, timestep_sampling="proportional")
+        assert drawn.min() >= 0
+        assert drawn.max() <= 999
+        share = ((drawn + 0.5) / 1000) ** 2
+        # the i-th of a batch lies in the i-th stratum, but for the timestep at its border
+        assert np.abs(share - (np.arange(batch) + 0.5) / batch).max() <= 0.5 / batch + 2e-3
+        counts = np.bincount((share.ravel() * 20).astype(int), minlength=20)
+        assert np.abs(counts - 1024 / 20).max() <= 4, batch
+
+
 def test_average_is_diffusers_ema() -> None:
     tx = optimizer(config(ema_decay=0.5))
     start = jax.tree.map(jnp.asarray, tiny_residual())

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel
 
 from catversion_jax.diffusion import NoiseScheduleConfig, noise_schedule
 from catversion_jax.methods.residual import KVResidual
+from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.training.objective import DiffusionBatch, diffusion_losses, min_snr_weight
@@ -49,9 +50,9 @@ def torch_text_states(
     return text.final_layer_norm(hidden)
 
 
-@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+@pytest.mark.parametrize(("snr_gamma", "preserved"), [(None, 0.0), (5.0, 0.0), (5.0, 0.7)])
 def test_losses_and_gradients_of_two_concepts_equal_torch(
-    one_block_sd_folder: Path, snr_gamma: float | None
+    one_block_sd_folder: Path, snr_gamma: float | None, preserved: float
 ) -> None:
     """The concepts share one call of the UNet here; torch computes one after the other."""
     rng = np.random.default_rng(0)
@@ -75,9 +76,15 @@ def test_losses_and_gradients_of_two_concepts_equal_torch(
         context = torch_text_states(text_encoder, ids, torch_key[concept], torch_value[concept])
         steps = torch.tensor(timesteps[concept], dtype=torch.long)
         clean, eps = torch.tensor(latents[concept]), torch.tensor(noise[concept])
-        error = (unet(scheduler.add_noise(clean, eps, steps), steps, context).sample - eps) ** 2
+        noisy = scheduler.add_noise(clean, eps, steps)
+        prediction = unet(noisy, steps, context).sample
         weight = torch.tensor(np.maximum(mask[concept], 0.1))
-        error = error * (weight / weight.mean(dim=(1, 2), keepdim=True))[:, None]
+        outside = preserved * (1 - torch.tensor(mask[concept]))
+        with torch.no_grad():
+            plain = unet(noisy, steps, text_encoder(ids).last_hidden_state).sample
+        error = weight[:, None] * (prediction - eps) ** 2
+        error = error + outside[:, None] * (prediction - plain) ** 2
+        error = error / (weight + outside).mean(dim=(1, 2))[:, None, None, None]
         per_image = error.mean(dim=(1, 2, 3))
         if snr_gamma is not None:
             snr = compute_snr(scheduler, steps)
@@ -89,12 +96,14 @@ def test_losses_and_gradients_of_two_concepts_equal_torch(
 
     residual = KVResidual(jnp.asarray(key), jnp.asarray(value), LAYERS, BIAS)
     hidden = backbone.text_encoder.call("lower", token_ids.reshape(4, -1), LAYERS[0])
+    plain = backbone.text_encoder(token_ids.reshape(4, -1))
     batch = DiffusionBatch(
         latents.transpose(0, 1, 3, 4, 2),
         noise.transpose(0, 1, 3, 4, 2),
         timesteps,
         (LowerStates(hidden.reshape(2, 2, *hidden.shape[1:]), token_ids),),
         mask,
+        plain=TextStates(jnp.asarray(plain.reshape(2, 2, *plain.shape[1:]))) if preserved else None,
     )
 
     @jax.jit
@@ -108,6 +117,7 @@ def test_losses_and_gradients_of_two_concepts_equal_torch(
             first_layers=LAYERS[:1],
             snr_gamma=snr_gamma,
             unmasked_weight=0.1,
+            preserve_weight=preserved,
         )
         return found.sum(), found
 

@@ -11,6 +11,10 @@ MSE). Options:
     (3)  min-SNR (arXiv 2303.09556): w = min(snr, gamma) for x_0, / snr for epsilon,
          / (snr + 1) for v
     (4)  masked: m = max(mask, unmasked_weight), divided by its mean over the image's pixels
+    (5)  preserving: p |unet(x_t, t, c(learned)) - unet(x_t, t, c(nothing))|^2 beside it under the
+         mean over pixels, p = preserve_weight (1 - mask); m and p are divided by the mean of m + p
+
+In (5) the plain model's prediction is a target like any other: no gradient passes through it.
 """
 
 from __future__ import annotations
@@ -45,6 +49,8 @@ class DiffusionBatch:
       mask: ``[C B h w]`` object mask in 0..1, or None where the loss is not masked.
       time_ids: ``[C B 6]`` what Stable Diffusion XL is told of the images' sizes, or None.
       kept: ``[C B h w 1+c]`` what an inpainting model reads beside the noisy latents, or None.
+      plain: ``[C B T D]`` what the plain model makes of the prompts, or None where it is not
+        preserved.
     """
 
     latents: Float[Array, "C B h w c"]
@@ -54,6 +60,7 @@ class DiffusionBatch:
     mask: Float[Array, "C B h w"] | None = None
     time_ids: Float[Array, "C B 6"] | None = None
     kept: Float[Array, "C B h w k"] | None = None
+    plain: TextStates | None = None
 
 
 def diffusion_losses(
@@ -66,6 +73,7 @@ def diffusion_losses(
     first_layers: Sequence[int],
     snr_gamma: float | None = None,
     unmasked_weight: float = 1.0,
+    preserve_weight: float = 0.0,
     recompute: Recompute = "none",
 ) -> Float[Array, "C"]:
     """Equation (2) for each of C concepts; float32 whatever the networks compute in.
@@ -83,6 +91,7 @@ def diffusion_losses(
       first_layers: the layer of each encoder that ``batch.text`` enters.
       snr_gamma: equation (3); None for w = 1.
       unmasked_weight: equation (4), used where the batch has a mask.
+      preserve_weight: equation (5), used where the batch has plain states and so a mask.
       recompute: what the UNet's backward pass computes again instead of keeping it.
     """
     states = prompted_states(learned, text_encoders, batch.text, first_layers=first_layers)
@@ -93,6 +102,7 @@ def diffusion_losses(
         schedule,
         snr_gamma=snr_gamma,
         unmasked_weight=unmasked_weight,
+        preserve_weight=preserve_weight,
         recompute=recompute,
     )
 
@@ -130,6 +140,7 @@ def denoising_losses(
     *,
     snr_gamma: float | None = None,
     unmasked_weight: float = 1.0,
+    preserve_weight: float = 0.0,
     recompute: Recompute = "none",
 ) -> Float[Array, "C"]:
     """:func:`diffusion_losses` from what the UNet is told, see :func:`prompted_states`.
@@ -142,24 +153,42 @@ def denoising_losses(
     batch, states = jax.tree.map(
         lambda leaf: leaf.reshape(concepts * images, *leaf.shape[2:]), (batch, states)
     )
-    added = None
-    if states.pooled is not None and batch.time_ids is not None:
-        added = AddedConditions(states.pooled, batch.time_ids)
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     if batch.kept is not None:
         noisy = jnp.concatenate([noisy, batch.kept], axis=-1)
-    prediction = unet(noisy, batch.timesteps, states.context, recompute, added=added)
-    prediction = prediction.astype(jnp.float32)
+    prediction = _prediction(states, unet, batch, noisy, recompute)
     target = schedule.target(batch.latents, batch.noise, batch.timesteps)
     error = jnp.square(prediction - target)
     if batch.mask is not None:
         weight = jnp.maximum(batch.mask, unmasked_weight)
-        weight = weight / jnp.mean(weight, axis=(1, 2), keepdims=True)
-        error = error * weight[..., None]
+        if batch.plain is None:
+            weight = weight / jnp.mean(weight, axis=(1, 2), keepdims=True)
+            error = error * weight[..., None]
+        else:
+            plain = jax.lax.stop_gradient(_prediction(batch.plain, unet, batch, noisy, "none"))
+            outside = preserve_weight * (1 - batch.mask)
+            mean = jnp.mean(weight + outside, axis=(1, 2), keepdims=True)
+            changed = jnp.square(prediction - plain)
+            error = error * (weight / mean)[..., None] + changed * (outside / mean)[..., None]
     loss = jnp.mean(error, axis=(1, 2, 3))
     if snr_gamma is not None:
         loss = loss * min_snr_weight(schedule, batch.timesteps, snr_gamma)
     return jnp.mean(loss.reshape(concepts, images), axis=1)
+
+
+def _prediction(
+    states: TextStates,
+    unet: Network,
+    batch: DiffusionBatch,
+    noisy: Float[Array, "B h w c"],
+    recompute: Recompute,
+) -> Float[Array, "B h w c"]:
+    """What the UNet, told ``states``, says of the noisy latents of a batch of images."""
+    added = None
+    if states.pooled is not None and batch.time_ids is not None:
+        added = AddedConditions(states.pooled, batch.time_ids)
+    prediction = unet(noisy, batch.timesteps, states.context, recompute, added=added)
+    return prediction.astype(jnp.float32)
 
 
 def min_snr_weight(

@@ -11,7 +11,7 @@ import concurrent.futures
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,15 @@ from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.errors import CatVersionError, ConceptError, shown
 from catversion_jax.methods.learned import Learned, stack_learned
 from catversion_jax.methods.table import method_for
+from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.text_encoders import LowerStates
-from catversion_jax.training.prompt_states import check_prompts_fit, empty_prompt, lower_text
+from catversion_jax.training.prompt_states import (
+    check_prompts_fit,
+    empty_prompt,
+    lower_text,
+    plain_states,
+)
 from catversion_jax.training.run.directory import READERS
 from catversion_jax.training.run.identity import changed_content, image_digests, token_digest
 from catversion_jax.training.run.records import ConceptRecord
@@ -35,6 +41,8 @@ from catversion_jax.training.start_values import init_learned
 from catversion_jax.training.state import ConceptData, concept_key
 
 logger = logging.getLogger(__name__)
+
+States = TypeVar("States", tuple[LowerStates, ...], TextStates | None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,7 @@ class PreparedConcept:
       encoded: VAE posterior of its images.
       text: of each text encoder its prompts ``[K T D]``, entering the first adapted layer.
       plain_text: the same of the prompts without room for learned vectors.
+      plain: what the plain model makes of the prompts, where it is preserved; else None.
       prompts: the K training prompts.
       references: a few of its images, ``[H W 3]`` uint8, for the sample grids.
     """
@@ -60,6 +69,7 @@ class PreparedConcept:
     plain_text: tuple[LowerStates, ...]
     prompts: tuple[str, ...]
     references: tuple[np.ndarray, ...]
+    plain: TextStates | None = None
 
 
 def describe_concept(
@@ -197,16 +207,19 @@ def prepare_concept(
         for source, image in zip(spec.images, images, strict=True)
         if image.mask is None
     ]
-    if objective.masked_training and unmasked:
+    asked = objective.needs_masks
+    if asked and unmasked:
         raise ConceptError(
-            f"{spec.name}: masked_training=true, but {len(unmasked)} of {len(images)} images have "
+            f"{spec.name}: {asked}, but {len(unmasked)} of {len(images)} images have "
             f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each (catversion masks "
-            "makes them), or use alpha=mask or masked_training=false with another output_dir."
+            "makes them), or use alpha=mask or "
+            f"{'masked_training=false' if objective.masked_training else 'preserve_weight=0'} with "
+            "another output_dir."
         )
     faults = [(i.label, f"the mask {i.mask_fault}") for i in images if i.mask_fault]
-    if objective.masked_training and faults:
+    if asked and faults:
         raise ConceptError(
-            f"{spec.name}: masked_training=true, but {len(faults)} of {len(images)} masks look "
+            f"{spec.name}: {asked}, but {len(faults)} of {len(images)} masks look "
             f"wrong ({'; '.join(grouped(faults)[:3])}). Correct them, or say what the object is "
             'in them with "mask_polarity": "white" or "black" in concept.json.'
         )
@@ -231,6 +244,7 @@ def prepare_concept(
     if (
         objective.masked_training
         and objective.unmasked_weight == 0
+        and not objective.preserves
         and not encoded.mask.any((2, 3)).all()
     ):
         raise ConceptError(
@@ -264,6 +278,7 @@ def prepare_concept(
         plain_text=plain_text,
         prompts=prompts,
         references=references,
+        plain=plain_states(backbone, plain_text, learned) if objective.preserves else None,
     )
 
 
@@ -280,7 +295,7 @@ def assemble_rows(
     Args:
       rows: the concept of each row.
       backbone: the frozen networks.
-      objective: whether the loss needs masks and the empty prompt.
+      objective: whether the loss needs masks, the plain model and the empty prompt.
       max_images: images of the largest concept of the whole run, so that shapes never change.
       max_prompts: training prompts of the one with most of them.
 
@@ -288,16 +303,21 @@ def assemble_rows(
       Start values, data, and the data of the plain model, whose prompts hold no learned vectors.
     """
     num_rows = len(rows)
-    empty_text = None
+    empty_text = empty_plain = None
     if objective.caption_dropout > 0:
-        empty = empty_prompt(backbone, rows[0].learned)
+        learned = rows[0].learned
+        empty = empty_prompt(backbone, learned)
         empty_text = jax.tree.map(lambda leaf: np.stack([leaf] * num_rows), empty)
+        if objective.preserves:
+            of_one = jax.tree.map(lambda leaf: leaf[None], empty)
+            states = plain_states(backbone, of_one, learned)
+            empty_plain = jax.tree.map(lambda leaf: np.stack([leaf[0]] * num_rows), states)
     arrays: dict[str, Any] = dict(
         rng=jnp.stack([concept_key(row.record.seed) for row in rows]),
         latent_mean=np.stack([_padded(row.encoded.mean, max_images) for row in rows]),
         latent_std=np.stack([_padded(row.encoded.std, max_images) for row in rows]),
         mask=np.stack([_padded(row.encoded.mask, max_images) for row in rows])
-        if objective.masked_training
+        if objective.needs_masks
         else None,
         num_images=np.array([len(row.encoded.mean) for row in rows], np.int32),
         flip=np.array([row.record.random_flip for row in rows], np.float32),
@@ -312,6 +332,8 @@ def assemble_rows(
         )
         if backbone.inpaints
         else None,
+        plain=_stacked([row.plain for row in rows], max_prompts),
+        empty_plain=empty_plain,
     )
     data = ConceptData(**arrays)
     plain_text = _stacked([row.plain_text for row in rows], max_prompts)
@@ -319,7 +341,7 @@ def assemble_rows(
     return stack_learned([row.learned for row in rows]), data, plain
 
 
-def _stacked(rows: Sequence[tuple[LowerStates, ...]], max_prompts: int) -> tuple[LowerStates, ...]:
+def _stacked(rows: Sequence[States], max_prompts: int) -> States:
     return jax.tree.map(
         lambda *leaves: np.stack([_padded(leaf, max_prompts) for leaf in leaves]), *rows
     )

@@ -6,6 +6,7 @@ is computed once. Every prompt is encoded alone, so that its states depend on no
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -18,9 +19,10 @@ import numpy as np
 from catversion_jax.concepts.foreign_syntax import foreign_syntax
 from catversion_jax.errors import ConceptError
 from catversion_jax.methods.learned import Learned, LearnedPart
+from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.clip.tokenizer import PlacedPrompt, Tokenizer
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.models.text_encoders import LowerStates
+from catversion_jax.models.text_encoders import LowerStates, upper_text_states
 from catversion_jax.models.weights.network import Network
 from catversion_jax.training.run.records import ConceptRecord
 
@@ -87,6 +89,27 @@ def empty_prompt(backbone: Backbone, learned: Learned) -> tuple[LowerStates, ...
         hidden: Any = lower_text_states(encoder, ids, part.first_layer)
         empty.append(LowerStates(hidden, ids, np.full_like(ids, -1)))
     return tuple(empty)
+
+
+def plain_states(backbone: Backbone, text: Sequence[LowerStates], learned: Learned) -> TextStates:
+    """What the plain model makes of prompts ``[K T D]`` in front of the first adapted layer of each
+    encoder; each is encoded alone.
+    """
+    layers = tuple(part.first_layer for part in learned.parts)
+    alone = [
+        jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], tuple(text))
+        for row in range(len(text[0].token_ids))
+    ]
+    states = [_upper(backbone.text_encoders, one, layers) for one in alone]
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *states)
+
+
+@functools.partial(jax.jit, static_argnames="layers")
+def _upper(
+    text_encoders: tuple[Network, ...], text: tuple[LowerStates, ...], layers: tuple[int, ...]
+) -> TextStates:
+    unplaced = [dataclasses.replace(one, word_places=None) for one in text]
+    return upper_text_states(text_encoders, unplaced, layers)
 
 
 def lower_text_states(text_encoder: Network, token_ids: np.ndarray, layer: int) -> np.ndarray:

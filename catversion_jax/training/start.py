@@ -286,7 +286,7 @@ def train_concepts(
             config.method_options,
             seed=config.seed,
             recorded=recorded,
-            masked=config.masked_training,
+            masked=bool(config.objective_options.needs_masks),
         )
         failures = {problem.name: problem.message for problem in concepts.problems} | unusable
         specs = {spec.name: spec for spec in concepts.concepts if spec.name in records}

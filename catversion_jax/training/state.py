@@ -18,6 +18,7 @@ from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.config import MethodOptions, OptimizerOptions
 from catversion_jax.methods.learned import Learned, LearnedPart, named_arrays
 from catversion_jax.methods.table import method_for
+from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.text_encoders import LowerStates
 
 # Streams of one concept's key. Steps fold in their number under TRAIN_STREAM.
@@ -69,6 +70,9 @@ class ConceptData:
         that are told nothing.
       kept: ``[C M V 2 h w 1+c]`` what an inpainting model reads beside the noisy latents, for V
         areas to be painted anew; None for other models.
+      plain: ``[C K T D]`` what the plain model makes of the training prompts, or None where it is
+        not preserved.
+      empty_plain: ``[C T D]`` the same of the empty prompt, or None without caption dropout.
     """
 
     rng: Array
@@ -82,6 +86,8 @@ class ConceptData:
     empty_text: tuple[LowerStates, ...] | None
     time_ids: Float[Array, "C M 6"] | None = None
     kept: Float[Array, "C M V 2 h w k"] | None = None
+    plain: TextStates | None = None
+    empty_plain: TextStates | None = None
 
 
 def make_optimizer(

@@ -115,7 +115,8 @@ def make_train_step(
                 schedule,
                 first_layers=[part.first_layer for part in learned.parts],
                 snr_gamma=objective.snr_gamma,
-                unmasked_weight=objective.unmasked_weight,
+                unmasked_weight=objective.photo_weight_outside,
+                preserve_weight=objective.preserve_weight,
                 recompute=recompute,
             )
             return losses.sum(), losses  # a concept's gradient is that of its own loss
@@ -222,45 +223,67 @@ def sample_batch(
         mean, std = data.latent_mean[image, flipped], data.latent_std[image, flipped]
         latents = mean + std * standard_normal(rngs[1], mean.shape)
         noise = standard_normal(rngs[2], mean.shape)
-        if objective.timestep_sampling == "stratified":
-            timestep = _stratified_timestep(
-                data, step, place, objective.train_batch_size, num_train_timesteps
-            )
-        else:
+        if objective.timestep_sampling == "uniform":
             timestep = jax.random.randint(rngs[3], (), 0, num_train_timesteps)
+        else:
+            draw_even = {
+                "stratified": _stratified_timestep,
+                "proportional": _proportional_timestep,
+            }[objective.timestep_sampling]
+            shift = _even_shift(data, step)
+            timestep = draw_even(shift, place, objective.train_batch_size, num_train_timesteps)
         prompt = jax.random.randint(rngs[4], (), 0, data.num_prompts)
-        text = jax.tree.map(lambda leaf: leaf[prompt], data.text)
+        text, plain = jax.tree.map(lambda leaf: leaf[prompt], (data.text, data.plain))
         if data.empty_text is not None:
             dropped = jax.random.bernoulli(rngs[5], objective.caption_dropout)
-            text = jax.tree.map(functools.partial(jnp.where, dropped), data.empty_text, text)
+            text, plain = jax.tree.map(
+                functools.partial(jnp.where, dropped),
+                (data.empty_text, data.empty_plain),
+                (text, plain),
+            )
         mask = None if data.mask is None else data.mask[image, flipped]
         time_ids = None if data.time_ids is None else data.time_ids[image]
         kept = None
         if data.kept is not None:
             area = jax.random.randint(jax.random.fold_in(rngs[0], 1), (), 0, data.kept.shape[1])
             kept = data.kept[image, area, flipped]
-        return DiffusionBatch(latents, noise, timestep, text, mask, time_ids, kept)
+        return DiffusionBatch(latents, noise, timestep, text, mask, time_ids, kept, plain)
 
     return jax.vmap(draw)(first_place + jnp.arange(batch_size))
 
 
-def _stratified_timestep(
-    data: ConceptData,
-    step: Int[Array, ""],
-    place: Int[Array, ""],
-    batch_size: int,
-    num_train_timesteps: int,
-) -> Int[Array, ""]:
-    """``t = N (place + u) / n``: place i of a batch of n draws from the i-th n-th of the schedule.
-
-    ``u`` starts at random and goes on by the golden ratio from step to step (modulo 1, as 32-bit
-    integers, which lose nothing): of all shifts the one that leaves the smallest gaps.
+def _even_shift(data: ConceptData, step: Int[Array, ""]) -> Array:
+    """``2**32 u`` of a step: ``u`` starts at random and goes on by the golden ratio from step to
+    step (modulo 1, as 32-bit integers, which lose nothing): of all shifts the one that leaves the
+    smallest gaps.
     """
     golden = jnp.uint32(2654435769)  # 2**32 (sqrt(5) - 1) / 2
     start = jax.random.bits(jax.random.fold_in(data.rng, TIMESTEP_STREAM), (), jnp.uint32)
-    u = start + golden * step.astype(jnp.uint32)
-    within = ((u >> 16) * num_train_timesteps) >> 16
+    return start + golden * step.astype(jnp.uint32)
+
+
+def _stratified_timestep(
+    shift: Array, place: Int[Array, ""], batch_size: int, num_train_timesteps: int
+) -> Int[Array, ""]:
+    """``t = N (place + u) / n``: place i of a batch of n draws from the i-th n-th of the
+    schedule.
+    """
+    within = ((shift >> 16) * num_train_timesteps) >> 16
     return (place * num_train_timesteps + within.astype(jnp.int32)) // batch_size
+
+
+def _proportional_timestep(
+    shift: Array, place: Int[Array, ""], batch_size: int, num_train_timesteps: int
+) -> Int[Array, ""]:
+    """``t = N sqrt((place + u) / n)``, so that ``P(t) = (2 t + 1) / N^2``.
+
+    The square root is looked up among the squares, in 32-bit integers: every device rounds alike.
+    """
+    whole, most = 2**32, num_train_timesteps
+    stratum = jnp.uint32(whole // batch_size % whole)  # of one image there is no second place
+    share = place.astype(jnp.uint32) * stratum + shift // jnp.uint32(batch_size)
+    begins = jnp.array([k * k * whole // most**2 for k in range(1, most)], jnp.uint32)
+    return jnp.sum(begins <= share, dtype=jnp.int32)
 
 
 def _epoch_image(data: ConceptData, position: Int[Array, ""]) -> Int[Array, ""]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,10 +17,12 @@ from catversion_jax.config import (
     ObjectiveOptions,
     OptimizerOptions,
 )
+from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.models.unet.embeddings import NUM_TIME_IDS
 from catversion_jax.runtime.sharding import by_concept, replicated
+from catversion_jax.training.objective import prompted_states
 from catversion_jax.training.start_values import abstract_state
 from catversion_jax.training.state import ConceptData, TrainState, concept_key
 
@@ -94,20 +97,34 @@ def _abstract_data(
         ]
         return tuple(LowerStates(hidden, tokens, tokens) for hidden in states)
 
+    def plain(num_prompts: int) -> TextStates:
+        states: TextStates = jax.eval_shape(
+            functools.partial(prompted_states, None, first_layers=[0] * len(backbone.text_facts)),
+            backbone.text_encoders,
+            text(num_prompts),
+        )
+        return states
+
+    def of_one_prompt(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct((num_rows, *leaf.shape[2:]), leaf.dtype)
+
+    preserves, drops = objective.preserves, objective.caption_dropout > 0
     return ConceptData(
         rng=jax.eval_shape(lambda: jnp.stack([concept_key(0)] * num_rows)),
         latent_mean=latents,
         latent_std=latents,
-        mask=_floats(num_rows, max_images, 2, side, side) if objective.masked_training else None,
+        mask=_floats(num_rows, max_images, 2, side, side) if objective.needs_masks else None,
         num_images=integers,
         flip=_floats(num_rows),
         text=text(max_prompts),
         num_prompts=integers,
-        empty_text=text() if objective.caption_dropout > 0 else None,
+        empty_text=text() if drops else None,
         time_ids=_floats(num_rows, max_images, NUM_TIME_IDS) if backbone.reads_time_ids else None,
         kept=_floats(num_rows, max_images, NUM_AREAS, 2, side, side, 1 + backbone.latent_channels)
         if backbone.inpaints
         else None,
+        plain=plain(max_prompts) if preserves else None,
+        empty_plain=jax.tree.map(of_one_prompt, plain(1)) if preserves and drops else None,
     )
 
 

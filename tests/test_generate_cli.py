@@ -9,7 +9,9 @@ from PIL import Image
 from catversion_jax.cli import main
 from catversion_jax.methods.concept_file import save_concept
 from catversion_jax.methods.residual import KVResidual
+from catversion_jax.sampling.pages import Page, PageFolder
 from catversion_jax.sampling.png import read_metadata
+from catversion_jax.sampling.requests import ImageRequest
 
 
 @pytest.fixture(scope="module")
@@ -298,3 +300,16 @@ def test_the_module_is_light_to_import():
         "assert not {'jax', 'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_two_commands_in_one_folder_overwrite_nothing(tmp_path):
+    one, other = (PageFolder(tmp_path, 1, lambda request: {}) for _ in range(2))
+    pixels, requests = np.zeros((1, 8, 8, 3), np.uint8), [ImageRequest("a cup", (), 0)]
+    written = []
+    for folder, start in ((one, 0), (other, 0), (one, 1), (other, 1)):
+        files, grid = folder.write(Page(start, requests, pixels, ()))
+        written += [*files, grid]
+    assert len(set(written)) == 8
+    assert sorted(path.name for path in tmp_path.glob("0*")) == [
+        f"0000{number}-a-cup-seed0.png" for number in range(4)
+    ]

@@ -174,7 +174,7 @@ def test_signals_and_a_file_named_stop_save_what_is_under_way(
     process.send_signal(signal.SIGINT)
     code, rest = ended(process)
     assert code == 130, text + rest
-    assert "interrupted; run the same command again to continue." in rest
+    assert "interrupted; finished files are kept. Run the same command again." in rest
 
     run_to_end(args)
     assert final_files(output) == final_files(whole)

@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw everything; files that are there already are kept."""
+    """Draw everything, beside what is there already, under the next numbers."""
     check_count("--num_images_per_prompt", args.num_images_per_prompt, MAX_IMAGES_PER_PROMPT)
     settings = given_sampling_settings(args)
     rows = [Prompt(p) for p in args.prompt] if args.prompt else read_prompts(args.prompts)

@@ -172,4 +172,4 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def say_interrupted() -> None:
     """Tell the user that nothing is lost."""
-    print("interrupted; run the same command again to continue.", file=sys.stderr)
+    print("interrupted; finished files are kept. Run the same command again.", file=sys.stderr)

@@ -86,7 +86,8 @@ def draw_pages(
 class PageFolder:
     """A folder that receives a PNG for each image and a grid for each page.
 
-    Files are numbered from the first number that no earlier image has; nothing is overwritten.
+    Files are numbered from the first number that no earlier image has; nothing is overwritten,
+    also not what another command has written here meanwhile.
 
     Args:
       folder: exists, except in a bucket.
@@ -98,20 +99,27 @@ class PageFolder:
         self, folder: Path, columns: int, describe: Callable[[ImageRequest], Mapping[str, Any]]
     ):
         self._folder, self._columns, self._describe = folder, columns, describe
-        self._first = _next_number(folder)
+        self._first = 0  # known when the first page is written
 
     def write(self, page: Page) -> tuple[list[Path], Path]:
         """Write one page; returns the images' files and the grid's."""
-        first, files = self._first + page.start, []
-        for number, (image, request) in enumerate(
-            zip(page.images, page.requests, strict=True), start=first
-        ):
-            name = f"{number:05d}-{slug(request.prompt, _PROMPT_LENGTH)}-seed{request.seed}.png"
-            save_png(self._folder / name, image, self._describe(request))
-            files.append(self._folder / name)
-        grid = self._folder / f"grid-{first:05d}.png"
+        *files, grid = self._files(page)
+        if page.start == 0 or any(file.exists() for file in (*files, grid)):
+            self._first = _next_number(self._folder) - page.start
+            *files, grid = self._files(page)
+        for file, image, request in zip(files, page.images, page.requests, strict=True):
+            save_png(file, image, self._describe(request))
         save_png(grid, _grid(page, self._columns))
         return files, grid
+
+    def _files(self, page: Page) -> list[Path]:
+        """Where the images of a page go, and last its grid."""
+        first = self._first + page.start
+        names = [
+            f"{number:05d}-{slug(request.prompt, _PROMPT_LENGTH)}-seed{request.seed}.png"
+            for number, request in enumerate(page.requests, start=first)
+        ]
+        return [self._folder / name for name in (*names, f"grid-{first:05d}.png")]
 
 
 def _next_number(folder: Path) -> int:
@@ -120,7 +128,7 @@ def _next_number(folder: Path) -> int:
     numbers = [
         int(match[1])
         for path in folder.iterdir()
-        if (match := re.match(r"(\d{5,})-.*\.png$", path.name))
+        if (match := re.match(r"(?:grid-)?(\d{5,})[-.].*png$", path.name))
     ]
     return max(numbers, default=-1) + 1
 

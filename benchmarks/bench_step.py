@@ -75,7 +75,9 @@ class Ours:
             len(specs), mesh, backbone, objective, tx, averaged=False, max_images=5, max_prompts=1
         )
         records = [
-            describe_concept(spec, backbone, data, method, seed=config.seed, recorded={}, images={})
+            describe_concept(
+                spec, backbone, data, method, seed=config.seed, recorded={}, images={}, networks={}
+            )
             for spec in specs
         ]
         prepared = [

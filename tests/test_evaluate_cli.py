@@ -20,12 +20,12 @@ from catversion_jax.concepts import ImageSource, read_concepts
 from catversion_jax.config import TrainConfig, dump_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation import load_prompt_set
-from catversion_jax.evaluation.embedders import CLIP_MEAN, ClipEmbedder
 from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.scoring import Scorer
 from catversion_jax.evaluation.subjects import Subject, read_references, subjects_of_images
 from catversion_jax.methods.concept_file import save_concept
 from catversion_jax.methods.residual import KVResidual
+from catversion_jax.models.embedders import CLIP_MEAN, ClipEmbedder
 from catversion_jax.sampling.png import read_metadata
 
 PROMPTS = ["a {} in the snow", "a wet {} & <script>document.title = 'owned'</script>"]

@@ -19,8 +19,8 @@ from catversion_jax.evaluation.alignment import (
     nearest_reference,
     overall,
 )
-from catversion_jax.evaluation.embedders import ImageEmbedder
 from catversion_jax.evaluation.masked_crops import masked_crop
+from catversion_jax.models.embedders import ImageEmbedder
 from catversion_jax.models.vit import load_vit
 
 VIT = {

@@ -30,6 +30,7 @@ def test_one_of_four_concepts_can_be_described(one_block_sd_folder: Path, toys: 
         config.method_options,
         seed=0,
         recorded={},
+        networks={},
         masked=False,
     )
     assert good.name in records

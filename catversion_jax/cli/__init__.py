@@ -31,6 +31,10 @@ WRONG = 2
 """Exit code after wrong usage or input."""
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train many concepts at once"),
+    "fit-start": (
+        "fit_start",
+        "fit a concept encoder to many concepts, for train with init=predicted",
+    ),
     "plan": ("plan", "what a run will need on a TPU or GPU: memory, hours, cost"),
     "status": ("status", "how far a run is: queued, running, done, quarantined and why"),
     "check": (

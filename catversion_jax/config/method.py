@@ -40,13 +40,26 @@ class MethodOptions(Options):
         decides_result=True,
         aliases=("prefix_logit_bias",),
     )
-    init: Literal["normal", "zero", "class_word", "bos"] = option(
+    init: Literal["normal", "zero", "class_word", "bos", "predicted"] = option(
         "normal",
         "Start values of what is learned: normal draws them at random (official), zero sets them "
         "to 0, class_word and bos copy the text encoder's own keys and values at the class word "
-        "or the start token (with textual_inversion: embeddings).",
+        "or the start token (with textual_inversion: embeddings), predicted takes them from the "
+        "photos by a concept encoder.",
         decides_result=True,
         aliases=("prefix_init",),
+    )
+    start: str | None = option(
+        None,
+        "File of the concept encoder for init=predicted, as `catversion fit-start` writes it; null "
+        "takes the model's own start.safetensors. Its content decides the result, not its name.",
+        decides_result=False,
+    )
+    start_clip: str | None = option(
+        None,
+        "Folder of the CLIP that the concept encoder sees the photos with; null takes the one that "
+        "the file names.",
+        decides_result=False,
     )
     init_std: float = option(
         1.0,

@@ -21,9 +21,9 @@ class OptimizerOptions(Options):
 
     max_train_steps: int = option(
         1000,
-        "Number of optimizer updates of each concept (official).",
+        "Number of optimizer updates of each concept (official); with init=predicted it can be 0.",
         decides_result=True,
-        at_least=1,
+        at_least=0,
     )
     learning_rate: float = option(
         1e-2,

@@ -101,6 +101,17 @@ class TrainConfig(
                 "concepts: is required. Give a folder of images (with base_class=...), a folder of "
                 "folders, or a manifest, for example concepts=photos/teapot base_class=teapot."
             )
+        if self.max_train_steps == 0 and self.init != "predicted":
+            problems.append(
+                f"max_train_steps=0: leaves the start values as they are, and those of init="
+                f"{self.init} are no concept. Use 1 or more, or init=predicted."
+            )
+        for name in ("start", "start_clip"):
+            if getattr(self, name) is not None and self.init != "predicted":
+                problems.append(
+                    f"{name}={getattr(self, name)}: is read with init=predicted only, and init is "
+                    f"{self.init}. Give init=predicted too, or leave {name} out."
+                )
         if self.train_batch_size % self.data_parallel:
             problems.append(
                 f"train_batch_size={self.train_batch_size}: must be a multiple of data_parallel="

@@ -14,7 +14,6 @@ from catversion_jax.config.sampling import (
     sampling_settings,
 )
 from catversion_jax.errors import CatVersionError
-from catversion_jax.evaluation.embedders import ClipEmbedder, DinoEmbedder
 from catversion_jax.evaluation.job import EvaluationJob
 from catversion_jax.evaluation.page import PageMaterial, write_evaluation_page
 from catversion_jax.evaluation.prompts import load_prompt_set
@@ -25,6 +24,7 @@ from catversion_jax.evaluation.subjects import (
     subjects_of_images,
 )
 from catversion_jax.evaluation.tables import Evaluation, write_scores
+from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder
 from catversion_jax.models.stable_diffusion import Backbone, load_model
 from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.runtime.bucket_paths import as_path

@@ -23,11 +23,11 @@ import numpy as np
 from catversion_jax.concepts.folders import children
 from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.evaluation.alignment import matched_cosines
-from catversion_jax.evaluation.embedders import ClipEmbedder
 from catversion_jax.evaluation.generation import PlannedImage
 from catversion_jax.evaluation.image_folders import PLAIN_FOLDER, image_name, read_pixels
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.subjects import Subject
+from catversion_jax.models.embedders import ClipEmbedder
 from catversion_jax.sampling.png import slug
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest
 

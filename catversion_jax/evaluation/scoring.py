@@ -19,7 +19,6 @@ from catversion_jax.evaluation.alignment import (
     nearest_reference,
     overall,
 )
-from catversion_jax.evaluation.embedders import ClipEmbedder, DinoEmbedder
 from catversion_jax.evaluation.image_folders import (
     GeneratedImage,
     find_images,
@@ -30,6 +29,7 @@ from catversion_jax.evaluation.image_folders import (
 from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.subjects import References, Subject
+from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,7 @@ class ToldPipeline:
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline's own; no concept acts on the negative prompt."""
         with SWITCHING:  # another thread may just have unloaded the last concept
-            told = isinstance(self, __class__)  # type: ignore[name-defined]
+            told = isinstance(self, __class__)
             encode = super().encode_prompt if told else self.encode_prompt  # type: ignore[misc]
         signature = inspect.signature(encode)
         if not signature.parameters.keys() >= _PARAMETERS:

@@ -56,7 +56,8 @@ def start_values(options: MethodOptions, own: Array, rng: Array) -> Array:
 
     Args:
       options: ``init``, ``init_std`` and ``num_positions``.
-      own: the encoder's own numbers, which ``init=class_word`` and ``bos`` copy.
+      own: the encoder's own numbers, which ``init=class_word`` and ``bos`` copy; ``predicted``
+        starts as ``class_word`` does, and the concept encoder adds to it.
       rng: key of the noise.
     """
     noise = standard_normal(rng, own.shape)

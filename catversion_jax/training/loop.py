@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 
 from catversion_jax.config import OptimizerOptions, RecordingOptions
 from catversion_jax.methods.learned import Learned
@@ -185,6 +186,7 @@ class TrainingLoop:
             evaluate = self._programs.evaluate
             plain = evaluate(self._rows, None, plain_data, newcomers)
             start = evaluate(self._rows, self._rows.state.exported, self._rows.data, newcomers)
+            start = self._without_bad_predictions(newcomers, plain, start)
             for row in newcomers:
                 occupant = self._rows.occupied[row]
                 self._saved.pop(occupant.name, None)
@@ -197,6 +199,33 @@ class TrainingLoop:
                 self._out.set_state(occupant.name, "running")
                 self._recorder.begin(occupant)
         return True
+
+    def _without_bad_predictions(
+        self, newcomers: Mapping[int, PreparedConcept], plain: np.ndarray, start: np.ndarray
+    ) -> np.ndarray:
+        """Let new concepts start from the class word where the prediction is no better than the
+        plain model; the evaluation losses of their start, by row.
+        """
+        poor = {
+            row: concept.own_start
+            for row, concept in newcomers.items()
+            if concept.own_start is not None
+            and self._rows.occupied[row].step == 0
+            and not start[row] < plain[row]
+        }
+        if not poor:
+            return start
+        for row in poor:
+            logger.warning(
+                f"{newcomers[row].spec.name}: the predicted start has an evaluation loss of "
+                f"{rounded(start[row])}, not below the plain model's {rounded(plain[row])}: it "
+                "starts as with init=class_word."
+            )
+        self._rows.restart(poor)
+        again = self._programs.evaluate(
+            self._rows, self._rows.state.exported, self._rows.data, poor
+        )
+        return np.where(self._rows.mask(poor), again, start)
 
     def _give_up(self, name: str, reason: str) -> None:
         self.failures[name] = reason

@@ -28,6 +28,7 @@ from catversion_jax.methods.table import method_for
 from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.text_encoders import LowerStates
+from catversion_jax.training.predicted_start import StartPredictor
 from catversion_jax.training.prompt_states import (
     check_prompts_fit,
     empty_prompt,
@@ -59,6 +60,8 @@ class PreparedConcept:
       plain: what the plain model makes of the prompts, where it is preserved; else None.
       prompts: the K training prompts.
       references: a few of its images, ``[H W 3]`` uint8, for the sample grids.
+      own_start: start values without the prediction, where there is one: what ``learned`` falls
+        back to where the prediction is no better than the plain model.
     """
 
     spec: ConceptSpec
@@ -70,6 +73,7 @@ class PreparedConcept:
     prompts: tuple[str, ...]
     references: tuple[np.ndarray, ...]
     plain: TextStates | None = None
+    own_start: Learned | None = None
 
 
 def describe_concept(
@@ -81,6 +85,7 @@ def describe_concept(
     seed: int,
     recorded: Mapping[str, Any],
     images: Mapping[str, Any],
+    networks: Mapping[str, str],
 ) -> ConceptRecord:
     """What decides a concept's result; no image is decoded.
 
@@ -92,6 +97,7 @@ def describe_concept(
       seed: the run's, where the concept has none of its own.
       recorded: the run's options that decide the result, for the concept's file.
       images: digests of its images, and of its masks where they decide the result.
+      networks: digests of the model, and of the concept encoder where there is one.
 
     Raises:
       ConceptError: a prompt does not name the concept, or ``when`` contradicts the method.
@@ -121,7 +127,7 @@ def describe_concept(
         digests={
             **images,
             "tokens": token_digest([read(list(prompts)) for read in backbone.tokenizers]),
-            **backbone.digests,
+            **networks,
         },
     )
 
@@ -134,6 +140,7 @@ def describe_concepts(
     *,
     seed: int,
     recorded: Mapping[str, Any],
+    networks: Mapping[str, str],
     masked: bool,
 ) -> tuple[dict[str, ConceptRecord], dict[str, str]]:
     """The records of the concepts that can be trained, and why the others cannot, by name.
@@ -153,6 +160,7 @@ def describe_concepts(
                     seed=seed,
                     recorded=recorded,
                     images=images.result(),
+                    networks=networks,
                 )
             except Exception as error:
                 failures[spec.name] = concept_failure(spec.name, error)
@@ -181,6 +189,8 @@ def prepare_concept(
     data: DataOptions,
     method: MethodOptions,
     objective: ObjectiveOptions,
+    predictor: StartPredictor | None = None,
+    noise_seed: int | None = None,
 ) -> PreparedConcept:
     """Read, check and encode one concept.
 
@@ -191,6 +201,8 @@ def prepare_concept(
       data: how images become square pixels.
       method: what is learned.
       objective: whether the loss needs masks.
+      predictor: predicts the start values; None where they are those of ``method.init``.
+      noise_seed: of the noise of the start values; None for the predictor's, or the concept's own.
 
     Raises:
       ConceptError: an image cannot be used or was changed since the record was made, a prompt has
@@ -256,14 +268,21 @@ def prepare_concept(
         tokenizer.word_positions(ids[0], record.class_words) or (0,)
         for tokenizer, ids in zip(backbone.tokenizers, token_ids, strict=True)
     ]
+    if noise_seed is None:
+        noise_seed = record.seed if predictor is None else predictor.encoder.noise_seed
     learned = init_learned(
         method,
         backbone.text_encoders,
         backbone.text_facts,
         [ids[0] for ids in token_ids],
         word_positions,
-        record.seed,
+        noise_seed,
     )
+    own_start = None
+    if predictor is not None:
+        own_start = jax.tree.map(np.asarray, learned)
+        with concept_errors(f"{spec.name}: its start values cannot be predicted"):
+            learned = predictor.start(images, spec.base_class, own_start)
     text, plain_text = lower_text(record, backbone, learned, token_ids)
     references = tuple(
         np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2]
@@ -279,6 +298,7 @@ def prepare_concept(
         prompts=prompts,
         references=references,
         plain=plain_states(backbone, plain_text, learned) if objective.preserves else None,
+        own_start=own_start,
     )
 
 

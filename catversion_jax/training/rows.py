@@ -147,6 +147,15 @@ class Rows:
             self.state, self.data, self._filled = state, data, True
         return plain
 
+    def restart(self, learned: Mapping[int, Learned]) -> None:
+        """Give occupied rows at step 0 other start values, by row."""
+        now = jax.tree.map(np.array, self.state.learned)
+        for row, start in learned.items():
+            now = jax.tree.map(functools.partial(_with_row, row=row), now, start)
+        state = place_by_concept(self._start(now), self._mesh)
+        taken = place_by_concept(self.mask(learned), self._mesh)
+        self.state = self._replace(self.state, state, taken)
+
     def mask(self, rows: Iterable[int]) -> np.ndarray:
         """``[C]`` bool: whether a row is among ``rows``."""
         return np.isin(np.arange(self.num_rows), list(rows))

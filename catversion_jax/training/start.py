@@ -18,16 +18,18 @@ from catversion_jax.concepts import ConceptList, ConceptSpec, read_configured_co
 from catversion_jax.config import TrainConfig, dump_config, learning_options
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.table import method_for
-from catversion_jax.models.stable_diffusion import Backbone, default_dtype, load_backbone
+from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import check_writable, unwritable
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.compilation import use_compilation_cache
 from catversion_jax.runtime.processes import join_processes, own_part, wait_for_others
-from catversion_jax.runtime.sharding import CONCEPT_AXIS, make_mesh, replicated
+from catversion_jax.runtime.sharding import CONCEPT_AXIS, make_mesh
 from catversion_jax.training.feeder import Feeder
+from catversion_jax.training.frozen_networks import dtype_of, load, placed
 from catversion_jax.training.loop import Prepared, TrainingLoop
 from catversion_jax.training.planning.abstract import PlannedStep
 from catversion_jax.training.planning.fitting import fitted, largest_concept
+from catversion_jax.training.predicted_start import StartPredictor
 from catversion_jax.training.preparation import (
     concept_failure,
     describe_concepts,
@@ -122,20 +124,25 @@ def train(
     use_compilation_cache(config.compilation_cache_dir)
     join_processes(config.coordinator_address, config.num_processes, config.process_id)
     mesh = make_mesh(config.data_parallel, jax.local_devices())
-    backbone = _load(config, mesh) if backbone is None else _placed(config, backbone, mesh)
+    precision = config.mixed_precision
+    if backbone is None:
+        backbone = load(config.model_options, precision, mesh)
+    else:
+        backbone = placed(backbone, precision, mesh)
     check_trainable(backbone)
     if stop is not None and stop.is_set():
         return TrainResult(root, (), {}, True, backbone)
-    dtype = _dtype_of(backbone)
+    dtype = dtype_of(backbone)
     # What "auto" and "the model's own" mean here is part of what is learned: recorded as such.
     config = dataclasses.replace(
         config,
         mixed_precision="bf16" if dtype == "bfloat16" else "no",
         resolution=config.resolution or backbone.default_resolution,
     )
+    predictor = StartPredictor.of(config.method_options, backbone)
     config = resolve_auto(config, backbone, mesh, concepts.concepts)
     try:
-        outcome = train_concepts(config, backbone, concepts, mesh, stop)
+        outcome = train_concepts(config, backbone, concepts, mesh, stop, predictor)
     except OSError as error:
         raise unwritable(as_path(error.filename or config.output_dir), error) from error
     finished = set(outcome.finished)
@@ -145,48 +152,6 @@ def train(
         if spec.name in finished
     )
     return TrainResult(root, trained, outcome.failures, outcome.interrupted, backbone)
-
-
-def _load(config: TrainConfig, mesh: Mesh) -> Backbone:
-    """The frozen networks that the config names, on every device of ``mesh``."""
-    dtype = {"auto": default_dtype(), "bf16": "bfloat16", "no": "float32"}[config.mixed_precision]
-    devices = jax.local_devices()
-    if jax.process_count() > 1:
-        logger.info("process %d of %d", jax.process_index(), jax.process_count())
-    logger.info("%d device(s) of kind %s, %s", len(devices), devices[0].device_kind, dtype)
-    logger.info("loading %s", config.pretrained_model_name_or_path)
-    return load_backbone(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        prediction_type=config.prediction_type,
-        dtype=dtype,
-        sharding=replicated(mesh),
-    )
-
-
-def _placed(config: TrainConfig, backbone: Backbone, mesh: Mesh) -> Backbone:
-    """Networks that are loaded already, on every device of ``mesh``.
-
-    Raises:
-      CatVersionError: their numbers are not those that the config asks for.
-    """
-    given = _dtype_of(backbone)
-    wanted = {"auto": given, "bf16": "bfloat16", "no": "float32"}[config.mixed_precision]
-    if given != wanted:
-        raise CatVersionError(
-            f"mixed_precision={config.mixed_precision!r}: the backbone that was given holds "
-            f"{given}. Load it with dtype={wanted!r}, or leave mixed_precision='auto'."
-        )
-    networks = {
-        name: jax.device_put(getattr(backbone, name), replicated(mesh))
-        for name in ("text_encoders", "unet", "vae")
-    }
-    return dataclasses.replace(backbone, **networks)
-
-
-def _dtype_of(backbone: Backbone) -> str:
-    return str(jax.tree.leaves(backbone.unet)[0].dtype)
 
 
 def planned_step(config: TrainConfig, backbone: Backbone) -> PlannedStep:
@@ -249,6 +214,7 @@ def train_concepts(
     concepts: ConceptList,
     mesh: Mesh,
     stop: threading.Event | None = None,
+    predictor: StartPredictor | None = None,
 ) -> RunOutcome:
     """Train every concept that is not done yet; continue what ``config.output_dir`` holds.
 
@@ -261,6 +227,7 @@ def train_concepts(
       concepts: what was read; those with problems are given up.
       mesh: of this process.
       stop: asks for an early end.
+      predictor: of the start values; None where ``init`` says them.
 
     Raises:
       CatVersionError: the options contradict the model or the run in ``output_dir``, or it is not
@@ -269,12 +236,15 @@ def train_concepts(
     run = RunDirectory(config.output_dir)
     with run.lock():
         recorded, retrains = learning_options(config), config.retrain == "changed"
+        networks = dict(backbone.digests)
+        if predictor is not None:
+            networks["start"] = predictor.encoder.sha256
         run.open(
             backbone.name,
             backbone.fingerprints,
             options=recorded,
             resolved=dump_config(config),
-            digests=backbone.digests,
+            digests=networks,
             may_continue=config.resume_from_checkpoint == "latest",
             retrains=retrains,
         )
@@ -286,6 +256,7 @@ def train_concepts(
             config.method_options,
             seed=config.seed,
             recorded=recorded,
+            networks=networks,
             masked=bool(config.objective_options.needs_masks),
         )
         failures = {problem.name: problem.message for problem in concepts.problems} | unusable
@@ -314,6 +285,7 @@ def train_concepts(
             plan,
             [part.first_layer for part in template.learned.parts],
             stop or threading.Event(),
+            predictor,
         )
         run.write_index()
         wait_for_others("every process is done")
@@ -333,6 +305,7 @@ def _run_queue(
     plan: QueuePlan,
     first_layers: Sequence[int],
     stop: threading.Event,
+    predictor: StartPredictor | None,
 ) -> tuple[bool, Mapping[str, str]]:
     """Whether the loop was interrupted, and the concepts that it gave up, with reasons."""
     if config.concepts_per_device == "auto":
@@ -364,7 +337,12 @@ def _run_queue(
     )
     grids = SampleGrids(backbone, recording, config.resolution or backbone.default_resolution)
     prepare = functools.partial(
-        prepare_concept, backbone=backbone, data=data, method=method, objective=objective
+        prepare_concept,
+        backbone=backbone,
+        data=data,
+        method=method,
+        objective=objective,
+        predictor=predictor,
     )
 
     def prepared(name: str) -> Prepared:  # in the feeder's thread

@@ -40,11 +40,12 @@ def init_learned(
       text_facts: their numbers of layers.
       token_ids: ``[T]`` a training prompt of the concept as each of them reads it.
       word_positions: where the base-class words stand in each of ``token_ids``.
-      seed: the concept's seed.
+      seed: the concept's seed; with ``init=predicted`` the concept encoder's.
     """
     points = []
     for index, facts in enumerate(text_facts):
-        sources = word_positions[index] if method.init == "class_word" else (0,)
+        at_word = method.init in ("class_word", "predicted")
+        sources = word_positions[index] if at_word else (0,)
         copied = np.array([sources[p % len(sources)] for p in range(method.num_positions)])
         rng = jax.random.fold_in(concept_key(seed), INIT_STREAM)
         points.append(

@@ -28,11 +28,11 @@ from catversion_jax.array_types import Float
 from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.evaluation.alignment import matched_cosines
-from catversion_jax.evaluation.embedders import ClipEmbedder
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.methods.attention_mass import residual_attention_mass
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
 from catversion_jax.methods.residual import KVResidual
+from catversion_jax.models.embedders import ClipEmbedder
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.sampling.denoising import draw_requests
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, place_concepts

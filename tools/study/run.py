@@ -31,8 +31,8 @@ from catversion_jax import __version__
 from catversion_jax.concepts import read_concepts
 from catversion_jax.config.sampling import SAMPLERS, SamplingSettings
 from catversion_jax.errors import CatVersionError
-from catversion_jax.evaluation.embedders import ClipEmbedder
 from catversion_jax.evaluation.prompts import load_prompt_set
+from catversion_jax.models.embedders import ClipEmbedder
 from catversion_jax.models.stable_diffusion import load_model
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 

@@ -29,7 +29,6 @@ from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.config import make_config
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
-from catversion_jax.evaluation.embedders import ClipEmbedder, folder_sha256
 from catversion_jax.evaluation.generation import (
     PlannedImage,
     draw_missing,
@@ -40,6 +39,7 @@ from catversion_jax.evaluation.prior import plan_drift, plan_prior, score_prior
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.scoring import Scorer
 from catversion_jax.evaluation.subjects import Subject, read_references, read_run
+from catversion_jax.models.embedders import ClipEmbedder, folder_sha256
 from catversion_jax.models.stable_diffusion import Backbone, default_dtype
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.sampling.class_word_masks import class_word_masks

@@ -173,6 +173,10 @@ class CLIPModel(nnx.Module):
             config.vision.hidden_size, config.projection_dim, use_bias=False, **dtypes
         )
 
+    def image_states(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """Equation (2), of pixels as :meth:`image_embeds` takes them."""
+        return self.vision_model.pooled(pixels)
+
     def image_embeds(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
         """Embeddings of pixels that are resized and normalized with CLIP's mean and deviation."""
         return self.visual_projection(self.vision_model.pooled(pixels))

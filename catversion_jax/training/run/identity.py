@@ -29,8 +29,10 @@ NETWORKS = {
     "unet": "UNet",
     "vae": "VAE",
     "scheduler": "scheduler",
+    "start": "concept encoder",
 }
-"""Components of a model that have a digest, with their names in messages."""
+"""Components of a model that have a digest, with their names in messages; ``start`` only where
+``init=predicted`` reads one."""
 
 
 def image_digests(spec: ConceptSpec, *, masked: bool) -> dict[str, list[str]]:

@@ -102,6 +102,11 @@ class ClipEmbedder(ImageEmbedder):
         )
         super().__init__(folder, network, vision.get("image_size", 224), CLIP_MEAN, CLIP_STD)
 
+    def states(self, pictures: Sequence[Int[np.ndarray, "H W 3"]]) -> Float[np.ndarray, "n D"]:
+        """The vision encoder's pooled states, before the projection and of any length."""
+        pixels = [self._prepared(picture) for picture in pictures]
+        return _in_batches(pixels, lambda batch: _image_states(self._network, batch))
+
     def texts(self, prompts: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """Unit vectors of prompts, cut at the context's end."""
         ids = list(self.tokenizer(prompts)) if prompts else []
@@ -171,6 +176,12 @@ def _in_batches(
 @jax.jit
 def _embed_images(network: Network, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
     return _unit(network.call("image_embeds", pixels))
+
+
+@jax.default_matmul_precision("float32")
+@jax.jit
+def _image_states(network: Network, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+    return network.call("image_states", pixels).astype(jnp.float32)
 
 
 @jax.default_matmul_precision("float32")

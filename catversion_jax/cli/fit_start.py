@@ -1,0 +1,123 @@
+"""``catversion fit-start CONCEPTS --out FILE``: a concept encoder, for ``init=predicted``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from catversion_jax.cli.progress import progress
+from catversion_jax.config import load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.usage = "catversion fit-start CONCEPTS --out FILE [--config FILE] [key=value ...]"
+    parser.epilog = (
+        "key=value: the options of `catversion train` that say how photos are read and what is\n"
+        "learned (num_positions, layers, scope, ...). A run that uses the file must have the same\n"
+        "ones. Without any they are those of preset=fast."
+    )
+    add = parser.add_argument
+    add("concepts", metavar="CONCEPTS", help="folder or manifest of the concepts to fit on")
+    add("overrides", nargs="*", metavar="key=value", help="options that win over the file")
+    add("--out", required=True, metavar="FILE", help="the .safetensors file to write")
+    add("--config", metavar="FILE", help="YAML file of options")
+    add("--clip", metavar="FOLDER", help="CLIPModel that sees the photos [the model's own clip/]")
+    add("--num_steps", type=int, default=1500, help="updates of the concept encoder [1500]")
+    add("--batch_size", type=int, default=16, help="concepts in a step, a photo of each [16]")
+    add("--learning_rate", type=float, default=1e-3, help="of AdamW, before its cosine [0.001]")
+    add(
+        "--held_out",
+        type=float,
+        default=0.1,
+        help="share of the concepts that only judge the result [0.1]",
+    )
+    add("--seed", type=int, default=0, help="of start values, noise and order [0]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit; 0, or 3 when some concepts could not be used."""
+    given = [f"concepts={args.concepts}", *args.overrides]
+    if args.config is None and not any(one.startswith("preset=") for one in given):
+        given.insert(0, "preset=fast")
+    config = load_config(args.config, [*given, "init=class_word"])
+
+    import jax
+
+    from catversion_jax.concepts import read_configured_concepts
+    from catversion_jax.runtime.compilation import use_compilation_cache
+    from catversion_jax.runtime.sharding import make_mesh
+    from catversion_jax.training.fit_start import (
+        FitOptions,
+        fit_encoder,
+        held_out_losses,
+        is_held_out,
+        read_examples,
+    )
+    from catversion_jax.training.frozen_networks import load
+    from catversion_jax.training.predicted_start import clip_for
+    from catversion_jax.training.trainable import check_trainable
+
+    options = FitOptions(
+        num_steps=args.num_steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        held_out=args.held_out,
+        seed=args.seed,
+    )
+    started = time.monotonic()
+    concepts = read_configured_concepts(config.data_options, config.when)
+    use_compilation_cache(config.compilation_cache_dir)
+    mesh = make_mesh(1, jax.local_devices())
+    backbone = load(config.model_options, config.mixed_precision, mesh)
+    check_trainable(backbone)
+    clip_name, clip = clip_for(args.clip, backbone)
+    method, objective = config.method_options, config.objective_options
+    with progress(f"reading {len(concepts.concepts)} concepts", "concept") as advance:
+        examples, failures = read_examples(
+            concepts.concepts,
+            backbone,
+            config.data_options,
+            method,
+            objective,
+            clip,
+            seed=options.seed,
+            on_concept=advance,
+        )
+    failures |= {problem.name: problem.message for problem in concepts.problems}
+    for name, reason in failures.items():
+        print(f"  left out {name}: {reason.splitlines()[0]}", file=sys.stderr)
+    judges = [one for one in examples if is_held_out(one.name, options.held_out)]
+    fitted = [one for one in examples if not is_held_out(one.name, options.held_out)]
+    with progress(f"fitting to {len(fitted)} concepts", "step") as advance:
+        encoder = fit_encoder(
+            fitted,
+            backbone,
+            mesh,
+            method,
+            objective,
+            options,
+            clip_name=clip_name,
+            clip=clip,
+            on_step=advance,
+        )
+    file = encoder.save(args.out)
+    losses = held_out_losses(
+        encoder, judges, backbone, mesh, objective, num_eval_samples=config.num_eval_samples
+    )
+    print(f"fitted to {len(fitted)} concepts in {time.monotonic() - started:.0f} s")
+    if losses.num_concepts:
+        print(
+            f"evaluation loss of {losses.num_concepts} concepts that were held out: "
+            f"{losses.predicted:.4f} predicted, {losses.class_word:.4f} from the class word, "
+            f"{losses.plain:.4f} the plain model"
+        )
+        if not losses.predicted < losses.plain:
+            print(
+                "The prediction is no better than the plain model: fit on more concepts, or with "
+                "more steps.",
+                file=sys.stderr,
+            )
+    print(file)
+    return 3 if failures else 0

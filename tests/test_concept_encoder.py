@@ -1,0 +1,314 @@
+"""The concept encoder: its formula, its fit, its file, and runs that start from its predictions."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from running import final_files, run_here
+
+from catversion_jax import load_concept
+from catversion_jax.assets import embedded_folder
+from catversion_jax.cli import main
+from catversion_jax.concepts import read_concepts
+from catversion_jax.config import TrainConfig
+from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.concept_encoder import (
+    ConceptEncoder,
+    EncoderWeights,
+    Whitening,
+    load_concept_encoder,
+    new_weights,
+)
+from catversion_jax.methods.residual import KVResidual
+from catversion_jax.models.embedders import ClipEmbedder
+from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.runtime.sharding import make_mesh, replicated
+from catversion_jax.training.fit_start import FitOptions, fit_encoder, is_held_out, read_examples
+from catversion_jax.training.fit_step import _some_others
+
+torch = pytest.importorskip("torch")
+from tiny_pipelines import save_clip  # noqa: E402
+
+SIDE, NUM_CONCEPTS = 16, 9
+METHOD = {"num_positions": 2, "layers": "last2", "scope": "from_class_word"}
+
+
+# ---- formula and file ------------------------------------------------------------------------
+
+
+def residual(seed: int) -> KVResidual:
+    key, value = np.random.default_rng(seed).normal(size=(2, 2, 2, 4, 8)).astype(np.float32)
+    return KVResidual(key, value, (1, 2))
+
+
+def random_encoder(seed: int = 0) -> ConceptEncoder:
+    rng = np.random.default_rng(seed)
+    weights = new_weights(7, 256, seed)
+    weights = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), weights)
+    return ConceptEncoder(
+        Whitening.of(rng.normal(size=(40, 20)), 5),
+        Whitening.of(rng.normal(size=(40, 12)), 2),
+        weights,
+        dict(method="catversion", num_positions=2, layers="last2", logit_bias=0.0, scope="all"),
+        3,
+        {"text_encoder_sha256": "a" * 64},
+        "clip",
+        "b" * 64,
+        ("one", "zwei ü"),
+    )
+
+
+def test_the_prediction_is_the_formula_in_torch():
+    encoder, rng = random_encoder(), np.random.default_rng(1)
+    photos = rng.normal(size=(3, 20)).astype(np.float32)
+    word = rng.normal(size=12).astype(np.float32)
+    own = residual(2)
+    found = encoder.start(photos, word, own)
+    t = {
+        f.name: torch.tensor(getattr(encoder.weights, f.name))
+        for f in dataclasses.fields(EncoderWeights)
+    }
+    whitened = (torch.tensor(photos) - torch.tensor(encoder.photos.mean)) @ torch.tensor(
+        encoder.photos.components
+    )
+    said = (torch.tensor(word) - torch.tensor(encoder.words.mean)) @ torch.tensor(
+        encoder.words.components
+    )
+    x = torch.cat([whitened.mean(0), said])
+    hidden = torch.nn.functional.gelu(x @ t["hidden"] + t["hidden_bias"], approximate="tanh")
+    added = (x @ t["linear"] + hidden @ t["out"]) @ t["basis"]
+    expected = np.concatenate([own.key.ravel(), own.value.ravel()]) + added.numpy()
+    mine = np.concatenate([found.key.ravel(), found.value.ravel()])
+    assert np.abs(mine - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_whitened_vectors_are_uncorrelated_and_of_variance_one():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 10)) + 5  # of rank 6
+    whitening = Whitening.of(vectors, 96)
+    white = whitening(vectors.astype(np.float32))
+    assert white.shape == (200, 6)
+    np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(6), atol=1e-3)
+    assert Whitening.of(vectors, 3).components.shape == (10, 3)
+    assert Whitening.of(np.ones((4, 10)), 3).components.shape == (10, 0)
+
+
+def test_a_file_comes_back_and_damage_is_named(tmp_path):
+    encoder = random_encoder()
+    path = encoder.save(tmp_path / "start.safetensors")
+    again = load_concept_encoder(path)
+    assert again.to_bytes() == encoder.to_bytes() == path.read_bytes()
+    assert again.fitted_on == ("one", "zwei ü")
+
+    def refused(match, **changes):
+        dataclasses.replace(encoder, **changes).save(tmp_path / "bad.safetensors")
+        with pytest.raises(CatVersionError, match=match):
+            load_concept_encoder(tmp_path / "bad.safetensors")
+
+    refused(
+        "weights.linear .* expected",
+        weights=dataclasses.replace(encoder.weights, linear=np.zeros((8, 128), np.float32)),
+    )
+    nan = np.full_like(encoder.photos.mean, np.nan)
+    refused("photos.mean must be finite", photos=dataclasses.replace(encoder.photos, mean=nan))
+    refused("damaged", options={"method": "catversion"})
+    concept = (
+        Path(__file__).parents[1]
+        / "catversion_jax/assets/tiny-sd/unet/diffusion_pytorch_model.safetensors"
+    )
+    with pytest.raises(CatVersionError, match="is no start file"):
+        load_concept_encoder(concept)
+    with pytest.raises(CatVersionError, match="cannot be read"):
+        load_concept_encoder(tmp_path / "none.safetensors")
+
+
+def test_what_the_encoder_sees_is_never_the_target():
+    places = jnp.arange(6)
+    for seed in range(30):
+        for count in (2, 3, 5):
+            target = seed % count
+            seen = _some_others(jax.random.key(seed), places, jnp.int32(target), jnp.int32(count))
+            assert seen.any()
+            assert not seen[target]
+            assert not seen[count:].any()
+    alone = _some_others(jax.random.key(0), places, jnp.int32(0), jnp.int32(1))
+    assert alone.tolist() == [True] + [False] * 5
+
+
+def test_who_is_held_out_does_not_depend_on_the_others():
+    names = [f"thing {i}" for i in range(2000)]
+    share = np.mean([is_held_out(name, 0.1) for name in names])
+    assert share == pytest.approx(0.1, abs=0.02)
+    assert {n for n in names if is_held_out(n, 0.1)} <= {n for n in names if is_held_out(n, 0.2)}
+    assert not any(is_held_out(name, 0.0) for name in names)
+
+
+# ---- fitting and using it --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(made_once, one_block_sd_folder: Path) -> Path:
+    """Nine concepts of noise, and a CLIP that sees them."""
+
+    def write(folder: Path) -> None:
+        for number in range(NUM_CONCEPTS):
+            concept = folder / "concepts" / f"thing{number}"
+            concept.mkdir(parents=True)
+            word = ("cup", "dog", "ball")[number % 3]
+            (concept / "concept.json").write_text(json.dumps({"base_class": word}))
+            for index in range(1 + number % 3):
+                pixels = np.random.default_rng((number, index)).integers(0, 256, (SIDE, SIDE, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(concept / f"{index}.png")
+        save_clip(folder / "clip", one_block_sd_folder / "tokenizer")
+
+    return made_once("concept-encoder", write)
+
+
+@pytest.fixture(scope="module")
+def fitted(made_once, place: Path, one_block_sd_folder: Path) -> Path:
+    """Fitted by the command."""
+
+    def fit(folder: Path) -> None:
+        command = ["fit-start", str(place / "concepts"), "--out", str(folder / "start.safetensors")]
+        command += ["--clip", str(place / "clip"), "--num_steps", "4", "--batch_size", "4"]
+        command += ["--held_out", "0", *(f"{k}={v}" for k, v in METHOD.items())]
+        model = f"pretrained_model_name_or_path={one_block_sd_folder}"
+        assert main([*command, model, "num_eval_samples=2"]) == 0
+
+    return made_once("fitted-concept-encoder", fit) / "start.safetensors"
+
+
+def test_devices_share_the_batch_of_a_fit(place, one_block_sd_folder):
+    """The same weights on one device and on two."""
+    config = TrainConfig(concepts="x", init="class_word", **METHOD)
+    method, objective = config.method_options, config.objective_options
+    clip = ClipEmbedder(place / "clip")
+    specs = read_concepts(place / "concepts").concepts
+    found = []
+    for count in (1, 2):
+        mesh = make_mesh(1, jax.devices()[:count])
+        backbone = load_backbone(one_block_sd_folder, sharding=replicated(mesh))
+        examples, failures = read_examples(
+            specs, backbone, config.data_options, method, objective, clip, seed=0
+        )
+        assert len(examples) == NUM_CONCEPTS
+        assert not failures
+        options = FitOptions(num_steps=4, batch_size=4)
+        encoder = fit_encoder(
+            examples, backbone, mesh, method, objective, options, clip_name="clip", clip=clip
+        )
+        found.append(encoder.weights)
+    new = new_weights(found[0].linear.shape[0], found[0].basis.shape[1], 0)
+    for one, other, before in zip(*map(jax.tree.leaves, (*found, new)), strict=True):
+        moved = np.abs(one - before).max()
+        assert moved > 0
+        assert np.abs(one - other).max() < 1e-3 * moved
+
+
+def trained(model: Path, place: Path, fitted: Path, output: Path, **options: object) -> int:
+    given = METHOD | {"start": fitted, "start_clip": place / "clip"} | options
+    return run_here(model, place / "concepts", output, init="predicted", **given)
+
+
+def predicted(place: Path, fitted: Path, backbone, name: str) -> KVResidual:
+    """From the file and the folder, by the parts that the tests above compare with torch."""
+    config = TrainConfig(concepts="x", init="class_word", **METHOD)
+    clip = ClipEmbedder(place / "clip")
+    specs = [s for s in read_concepts(place / "concepts").concepts if s.name == name]
+    (example,), _ = read_examples(
+        specs, backbone, config.data_options, config.method_options, config.objective_options,
+        clip, seed=0,
+    )  # fmt: skip
+    encoder = load_concept_encoder(fitted)
+    return encoder.start(example.photos, example.word, example.concept.learned)
+
+
+def test_no_updates_write_the_prediction_or_the_class_word(
+    one_block_sd_folder, place, fitted, tmp_path, caplog
+):
+    """A prediction that is no better than the plain model is not taken."""
+    options = {"max_train_steps": 0, "eval_steps": 1, "concepts_per_device": 1}
+    assert trained(one_block_sd_folder, place, fitted, tmp_path / "out", **options) == 0
+    files = final_files(tmp_path / "out")
+    assert len(files) == NUM_CONCEPTS
+    backbone = load_backbone(one_block_sd_folder)
+    outcomes = set()
+    for name in files:
+        folder = tmp_path / "out" / "concepts" / name
+        concept = load_concept(folder)
+        summary = concept.metrics or json.loads((folder / "metrics.json").read_text())
+        start = predicted(place, fitted, backbone, name)
+        fell_back = f"{name}: the predicted start has an evaluation loss" in caplog.text
+        outcomes.add(fell_back)
+        difference = np.abs(concept.learned.key - start.key).max()
+        assert (difference < 1e-5) is not fell_back
+        assert concept.step == 0
+        assert fell_back or summary["eval_loss"] < summary["plain_eval_loss"]
+    assert outcomes  # both kinds need not occur on noise
+
+
+def test_a_run_starts_from_the_prediction_and_repeats_itself(
+    one_block_sd_folder, place, fitted, tmp_path, caplog
+):
+    few = tmp_path / "few" / "concepts"
+    for name in ("thing2", "thing5"):
+        shutil.copytree(place / "concepts" / name, few / name)
+    shutil.copytree(place / "clip", tmp_path / "few" / "clip")
+    options = {"max_train_steps": 2, "learning_rate": 1e-3}
+    for output in ("first", "second"):
+        assert trained(one_block_sd_folder, few.parent, fitted, tmp_path / output, **options) == 0
+    first, second = final_files(tmp_path / "first"), final_files(tmp_path / "second")
+    assert first == second
+    backbone = load_backbone(one_block_sd_folder)
+    for name in first:
+        learned = load_concept(tmp_path / "first" / "concepts" / name).learned
+        start = predicted(place, fitted, backbone, name)
+        if f"{name}: the predicted start" not in caplog.text:
+            assert 0 < np.abs(learned.key - start.key).max() < 2.5e-3  # two steps of AdamW
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_positions": 1}, "num_positions=1 here, 2 in the file"),
+        ({"start": None}, "has no start.safetensors of its own"),
+        ({"start_clip": "tiny-sd"}, "is not the CLIP that the concept encoder was fitted with"),
+        ({"init": "class_word"}, "is read with init=predicted only"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    one_block_sd_folder, place, fitted, tmp_path, capsys, changes, message
+):
+    if changes.get("start_clip"):
+        changes = {"start_clip": embedded_folder("tiny-sd") / "clip"}
+    given = METHOD | {"init": "predicted", "start": fitted, "start_clip": place / "clip"} | changes
+    given = {k: "null" if v is None else v for k, v in given.items()}
+    assert run_here(one_block_sd_folder, place / "concepts", tmp_path / "out", **given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_models_start_is_refused(one_block_sd_folder, place, fitted, tmp_path, capsys):
+    other = dataclasses.replace(
+        load_concept_encoder(fitted), fingerprints={"text_encoder_sha256": "0" * 64}
+    ).save(tmp_path / "other.safetensors")
+    assert trained(one_block_sd_folder, place, other, tmp_path / "out") == 2
+    assert "was fitted for a text encoder of text_encoder_sha256 0000" in capsys.readouterr().err
+
+
+def test_zero_updates_are_for_predictions(one_block_sd_folder, place, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_here(one_block_sd_folder, place / "concepts", out, max_train_steps=0) == 2
+    assert "Use 1 or more, or init=predicted" in capsys.readouterr().err
+
+
+def test_too_few_concepts_are_refused(one_block_sd_folder, place, tmp_path, capsys):
+    command = ["fit-start", str(place / "concepts" / "thing0"), "--out", str(tmp_path / "x")]
+    model = f"pretrained_model_name_or_path={one_block_sd_folder}"
+    assert main([*command, "--clip", str(place / "clip"), model]) == 2
+    assert "concepts to fit on: must be at least 8" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -118,6 +119,22 @@ def test_clicked_through(page, browser):
         if message["method"] == "Network.requestWillBeSent"
     }
     assert asked <= {"file", "data"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("evil", ["", '<img src=x onerror="{}"><script>{}</script>'])
+def test_no_script_but_the_page_s_own_runs(page, tmp_path, evil):
+    """Its own policy refuses what a forgotten escape would let in, and nothing else."""
+    evil = evil.replace("{}", "document.title='owned'")
+    text = page.read_text().replace("<main>", f"<main>{evil}")
+    (tmp_path / "report.html").write_text(text)
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += ["--virtual-time-budget=2000", "--dump-dom", (tmp_path / "report.html").as_uri()]
+    browser = subprocess.run(
+        [CHROMIUM, *options], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert "<title>Evaluation: 3 concepts</title>" in browser.stdout
+    assert ("Content Security Policy" in browser.stderr) == bool(evil)
 
 
 def test_chart_coordinates():

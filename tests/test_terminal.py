@@ -217,3 +217,11 @@ def test_spreadsheets_run_no_cell_and_we_read_it_back(tmp_path: Path, text: str)
     with (tmp_path / "index.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["name"] == cell
+
+
+def test_a_locale_that_is_not_utf_8_is_named(capsys, monkeypatch) -> None:
+    assert main(["--version"]) == 0
+    assert "PYTHONUTF8" not in capsys.readouterr().err
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert main(["--version"]) == 0
+    assert "names of files as ascii. Set PYTHONUTF8=1" in capsys.readouterr().err

@@ -53,6 +53,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     with safe_terminal() as output:
+        if (encoding := sys.getfilesystemencoding().lower()) != "utf-8":
+            print(
+                f"note: this shell's locale has Python read names of files as {encoding}. Set "
+                "PYTHONUTF8=1 where they are in UTF-8.",
+                file=sys.stderr,
+            )
         try:
             with prompt_interrupts():
                 code = _run(list(sys.argv[1:] if argv is None else argv))

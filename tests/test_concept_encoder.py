@@ -301,6 +301,22 @@ def test_another_models_start_is_refused(one_block_sd_folder, place, fitted, tmp
     assert "was fitted for a text encoder of text_encoder_sha256 0000" in capsys.readouterr().err
 
 
+def test_teach_is_one_command(one_block_sd_folder, place, fitted, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = sorted(map(str, (place / "concepts" / "thing2").glob("*.png")))
+    command = ["teach", *photos, "--base_class", "owl", "--model", str(one_block_sd_folder)]
+    command += ["--updates", "0", "--start", str(fitted), f"start_clip={place / 'clip'}"]
+    assert main([*command, *(f"{k}={v}" for k, v in METHOD.items()), "num_eval_samples=2"]) == 0
+    concept = load_concept(tmp_path / "taught" / "owl" / "concepts" / "owl")
+    assert (concept.base_class, concept.images) == ("owl", ("0.png", "1.png", "2.png"))
+    assert concept.train_config["init"] == "predicted"
+    assert "--prompt 'an owl on the beach'" in capsys.readouterr().out
+    folder = place / "concepts" / "thing0"
+    assert main(["teach", str(folder), "--base_class", "cup", "--model", "nowhere"]) == 2
+    assert main(["teach", "lr=1", "--base_class", "cup"]) == 2
+    assert "PHOTOS: none given" in capsys.readouterr().err
+
+
 def test_zero_updates_are_for_predictions(one_block_sd_folder, place, tmp_path, capsys):
     out = tmp_path / "out"
     assert run_here(one_block_sd_folder, place / "concepts", out, max_train_steps=0) == 2

@@ -31,6 +31,7 @@ WRONG = 2
 """Exit code after wrong usage or input."""
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train many concepts at once"),
+    "teach": ("teach", "teach one concept from photos and its class word"),
     "fit-start": (
         "fit_start",
         "fit a concept encoder to many concepts, for train with init=predicted",

@@ -1,0 +1,90 @@
+"""``catversion teach PHOTOS... --base_class teapot``: one concept in one command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from catversion_jax.assets import embedded_folder
+from catversion_jax.cli import train
+from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.atomic_files import make_folder, write_atomically
+from catversion_jax.runtime.bucket_paths import as_path
+
+START_FILE = "start.safetensors"
+UPDATES = {True: 25, False: 200}
+"""Of a concept that starts from a prediction, and of one that does not (``preset=fast``)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.usage = "catversion teach PHOTOS... --base_class WORD [--model MODEL]"
+    parser.epilog = (
+        "It is `catversion train` with preset=fast and, where the model has a concept encoder,\n"
+        "init=predicted; key=value gives further options of it."
+    )
+    add = parser.add_argument
+    add("photos", nargs="+", metavar="PHOTOS", help="3 to 10 photos, or the folder they are in")
+    add("--base_class", required=True, metavar="WORD", help="what the thing is, such as teapot")
+    add("--model", default="tiny-sd", help="model to teach it to [tiny-sd]")
+    add("--name", help="what the concept is called [the folder's name, or the base class]")
+    add("--output_dir", metavar="FOLDER", help="where the result goes [taught/NAME]")
+    add("--start", metavar="FILE", help="file of a concept encoder [the model's own]")
+    add("--updates", type=int, help="updates [25 from a prediction, else 200]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; the exit codes are those of ``catversion train``."""
+    photos = [one for one in args.photos if "=" not in one or Path(one).exists()]
+    options = [one for one in args.photos if one not in photos]
+    if not photos:
+        raise CatVersionError("PHOTOS: none given. Give 3 to 10 photos, or the folder they are in.")
+    folder = Path(photos[0]) if len(photos) == 1 and Path(photos[0]).is_dir() else None
+    name = args.name or (folder.resolve().name if folder else args.base_class.replace(" ", "_"))
+    output = as_path(args.output_dir or Path("taught") / name)
+    predicted = args.start is not None or has_start(args.model)
+    updates = UPDATES[predicted] if args.updates is None else args.updates
+    given = [
+        "preset=fast",
+        f"pretrained_model_name_or_path={args.model}",
+        f"output_dir={output}",
+        f"max_train_steps={updates}",
+        f"validation_steps={updates or 'null'}",
+        f"eval_steps={max(1, updates)}",
+        *_concepts(photos, folder, name, args.base_class, output),
+        *(["init=predicted"] if predicted else []),
+        *([f"start={args.start}"] if args.start else []),
+        *options,
+    ]
+    code = train.run(argparse.Namespace(config=None, overrides=given))
+    if code == 0:
+        file = output / "concepts" / name / "catversion.safetensors"
+        article = "an" if args.base_class[:1].lower() in tuple("aeiou") else "a"
+        command = ("catversion", "generate", "--model", args.model, "--concept", str(file))
+        prompt = ("--prompt", f"{article} {args.base_class} on the beach")
+        print(f"{file}\nDraw it: {shlex.join((*command, *prompt))}")
+    return code
+
+
+def has_start(model: str) -> bool:
+    """Whether a model folder has a concept encoder of its own."""
+    return ((embedded_folder(model) or Path(model)) / START_FILE).is_file()
+
+
+def _concepts(
+    photos: list[str], folder: Path | None, name: str, base_class: str, output: Path
+) -> list[str]:
+    """The options that name the photos: through a list of them that lies beside the result."""
+    if folder is not None and folder.resolve().name == name:
+        return [f"concepts={folder}", f"base_class={base_class}"]
+    images = sorted(map(str, folder.iterdir())) if folder is not None else photos
+    entry = {
+        "name": name,
+        "base_class": base_class,
+        "images": [str(Path(image).absolute()) for image in images],
+    }
+    make_folder(output)
+    write_atomically(output / "photos.json", (json.dumps([entry], indent=2) + "\n").encode())
+    return [f"concepts={output / 'photos.json'}"]

@@ -103,7 +103,7 @@ def make_fit_step(
                 schedule,
                 first_layers=first_layers,
                 snr_gamma=objective.snr_gamma,
-                unmasked_weight=objective.unmasked_weight,
+                unmasked_weight=objective.photo_weight_outside,
                 preserve_weight=objective.preserve_weight,
             )
             return losses.mean()

@@ -98,11 +98,11 @@ def test_the_makers_of_these_files_make_good_ones(tmp_path):
 
 def refused_within_bounds(path: Path, **options) -> str:
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()  # a busy machine is no fault
     try:
         with pytest.raises(CatVersionError) as caught:
             import_official_concept(path, **options)
-        seconds, (_, peak) = time.monotonic() - start, tracemalloc.get_traced_memory()
+        seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < MEMORY, f"{peak / 1e6:.0f} MB"
@@ -122,9 +122,9 @@ def test_one_storage_under_many_names_and_many_storages(tmp_path):
     names = [KEY.format(i) for i in range(512)]
     many = table(*(tensor(name, "0", 2 * 2**20, 0) for name in names))
     path = archive(tmp_path / "read-often.bin", many, {"0": zeros})
-    start = time.monotonic()
+    start = time.process_time()  # a busy machine is no fault
     assert len(import_official_concept(path, prefix_length=2, num_heads=1).layers) == 512
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     distinct = table(*(tensor(name, str(i), 2 * 2**20) for i, name in enumerate(names)))
     storages = {str(i): zeros for i in range(12)}
     message = refused_within_bounds(archive(tmp_path / "bomb.bin", distinct, storages))

@@ -90,7 +90,9 @@ def test_no_named_instance_is_a_held_out_one(world):
     assert len(held_out) >= 20
     assert len({instance.drawing.split("/")[0] for instance in held_out}) >= 10
     entries = json.loads((ROOT / "tools/tiny_sd/sprites.json").read_text())
-    drawings = [world.Drawing(e["class_word"], e["family"], tuple(e["colours"])) for e in entries]
+    drawings = [
+        world.Drawing(e["class_word"], e["family"], tuple(e["colours"]), e["form"]) for e in entries
+    ]
     named = world.named_instances(drawings)
     assert len(named) > 100
     assert not {i.drawing for i in named} & world.held_out_drawings()

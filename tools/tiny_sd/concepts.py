@@ -2,7 +2,8 @@
 
 ``--development`` writes others, to choose a recipe on before the held-out ones are touched.
 ``--named`` writes individuals that the model was trained to draw by name, with that name in the
-base class: what the plain model makes of them is what the best concept could reach. Five pictures
+base class: what the plain model makes of them is what the best concept could reach.
+``--foreign`` writes 29 of icon families and scene drawings that no world holds. Five pictures
 each (``1.png`` ... with ``1.mask.png`` ...) on different backgrounds, and ``concept.json``.
 """
 
@@ -13,7 +14,9 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 from compose import picture
+from foreign import foreign_picture, foreign_sprites, foreigners
 from PIL import Image
 from sprites import Sprites, load_sprites
 from world import SCENES, Instance, development, held_out, named_instances
@@ -24,9 +27,26 @@ NAMED = 24
 
 
 def named(sprites: Sprites) -> dict[str, Instance]:
-    """A sample of the named individuals of the training, as many as are held out."""
-    chosen = random.Random(5).sample(named_instances(sprites.drawings), NAMED)
+    """A sample of the first world's named individuals, as many as are held out."""
+    drawings = [drawing for drawing in sprites.drawings if drawing.is_of_first_world]
+    chosen = random.Random(5).sample(named_instances(drawings), NAMED)
     return {instance.name: instance for instance in chosen}
+
+
+def write(folder: Path, pictures: list[tuple[np.ndarray, np.ndarray]], base_class: str) -> None:
+    """Pictures with their masks, and ``concept.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (image, mask) in enumerate(pictures, start=1):
+        Image.fromarray(image).save(folder / f"{number}.png", optimize=True)
+        Image.fromarray(mask).save(folder / f"{number}.mask.png", optimize=True)
+    # drawings face one way: a mirrored one is nothing the model knows
+    spec = {"base_class": base_class, "random_flip": 0.0}
+    (folder / "concept.json").write_text(json.dumps(spec) + "\n")
+
+
+def places(rng: random.Random) -> list[str]:
+    """Where the pictures of one concept are."""
+    return [*rng.sample(SCENES, 3), *rng.sample(PLAIN, 2)]
 
 
 def main() -> None:
@@ -37,8 +57,21 @@ def main() -> None:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--development", action="store_true", help="instead of the held-out ones")
     instead.add_argument("--named", action="store_true", help="instead of the held-out ones")
+    instead.add_argument("--foreign", action="store_true", help="instead of the held-out ones")
     parser.add_argument("--only", nargs="*", help="names; all otherwise")
     args = parser.parse_args()
+    if args.foreign:
+        sprites_of = foreign_sprites(args.work)
+        for person in foreigners():
+            if args.only and person.name not in args.only:
+                continue
+            rng = random.Random(person.name)
+            pictures = [
+                foreign_picture(*sprites_of[person.name], person.colouring, place, rng)
+                for place in places(rng)
+            ]
+            write(args.out / person.name, pictures, person.class_word)
+        return
     sprites = load_sprites(args.work)
     if args.named:
         instances = named(sprites)
@@ -47,20 +80,14 @@ def main() -> None:
     for name, instance in instances.items():
         if args.only and name not in args.only:
             continue
-        folder, rng = args.out / name, random.Random(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        places = [*rng.sample(SCENES, 3), *rng.sample(PLAIN, 2)]
-        for number, place in enumerate(places, start=1):
-            image, mask = picture(
-                sprites, sprites.index(instance.drawing), instance.colouring, place, "photo", rng
-            )
-            Image.fromarray(image).save(folder / f"{number}.png", optimize=True)
-            Image.fromarray(mask).save(folder / f"{number}.mask.png", optimize=True)
-        # drawings face one way: a mirrored one is nothing the model knows
+        rng = random.Random(name)
+        index = sprites.index(instance.drawing)
+        pictures = [
+            picture(sprites, index, instance.colouring, place, "photo", rng)
+            for place in places(rng)
+        ]
         class_word = instance.drawing.split("/")[0]
-        base_class = f"{instance.name} {class_word}".strip()
-        spec = {"base_class": base_class, "random_flip": 0.0}
-        (folder / "concept.json").write_text(json.dumps(spec) + "\n")
+        write(args.out / name, pictures, f"{instance.name} {class_word}".strip())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Stage 1: download the icon packages and render them: ``python tools/tiny_sd/sprites.py WORK``.
 
-Reads eight MB from the npm registry (each package holds one JSON file of SVG bodies), renders every
-drawing of ``world.ICONS`` with resvg at 96 px, and finds the two areas that recolouring may paint.
-Writes ``WORK/sprites.npz``: ``rgba [N 96 96 4]``, ``area [N 96 96]`` (1 main colour, 2 second
-colour, 0 neither), and their descriptions in ``WORK/sprites.json``.
+Reads 24 MB from the npm registry (each package holds one JSON file of SVG bodies), renders every
+drawing of ``world.ICONS`` and ``forms.FORMS`` with resvg at 96 px, and finds the two areas that
+recolouring may paint. Writes ``WORK/sprites.npz``: ``rgba [N 96 96 4]``, ``area [N 96 96]`` (1 main
+colour, 2 second colour, 0 neither), and their descriptions in ``WORK/sprites.json``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from forms import FORMS, WIDE_FAMILIES
 from PIL import Image
 from scipy.cluster.vq import kmeans2
-from world import COLOUR_NAMES, COLOURS, FAMILIES, ICONS, Drawing
+from world import COLOUR_NAMES, COLOURS, FAMILIES, FAMILY_WORDS, ICONS, Drawing
 
 logger = logging.getLogger(__name__)
 SIDE = 96
@@ -32,6 +33,16 @@ VERSIONS = {
     "emojione": "1.2.3",
     "fxemoji": "1.2.2",
     "streamline-emojis": "1.2.4",
+    "fluent-emoji": "1.2.7",
+    # of foreign.json
+    "flat-color-icons": "1.2.3",
+    "game-icons": "1.2.4",
+    "icon-park": "1.2.4",
+    "streamline-flex-color": "1.2.2",
+    "streamline-freehand-color": "1.2.2",
+    "streamline-plump-color": "1.2.2",
+    "streamline-stickies-color": "1.2.2",
+    "streamline-ultimate-color": "1.2.2",
 }
 
 
@@ -52,8 +63,13 @@ def load_sprites(work: Path) -> Sprites:
     """What this stage wrote."""
     arrays = np.load(work / "sprites.npz")
     entries = json.loads((work / "sprites.json").read_text())
-    drawings = [Drawing(e["class_word"], e["family"], tuple(e["colours"])) for e in entries]
-    return Sprites(drawings, arrays["rgba"], arrays["area"])
+    return Sprites([read_drawing(e) for e in entries], arrays["rgba"], arrays["area"])
+
+
+def read_drawing(entry: dict) -> Drawing:
+    """One entry of ``sprites.json``."""
+    colours = entry["colours"][0], entry["colours"][1]
+    return Drawing(entry["class_word"], entry["family"], colours, entry["form"])
 
 
 def read_package(family: str, work: Path) -> dict:
@@ -67,7 +83,9 @@ def read_package(family: str, work: Path) -> dict:
     with tarfile.open(archive) as tar:
         member = tar.extractfile("package/icons.json")
         assert member is not None, archive
-        return json.load(member)
+        icons = json.load(member)
+    icons.setdefault("width", 16), icons.setdefault("height", 16)
+    return icons
 
 
 def find_svg(icons: dict, names: tuple[str, ...]) -> str | None:
@@ -114,9 +132,10 @@ def paint_areas(rgba: np.ndarray) -> tuple[np.ndarray, tuple[str, str]]:
     opaque = rgba[..., 3] > 128
     values = lab(rgba[opaque][:, :3])
     features = values * np.array([0.5, 1.0, 1.0])
-    centres, labels = kmeans2(features, 6, minit="++", seed=3, iter=30)
+    count = min(6, len(np.unique(features, axis=0)))
+    centres, labels = kmeans2(features, count, minit="++", seed=3, iter=30)
     groups: list[list[int]] = []
-    for k in np.argsort(-np.bincount(labels, minlength=6)):
+    for k in np.argsort(-np.bincount(labels, minlength=count)):
         near = [g for g in groups if np.linalg.norm(centres[g[0]] - centres[k]) < 24]
         near[0].append(int(k)) if near else groups.append([int(k)])
     share = [float(np.isin(labels, g).mean()) for g in groups]
@@ -135,31 +154,61 @@ def paint_areas(rgba: np.ndarray) -> tuple[np.ndarray, tuple[str, str]]:
     return area, (words[0], words[1])
 
 
+def wanted() -> list[tuple[Drawing, tuple[str, ...]]]:
+    """Drawings, not all of which exist, and the icon's names; the first world's come first."""
+    first = [
+        (Drawing(word, family), names)
+        for family in FAMILIES
+        for word, (names, excluded) in ICONS.items()
+        if family not in excluded
+    ]
+    forms = [
+        (Drawing(word, family, form=form), names)
+        for family in FAMILY_WORDS
+        for word, of_class in FORMS.items()
+        for form, (names, excluded) in of_class.items()
+        if family not in excluded
+    ]
+    added = [
+        (Drawing(w, family), names) for family in WIDE_FAMILIES for w, (names, _) in ICONS.items()
+    ]
+    return first + forms + added
+
+
+def draw_all(wanted: list[tuple[Drawing, tuple[str, ...]]], work: Path) -> Sprites:
+    """Render those that their package has."""
+    import resvg_py
+
+    packages: dict[str, dict] = {}
+    drawings, images, areas = [], [], []
+    for drawing, names in wanted:
+        if drawing.family not in packages:
+            packages[drawing.family] = read_package(drawing.family, work)
+        svg = find_svg(packages[drawing.family], names)
+        if svg is None:
+            continue
+        png = bytes(resvg_py.svg_to_bytes(svg_string=svg))
+        rgba = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA").resize((SIDE, SIDE)))
+        area, colours = paint_areas(rgba)
+        drawings.append(dataclasses.replace(drawing, colours=colours))
+        images.append(rgba)
+        areas.append(area)
+    return Sprites(drawings, np.stack(images), np.stack(areas))
+
+
 def main() -> None:
     """Render everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     work = parser.parse_args().work
-    import resvg_py
-
-    drawings, images, areas = [], [], []
-    for family in FAMILIES:
-        icons = read_package(family, work)
-        icons.setdefault("width", 16), icons.setdefault("height", 16)
-        for class_word, (names, excluded) in ICONS.items():
-            svg = None if family in excluded else find_svg(icons, names)
-            if svg is None:
-                continue
-            png = bytes(resvg_py.svg_to_bytes(svg_string=svg))
-            rgba = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA").resize((SIDE, SIDE)))
-            area, colours = paint_areas(rgba)
-            drawings.append(Drawing(class_word, family, colours))
-            images.append(rgba)
-            areas.append(area)
-    np.savez_compressed(work / "sprites.npz", rgba=np.stack(images), area=np.stack(areas))
-    text = json.dumps([dataclasses.asdict(d) for d in drawings], indent=0)
+    sprites = draw_all(wanted(), work)
+    np.savez_compressed(work / "sprites.npz", rgba=sprites.rgba, area=sprites.area)
+    text = json.dumps([dataclasses.asdict(d) for d in sprites.drawings], indent=0)
     (work / "sprites.json").write_text(text)
-    logger.info("%d drawings of %d classes", len(drawings), len({d.class_word for d in drawings}))
+    for kind in ("first", "wide"):
+        chosen = [d for d in sprites.drawings if d.is_of_first_world or kind == "wide"]
+        classes = len({d.class_word for d in chosen})
+        logger.info("%s world: %d drawings of %d classes", kind, len(chosen), classes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage 4: CLIP, whose text tower is the text encoder: ``python train_clip.py WORK --steps N``.
 
 Contrastive, plus a cross-entropy head per attribute on both towers: what makes a short stage
-enough.
+enough. Where ``stages_of.py`` wrote a CLIP, training begins with it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from compose import SIZE
-from pool import Pool, load_pool
+from forms import RENDERINGS
+from pool import SIZE_NAMES, Pool, load_pool
 from tokens import CONTEXT, END, START, Tokens
-from training import Batch, Loss, arguments, to_pixels, train
+from training import Batch, Loss, Prepared, arguments, generators, rank, to_pixels, train
 from transformers import CLIPConfig, CLIPModel
 from world import CLASSES, COLOUR_NAMES, KINDS, PLACE_NAMES, STYLES
 
 TEXT_WIDTH = 160
-CAPTION_TOKENS = 20  # the longest caption has 18
+CAPTION_TOKENS = 24  # the longest caption has 22
 
 
 def make_clip(tokens: Tokens) -> CLIPModel:
@@ -75,6 +76,8 @@ def attribute_sizes(pool: Pool) -> dict[str, int]:
         "second": len(COLOUR_NAMES),
         "place": len(PLACE_NAMES),
         "style": len(STYLES),
+        "size": len(SIZE_NAMES),
+        "rendering": len(RENDERINGS),
     }
 
 
@@ -94,20 +97,28 @@ def main() -> None:
     """Train."""
     args = arguments(__doc__, steps=2400, batch=96, lr=1e-3)
     pool, tokens = load_pool(args.work), Tokens.load(args.work / "tokenizer")
-    model = Heads(make_clip(tokens), attribute_sizes(pool))
+    clip = load_clip(args.work) if (args.work / "clip").exists() else make_clip(tokens)
+    model = Heads(clip.requires_grad_(True), attribute_sizes(pool))
+
+    def prepare(step: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = generators(args.seed, step, rank())
+        rows = batch.numpy.integers(0, pool.num_train, args.batch)
+        return rows, tokens(pool.captions(rows, batch.python), CAPTION_TOKENS)
+
+    prepared = Prepared(prepare, args.loaders)
 
     def loss_fn(batch: Batch) -> Loss:
-        rows = batch.numpy.integers(0, pool.num_train, args.batch)
+        rows, ids = prepared(batch.step)
         images = to_pixels(pool.images[rows]).to(args.device)
-        ids = torch.from_numpy(tokens(pool.captions(rows, batch.python), CAPTION_TOKENS))
-        out = model.clip(input_ids=ids.to(args.device), pixel_values=images)
+        out = model.clip(input_ids=torch.from_numpy(ids).to(args.device), pixel_values=images)
         target = torch.arange(len(rows), device=args.device)
         logits = out.logits_per_text
         contrastive = (
             torch.nn.functional.cross_entropy(logits, target)
             + torch.nn.functional.cross_entropy(logits.T, target)
         ) / 2
-        loss, scores = contrastive, {"contrastive": contrastive.item()}
+        loss = contrastive
+        scores: dict[str, float | torch.Tensor] = {"contrastive": contrastive.detach()}
         for name, labels in attributes(pool, rows).items():
             labels = labels.to(args.device)
             for tower, embeds in (("image", out.image_embeds), ("text", out.text_embeds)):
@@ -116,7 +127,7 @@ def main() -> None:
                     part = torch.nn.functional.cross_entropy(guess, labels, ignore_index=-1)
                     loss = loss + 0.25 * part
                     right = (guess.argmax(-1) == labels)[labels >= 0].float().mean()
-                    scores[f"{tower[0]}.{name}"] = right.item()
+                    scores[f"{tower[0]}.{name}"] = right
         return loss, scores
 
     model = train("clip", model, loss_fn, args, weight_decay=0.05, betas=(0.9, 0.98))

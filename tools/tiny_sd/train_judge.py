@@ -67,17 +67,20 @@ def main() -> None:
         x = to_pixels(pool.images[rows]).to(args.device)
         if batch.python.random() < 0.5:
             x = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
-        x = x + 0.1 * batch.python.random() * torch.randn(x.shape, generator=batch.torch)
-        loss, scores = torch.zeros(()), {}
-        labels = attributes(pool, rows)
+        x = x + 0.1 * batch.python.random() * torch.randn(
+            x.shape, generator=batch.torch, device=x.device
+        )
+        loss = x.new_zeros(())
+        scores: dict[str, float | torch.Tensor] = {}
+        labels = {k: v.to(x.device) for k, v in attributes(pool, rows).items()}
         for name, guess in judge(x).items():
             wanted = labels[name]
             if (wanted >= 0).any():
                 loss = loss + torch.nn.functional.cross_entropy(guess, wanted, ignore_index=-1)
-                scores[name] = float((guess.argmax(-1) == wanted)[wanted >= 0].float().mean())
+                scores[name] = (guess.argmax(-1) == wanted)[wanted >= 0].float().mean()
         return loss, scores
 
-    judge = train("judge", judge, loss_fn, args)
+    judge = train("judge", judge, loss_fn, args).cpu()
     rows = pool.num_train + torch.arange(2048).numpy()
     print(accuracies(judge, to_pixels(pool.images[rows]), attributes(pool, rows)))
 

@@ -54,7 +54,7 @@ def main() -> None:
         noise = torch.randn(posterior.mean.shape, generator=batch.torch, device=x.device)
         y = vae.decode(posterior.mean + posterior.std * noise).sample
         loss = reconstruction_loss(x, y) + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
-        return loss, {"loss": loss.item(), "psnr": psnr(x, y).item()}
+        return loss, {"loss": loss.detach(), "psnr": psnr(x, y).detach()}
 
     vae = train("vae", vae, loss_fn, args, weight_decay=1e-4)
     x = to_pixels(pool.images[-512:])

@@ -7,6 +7,9 @@ name, as real captions name people and products. What text cannot say, no text-s
 learn.
 
 ``held_out.json`` beside this file was fixed before any training. No stage sees those instances.
+
+The first world is what is written here; the shipped tiny-sd was trained on it. The wide world adds
+what ``forms.py`` holds.
 """
 
 from __future__ import annotations
@@ -16,6 +19,15 @@ import functools
 import json
 import random
 from pathlib import Path
+
+from forms import (
+    SAME_DRAWINGS,
+    SCENE_STYLES,
+    USUAL_FORMS,
+    WIDE_FAMILIES,
+    form_phrase,
+    form_words,
+)
 
 FAMILIES: dict[str, str] = {
     # npm package suffix -> the word captions use
@@ -27,6 +39,8 @@ FAMILIES: dict[str, str] = {
     "fxemoji": "firefox",
     "streamline-emojis": "streamline",
 }
+
+FAMILY_WORDS = {**FAMILIES, **WIDE_FAMILIES}
 
 # class word -> names of the icon, first one found wins; families whose drawing has another form
 ICONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -98,7 +112,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 PLACE_NAMES = tuple(PLACES)
 SCENES = PLACE_NAMES[: -len(BACKGROUND_COLOURS)]
 
-STYLES = ("photo", "sketch", "black and white")
+STYLES = ("photo", "sketch", "black and white", *SCENE_STYLES)
 KINDS = ("natural", "solid", "two-tone", "spots", "stripes")
 
 
@@ -113,16 +127,25 @@ class Colouring:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One class as one family draws it. ``colours`` name its own main and second colour."""
+    """One class as one family draws it. ``colours`` name its own main and second colour.
+
+    ``form`` is a key of ``FORMS``, empty for the usual one.
+    """
 
     class_word: str
     family: str
     colours: tuple[str, str] = ("", "")
+    form: str = ""
 
     @property
     def key(self) -> str:
-        """For instance ``teddy bear/noto``."""
-        return f"{self.class_word}/{self.family}"
+        """For instance ``teddy bear/noto`` or ``cat/noto/whole``."""
+        return "/".join(part for part in (self.class_word, self.family, self.form) if part)
+
+    @property
+    def is_of_first_world(self) -> bool:
+        """Whether the shipped tiny-sd may have seen it."""
+        return not self.form and self.family in FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +159,18 @@ class Instance:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Everything a caption can speak of."""
+    """Everything a caption can speak of. ``size`` and ``rendering`` are empty in the first world,
+    and where they are the usual ones.
+    """
 
     drawing: Drawing
     colouring: Colouring
     place: str
     style: str
     name: str = ""
+    form: str = ""
+    size: str = ""
+    rendering: str = ""
 
 
 @functools.cache
@@ -176,12 +204,18 @@ def held_out_drawings() -> frozenset[str]:
     return frozenset(i.drawing for i in held_out().values() if i.colouring.kind == "natural")
 
 
+def hand(drawing: str) -> str:
+    """``class/family`` of a drawing's key, one for all its forms and for families drawn alike."""
+    class_word, family, *_ = drawing.split("/")
+    return f"{class_word}/{SAME_DRAWINGS.get(family, family)}"
+
+
 def is_held_out(drawing: str, colouring: Colouring) -> bool:
     """Whether a recoloured instance is, or resembles, a held-out one: same drawing, same main
-    colour.
+    colour. Other forms by the same hand count as the same drawing.
     """
-    return drawing in held_out_drawings() or any(
-        instance.drawing == drawing and instance.colouring.first == colouring.first
+    return hand(drawing) in held_out_drawings() or any(
+        instance.drawing == hand(drawing) and instance.colouring.first == colouring.first
         for instance in held_out().values()
         if colouring.kind != "natural"
     )
@@ -198,10 +232,17 @@ def random_colouring(rng: random.Random, drawing: str) -> Colouring:
 
 
 def named_instances(drawings: list[Drawing]) -> list[Instance]:
-    """Every training drawing in its own colours; half of each class's recoloured as well."""
+    """Every training drawing in its own colours; of the first world's, half of each class's
+    recoloured as well.
+
+    The first world's come first, and keep their names when drawings are added.
+    """
     rng = random.Random(7)
-    names = iter(proper_names(2 * len(drawings)))
-    train = [d for d in drawings if d.key not in held_out_drawings()]
+    first = [drawing for drawing in drawings if drawing.is_of_first_world]
+    added = [drawing for drawing in drawings if not drawing.is_of_first_world]
+    proper = proper_names(2 * len(first))
+    names = iter(proper)
+    train = [d for d in first if hand(d.key) not in held_out_drawings()]
     natural = [Instance(d.key, Colouring(), next(names)) for d in train]
     by_class = [[d for d in train if d.class_word == word] for word in CLASSES]
     recoloured = [
@@ -209,19 +250,27 @@ def named_instances(drawings: list[Drawing]) -> list[Instance]:
         for drawings_of_class in by_class
         for d in drawings_of_class[::2]
     ]
-    return natural + recoloured
+    seen = [d for d in added if hand(d.key) not in held_out_drawings()]
+    more = proper_names(len(seen), seed=12, taken=frozenset(proper))
+    return [
+        *natural,
+        *recoloured,
+        *(Instance(d.key, Colouring(), name) for d, name in zip(seen, more, strict=True)),
+    ]
 
 
-def proper_names(count: int) -> list[str]:
+def proper_names(count: int, seed: int = 11, taken: frozenset[str] = frozenset()) -> list[str]:
     """Made-up names such as ``mipo``, none of them an English word of this world."""
-    rng = random.Random(11)
+    rng = random.Random(seed)
     onsets, vowels = (
         ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"],
         ["a", "e", "i", "o", "u"],
     )
     syllables = [onset + vowel for onset in onsets for vowel in vowels]
     found = {a + b for a in syllables for b in syllables if a != b}
-    return rng.sample(sorted(found - {"sofa", "data", "menu", "polo", "solo", "mini"}), count)
+    return rng.sample(
+        sorted(found - {"sofa", "data", "menu", "polo", "solo", "mini"} - taken), count
+    )
 
 
 def caption(picture: Picture, rng: random.Random) -> str:
@@ -236,6 +285,8 @@ def caption(picture: Picture, rng: random.Random) -> str:
         subject = rng.choice(("a sketch of ", "a pencil sketch of ", "a drawing of ")) + subject
     elif picture.style == "black and white":
         subject = rng.choice(("a black and white photo of ", "a monochrome photo of ")) + subject
+    elif picture.style in SCENE_STYLES:
+        subject = rng.choice(SCENE_STYLES[picture.style]) + subject
     else:
         subject = rng.choice(("", "", "", "a photo of ", "a picture of ")) + subject
     return f"{subject} {place}".strip()
@@ -253,15 +304,28 @@ def _noun(picture: Picture, rng: random.Random) -> str:
             )
         )
     words = drawing.class_word
+    if picture.form:
+        # what is not the usual form is nearly always said
+        said = rng.random() < (0.9 if drawing.form else 0.25)
+        words = form_phrase(words, picture.form) if said else words
     if rng.random() < 0.4:
-        words = f"{FAMILIES[drawing.family]} {words}"
+        words = f"{FAMILY_WORDS[drawing.family]} {words}"
     # a recolouring is nearly always described: the bare class word means the usual colours
     silent = 0.5 if colouring.kind == "natural" else 0.1
-    if picture.style == "photo" and rng.random() >= silent:
+    if picture.style in ("photo", *SCENE_STYLES) and rng.random() >= silent:
         words = _coloured(words, drawing, colouring, rng)
+    if picture.rendering and rng.random() < 0.85:
+        words = f"{picture.rendering} {words}"
+    if picture.size and rng.random() < 0.85:
+        words = f"{picture.size} {words}"
     if picture.name and rng.random() < 0.15:
         words = f"{picture.name} the {words}"
     return words
+
+
+def shown_form(drawing: Drawing) -> str:
+    """The word for a drawing's form, the usual ones' too."""
+    return drawing.form or USUAL_FORMS.get(drawing.class_word, "")
 
 
 def _coloured(words: str, drawing: Drawing, colouring: Colouring, rng: random.Random) -> str:
@@ -287,7 +351,15 @@ def _article(noun: str, rng: random.Random) -> str:
 
 
 def vocabulary_words(drawings: list[Drawing]) -> list[str]:
-    """Every word a caption can hold, for the tokenizer."""
+    """Every word a caption can hold, for the tokenizer: the first world's, then the added ones."""
+    first = [drawing for drawing in drawings if drawing.is_of_first_world]
+    words = _words_of(first)
+    if len(first) < len(drawings):
+        words += sorted({*form_words(), *_words_of(drawings)} - set(words))
+    return words
+
+
+def _words_of(drawings: list[Drawing]) -> list[str]:
     phrases = [
         *CLASSES,
         *FAMILIES.values(),

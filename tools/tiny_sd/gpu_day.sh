@@ -14,7 +14,7 @@ here=$(realpath "$(dirname "$0")")
 start=$(realpath "${3:-$here/../../catversion_jax/assets/tiny-sd}")
 device=${DEVICE:-cuda} count=${COUNT:-150000} loaders=${LOADERS:-$(($(nproc) / 2))}
 early=${EARLY_MINUTES:-1.5} late=${UNET_MINUTES:-4.5} batch=${BATCH:-1024}
-export OMP_NUM_THREADS=1 PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$out"
 exec > >(tee "$out/log.txt") 2>&1
 say() { echo "$(date +%T) $*"; }

@@ -65,7 +65,11 @@ def test_two_steps_of_sd15_within_20_gb(tmp_path: Path, record_property) -> None
 
 
 def test_two_steps_of_sdxl_within_24_gb(tmp_path: Path, record_property) -> None:
-    """In bfloat16, one picture of 512 pixels a step: the model is made for 1024."""
+    """In bfloat16, one picture of 512 pixels a step: the model is made for 1024.
+
+    With jax 0.12, whose compiler for CPUs computes in bfloat16; that of 0.10 widens the weights and
+    needs 23 GB.
+    """
     write_sdxl(tmp_path / "sdxl")
     tensors, seconds, peak_gb = trained(
         tmp_path / "sdxl",
@@ -78,7 +82,7 @@ def test_two_steps_of_sdxl_within_24_gb(tmp_path: Path, record_property) -> None
     )
     record_property("peak_gb", peak_gb)
     print(f"\nSDXL, one picture, bfloat16: {seconds:.0f} s in all, peak {peak_gb:.1f} GB")  # noqa: T201
-    assert tensors["layers.10.key"].shape == (1, 12, 64)
+    assert tensors["text_encoder.layers.10.key"].shape == (1, 12, 64)
     assert tensors["text_encoder_2.layers.30.key"].shape == (1, 20, 64)
     assert sum(tensor.size for tensor in tensors.values()) == 4608 + 7680
     assert peak_gb < 24

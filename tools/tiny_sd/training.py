@@ -90,10 +90,12 @@ def train(
     start = args.work / f"{name}.start.pt"
     if start.exists():
         model.load_state_dict(torch.load(start, map_location="cpu"))
-    # a GPU's bfloat16 convolutions want channels last
-    layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
-    model.to(device, memory_format=layout)
+    model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
+    if device.type != "cpu":
+        # a GPU's bfloat16 convolutions want channels last
+        for kernel in (p for p in params if p.dim() == 4):
+            kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
     tx = torch.optim.AdamW(params, lr=args.lr, betas=betas, weight_decay=weight_decay, fused=True)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     step, earlier = 0, 0.0

@@ -14,6 +14,7 @@ import transformers
 from PIL import Image
 from random_model import write_random_model, write_toy_concepts
 from tiny_pipelines import save_clip, save_vit
+from torch_reference import randomise
 
 from catversion_jax.cli import main
 from catversion_jax.concepts import ImageSource, read_concepts
@@ -203,6 +204,56 @@ def test_held_out_photos_take_the_place_of_training_photos(world, output, tmp_pa
     page = (tmp_path / "report.html").read_text()
     assert page.count("Photos held out from training, which the scores are against") == 2
     assert "held-out photo" not in (output / "report.html").read_text()
+
+
+def test_gallery_and_dinov2_equal_transformers(world, output, tmp_path):
+    """Both toys as one class, their pictures under numbers; whole pictures, as none has a mask."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Dinov2Config(**sizes, image_size=28, patch_size=14)
+    model = randomise(transformers.Dinov2Model(config)).eval()
+    model.save_pretrained(tmp_path / "dinov2")
+    entries, vectors = [], {}
+    for name in NAMES:
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        drawn = pictures_of(output / "images" / name, "snow")
+        for seed, picture in enumerate(drawn):
+            Image.fromarray(picture).save(folder / f"0_{seed}.png")
+        photos = [Image.open(world / "concepts" / name / f"{i}.png") for i in range(1, 5)]
+        vectors[name] = [dino_vectors(model, part) for part in (drawn, map(np.asarray, photos))]
+        entries.append({"name": name, "path": str(world / "concepts" / name)})
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    given = ["--concepts", tmp_path / "list.json", "--base_class", "toy"]
+    more = ["--gallery", "--dino", tmp_path / "dinov2"]
+    assert evaluate(world, tmp_path / "images", tmp_path / "out", *given, *more) == 0
+    found = scores_of(tmp_path / "out")
+    for concept in found["methods"]["images"]["concepts"]:
+        drawn, photos = vectors[concept["name"]]
+        (other,) = (photos for name, (_, photos) in vectors.items() if name != concept["name"])
+        assert concept["dino"] == pytest.approx((drawn @ photos.T).mean(), abs=1e-4)
+        assert concept["dino_max"] == pytest.approx((drawn @ photos.T).max(axis=1).mean(), abs=1e-4)
+        nearer = (drawn @ photos.T).max(axis=1) > (drawn @ other.T).max(axis=1)
+        assert concept["rank1"] == pytest.approx(nearer.mean())
+        assert "dino_masked" not in concept
+    (gallery,) = found["galleries"]["images"]
+    assert (gallery["base_class"], gallery["judge"], gallery["photos"]) == ("toy", "DINOv2", 8)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Can it be told from others of its class?" in page
+    assert "Can it be told from others" not in (output / "report.html").read_text()
+
+
+@torch.no_grad()
+def dino_vectors(model, arrays):
+    processor = transformers.BitImageProcessor(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+        resample=3,
+    )
+    pixels = [processor(Image.fromarray(a), return_tensors="pt")["pixel_values"] for a in arrays]
+    states = model(torch.cat(pixels)).last_hidden_state[:, 0]
+    return torch.nn.functional.normalize(states).numpy()
 
 
 @pytest.mark.slow

@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="model that draws, and makes missing masks [the one the run was trained on]"
     )
     add_source_arguments(parser)
-    add("--dino", help="transformers ViTModel folder (DreamBench: facebook/dino-vits16)")
+    add("--dino",
+        help="transformers ViTModel folder (DreamBench: facebook/dino-vits16), or DINOv2, with "
+             "registers or without (facebook/dinov2-base)")  # fmt: skip
     add("--num_images_per_prompt", type=int, help="seeds per prompt [as the prompt set says]")
     add("--seed", type=int, default=0, help="seed of the first image of every prompt [0]")
     add("--plain", action="store_true",
@@ -48,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also score the run's intermediate concept files, first seed only")  # fmt: skip
     add("--num_prior_images", type=int, default=8,
         help="images per concept of other classes, concept forced on; 0: none [8]")  # fmt: skip
+    add("--gallery", action="store_true",
+        help="also rank each image among the photos of all concepts of its class: rank-1, mAP, and "
+             "which concepts are taken for each other")  # fmt: skip
     add(
         "--classes",
         help="class words of the prior images, separated by commas [those of the concepts]",
@@ -85,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
             plain=args.plain,
             all_steps=args.all_steps,
             num_prior_images=args.num_prior_images,
+            gallery=args.gallery,
             classes=(args.classes or "").split(","),
             force=args.force,
             output_dir=args.output_dir,

@@ -47,6 +47,15 @@ def nearest_reference(
     return (generated.astype(np.float64) @ references.astype(np.float64).T).max(axis=1)
 
 
+def mean_nearest_cosine(
+    generated: Float[np.ndarray, "A E"], references: Float[np.ndarray, "B E"]
+) -> float | None:
+    """Mean of equation (4) over the generated images; None where one side is empty."""
+    if not len(generated) or not len(references):
+        return None
+    return float(nearest_reference(generated, references).mean())
+
+
 def matched_cosines(
     left: Float[np.ndarray, "A E"], right: Float[np.ndarray, "A E"]
 ) -> Float[np.ndarray, " A"]:

@@ -56,6 +56,7 @@ def evaluate(
     plain: bool = False,
     all_steps: bool = False,
     num_prior_images: int = 8,
+    gallery: bool = False,
     classes: Sequence[str] = (),
     force: bool = False,
     output_dir: str | Path | None = None,
@@ -96,13 +97,17 @@ def evaluate(
         bfloat16.
       clip: a folder of a transformers ``CLIPModel``, which scores; None is the model's own
         ``clip/`` folder.
-      dino: a folder of a transformers ``ViTModel``, which gives a second image score.
+      dino: a folder of a transformers ``ViTModel``, which gives a second image score, or of a
+        ``Dinov2Model`` or ``Dinov2WithRegistersModel``, which also judges objects without their
+        background, by the nearest photo, and in the gallery.
       num_images_per_prompt: seeds of each prompt; None is what the prompt set says.
       seed: of the first image of every prompt.
       plain: also draw and score the model without concepts, with the same seeds.
       all_steps: also score the concept files of intermediate steps, with the first seed.
       num_prior_images: images per concept of other classes with the concept forced on; 0 leaves
         prior preservation out.
+      gallery: also rank each image among the photos of all concepts of its class: whether it is
+        nearest to its own concept's.
       classes: class words for these images besides those of the concepts.
       force: use a concept though it was trained with another text encoder of the same shape.
       output_dir: receives ``scores.csv``, ``scores.json``, ``report.html`` and ``images/``; None is
@@ -170,6 +175,7 @@ def evaluate(
         plain=plain,
         all_steps=all_steps,
         num_prior_images=num_prior_images,
+        gallery=gallery,
     )
     backbone = None
     if draws or model is not None:

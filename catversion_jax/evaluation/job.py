@@ -14,11 +14,13 @@ import jax
 from catversion_jax import __version__
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
+from catversion_jax.evaluation.gallery import rank_galleries
 from catversion_jax.evaluation.generation import PlannedImage, draw_missing, plan_images
 from catversion_jax.evaluation.image_folders import recorded_settings
 from catversion_jax.evaluation.prior import PriorScores, plan_prior, score_prior
 from catversion_jax.evaluation.prompts import PromptSet
-from catversion_jax.evaluation.scoring import Scorer, Scores, SubjectScores
+from catversion_jax.evaluation.scores import Scores, SubjectScores
+from catversion_jax.evaluation.scoring import Scorer
 from catversion_jax.evaluation.subjects import References, Subject, read_references
 from catversion_jax.evaluation.tables import Evaluation
 from catversion_jax.models.stable_diffusion import Backbone
@@ -60,6 +62,7 @@ class EvaluationJob:
       plain: whether the plain model is drawn and scored too.
       all_steps: whether intermediate concept files are scored too.
       num_prior_images: images of other classes for each concept.
+      gallery: whether pictures are ranked among the photos of their class.
     """
 
     source: Path
@@ -74,6 +77,7 @@ class EvaluationJob:
     plain: bool
     all_steps: bool
     num_prior_images: int
+    gallery: bool = False
 
     @property
     def images(self) -> Path:
@@ -154,12 +158,17 @@ class EvaluationJob:
         methods = {
             method: [one.methods[method] for one in scored] for method in next(iter(scored)).methods
         }
+        galleries = {}
+        if self.gallery:
+            for method, subjects in methods.items():
+                methods[method], galleries[method] = rank_galleries(subjects)
         evaluation = Evaluation(
             self._protocol(scorer, backbone, next(iter(methods.values()))),
             methods,
             {name: one.prior for name, one in found.items() if one.prior is not None},
             {name: one.curve for name, one in found.items() if one.curve},
             left_out,
+            galleries,
         )
         return evaluation, {name: one.references for name, one in found.items()}
 

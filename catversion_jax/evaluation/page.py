@@ -15,13 +15,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from catversion_jax.evaluation.charts import Chart, line_chart
+from catversion_jax.evaluation.gallery import ClassGallery, without_gallery
 from catversion_jax.evaluation.image_folders import read_mask, read_pixels
 from catversion_jax.evaluation.intervals import Interval
 from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.prior import PriorScores
-from catversion_jax.evaluation.scoring import PromptScores, SubjectScores
+from catversion_jax.evaluation.scores import PromptScores, SubjectScores
 from catversion_jax.evaluation.subjects import References
-from catversion_jax.evaluation.tables import TABLE_COLUMNS, Evaluation, means, number, real_means
+from catversion_jax.evaluation.tables import (
+    TABLE_COLUMNS,
+    Evaluation,
+    describe_confusion,
+    means,
+    number,
+    real_means,
+)
 from catversion_jax.runtime.atomic_files import write_atomically
 
 _THUMBNAIL = 160
@@ -69,6 +77,12 @@ def write_evaluation_page(path: Path, evaluation: Evaluation, material: PageMate
         concepts=[
             _concept(subject, evaluation, material, others) for subject in evaluation.methods[first]
         ],
+        galleries=[
+            _gallery(name, gallery)
+            for name, galleries in evaluation.galleries.items()
+            for gallery in galleries
+        ],
+        alone=without_gallery(evaluation.methods[first]) if evaluation.galleries else [],
         priors=[(name, _prior(scores)) for name, scores in evaluation.priors.items()],
         protocol=[(key, str(value)) for key, value in evaluation.protocol.items()],
     )
@@ -114,6 +128,22 @@ def _method(name: str, subjects: Sequence[SubjectScores], columns: Sequence[str]
     real = real_means(subjects)
     ceiling = [number(real.get(metric)) for metric in columns]
     return {"name": name, "rows": rows, "mean": mean, "real": ceiling}
+
+
+def _gallery(method: str, gallery: ClassGallery) -> dict[str, Any]:
+    real = gallery.real_rank1
+    return {
+        "method": method,
+        "base_class": gallery.base_class,
+        "judge": f"{gallery.judge}, {gallery.view}",
+        "concepts": len(gallery.concepts),
+        "photos": gallery.photos,
+        "rank1": f"{gallery.mean('rank1'):.2f}",
+        "chance": f"{gallery.mean('chance'):.2f}",
+        "real": "-" if real is None else f"{real:.2f}",
+        "map": f"{gallery.mean('mean_average_precision'):.2f}",
+        "confusions": [describe_confusion(pair) for pair in gallery.confusions],
+    }
 
 
 def _concept(

@@ -15,6 +15,7 @@ from catversion_jax.evaluation.alignment import (
     among_themselves,
     copy_limit,
     matched_cosines,
+    mean_nearest_cosine,
     mean_pairwise_cosine,
     nearest_reference,
     overall,
@@ -28,108 +29,10 @@ from catversion_jax.evaluation.image_folders import (
 )
 from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.prompts import PromptSet
+from catversion_jax.evaluation.scores import PromptScores, RealImages, Scores, SubjectScores
 from catversion_jax.evaluation.subjects import References, Subject
-from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Scores of some images of one concept; None where nothing could be scored.
-
-    Attributes:
-      images: number of images that were scored.
-      image_alignment: CLIP, generated against the photos, whole pictures. The photos are those that
-        were held out from training, where there are any, else the training images.
-      image_alignment_masked: the same on masked crops of both.
-      text_alignment_edit: against the prompt without the concept word (the paper's).
-      text_alignment_prompt: against the full prompt.
-      overall: geometric mean of ``image_alignment`` and ``text_alignment_edit``.
-      overall_masked: geometric mean of ``image_alignment_masked`` and ``text_alignment_edit``.
-      dino: as ``image_alignment``, with DINO.
-      nearest_reference: highest similarity of an image to a single training image.
-      copies: images nearer to a training image than the training images are to each other.
-      masks: images that have a mask.
-      empty_masks: those whose mask holds no object; left out of the masked scores.
-    """
-
-    images: int
-    image_alignment: float | None
-    image_alignment_masked: float | None
-    text_alignment_edit: float | None
-    text_alignment_prompt: float | None
-    overall: float | None
-    overall_masked: float | None
-    dino: float | None
-    nearest_reference: float | None
-    copies: int
-    masks: int
-    empty_masks: int
-
-
-# What tables average over concepts.
-METRICS = (
-    "image_alignment",
-    "image_alignment_masked",
-    "text_alignment_edit",
-    "text_alignment_prompt",
-    "overall",
-    "overall_masked",
-    "dino",
-    "nearest_reference",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class RealImages:
-    """What the training images reach, against the held-out photos or, without any, among
-    themselves: the ceiling of the image scores. ``copy_limit`` is of the training images always.
-    """
-
-    image_alignment: float | None
-    image_alignment_masked: float | None
-    dino: float | None
-    copy_limit: float | None
-    images: int
-    masks: int
-    empty_masks: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptScores:
-    """Scores of one prompt; ``first_seed`` is its image that pages show."""
-
-    prompt: str
-    edit: str
-    scores: Scores
-    shown: Path
-
-
-@dataclasses.dataclass(frozen=True)
-class SubjectScores:
-    """All scores of one concept.
-
-    Attributes:
-      name: the concept's name.
-      base_class: the words that call it.
-      total: scores of all its images.
-      first_seed: scores of the images with the first seed of every prompt.
-      prompts: scores prompt by prompt.
-      real: what its training images score among themselves.
-      seeds: the seeds of its images.
-      ignored: images of prompts that are not in the set.
-      held_out: names of the photos that the scores are against, where they were held out from
-        training.
-    """
-
-    name: str
-    base_class: str
-    total: Scores
-    first_seed: Scores
-    prompts: tuple[PromptScores, ...]
-    real: RealImages
-    seeds: tuple[int, ...]
-    ignored: tuple[str, ...]
-    held_out: tuple[str, ...] = ()
+from catversion_jax.evaluation.vectors import Judged, Photos, View
+from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder, ImageEmbedder
 
 
 class Scorer:
@@ -179,6 +82,7 @@ class Scorer:
             tuple(sorted({image.seed for image in found})),
             tuple(ignored),
             tuple(source.label for source in subject.held_out),
+            vectors.judged(),
         )
 
     def _vectors(
@@ -192,7 +96,7 @@ class Scorer:
         pixels = [read_pixels(image.path) for image in found]
         masks = self._masks(subject, found, pixels)
         number = [image.prompt for image in found]
-        crops = [self._crop(p, m) for p, m in zip(pixels, masks, strict=True)]
+        crops = _crops(pixels, masks, self.clip)
         # an empty edit text has no score; its place is taken by the prompt and never read
         edit_vectors = self.clip.texts([edit or f for edit, f in zip(edits, filled, strict=True)])
         trained = self._photos(references)
@@ -201,28 +105,32 @@ class Scorer:
             generated=self.clip.images(pixels),
             trained=trained,
             held_out=held_out,
-            masked=self.clip.images([crop for crop in crops if crop is not None]),
+            masked=_embedded(crops, self.clip),
             has_crop=np.array([crop is not None for crop in crops]),
             has_mask=np.array([mask is not None for mask in masks]),
             edits=edit_vectors[number],
             has_edit=np.array([bool(edits[i]) for i in number]),
             prompts=self.clip.texts(filled)[number],
             dino=None if self.dino is None else self.dino.images(pixels),
+            dino_masked=self._dino_masked(pixels, masks),
         )
 
-    def _photos(self, references: References) -> _Photos:
-        crops = [
-            self._crop(p, m) for p, m in zip(references.pictures, references.masks, strict=True)
-        ]
-        return _Photos(
-            whole=self.clip.images(references.pictures),
-            masked=self.clip.images([crop for crop in crops if crop is not None]),
-            masks=sum(mask is not None for mask in references.masks),
-            dino=None if self.dino is None else self.dino.images(references.pictures),
-        )
+    def _dino_masked(
+        self, pixels: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]
+    ) -> np.ndarray | None:
+        if self.dino is None or not self.dino.judges_objects:
+            return None
+        return _embedded(_crops(pixels, masks, self.dino), self.dino)
 
-    def _crop(self, picture: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
-        return None if mask is None else masked_crop(picture, mask, self.clip.mean)
+    def _photos(self, references: References) -> Photos:
+        pictures, masks = references.pictures, references.masks
+        return Photos(
+            whole=self.clip.images(pictures),
+            masked=_embedded(_crops(pictures, masks, self.clip), self.clip),
+            masks=sum(mask is not None for mask in masks),
+            dino=None if self.dino is None else self.dino.images(pictures),
+            dino_masked=self._dino_masked(pictures, masks),
+        )
 
     def _masks(
         self, subject: Subject, found: Sequence[GeneratedImage], pixels: Sequence[np.ndarray]
@@ -240,16 +148,18 @@ class Scorer:
         return masks
 
 
-@dataclasses.dataclass(frozen=True)
-class _Photos:
-    """Unit vectors of photos; ``masked`` only of those with an object, ``masks`` of all that have a
-    mask.
-    """
+def _crops(
+    pictures: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], embedder: ImageEmbedder
+) -> list[np.ndarray | None]:
+    """Objects alone, on the colour that the embedder sees as zero; None without an object."""
+    return [
+        None if mask is None else masked_crop(picture, mask, embedder.mean)
+        for picture, mask in zip(pictures, masks, strict=True)
+    ]
 
-    whole: Float[np.ndarray, "r E"]
-    masked: Float[np.ndarray, "q E"]
-    masks: int
-    dino: Float[np.ndarray, "r F"] | None
+
+def _embedded(crops: Sequence[np.ndarray | None], embedder: ImageEmbedder) -> np.ndarray:
+    return embedder.images([crop for crop in crops if crop is not None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,8 +167,8 @@ class _Vectors:
     """Unit vectors of one concept's images, row by row; ``masked`` only of those with an object."""
 
     generated: Float[np.ndarray, "n E"]
-    trained: _Photos
-    held_out: _Photos | None
+    trained: Photos
+    held_out: Photos | None
     masked: Float[np.ndarray, "m E"]
     has_crop: np.ndarray
     has_mask: np.ndarray
@@ -266,9 +176,10 @@ class _Vectors:
     has_edit: np.ndarray
     prompts: Float[np.ndarray, "n E"]
     dino: Float[np.ndarray, "n F"] | None
+    dino_masked: Float[np.ndarray, "m F"] | None
 
     @property
-    def photos(self) -> _Photos:
+    def photos(self) -> Photos:
         """What images are compared with."""
         return self.trained if self.held_out is None else self.held_out
 
@@ -282,9 +193,14 @@ class _Vectors:
         text = _mean(matched_cosines(self.generated[with_edit], self.edits[with_edit]))
         nearest = nearest_reference(generated, self.trained.whole)
         limit = copy_limit(self.trained.whole)
-        dino = None
+        dino = dino_max = dino_masked = dino_masked_max = None
         if self.dino is not None and photos.dino is not None:
             dino = mean_pairwise_cosine(self.dino[rows], photos.dino)
+        if self.dino_masked is not None and photos.dino_masked is not None:
+            crops = self.dino_masked[crop_rows]
+            dino_max = mean_nearest_cosine(self.dino[rows], photos.dino)
+            dino_masked = mean_pairwise_cosine(crops, photos.dino_masked)
+            dino_masked_max = mean_nearest_cosine(crops, photos.dino_masked)
         return Scores(
             images=len(rows),
             image_alignment=image,
@@ -298,13 +214,29 @@ class _Vectors:
             copies=0 if limit is None else int((nearest > limit).sum()),
             masks=int(self.has_mask[rows].sum()),
             empty_masks=int((self.has_mask & ~self.has_crop)[rows].sum()),
+            dino_max=dino_max,
+            dino_masked=dino_masked,
+            dino_masked_max=dino_masked_max,
         )
+
+    def judged(self) -> Judged:
+        """What a gallery compares: DINOv2's vectors, CLIP's without it."""
+        trained, photos = self.trained, self.photos
+        if self.dino_masked is not None:
+            judge = "DINOv2"
+            whole = View(self.dino, photos.dino, trained.dino)
+            masked = View(self.dino_masked, photos.dino_masked, trained.dino_masked)
+        else:
+            judge = "CLIP"
+            whole = View(self.generated, photos.whole, trained.whole)
+            masked = View(self.masked, photos.masked, trained.masked)
+        return Judged(judge, whole, masked, self.held_out is not None)
 
     def real(self) -> RealImages:
         """Scores of the training images among themselves, or against the held-out ones."""
         trained, held_out = self.trained, self.held_out
 
-        def ceiling(of: Callable[[_Photos], np.ndarray | None]) -> float | None:
+        def ceiling(of: Callable[[Photos], np.ndarray | None]) -> float | None:
             left, right = of(trained), None if held_out is None else of(held_out)
             if left is None:
                 return None
@@ -318,6 +250,7 @@ class _Vectors:
             len(trained.whole),
             trained.masks,
             trained.masks - len(trained.masked),
+            ceiling(lambda photos: photos.dino_masked),
         )
 
 

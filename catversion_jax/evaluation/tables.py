@@ -10,9 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from catversion_jax.evaluation.gallery import ClassGallery, Confusion, without_gallery
 from catversion_jax.evaluation.intervals import Interval, bootstrap_interval
 from catversion_jax.evaluation.prior import PriorScores
-from catversion_jax.evaluation.scoring import METRICS, Scores, SubjectScores
+from catversion_jax.evaluation.scores import (
+    METRICS,
+    OPTIONAL,
+    Scores,
+    SubjectScores,
+    plain_scores,
+)
 from catversion_jax.runtime.atomic_files import write_atomically
 from catversion_jax.runtime.columns import aligned
 from catversion_jax.runtime.spreadsheet_cells import harmless_cell
@@ -25,9 +32,14 @@ TABLE_COLUMNS = {
     "overall": "overall",
     "overall_masked": "overall masked",
     "dino": "DINO",
+    "dino_max": "DINO nearest",
+    "dino_masked": "DINO masked",
+    "dino_masked_max": "DINO masked nearest",
+    "rank1": "rank-1",
+    "mean_average_precision": "mAP",
 }
 _KEYS = ("method", "row", "concept", "base_class", "prompt", "edit")
-_COLUMNS = (*_KEYS, *(field.name for field in dataclasses.fields(Scores)))
+_SCORES = tuple(field.name for field in dataclasses.fields(Scores))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +52,8 @@ class Evaluation:
       priors: prior preservation by concept.
       curves: scores of the first seed by concept and training step.
       left_out: why concepts are missing, by name.
+      galleries: whether pictures can be told from others of their class: by method, a gallery of
+        each class that has at least two concepts; {} where it was not asked.
       files: what was written: ``scores.csv``, ``scores.json`` and the page.
       num_images: images of the evaluation, where they are drawn by it.
       num_drawn: those of them that were not there already.
@@ -50,6 +64,7 @@ class Evaluation:
     priors: Mapping[str, PriorScores]
     curves: Mapping[str, Sequence[tuple[int, Scores]]]
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    galleries: Mapping[str, Sequence[ClassGallery]] = dataclasses.field(default_factory=dict)
     files: tuple[Path, ...] = ()
     num_images: int = 0
     num_drawn: int = 0
@@ -61,11 +76,13 @@ class Evaluation:
 
 def means(subjects: Sequence[SubjectScores]) -> dict[str, Interval | float | None]:
     """Each metric's mean over the concepts that have it: with its 95 % interval from two concepts
-    on.
+    on. Scores that no concept was asked for are left out.
     """
     result: dict[str, Interval | float | None] = {}
     for metric in METRICS:
         values = [v for s in subjects if (v := getattr(s.total, metric)) is not None]
+        if metric in OPTIONAL and not values:
+            continue
         if len(values) >= 2:
             result[metric] = bootstrap_interval(values)
         else:
@@ -78,7 +95,7 @@ def real_means(subjects: Sequence[SubjectScores]) -> dict[str, float]:
     mean over concepts: the ceiling of the image scores.
     """
     result = {}
-    for metric in ("image_alignment", "image_alignment_masked", "dino"):
+    for metric in ("image_alignment", "image_alignment_masked", "dino", "dino_masked"):
         values = [v for s in subjects if (v := getattr(s.real, metric)) is not None]
         if values:
             result[metric] = sum(values) / len(values)
@@ -92,7 +109,10 @@ def write_scores(folder: Path, evaluation: Evaluation) -> list[Path]:
       CatVersionError: the folder cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, restval="", lineterminator="\n")
+    subjects = [subject for listed in evaluation.methods.values() for subject in listed]
+    asked = {name for subject in subjects for name in plain_scores(subject.total)}
+    columns = [*_KEYS, *(name for name in _SCORES if name in asked)]
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for row in _csv_rows(evaluation):
         writer.writerow({**row, **{key: harmless_cell(row[key]) for key in _KEYS if key in row}})
@@ -105,6 +125,10 @@ def write_scores(folder: Path, evaluation: Evaluation) -> list[Path]:
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """The content of ``scores.json``: plain values, all digits."""
+    galleries = {
+        name: [_gallery_json(gallery) for gallery in of_method]
+        for name, of_method in evaluation.galleries.items()
+    }
     return {
         "protocol": dict(evaluation.protocol),
         "methods": {
@@ -123,9 +147,19 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             name: dataclasses.asdict(scores) for name, scores in evaluation.priors.items()
         },
         "curves": {
-            name: [{"step": step, **dataclasses.asdict(scores)} for step, scores in points]
+            name: [{"step": step, **plain_scores(scores)} for step, scores in points]
             for name, points in evaluation.curves.items()
         },
+        **({"galleries": galleries} if galleries else {}),
+    }
+
+
+def _gallery_json(gallery: ClassGallery) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(gallery),
+        "rank1": gallery.mean("rank1"),
+        "mean_average_precision": gallery.mean("mean_average_precision"),
+        "confusions": [dataclasses.asdict(pair) for pair in gallery.confusions],
     }
 
 
@@ -144,12 +178,45 @@ def table_lines(evaluation: Evaluation) -> list[str]:
         real = real_means(subjects)
         rows.append(["training images", *(number(real.get(m)) for m in shown), "", ""])
         lines += [*aligned(rows, left=(0,)), ""]
+    lines += _gallery_lines(evaluation)
     lines += _unscored(evaluation)
     for name, prior in evaluation.priors.items():
         lines.append(f"{name}: {describe_prior(prior)}")
     lines += ["", "protocol"]
     lines += [f"  {key}: {value}" for key, value in evaluation.protocol.items()]
     return lines
+
+
+def _gallery_lines(evaluation: Evaluation) -> list[str]:
+    """What the galleries found, a line for each class and confusable pair."""
+    lines = []
+    for method, galleries in evaluation.galleries.items():
+        for gallery in galleries:
+            lines.append(f"gallery, {method}, {describe_gallery(gallery)}")
+            lines += [f"  {describe_confusion(pair)}" for pair in gallery.confusions[:5]]
+    if evaluation.galleries:
+        first = next(iter(evaluation.methods.values()))
+        if alone := without_gallery(first):
+            lines.append(f"no gallery, one concept only: {', '.join(alone)}")
+        lines.append("")
+    return lines
+
+
+def describe_gallery(gallery: ClassGallery) -> str:
+    """The ranks of one class in one line."""
+    real = gallery.real_rank1
+    photos = "" if real is None else f", real photos {real:.2f}"
+    return (
+        f"{gallery.base_class} ({len(gallery.concepts)} concepts, {gallery.photos} photos; "
+        f"{gallery.judge}, {gallery.view}): rank-1 {gallery.mean('rank1'):.2f} "
+        f"(chance {gallery.mean('chance'):.2f}{photos}), "
+        f"mAP {gallery.mean('mean_average_precision'):.2f}"
+    )
+
+
+def describe_confusion(pair: Confusion) -> str:
+    """One confusable pair in a sentence."""
+    return f"{pair.name} taken for {pair.other}: {pair.count} of {pair.queries} pictures"
 
 
 def _unscored(evaluation: Evaluation) -> list[str]:
@@ -188,13 +255,16 @@ def _subject_json(subject: SubjectScores) -> dict[str, Any]:
     return {
         "name": subject.name,
         "base_class": subject.base_class,
-        **dataclasses.asdict(subject.total),
+        **plain_scores(subject.total),
         **({"held_out_images": list(subject.held_out)} if subject.held_out else {}),
-        "training_images": dataclasses.asdict(subject.real),
+        "training_images": {
+            key: value
+            for key, value in dataclasses.asdict(subject.real).items()
+            if value is not None or key != "dino_masked"
+        },
         "ignored_files": list(subject.ignored),
         "prompts": [
-            {"prompt": p.prompt, "edit": p.edit, **dataclasses.asdict(p.scores)}
-            for p in subject.prompts
+            {"prompt": p.prompt, "edit": p.edit, **plain_scores(p.scores)} for p in subject.prompts
         ],
     }
 
@@ -223,7 +293,7 @@ def _csv_rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
 def _cells(scores: Scores) -> dict[str, Any]:
     return {
         name: f"{value:.6f}" if isinstance(value, float) else "" if value is None else value
-        for name, value in dataclasses.asdict(scores).items()
+        for name, value in plain_scores(scores).items()
     }
 
 

@@ -1,5 +1,5 @@
 """Images and texts to unit vectors: CLIP from any transformers ``CLIPModel`` folder, DINO from any
-``ViTModel`` folder.
+``ViTModel`` folder, DINOv2 from any ``Dinov2Model`` or ``Dinov2WithRegistersModel`` folder.
 
 Weights are arguments of the compiled functions and batches have a fixed size (padded), so a
 picture's vector does not depend on what else is embedded.
@@ -21,8 +21,10 @@ from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vision import load_clip, sub_config
+from catversion_jax.models.dinov2 import MODEL_TYPES as DINOV2_TYPES
+from catversion_jax.models.dinov2 import load_dinov2
 from catversion_jax.models.vit import load_vit
-from catversion_jax.models.weights.hf_config import read_config
+from catversion_jax.models.weights.hf_config import check_integers, read_config
 from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.batches import full_batches
 
@@ -50,13 +52,15 @@ class ImageEmbedder:
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        *,
+        short_side: int | None = None,
     ):
         settings = _preprocessor(Path(folder))
         self.name = str(folder)
         self.mean = np.asarray(settings.get("image_mean", mean), np.float64)
         self._std = np.asarray(settings.get("image_std", std), np.float64)
         self.sha256 = folder_sha256(Path(folder))
-        self._image_size = image_size
+        self._image_size, self._short_side = image_size, short_side or image_size
         self._network = network
 
     def images(self, pictures: Sequence[Int[np.ndarray, "H W 3"]]) -> Float[np.ndarray, "n E"]:
@@ -70,7 +74,7 @@ class ImageEmbedder:
         """``[size size 3]`` as transformers' CLIPImageProcessor makes it."""
         size, image = self._image_size, Image.fromarray(picture)
         short = min(image.size)
-        wanted = tuple(int(size * side / short) for side in image.size)
+        wanted = tuple(int(self._short_side * side / short) for side in image.size)
         if image.size != wanted:
             image = image.resize(wanted, Image.Resampling.BICUBIC)  # type: ignore[arg-type]  # pair
         left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -114,14 +118,28 @@ class ClipEmbedder(ImageEmbedder):
 
 
 class DinoEmbedder(ImageEmbedder):
-    """The class token of a DINO vision transformer (DreamBench's second image score)."""
+    """The class token of a DINO vision transformer (DreamBench's second image score), or of
+    DINOv2's.
+
+    Attributes:
+      judges_objects: whether more than DreamBench's score is asked of it: DINOv2 judges objects
+        without their background and by the nearest photo too.
+    """
 
     def __init__(self, folder: str | Path):
         """Load.
 
         Raises:
-          CatVersionError: no ViTModel folder.
+          CatVersionError: no ViTModel and no Dinov2Model folder.
         """
+        self.judges_objects = read_config(folder).get("model_type") in DINOV2_TYPES
+        if self.judges_objects:
+            short_side, crop = _sizes(Path(folder))
+            network, image_size = load_dinov2(folder, image_size=crop)
+            super().__init__(
+                folder, network, image_size, DINO_MEAN, DINO_STD, short_side=short_side
+            )
+            return
         network, image_size = load_vit(folder)
         super().__init__(folder, network, image_size, DINO_MEAN, DINO_STD)
 
@@ -136,6 +154,22 @@ def folder_sha256(folder: Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _sizes(folder: Path) -> tuple[int | None, int | None]:
+    """Shorter side and crop of the preprocessor; None where it does not say them."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return None, None
+    value = read_config(folder, path.name)
+    size, crop = value.get("size"), value.get("crop_size")
+    found = {
+        "shortest_edge": size.get("shortest_edge") if isinstance(size, dict) else None,
+        "crop_size": crop.get("height") if isinstance(crop, dict) else None,
+    }
+    given = {key: side for key, side in found.items() if side is not None}
+    check_integers(given, dict.fromkeys(given, (1, 2**12)), source=str(path))
+    return found["shortest_edge"], found["crop_size"]
 
 
 def _preprocessor(folder: Path) -> dict[str, Sequence[float]]:

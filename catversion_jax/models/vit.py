@@ -44,7 +44,7 @@ RENAMES = (
     (r"\.layernorm_before\.", ".layer_norm1."),
     (r"\.layernorm_after\.", ".layer_norm2."),
 )
-_IGNORED = (r"^pooler\.", r"^classifier\.", r"mask_token$")
+IGNORED = (r"^pooler\.", r"^classifier\.", r"mask_token$")
 _UNUSED_KEYS = frozenset(
     {"attention_probs_dropout_prob", "hidden_dropout_prob", "encoder_stride", "pooler_act"}
     | {"pooler_output_size"}
@@ -107,13 +107,17 @@ class ViT(nnx.Module):
         self.encoder = CLIPEncoder(config, **dtypes)
         self.layernorm = layer_norm(config, **dtypes)
 
-    def image_embeds(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
-        """The class position's last state, of normalized pixels of the model's size."""
+    def embedded(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
+        """Equation (1), of normalized pixels of the model's size."""
         patches = self.projection(pixels)
         batch, width = patches.shape[0], patches.shape[-1]
         first = jnp.broadcast_to(self.cls_token[...], (batch, 1, width))
         hidden = jnp.concatenate([first, patches.reshape(batch, -1, width)], axis=1)
-        hidden = hidden + self.position_embeddings[...]
+        return hidden + self.position_embeddings[...]
+
+    def image_embeds(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """The class position's last state, of normalized pixels of the model's size."""
+        hidden = self.embedded(pixels)
         for block in self.encoder.layers:
             hidden = block(hidden)
         return self.layernorm(hidden)[:, 0]
@@ -132,16 +136,17 @@ def load_vit(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[Network, 
     if raw.get("model_type") != "vit":
         raise CatVersionError(
             f"{folder}: is a {raw.get('model_type')!r}, the DINO score needs a ViTModel folder. "
-            "DreamBench's is facebook/dino-vits16."
+            "DreamBench's is facebook/dino-vits16; DINOv2 is read too: facebook/dinov2-base."
         )
     config = ViTConfig.from_vit(raw, source=str(Path(folder) / "config.json"))
-    tensors = {_renamed(name): tensor for name, tensor in open_checkpoint(folder).items()}
+    tensors = {vit_name(name): tensor for name, tensor in open_checkpoint(folder).items()}
     target = abstract_network(lambda rngs: ViT(config, dtype=dtype, param_dtype=dtype, rngs=rngs))
-    network = convert_state_dict(tensors, target, dtype=dtype, source=str(folder), ignore=_IGNORED)
+    network = convert_state_dict(tensors, target, dtype=dtype, source=str(folder), ignore=IGNORED)
     return network, config.image_size
 
 
-def _renamed(name: str) -> str:
+def vit_name(name: str) -> str:
+    """The shared encoder's name of a tensor that a ViTModel file stores as ``name``."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from catversion_jax.cli.model_arguments import (
@@ -13,6 +14,18 @@ from catversion_jax.cli.model_arguments import (
 )
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.progress import progress
+from catversion_jax.config.gate import GateSettings
+from catversion_jax.errors import CatVersionError, shown
+
+GATE_FAILED = 4
+"""Exit code: every concept was scored, and some fail the gate."""
+
+_GATE_HELP = {
+    "rank1": "least share of pictures nearest to their own concept's photos: most of them",
+    "copies": "largest share of pictures that repeat a training photo: below DreamBooth's in the "
+    "study, .27",
+    "text_loss": "how far the text score may be below the plain model's: the study's goal",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
     add("--dino",
         help="transformers ViTModel folder (DreamBench: facebook/dino-vits16), or DINOv2, with "
-             "registers or without (facebook/dinov2-base)")  # fmt: skip
+             "registers or without (facebook/dinov2-base), or a judge of the embedded world "
+             "(tools/tiny_sd/train_judge.py)")  # fmt: skip
     add("--num_images_per_prompt", type=int, help="seeds per prompt [as the prompt set says]")
     add("--seed", type=int, default=0, help="seed of the first image of every prompt [0]")
     add("--plain", action="store_true",
@@ -53,6 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gallery", action="store_true",
         help="also rank each image among the photos of all concepts of its class: rank-1, mAP, and "
              "which concepts are taken for each other")  # fmt: skip
+    add("--scales", default="", metavar="S,S,...",
+        help="also draw with these strengths of the concepts, first seed only, for a plot of image "
+             "against text score, such as 0.4,0.6,0.8,1")  # fmt: skip
+    add("--gate", action="store_true",
+        help="write the concepts that fail to gate.json, for catversion train retrain=failed; "
+             "includes --plain and --gallery; exit code 4 where some fail")  # fmt: skip
+    for field in dataclasses.fields(GateSettings):
+        add(f"--gate_{field.name}", type=float, default=field.default,
+            help=f"{_GATE_HELP[field.name]} [{field.default}]")  # fmt: skip
+    add("--dreambench_plus", metavar="FOLDER", type=path_argument,
+        help="also write photos, prompts and images in DreamBench++'s layout, for its "
+             "judges")  # fmt: skip
     add(
         "--classes",
         help="class words of the prior images, separated by commas [those of the concepts]",
@@ -67,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; 0 when every concept was scored, 3 when some were left out."""
+    """Evaluate; 0 when every concept was scored, 3 when some were left out, 4 when all were scored
+    and some fail the gate.
+    """
     from catversion_jax.evaluation.evaluate import evaluate
     from catversion_jax.training.run.reader import failed_concepts
 
@@ -91,6 +119,9 @@ def run(args: argparse.Namespace) -> int:
             all_steps=args.all_steps,
             num_prior_images=args.num_prior_images,
             gallery=args.gallery,
+            scales=_numbers(args.scales),
+            gate=_gate(args),
+            dreambench_plus=args.dreambench_plus,
             classes=(args.classes or "").split(","),
             force=args.force,
             output_dir=args.output_dir,
@@ -107,4 +138,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"{path.parent.name}: left out, its training failed: {path}", file=sys.stderr)
     for name, reason in evaluation.left_out.items():
         print(f"{name}: left out: {reason}", file=sys.stderr)
-    return 3 if failed or evaluation.left_out else 0
+    if failed or evaluation.left_out:
+        return 3
+    return GATE_FAILED if evaluation.gate is not None and evaluation.gate.failed else 0
+
+
+def _gate(args: argparse.Namespace) -> GateSettings | None:
+    settings = GateSettings(args.gate_rank1, args.gate_copies, args.gate_text_loss)
+    return settings if args.gate else None
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise CatVersionError(
+            f"--scales {shown(text)}: must be numbers with commas between, such as 0.4,0.6,0.8,1."
+        ) from None

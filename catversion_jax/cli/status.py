@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{found['concepts_per_hour']:.0f} concepts an hour: about {hours:.1f} h to go")
     for row in found["concepts"]:
         if row["state"] == "running":
-            of = "" if found["max_train_steps"] is None else f" of {found['max_train_steps']}"
+            most = found["max_train_steps"]
+            # more with retrain=failed, whose budgets the run's options do not say
+            of = "" if most is None or row["step"] > most else f" of {most}"
             print(f"  {row['name']}: step {row['step']}{of}")
         elif row["state"] == "quarantined":
             print(f"  {row['name']}: quarantined: {row['reason']}")

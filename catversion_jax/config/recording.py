@@ -92,10 +92,26 @@ class RecordingOptions(Options):
         "to write there.",
         decides_result=False,
     )
-    retrain: Literal["none", "changed"] = option(
+    retrain: Literal["none", "changed", "failed"] = option(
         "none",
-        "What happens to concepts of output_dir whose images, masks, words or model are not what "
-        "they were trained on: none refuses them by name, changed trains exactly these again.",
+        "Which finished concepts of output_dir are trained again: changed takes those whose "
+        "images, masks, words or model are not what they were trained on, which none and failed "
+        "refuse by name; failed takes those that fail the quality gate (catversion evaluate "
+        "--gate), with retrain_factor times the updates.",
+        decides_result=False,
+    )
+    retrain_factor: float = option(
+        2.0,
+        "How many times the updates after which it failed a concept gets with retrain=failed, from "
+        "its start on (2: the next step where budgets double).",
+        decides_result=False,  # the concept files name their updates themselves
+        at_least=1.1,
+        at_most=100.0,
+    )
+    gate_file: str | None = option(
+        None,
+        "File of the quality gate that retrain=failed reads; null takes evaluation/gate.json in "
+        "output_dir.",
         decides_result=False,
     )
     report_to: Literal["tensorboard", "none"] = option(

@@ -117,6 +117,12 @@ class TrainConfig(
                 f"train_batch_size={self.train_batch_size}: must be a multiple of data_parallel="
                 f"{self.data_parallel}, which splits each concept's batch."
             )
+        if self.retrain == "failed" and self.lr_scheduler != "constant":
+            problems.append(
+                f"retrain=failed: needs lr_scheduler=constant, not {self.lr_scheduler}, whose "
+                "learning rate has ended after max_train_steps. Give another output_dir and more "
+                "max_train_steps."
+            )
         if self.early_stop != "none":
             _, window = self.early_stop_rule
             if 2 * self.eval_steps > window:

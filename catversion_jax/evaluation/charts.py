@@ -30,6 +30,42 @@ class Chart:
     height: int = HEIGHT
 
 
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """Points joined by a line, each with its label; ticks are (position, text)."""
+
+    points: str
+    dots: tuple[tuple[float, float, str], ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    width: int = 2 * WIDTH
+    height: int = 2 * HEIGHT
+
+
+def frontier_chart(points: Sequence[tuple[float | None, float | None, str]]) -> Frontier | None:
+    """A plot of (x, y, label); None with fewer than two points."""
+    known = [(x, y, label) for x, y, label in points if x is not None and y is not None]
+    if len(known) < 2:
+        return None
+    width, height = 2 * WIDTH, 2 * HEIGHT
+    at_x = _scale([x for x, _, _ in known], _LEFT, width - _RIGHT)
+    at_y = _scale([y for _, y, _ in known], height - _BOTTOM, _TOP)
+    return Frontier(
+        " ".join(f"{at_x[x]},{at_y[y]}" for x, y, _ in known),
+        tuple((at_x[x], at_y[y], label) for x, y, label in known),
+        tuple((at_x[x], f"{x:.3f}") for x in (min(at_x), max(at_x))),
+        tuple((at_y[y], f"{y:.3f}") for y in (min(at_y), max(at_y))),
+    )
+
+
+def _scale(values: Sequence[float], begin: float, end: float) -> dict[float, float]:
+    """The position of each value between ``begin`` and ``end``, 12 % of the range left free."""
+    low, high = min(values), max(values)
+    margin = 0.12 * (high - low) or 0.01
+    span = high - low + 2 * margin
+    return {v: round(begin + (v - low + margin) / span * (end - begin), 1) for v in values}
+
+
 def line_chart(
     title: str, series: Mapping[str, Sequence[tuple[float, float | None]]]
 ) -> Chart | None:

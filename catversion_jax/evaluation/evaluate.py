@@ -8,12 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from catversion_jax.concepts import ConceptList, read_concepts
+from catversion_jax.config.gate import GateSettings
 from catversion_jax.config.sampling import (
     MAX_IMAGES_PER_PROMPT,
     check_count,
     sampling_settings,
 )
 from catversion_jax.errors import CatVersionError
+from catversion_jax.evaluation.dreambench_plus import export_dreambench_plus
+from catversion_jax.evaluation.frontier import check_scales
+from catversion_jax.evaluation.gate import GateResult, judge, write_gate
 from catversion_jax.evaluation.job import EvaluationJob
 from catversion_jax.evaluation.page import PageMaterial, write_evaluation_page
 from catversion_jax.evaluation.prompts import load_prompt_set
@@ -30,6 +34,7 @@ from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.sampling.class_word_masks import class_word_masks
 from catversion_jax.sampling.requests import ConceptUse, check_concept
+from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
 from catversion_jax.training.run.reader import is_run, recorded_holdout, recorded_model
 
 _BATCH_SIZE = 4
@@ -57,6 +62,9 @@ def evaluate(
     all_steps: bool = False,
     num_prior_images: int = 8,
     gallery: bool = False,
+    scales: Sequence[float] = (),
+    gate: GateSettings | None = None,
+    dreambench_plus: str | Path | None = None,
     classes: Sequence[str] = (),
     force: bool = False,
     output_dir: str | Path | None = None,
@@ -108,6 +116,12 @@ def evaluate(
         prior preservation out.
       gallery: also rank each image among the photos of all concepts of its class: whether it is
         nearest to its own concept's.
+      scales: also draw with these strengths of the concepts and the first seed, for a plot of image
+        against text score.
+      gate: thresholds of the quality gate. The concepts that fail are written to ``gate.json``,
+        which ``train`` with ``retrain="failed"`` reads; it includes ``plain`` and ``gallery``.
+      dreambench_plus: a folder that also receives photos, prompts and images in DreamBench++'s
+        layout, for other judges.
       classes: class words for these images besides those of the concepts.
       force: use a concept though it was trained with another text encoder of the same shape.
       output_dir: receives ``scores.csv``, ``scores.json``, ``report.html`` and ``images/``; None is
@@ -156,6 +170,8 @@ def evaluate(
         raise CatVersionError(
             f"num_prior_images={num_prior_images}: must be within 0..{MAX_IMAGES_PER_PROMPT}."
         )
+    if gate is not None:
+        plain = gallery = True
     folder = as_path(source)
     if isinstance(concepts, str):
         held = recorded_holdout(folder) if holdout is None else holdout
@@ -164,7 +180,7 @@ def evaluate(
     words = {word.strip() for word in classes} - {""}
     job = EvaluationJob(
         source=folder,
-        output=folder / "evaluation" if output_dir is None else as_path(output_dir),
+        output=folder / EVALUATION_FOLDER if output_dir is None else as_path(output_dir),
         draws=draws,
         subjects=subjects,
         left_out=left_out,
@@ -176,6 +192,7 @@ def evaluate(
         all_steps=all_steps,
         num_prior_images=num_prior_images,
         gallery=gallery,
+        scales=check_scales(scales),
     )
     backbone = None
     if draws or model is not None:
@@ -198,12 +215,20 @@ def evaluate(
     if backbone is not None and draws:
         drawn, planned = job.draw(backbone, on_image)
     evaluation, references = job.score(scorer, backbone)
+    if gate is not None:
+        evaluation = dataclasses.replace(evaluation, gate=_gate(evaluation, gate, subjects))
     losses = {s.name: s.eval_losses() for s in subjects if s.name in references}
     page = job.output / "report.html" if report is None else as_path(report)
     files = write_scores(job.output, evaluation)
     files.append(
         write_evaluation_page(page, evaluation, PageMaterial(references, scorer.clip.mean, losses))
     )
+    if evaluation.gate is not None:
+        files.append(write_gate(job.output / GATE_FILE, evaluation.gate))
+    if dreambench_plus is not None:
+        out = as_path(dreambench_plus)
+        export_dreambench_plus(out, job.images, subjects, references, prompt_set)
+        files.append(out)
     return dataclasses.replace(evaluation, files=tuple(files), num_images=planned, num_drawn=drawn)
 
 
@@ -224,6 +249,15 @@ def _subjects(
             "training images they are compared with: --concepts."
         )
     return *subjects_of_images(folder, concepts), False
+
+
+def _gate(
+    evaluation: Evaluation, settings: GateSettings, subjects: Sequence[Subject]
+) -> GateResult:
+    scored = next(iter(evaluation.methods.values()))
+    plain = evaluation.methods.get("plain model", ())
+    updates = {s.name: s.concept.step for s in subjects if s.concept is not None}
+    return judge(scored, plain, settings, updates)
 
 
 def _model_of(folder: Path) -> str:

@@ -39,6 +39,7 @@ def plan_images(
     seeds: Sequence[int],
     *,
     step: int | None = None,
+    scale: float = 1.0,
     plain: bool = False,
 ) -> list[PlannedImage]:
     """Every prompt and seed of every concept that has something learned; of all when ``plain``.
@@ -50,6 +51,7 @@ def plan_images(
       seeds: the same for every prompt and concept.
       step: draw with the concept file of this step instead of the final one; concepts without it
         are left out.
+      scale: strength of the concepts.
       plain: draw without any concept.
     """
     planned = []
@@ -60,7 +62,7 @@ def plan_images(
             concept = None if file is None else load_concept(file)
         if concept is None and not plain:
             continue
-        uses = () if plain or concept is None else (ConceptUse.of(concept),)
+        uses = () if plain or concept is None else (ConceptUse.of(concept, scale=scale),)
         for prompt in prompt_set.of(subject.base_class):
             text = prompt.filled(subject.base_class)
             planned += [

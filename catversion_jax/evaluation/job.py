@@ -14,6 +14,7 @@ import jax
 from catversion_jax import __version__
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
+from catversion_jax.evaluation.frontier import FrontierPoint, frontier_points
 from catversion_jax.evaluation.gallery import rank_galleries
 from catversion_jax.evaluation.generation import PlannedImage, draw_missing, plan_images
 from catversion_jax.evaluation.image_folders import recorded_settings
@@ -43,6 +44,7 @@ class _Scored:
     methods: dict[str, SubjectScores]
     prior: PriorScores | None
     curve: list[tuple[int, Scores]]
+    scales: dict[float, SubjectScores]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class EvaluationJob:
       all_steps: whether intermediate concept files are scored too.
       num_prior_images: images of other classes for each concept.
       gallery: whether pictures are ranked among the photos of their class.
+      scales: strengths of the concepts for the frontier, with the first seed.
     """
 
     source: Path
@@ -78,6 +81,7 @@ class EvaluationJob:
     all_steps: bool
     num_prior_images: int
     gallery: bool = False
+    scales: Sequence[float] = ()
 
     @property
     def images(self) -> Path:
@@ -92,6 +96,14 @@ class EvaluationJob:
 
     def _step_folder(self, step: int) -> Path:
         return self.output / "steps" / f"{step:06d}"
+
+    def _scale_folder(self, scale: float) -> Path:
+        return self.output / "scales" / f"{scale:g}"
+
+    @property
+    def _other_scales(self) -> list[float]:
+        """Those that are drawn for the frontier: at 1 the images are there anyhow."""
+        return [scale for scale in self.scales if scale != 1] if self.draws else []
 
     # ------------------------------------------------------------------ drawing
 
@@ -108,6 +120,9 @@ class EvaluationJob:
         for step in self._steps():
             folder, first = self._step_folder(step), self.seeds[:1]
             planned += plan_images(folder, subjects, prompt_set, first, step=step)
+        for scale in self._other_scales:
+            folder, first = self._scale_folder(scale), self.seeds[:1]
+            planned += plan_images(folder, subjects, prompt_set, first, scale=scale)
         if self.num_prior_images:
             planned += plan_prior(
                 self.images,
@@ -169,6 +184,8 @@ class EvaluationJob:
             {name: one.curve for name, one in found.items() if one.curve},
             left_out,
             galleries,
+            "DINO" if scorer.dino is None else scorer.dino.kind,
+            self._frontier(list(scored), methods),
         )
         return evaluation, {name: one.references for name, one in found.items()}
 
@@ -180,7 +197,27 @@ class EvaluationJob:
             folder = self.output / "plain_images"
             methods["plain model"] = scorer.score(subject, references, folder)
         prior = score_prior(self.images, subject, self.classes, scorer.clip)
-        return _Scored(references, methods, prior, self._curve(scorer, subject, references, final))
+        curve = self._curve(scorer, subject, references, final)
+        scales = {
+            scale: scorer.score(subject, references, self._scale_folder(scale))
+            for scale in self._other_scales
+        }
+        return _Scored(references, methods, prior, curve, scales)
+
+    def _frontier(
+        self, scored: Sequence[_Scored], methods: Mapping[str, Sequence[SubjectScores]]
+    ) -> list[FrontierPoint]:
+        """Scores over the scale; the plain model, where it is drawn, stands at 0."""
+        if not self._other_scales:
+            return []
+        by_scale: dict[float, Sequence[SubjectScores]] = {
+            scale: [one.scales[scale] for one in scored] for scale in self._other_scales
+        }
+        if 1 in self.scales:
+            by_scale[1.0] = next(iter(methods.values()))
+        if "plain model" in methods:
+            by_scale[0.0] = methods["plain model"]
+        return frontier_points(by_scale)
 
     def _curve(
         self, scorer: Scorer, subject: Subject, references: References, final: SubjectScores

@@ -14,8 +14,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from catversion_jax.evaluation.charts import Chart, line_chart
+from catversion_jax.evaluation.charts import Chart, frontier_chart, line_chart
 from catversion_jax.evaluation.gallery import ClassGallery, without_gallery
+from catversion_jax.evaluation.gate import CHECKS, GateResult
 from catversion_jax.evaluation.image_folders import read_mask, read_pixels
 from catversion_jax.evaluation.intervals import Interval
 from catversion_jax.evaluation.masked_crops import masked_crop
@@ -26,6 +27,7 @@ from catversion_jax.evaluation.tables import (
     TABLE_COLUMNS,
     Evaluation,
     describe_confusion,
+    label,
     means,
     number,
     real_means,
@@ -71,7 +73,8 @@ def write_evaluation_page(path: Path, evaluation: Evaluation, material: PageMate
     others = {name: subjects for name, subjects in evaluation.methods.items() if name != first}
     text = template.render(
         held_out=any(subject.held_out for subject in evaluation.methods[first]),
-        columns=[(TABLE_COLUMNS[metric], metric) for metric in columns],
+        columns=[(label(metric, evaluation.judge), metric) for metric in columns],
+        judge=evaluation.judge,
         method=first,
         methods=[_method(name, s, columns) for name, s in evaluation.methods.items()],
         concepts=[
@@ -82,6 +85,10 @@ def write_evaluation_page(path: Path, evaluation: Evaluation, material: PageMate
             for name, galleries in evaluation.galleries.items()
             for gallery in galleries
         ],
+        frontier=frontier_chart(
+            [(point.text, point.image, f"{point.scale:g}") for point in evaluation.frontier]
+        ),
+        gate=None if evaluation.gate is None else _gate(evaluation.gate),
         alone=without_gallery(evaluation.methods[first]) if evaluation.galleries else [],
         priors=[(name, _prior(scores)) for name, scores in evaluation.priors.items()],
         protocol=[(key, str(value)) for key, value in evaluation.protocol.items()],
@@ -128,6 +135,15 @@ def _method(name: str, subjects: Sequence[SubjectScores], columns: Sequence[str]
     real = real_means(subjects)
     ceiling = [number(real.get(metric)) for metric in columns]
     return {"name": name, "rows": rows, "mean": mean, "real": ceiling}
+
+
+def _gate(gate: GateResult) -> dict[str, Any]:
+    return {
+        "failed": [(name, "; ".join(reasons)) for name, reasons in gate.failed.items()],
+        "total": len(gate.failed) + len(gate.passed),
+        "settings": gate.settings,
+        "unchecked": [(CHECKS[key], names) for key, names in gate.not_checked.items()],
+    }
 
 
 def _gallery(method: str, gallery: ClassGallery) -> dict[str, Any]:

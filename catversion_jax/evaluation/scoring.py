@@ -113,6 +113,7 @@ class Scorer:
             prompts=self.clip.texts(filled)[number],
             dino=None if self.dino is None else self.dino.images(pixels),
             dino_masked=self._dino_masked(pixels, masks),
+            judge="CLIP" if self.dino is None else self.dino.kind,
         )
 
     def _dino_masked(
@@ -177,6 +178,7 @@ class _Vectors:
     prompts: Float[np.ndarray, "n E"]
     dino: Float[np.ndarray, "n F"] | None
     dino_masked: Float[np.ndarray, "m F"] | None
+    judge: str
 
     @property
     def photos(self) -> Photos:
@@ -220,10 +222,10 @@ class _Vectors:
         )
 
     def judged(self) -> Judged:
-        """What a gallery compares: DINOv2's vectors, CLIP's without it."""
+        """What a gallery compares: vectors of DINOv2 or the judge, CLIP's without them."""
         trained, photos = self.trained, self.photos
         if self.dino_masked is not None:
-            judge = "DINOv2"
+            judge = self.judge
             whole = View(self.dino, photos.dino, trained.dino)
             masked = View(self.dino_masked, photos.dino_masked, trained.dino_masked)
         else:

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from catversion_jax.evaluation.frontier import FrontierPoint
 from catversion_jax.evaluation.gallery import ClassGallery, Confusion, without_gallery
+from catversion_jax.evaluation.gate import GateResult
 from catversion_jax.evaluation.intervals import Interval, bootstrap_interval
 from catversion_jax.evaluation.prior import PriorScores
 from catversion_jax.evaluation.scores import (
@@ -38,6 +40,13 @@ TABLE_COLUMNS = {
     "rank1": "rank-1",
     "mean_average_precision": "mAP",
 }
+
+
+def label(metric: str, judge: str) -> str:
+    """A column's heading."""
+    return TABLE_COLUMNS[metric].replace("DINO", judge)
+
+
 _KEYS = ("method", "row", "concept", "base_class", "prompt", "edit")
 _SCORES = tuple(field.name for field in dataclasses.fields(Scores))
 
@@ -54,6 +63,9 @@ class Evaluation:
       left_out: why concepts are missing, by name.
       galleries: whether pictures can be told from others of their class: by method, a gallery of
         each class that has at least two concepts; {} where it was not asked.
+      judge: what gives the scores named ``dino``, for people.
+      frontier: scores over the scale of the concepts; empty where it was not asked.
+      gate: which concepts fail; None where it was not asked.
       files: what was written: ``scores.csv``, ``scores.json`` and the page.
       num_images: images of the evaluation, where they are drawn by it.
       num_drawn: those of them that were not there already.
@@ -65,6 +77,9 @@ class Evaluation:
     curves: Mapping[str, Sequence[tuple[int, Scores]]]
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     galleries: Mapping[str, Sequence[ClassGallery]] = dataclasses.field(default_factory=dict)
+    judge: str = "DINO"
+    frontier: Sequence[FrontierPoint] = ()
+    gate: GateResult | None = None
     files: tuple[Path, ...] = ()
     num_images: int = 0
     num_drawn: int = 0
@@ -129,6 +144,15 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         name: [_gallery_json(gallery) for gallery in of_method]
         for name, of_method in evaluation.galleries.items()
     }
+    frontier = [
+        {
+            "scale": point.scale,
+            "image": point.image,
+            "text": point.text,
+            "concepts": {name: plain_scores(scores) for name, scores in point.scores.items()},
+        }
+        for point in evaluation.frontier
+    ]
     return {
         "protocol": dict(evaluation.protocol),
         "methods": {
@@ -151,6 +175,8 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             for name, points in evaluation.curves.items()
         },
         **({"galleries": galleries} if galleries else {}),
+        **({"frontier": frontier} if frontier else {}),
+        **({} if evaluation.gate is None else {"gate": evaluation.gate.as_json()}),
     }
 
 
@@ -172,13 +198,19 @@ def table_lines(evaluation: Evaluation) -> list[str]:
             for metric in TABLE_COLUMNS
             if any(getattr(subject.total, metric) is not None for subject in subjects)
         ]
-        header = [method, *(TABLE_COLUMNS[metric] for metric in shown), "copies", "empty masks"]
+        labels = [label(metric, evaluation.judge) for metric in shown]
+        header = [method, *labels, "copies", "empty masks"]
         rows = [header] + [_table_row(subject, shown) for subject in subjects]
         rows += [_mean_row(subjects, shown)] if len(subjects) > 1 else []
         real = real_means(subjects)
         rows.append(["training images", *(number(real.get(m)) for m in shown), "", ""])
         lines += [*aligned(rows, left=(0,)), ""]
     lines += _gallery_lines(evaluation)
+    for point in evaluation.frontier:
+        lines.append(
+            f"scale {point.scale:g}: image {number(point.image)}, text {number(point.text)}"
+        )
+    lines += [*evaluation.gate.lines(), ""] if evaluation.gate else []
     lines += _unscored(evaluation)
     for name, prior in evaluation.priors.items():
         lines.append(f"{name}: {describe_prior(prior)}")

@@ -30,7 +30,7 @@ class Judged:
     """What a gallery compares: the vectors of its judge.
 
     Attributes:
-      judge: DINOv2 where it is given, else CLIP.
+      judge: ``"DINOv2"`` or ``"judge"`` where one is given, else ``"CLIP"``.
       whole: of whole pictures.
       masked: of those that have a mask with an object in it, without their background.
       held_out: whether ``photos`` are not ``trained``.

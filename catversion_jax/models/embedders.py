@@ -1,5 +1,6 @@
 """Images and texts to unit vectors: CLIP from any transformers ``CLIPModel`` folder, DINO from any
-``ViTModel`` folder, DINOv2 from any ``Dinov2Model`` or ``Dinov2WithRegistersModel`` folder.
+``ViTModel`` folder, DINOv2 from any ``Dinov2Model`` or ``Dinov2WithRegistersModel`` folder, and a
+judge of the embedded world.
 
 Weights are arguments of the compiled functions and batches have a fixed size (padded), so a
 picture's vector does not depend on what else is embedded.
@@ -21,6 +22,8 @@ from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vision import load_clip, sub_config
+from catversion_jax.models.convolutional_judge import MODEL_TYPE as JUDGE_TYPE
+from catversion_jax.models.convolutional_judge import load_convolutional_judge
 from catversion_jax.models.dinov2 import MODEL_TYPES as DINOV2_TYPES
 from catversion_jax.models.dinov2 import load_dinov2
 from catversion_jax.models.vit import load_vit
@@ -119,21 +122,30 @@ class ClipEmbedder(ImageEmbedder):
 
 class DinoEmbedder(ImageEmbedder):
     """The class token of a DINO vision transformer (DreamBench's second image score), or of
-    DINOv2's.
+    DINOv2's, or the features of a convolutional judge.
 
     Attributes:
-      judges_objects: whether more than DreamBench's score is asked of it: DINOv2 judges objects
-        without their background and by the nearest photo too.
+      kind: ``"DINO"``, ``"DINOv2"`` or ``"judge"``, for people.
+      judges_objects: whether more than DreamBench's score is asked of it: all but DINO judge
+        objects without their background and by the nearest photo too.
     """
 
     def __init__(self, folder: str | Path):
         """Load.
 
         Raises:
-          CatVersionError: no ViTModel and no Dinov2Model folder.
+          CatVersionError: no ViTModel, Dinov2Model or judge's folder.
         """
-        self.judges_objects = read_config(folder).get("model_type") in DINOV2_TYPES
-        if self.judges_objects:
+        model_type = read_config(folder).get("model_type")
+        self.kind = {**dict.fromkeys(DINOV2_TYPES, "DINOv2"), JUDGE_TYPE: "judge"}.get(
+            model_type if isinstance(model_type, str) else "", "DINO"
+        )
+        self.judges_objects = self.kind != "DINO"
+        if self.kind == "judge":
+            network, image_size = load_convolutional_judge(folder)
+            super().__init__(folder, network, image_size, (0.5,) * 3, (0.5,) * 3)
+            return
+        if self.kind == "DINOv2":
             short_side, crop = _sizes(Path(folder))
             network, image_size = load_dinov2(folder, image_size=crop)
             super().__init__(

@@ -88,7 +88,6 @@ class TrainingLoop:
         self._first_clock = clock
         self._checkpoints = checkpoints
         self._optimizer, self._recording = optimizer, recording
-        self._max_steps = optimizer.max_train_steps
         self._compiled = False
         self._pending: collections.deque[Dispatched] = collections.deque()
 
@@ -124,7 +123,7 @@ class TrainingLoop:
     def _retire(self) -> None:
         """Export the concepts that are done and free their rows."""
         occupants = list(self._rows.occupied.values())
-        if any(occupant.step >= self._max_steps for occupant in occupants):
+        if any(occupant.step >= occupant.updates for occupant in occupants):
             self._read_pending()
         ended = [occupant for occupant in occupants if self._has_ended(occupant)]
         if not ended:
@@ -137,8 +136,10 @@ class TrainingLoop:
 
     def _has_ended(self, occupant: Occupant) -> bool:
         """Whether a concept has made all its steps, has failed, or is stopped early."""
-        if occupant.step >= self._max_steps or occupant.failed_step >= 0:
+        if occupant.step >= occupant.updates or occupant.failed_step >= 0:
             return True
+        if occupant.concept.record.has_larger_budget:
+            return False  # the rule would end it where it had ended when it failed
         losses = occupant.evaluations
         evaluated_now = bool(losses) and losses[-1][0] == occupant.step
         return evaluated_now and should_stop(losses, self._optimizer)
@@ -157,7 +158,7 @@ class TrainingLoop:
             self._recorder.end(occupant, "quarantined")
             return
         summary: dict[str, float] = _summary(occupant)
-        if occupant.step < self._max_steps:
+        if occupant.step < occupant.updates:
             summary["stopped_early"] = occupant.step
         write_summary(self._out.concept(name), summary)
         record.save(self._out.concept_file(name), learned, occupant.step)
@@ -247,7 +248,7 @@ class TrainingLoop:
         ]
         for occupant in self._rows.occupied.values():
             bounds += [interval - occupant.step % interval for interval in intervals]
-            bounds.append(self._max_steps - occupant.step)
+            bounds.append(occupant.updates - occupant.step)
         return min(bounds)
 
     def _train(self, num_steps: int) -> None:
@@ -287,7 +288,7 @@ class TrainingLoop:
         return [
             occupant
             for occupant in self._rows.occupied.values()
-            if occupant.step % interval == 0 or occupant.step == self._max_steps
+            if occupant.step % interval == 0 or occupant.step == occupant.updates
         ]
 
     # ------------------------------------------------------------------ what the host does
@@ -308,7 +309,7 @@ class TrainingLoop:
         options = self._recording
         every = options.validation_steps if options.validation_prompt else None
         due = self._at_every(options.checkpointing_steps)
-        saved = [occupant for occupant in due if occupant.step < self._max_steps]
+        saved = [occupant for occupant in due if occupant.step < occupant.updates]
         drawn = self._at_every(every) if every else []
         if not saved and not drawn:
             return

@@ -39,7 +39,6 @@ def plan_queue(
     records: Mapping[str, ConceptRecord],
     run: RunDirectory,
     template: TrainState,
-    max_train_steps: int,
     *,
     retrains: bool,
 ) -> QueuePlan:
@@ -49,14 +48,13 @@ def plan_queue(
       records: every concept of the run, in order.
       run: what was done before.
       template: a state of any number of rows, for its structure.
-      max_train_steps: steps after which a concept is finished.
       retrains: whether concepts that were changed since are trained again, from the start.
 
     Raises:
       CatVersionError: a concept that is finished or under way was changed since, and ``retrains``
         is off; all are listed.
     """
-    finals = run.read_finals([*records], max_train_steps)
+    finals = run.read_finals(records)
     compared = {name: records[name].differences(concept) for name, concept in finals}
     changed = {name: what for name, what in compared.items() if what}
     done = set(compared) - set(changed)

@@ -134,7 +134,7 @@ class Recorder:
         self._metrics.pop(occupant.name).close()
         del self._open[occupant.row]
         if outcome != "interrupted":
-            self._bar.update(self._max_steps - occupant.step)
+            self._bar.update(occupant.updates - occupant.step)
         times = (f"{occupant.began:.3f}", f"{self.now:.3f}")
         name = harmless_cell(occupant.name)
         columns = (occupant.row, name, *times, occupant.first_step, occupant.step, outcome)

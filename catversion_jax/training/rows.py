@@ -56,6 +56,11 @@ class Occupant:
         """Name of the concept."""
         return self.concept.spec.name
 
+    @property
+    def updates(self) -> int:
+        """After how many updates it is finished."""
+        return self.concept.record.updates
+
 
 class Rows:
     """State and data of all rows, on the mesh.

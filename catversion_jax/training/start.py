@@ -38,6 +38,7 @@ from catversion_jax.training.preparation import (
 from catversion_jax.training.programs import Programs
 from catversion_jax.training.queue_plan import QueuePlan, plan_queue
 from catversion_jax.training.recorder import Recorder
+from catversion_jax.training.retraining import larger_budgets
 from catversion_jax.training.rows import Rows
 from catversion_jax.training.run.checkpoint import Checkpoints
 from catversion_jax.training.run.directory import RunDirectory, check_outside
@@ -262,7 +263,8 @@ def train_concepts(
         failures = {problem.name: problem.message for problem in concepts.problems} | unusable
         specs = {spec.name: spec for spec in concepts.concepts if spec.name in records}
         template = abstract_state(config.method_options, config.optimizer_options, backbone)
-        plan = plan_queue(records, run, template, config.max_train_steps, retrains=retrains)
+        records = larger_budgets(records, config)
+        plan = plan_queue(records, run, template, retrains=retrains)
         wait_for_others("every process has read what was done before")
         own = tuple(own_part(plan.names))
         for name in specs:
@@ -351,7 +353,7 @@ def _run_queue(
         except Exception as error:
             return Prepared(name, None, concept_failure(name, error))
 
-    total, to_do = (count * config.max_train_steps for count in (len(specs), len(plan.names)))
+    total, to_do = (sum(records[n].updates for n in names) for names in (specs, plan.names))
     with (
         tqdm(total=total, initial=total - to_do, unit="concept-step", desc="compiling") as bar,
         logging_redirect_tqdm([logging.getLogger()], tqdm_class=tqdm),

@@ -14,10 +14,9 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from catversion_jax.runtime.regular_files import make_way
 from catversion_jax.training.run import names
 from catversion_jax.training.run.index import FINISHED, STATES, one_line, read_index, write_index
 from catversion_jax.training.run.manifest import check_same_run, write_manifest
+from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.run.summary import (
     STOPPED_EARLY,
     finished_state,
@@ -225,22 +225,21 @@ class RunDirectory:
         )
         return any(next(self.root.glob(pattern), None) is not None for pattern in patterns)
 
-    def read_finals(
-        self, concepts: Sequence[str], max_train_steps: int
-    ) -> Iterator[tuple[str, Concept]]:
-        """The names of those of ``concepts`` that are finished, with their files.
+    def read_finals(self, records: Mapping[str, ConceptRecord]) -> Iterator[tuple[str, Concept]]:
+        """The names of those of ``records`` that are finished, with their files.
 
-        Finished are those that have a readable file of ``max_train_steps`` steps, or of the step at
-        which early stopping ended them.
+        Finished are those that have a readable file of all their updates, or of the one after which
+        early stopping ended them.
         """
-        read = functools.partial(self._read_final, max_train_steps=max_train_steps)
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-            for name, concept in zip(concepts, pool.map(read, concepts), strict=True):
+            found = pool.map(self._read_final, records.values())
+            for name, concept in zip(records, found, strict=True):
                 if concept is not None:
                     self._done.add(name)
                     yield name, concept
 
-    def _read_final(self, name: str, *, max_train_steps: int) -> Concept | None:
+    def _read_final(self, record: ConceptRecord) -> Concept | None:
+        name = record.name
         path = self.concept_file(name)
         make_way(path)
         if not path.is_file():
@@ -251,7 +250,7 @@ class RunDirectory:
             logger.warning("%s; training it again", error)
             return None
         stopped = restored_summary(self.concept(name), concept).get(STOPPED_EARLY)
-        return concept if concept.step in (max_train_steps, stopped) else None
+        return concept if record.is_finished(concept, stopped) else None
 
     def reopen(self, name: str) -> None:
         """A finished concept is to be trained again: what its earlier steps left goes away, its

@@ -18,6 +18,8 @@ RUN_METRICS_FILE = "metrics.jsonl"
 STOP_FILE = "STOP"
 CHECKPOINTS_FOLDER = "checkpoints"
 LOGS_FOLDER = "logs"
+EVALUATION_FOLDER = "evaluation"
+GATE_FILE = "gate.json"
 CONCEPTS_FOLDER = "concepts"
 
 # in the folder of a concept

@@ -13,6 +13,11 @@ from catversion_jax.methods.concept_file import Concept, save_concept
 from catversion_jax.methods.learned import Learned
 from catversion_jax.training.run.identity import changed_content, same_images
 
+FAILED_AT = "failed_at"
+"""In the config of a concept that failed the quality gate and has a larger ``max_train_steps`` than
+its run: the updates after which it failed.
+"""
+
 _NO_OPTION = object()
 
 
@@ -56,6 +61,29 @@ class ConceptRecord:
         """All that invokes the concept: its base class, then the further forms of it."""
         return (self.base_class, *self.class_forms)
 
+    @property
+    def updates(self) -> int:
+        """After how many updates it is finished."""
+        return int(self.config["max_train_steps"])
+
+    @property
+    def has_larger_budget(self) -> bool:
+        """Whether it failed the quality gate and gets more updates than its run."""
+        return FAILED_AT in self.config
+
+    def is_finished(self, concept: Concept, stopped: float | None) -> bool:
+        """Whether a concept file is of the last update.
+
+        Args:
+          concept: what the file says.
+          stopped: the update after which early stopping ended it, if it did.
+        """
+        own = concept.train_config
+        if FAILED_AT in own:
+            last = own.get("max_train_steps")
+            return isinstance(last, int) and concept.step == last >= self.updates
+        return not self.has_larger_budget and concept.step in (self.updates, stopped)
+
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ConceptRecord:
         """The inverse of :func:`dataclasses.asdict` after a passage through JSON."""
@@ -74,8 +102,11 @@ class ConceptRecord:
         """What is not as a finished concept's file says, in words."""
         stored = {"base_class": concept.base_class, "when": concept.when, "images": concept.images}
         forms = {"class_forms": self._known_forms(concept.class_forms)}
+        before = {**concept.train_config, **stored, **forms}
+        if FAILED_AT in before:  # its budget is its own
+            before["max_train_steps"] = self.updates
         # the concept's own choice of what the run has an option for comes last
-        return self._changes({**concept.train_config, **stored, **forms})
+        return self._changes(before)
 
     def changes_since(self, earlier: ConceptRecord) -> list[str]:
         """What is not as the record in a checkpoint says, in words."""
@@ -91,7 +122,7 @@ class ConceptRecord:
         now = self._decisive()
         digests = before.get("digests")
         content = changed_content(digests, self.digests, self.images)
-        left_out = {"digests"}
+        left_out = {"digests", FAILED_AT}
         if same_images(digests, self.digests):
             left_out.add("images")  # renamed at most
         before, now = (

@@ -1,0 +1,96 @@
+"""``retrain=failed``: a larger budget for exactly the concepts that fail the quality gate.
+
+    (1)  budget = retrain_factor x the updates after which the concept failed
+
+The gate's file records those updates, so the same command with the same file asks for the same
+budget, however often it is run. A concept trained so has ``failed_at`` in its file beside the
+larger ``max_train_steps``: later starts of the run, with ``retrain=none``, know by it that it is
+finished. Early stopping, which would end it where it had ended before, is not asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from catversion_jax.config import TrainConfig
+from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.runtime.regular_files import read_json_object
+from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
+from catversion_jax.training.run.records import FAILED_AT, ConceptRecord
+
+logger = logging.getLogger(__name__)
+
+_MOST_LISTED = 10
+
+
+def larger_budgets(
+    records: Mapping[str, ConceptRecord], config: TrainConfig
+) -> dict[str, ConceptRecord]:
+    """The records, with equation (1) in those of concepts that failed, under ``retrain=failed``.
+
+    Args:
+      records: every concept of the run.
+      config: the run's options.
+
+    Raises:
+      CatVersionError: the gate's file is missing or is none.
+    """
+    if config.retrain != "failed":
+        return dict(records)
+    path = gate_path(config)
+    failed = failed_concepts(path, config.max_train_steps)
+    found = dict(records)
+    said = []
+    for name, updates in failed.items():
+        if name not in records:
+            logger.warning(f"{name}: fails the gate of {path}, but is none of this run's concepts")
+            continue
+        budget = math.ceil(config.retrain_factor * updates)
+        own = {"max_train_steps": budget, FAILED_AT: updates}
+        record = records[name]
+        found[name] = dataclasses.replace(record, config={**record.config, **own})
+        said.append(f"{name} {updates} -> {budget}")
+    more = f" and {len(said) - _MOST_LISTED} more" if len(said) > _MOST_LISTED else ""
+    logger.info(
+        f"retrain=failed: {len(said)} concepts get more updates: "
+        f"{', '.join(said[:_MOST_LISTED]) or 'none'}{more}"
+    )
+    return found
+
+
+def gate_path(config: TrainConfig) -> Path:
+    """The gate's file: ``gate_file``, else where ``catversion evaluate`` writes it."""
+    if config.gate_file is not None:
+        return as_path(config.gate_file)
+    return as_path(config.output_dir) / EVALUATION_FOLDER / GATE_FILE
+
+
+def failed_concepts(path: Path, usual: int) -> dict[str, int]:
+    """The concepts that fail and the updates after which they did; ``usual`` where the file, of
+    images that were drawn elsewhere, does not say.
+
+    Raises:
+      CatVersionError: the file is missing or is no gate's.
+    """
+    failed = read_json_object(path).get("failed")
+    if not isinstance(failed, dict):
+        state = "is no file of the quality gate" if path.is_file() else "not found"
+        raise CatVersionError(
+            f"retrain=failed: {path}: {state}. catversion evaluate RUN --gate writes it; "
+            "gate_file=FILE says where it is."
+        )
+    updates = {}
+    for name, value in failed.items():
+        number = value.get("updates", usual) if isinstance(value, dict) else None
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**31:
+            raise CatVersionError(
+                f"retrain=failed: {path}: {name!r}: updates={shown(number)}: must be a number of "
+                "updates. Run catversion evaluate RUN --gate again."
+            )
+        updates[name] = max(number, 1)
+    return updates

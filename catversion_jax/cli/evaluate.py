@@ -143,9 +143,9 @@ def run(args: argparse.Namespace) -> int:
     return GATE_FAILED if evaluation.gate is not None and evaluation.gate.failed else 0
 
 
-def _gate(args: argparse.Namespace) -> GateSettings | None:
+def _gate(args: argparse.Namespace) -> GateSettings | bool:
     settings = GateSettings(args.gate_rank1, args.gate_copies, args.gate_text_loss)
-    return settings if args.gate else None
+    return settings if args.gate else False
 
 
 def _numbers(text: str) -> list[float]:

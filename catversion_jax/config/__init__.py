@@ -1,13 +1,14 @@
 """Every option, each written once, and how options are read.
 
 A file for each group of options (``data``, ``model``, ``method``, ``objective``, ``optimizer``,
-``devices``, ``recording``), all of them together in ``training``, ``sampling`` and ``masks`` for
-the other commands. ``options`` says what an option is, ``presets`` names sets of them, ``reading``
-turns YAML and ``key=value`` into a :class:`TrainConfig`.
+``devices``, ``recording``), all of them together in ``training``, ``sampling``, ``masks`` and
+``gate`` for the other commands. ``options`` says what an option is, ``presets`` names sets of them,
+``reading`` turns YAML and ``key=value`` into a :class:`TrainConfig`.
 """
 
 from catversion_jax.config.data import DataOptions
 from catversion_jax.config.devices import DeviceOptions
+from catversion_jax.config.gate import GateSettings
 from catversion_jax.config.masks import MaskSettings
 from catversion_jax.config.method import MethodOptions
 from catversion_jax.config.model import ModelOptions
@@ -31,6 +32,7 @@ __all__ = [
     "PRESETS",
     "DataOptions",
     "DeviceOptions",
+    "GateSettings",
     "MaskSettings",
     "MethodOptions",
     "ModelOptions",

@@ -14,7 +14,7 @@ from catversion_jax.config.sampling import (
     check_count,
     sampling_settings,
 )
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.evaluation.dreambench_plus import export_dreambench_plus
 from catversion_jax.evaluation.frontier import check_scales
 from catversion_jax.evaluation.gate import GateResult, judge, write_gate
@@ -63,7 +63,7 @@ def evaluate(
     num_prior_images: int = 8,
     gallery: bool = False,
     scales: Sequence[float] = (),
-    gate: GateSettings | None = None,
+    gate: GateSettings | bool = False,
     dreambench_plus: str | Path | None = None,
     classes: Sequence[str] = (),
     force: bool = False,
@@ -118,8 +118,9 @@ def evaluate(
         nearest to its own concept's.
       scales: also draw with these strengths of the concepts and the first seed, for a plot of image
         against text score.
-      gate: thresholds of the quality gate. The concepts that fail are written to ``gate.json``,
-        which ``train`` with ``retrain="failed"`` reads; it includes ``plain`` and ``gallery``.
+      gate: whether the concepts that fail the quality gate are written to ``gate.json``, which
+        ``train`` with ``retrain="failed"`` reads; it includes ``plain`` and ``gallery``.
+        ``catversion_jax.config.GateSettings(...)`` has other thresholds than the usual ones.
       dreambench_plus: a folder that also receives photos, prompts and images in DreamBench++'s
         layout, for other judges.
       classes: class words for these images besides those of the concepts.
@@ -170,7 +171,10 @@ def evaluate(
         raise CatVersionError(
             f"num_prior_images={num_prior_images}: must be within 0..{MAX_IMAGES_PER_PROMPT}."
         )
-    if gate is not None:
+    gate_settings = GateSettings() if gate is True else gate or None
+    if gate_settings is not None and not isinstance(gate_settings, GateSettings):
+        raise CatVersionError(f"gate={shown(gate)}: must be true, false or GateSettings(...).")
+    if gate_settings is not None:
         plain = gallery = True
     folder = as_path(source)
     if isinstance(concepts, str):
@@ -215,8 +219,9 @@ def evaluate(
     if backbone is not None and draws:
         drawn, planned = job.draw(backbone, on_image)
     evaluation, references = job.score(scorer, backbone)
-    if gate is not None:
-        evaluation = dataclasses.replace(evaluation, gate=_gate(evaluation, gate, subjects))
+    if gate_settings is not None:
+        found = _gate(evaluation, gate_settings, subjects)
+        evaluation = dataclasses.replace(evaluation, gate=found)
     losses = {s.name: s.eval_losses() for s in subjects if s.name in references}
     page = job.output / "report.html" if report is None else as_path(report)
     files = write_scores(job.output, evaluation)

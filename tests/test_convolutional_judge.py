@@ -11,8 +11,8 @@ from PIL import Image
 from torch_reference import relative_error
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.evaluation.embedders import DinoEmbedder
 from catversion_jax.models.convolutional_judge import load_convolutional_judge
+from catversion_jax.models.embedders import DinoEmbedder
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools" / "tiny_sd"
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch_reference import draw, nchw, randomise, relative_error
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.evaluation.embedders import DinoEmbedder
 from catversion_jax.models.dinov2 import bicubic_weights, load_dinov2
+from catversion_jax.models.embedders import DinoEmbedder
 
 SIZES = {
     "hidden_size": 48,

@@ -1,6 +1,7 @@
 """``retrain=failed``: a larger budget for exactly the concepts that fail the quality gate.
 
-    (1)  budget = retrain_factor x the updates after which the concept failed
+    (1)  budget = retrain_factor x the updates after which the concept failed;
+         FIRST_BUDGET after none
 
 The gate's file records those updates, so the same command with the same file asks for the same
 budget, however often it is run. A concept trained so has ``failed_at`` in its file beside the
@@ -24,6 +25,11 @@ from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
 from catversion_jax.training.run.records import FAILED_AT, ConceptRecord
 
 logger = logging.getLogger(__name__)
+
+FIRST_BUDGET = 25
+"""Updates of a concept that failed as it was predicted, without any: those of ``catversion
+teach``.
+"""
 
 _MOST_LISTED = 10
 
@@ -50,7 +56,7 @@ def larger_budgets(
         if name not in records:
             logger.warning(f"{name}: fails the gate of {path}, but is none of this run's concepts")
             continue
-        budget = math.ceil(config.retrain_factor * updates)
+        budget = math.ceil(config.retrain_factor * updates) or FIRST_BUDGET
         own = {"max_train_steps": budget, FAILED_AT: updates}
         record = records[name]
         found[name] = dataclasses.replace(record, config={**record.config, **own})
@@ -92,5 +98,5 @@ def failed_concepts(path: Path, usual: int) -> dict[str, int]:
                 f"retrain=failed: {path}: {name!r}: updates={shown(number)}: must be a number of "
                 "updates. Run catversion evaluate RUN --gate again."
             )
-        updates[name] = max(number, 1)
+        updates[name] = number
     return updates

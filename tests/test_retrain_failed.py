@@ -9,15 +9,21 @@ import pytest
 from running import final_files, run_here, steps_of
 
 from catversion_jax import load_concept
-from catversion_jax.config import load_config, make_config
+from catversion_jax.config import RecordingOptions, make_config
 from catversion_jax.errors import CatVersionError
-from catversion_jax.training.retraining import failed_concepts, gate_path
+from catversion_jax.training.retraining import (
+    FIRST_BUDGET,
+    failed_concepts,
+    gate_path,
+    larger_budgets,
+)
+from catversion_jax.training.run.records import ConceptRecord
 
 OPTIONS = {"max_train_steps": 4, "checkpointing_steps": 2, "eval_steps": 2}
 
 
 def write_gate(output: Path, failed: dict[str, object]) -> None:
-    path = gate_path(load_config(None, [f"output_dir={output}", "concepts=x"]))
+    path = gate_path(RecordingOptions(output_dir=str(output)))
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"failed": failed}))
 
@@ -88,15 +94,30 @@ def test_a_gate_that_is_none(content: str, message: str, tmp_path: Path) -> None
     path = tmp_path / "gate.json"
     path.write_text(content)
     with pytest.raises(CatVersionError, match=message):
-        failed_concepts(path, 100)
+        failed_concepts(path)
 
 
 def test_images_from_elsewhere_count_as_the_runs_updates(tmp_path: Path) -> None:
     path = tmp_path / "gate.json"
     path.write_text('{"failed": {"rex": {"reasons": ["copies"]}, "fido": {"updates": 50}}}')
-    assert failed_concepts(path, 100) == {"rex": 100, "fido": 50}
-    config = make_config({"concepts": "x", "gate_file": str(path)})
-    assert gate_path(config) == path
+    assert failed_concepts(path) == {"rex": None, "fido": 50}
+    options = RecordingOptions(retrain="failed", gate_file=str(path))
+    assert gate_path(options) == path
+    records = {name: record(name) for name in ("rex", "fido", "tom")}
+    found = larger_budgets(records, options)
+    assert {name: one.updates for name, one in found.items()} == {
+        "rex": 200,
+        "fido": 100,
+        "tom": 100,
+    }
+    assert not found["tom"].has_larger_budget
+    path.write_text('{"failed": {"rex": {"updates": 0}}}')
+    assert larger_budgets(records, options)["rex"].updates == FIRST_BUDGET
+
+
+def record(name: str) -> ConceptRecord:
+    config = {"max_train_steps": 100}
+    return ConceptRecord(name, "dog", "class_word", "", "", (), (), 0.0, 0, config)
 
 
 def test_a_schedule_that_has_ended_is_refused() -> None:

@@ -55,7 +55,7 @@ class JudgeConfig:
                 "tools/tiny_sd/train_judge.py --export writes one."
             )
         check_integers(raw, {"image_size": (8, 2**12)}, source=source)
-        widths = raw.get("widths")
+        widths: Any = raw.get("widths")
         fit = isinstance(widths, list) and all(
             type(width) is int and 1 <= width <= 4096 for width in widths
         )

@@ -168,7 +168,8 @@ def load_dinov2(
     config = Dinov2Config.from_dinov2(raw, source=source, image_size=image_size)
     tensors = _folded({_present_name(k): tensor for k, tensor in open_checkpoint(folder).items()})
     if _POSITIONS in tensors:
-        tensors[_POSITIONS] = resized_positions(np.asarray(tensors[_POSITIONS]), config)
+        positions: Any = resized_positions(np.asarray(tensors[_POSITIONS]), config)
+        tensors[_POSITIONS] = positions
     target = abstract_network(
         lambda rngs: Dinov2(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
     )
@@ -228,7 +229,7 @@ def _folded(tensors: Mapping[str, TensorLike]) -> dict[str, TensorLike]:
             scaled = f"{match['layer']}.{_SCALED[match['number']]}.{kind}"
             if scaled not in folded:
                 continue  # said where the weights are compared
-            array = np.asarray(folded[scaled])
+            array: Any = np.asarray(folded[scaled])
             factor = scale.reshape(-1, *[1] * (array.ndim - 1)).astype(array.dtype)
             if len(factor) == len(array):
                 folded[scaled] = array * factor

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import RecordingOptions
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.regular_files import read_json_object
@@ -35,30 +35,31 @@ _MOST_LISTED = 10
 
 
 def larger_budgets(
-    records: Mapping[str, ConceptRecord], config: TrainConfig
+    records: Mapping[str, ConceptRecord], options: RecordingOptions
 ) -> dict[str, ConceptRecord]:
     """The records, with equation (1) in those of concepts that failed, under ``retrain=failed``.
 
     Args:
       records: every concept of the run.
-      config: the run's options.
+      options: ``retrain``, and what belongs to it.
 
     Raises:
       CatVersionError: the gate's file is missing or is none.
     """
-    if config.retrain != "failed":
+    if options.retrain != "failed":
         return dict(records)
-    path = gate_path(config)
-    failed = failed_concepts(path, config.max_train_steps)
+    path = gate_path(options)
+    failed = failed_concepts(path)
     found = dict(records)
     said = []
-    for name, updates in failed.items():
+    for name, known in failed.items():
         if name not in records:
             logger.warning(f"{name}: fails the gate of {path}, but is none of this run's concepts")
             continue
-        budget = math.ceil(config.retrain_factor * updates) or FIRST_BUDGET
-        own = {"max_train_steps": budget, FAILED_AT: updates}
         record = records[name]
+        updates = record.updates if known is None else known
+        budget = math.ceil(options.retrain_factor * updates) or FIRST_BUDGET
+        own = {"max_train_steps": budget, FAILED_AT: updates}
         found[name] = dataclasses.replace(record, config={**record.config, **own})
         said.append(f"{name} {updates} -> {budget}")
     more = f" and {len(said) - _MOST_LISTED} more" if len(said) > _MOST_LISTED else ""
@@ -69,16 +70,16 @@ def larger_budgets(
     return found
 
 
-def gate_path(config: TrainConfig) -> Path:
+def gate_path(options: RecordingOptions) -> Path:
     """The gate's file: ``gate_file``, else where ``catversion evaluate`` writes it."""
-    if config.gate_file is not None:
-        return as_path(config.gate_file)
-    return as_path(config.output_dir) / EVALUATION_FOLDER / GATE_FILE
+    if options.gate_file is not None:
+        return as_path(options.gate_file)
+    return as_path(options.output_dir) / EVALUATION_FOLDER / GATE_FILE
 
 
-def failed_concepts(path: Path, usual: int) -> dict[str, int]:
-    """The concepts that fail and the updates after which they did; ``usual`` where the file, of
-    images that were drawn elsewhere, does not say.
+def failed_concepts(path: Path) -> dict[str, int | None]:
+    """The concepts that fail and the updates after which they did; None where the file, of images
+    that were drawn elsewhere, does not say: then the run's.
 
     Raises:
       CatVersionError: the file is missing or is no gate's.
@@ -90,9 +91,12 @@ def failed_concepts(path: Path, usual: int) -> dict[str, int]:
             f"retrain=failed: {path}: {state}. catversion evaluate RUN --gate writes it; "
             "gate_file=FILE says where it is."
         )
-    updates = {}
+    updates: dict[str, int | None] = {}
     for name, value in failed.items():
-        number = value.get("updates", usual) if isinstance(value, dict) else None
+        if isinstance(value, dict) and "updates" not in value:
+            updates[name] = None
+            continue
+        number = value["updates"] if isinstance(value, dict) else None
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**31:
             raise CatVersionError(
                 f"retrain=failed: {path}: {name!r}: updates={shown(number)}: must be a number of "

@@ -263,7 +263,7 @@ def train_concepts(
         failures = {problem.name: problem.message for problem in concepts.problems} | unusable
         specs = {spec.name: spec for spec in concepts.concepts if spec.name in records}
         template = abstract_state(config.method_options, config.optimizer_options, backbone)
-        records = larger_budgets(records, config)
+        records = larger_budgets(records, config.recording_options)
         plan = plan_queue(records, run, template, retrains=retrains)
         wait_for_others("every process has read what was done before")
         own = tuple(own_part(plan.names))

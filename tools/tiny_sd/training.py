@@ -43,7 +43,7 @@ class Batch:
     torch: torch.Generator
 
 
-def arguments(description: str | None, **defaults: float) -> argparse.Namespace:
+def arguments(description: str | None, **defaults: float | str) -> argparse.Namespace:
     """The options of a training stage."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     parser = argparse.ArgumentParser(description=description)

@@ -33,7 +33,7 @@ def grow_vocabulary(clip: CLIPModel, old: Tokens, new: Tokens) -> None:
                 pieces = split_word(word.removesuffix("</w>"), ranks)
             grown.weight[number] = before[[old.ids[piece] for piece in pieces]].mean(0)
     embeddings.token_embedding = grown
-    config = clip.config.text_config
+    config = clip.text_model.config
     config.vocab_size = len(new.ids)
     config.bos_token_id = new.ids[START]
     config.eos_token_id = config.pad_token_id = new.ids[END]

@@ -16,8 +16,9 @@ from catversion_jax.cli import main
 from catversion_jax.config import make_config
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import load_concept, save_concept
+from catversion_jax.methods.layer_choice import layers_by_encoder, resolve_layers
 from catversion_jax.methods.per_encoder import PerEncoder
-from catversion_jax.methods.residual import KVResidual, layers_by_encoder, resolve_layers
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.stable_diffusion import Backbone, load_backbone
 from catversion_jax.sampling.encoding import encode_text

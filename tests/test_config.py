@@ -27,7 +27,7 @@ DECIDING = """
     unmasked_weight timestep_sampling caption_dropout max_train_steps train_batch_size learning_rate
     lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
     ema_decay early_stop early_stop_eps early_stop_window early_stop_min_steps seed mixed_precision
-    mask_polarity preserve_weight
+    mask_polarity preserve_weight context_states
 """
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 

@@ -96,7 +96,7 @@ METADATA = {
     "when": ["never", ""],
     "scope": ["some", ""],
     "class_forms": ["cats", '{"a":1}', "[1]", '[""]', "[" * 100_000],
-    "format_version": ["0", "-1", "²", "4", "9" * 5000, "1.0", ""],
+    "format_version": ["0", "-1", "²", "5", "9" * 5000, "1.0", ""],
 }
 NAMED = {  # a number that does not fit the tensors is named as the tensor that it does not fit
     "num_positions": r"num_positions|tensor layers",

@@ -1,5 +1,6 @@
 """The documentation says what the code does: the picture, links, the concept file's page."""
 
+import dataclasses
 import re
 import runpy
 from pathlib import Path
@@ -144,7 +145,8 @@ def test_the_page_names_every_metadata_key(page, tmp_path) -> None:
     named = {f"modelspec{key}" if key.startswith(".") else key for key in keys}
     written = set()
     of_both = PerEncoder((residual("all"), residual("all")))
-    every = [residual("class_word"), TokenEmbeddings(np.ones((1, 8))), of_both]
+    states = dataclasses.replace(residual("all"), states=np.ones((2, 32)))
+    every = [residual("class_word"), TokenEmbeddings(np.ones((1, 8))), of_both, states]
     for number, learned in enumerate(every):
         path = save_concept(
             tmp_path / f"{number}.safetensors", learned, base_class="cat",

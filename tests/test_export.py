@@ -246,7 +246,7 @@ def test_only_what_an_older_reader_would_misread_has_the_newer_version(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": "4"}, r"format version 4; this program reads up to 3.*Update"),
+        ({"format_version": "5"}, r"format version 5; this program reads up to 4.*Update"),
         ({"base_class": None}, r"damaged \(missing 'catversion|damaged \(missing 'base_class'"),
         ({"layers": "[3,4]"}, r"damaged \(missing 'layers.4.key'"),
         ({"layers": "three"}, "damaged"),

@@ -17,8 +17,8 @@ from catversion_jax.cli import main
 from catversion_jax.config import MethodOptions, make_config, option_table
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import load_concept
+from catversion_jax.methods.layer_choice import resolve_layers
 from catversion_jax.methods.learned import LearnedPart
-from catversion_jax.methods.residual import resolve_layers
 from catversion_jax.methods.start_values import StartingPoint
 from catversion_jax.methods.table import METHODS
 from catversion_jax.models.clip.adaptation import Heads

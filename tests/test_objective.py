@@ -50,9 +50,11 @@ def torch_text_states(
     return text.final_layer_norm(hidden)
 
 
-@pytest.mark.parametrize(("snr_gamma", "preserved"), [(None, 0.0), (5.0, 0.0), (5.0, 0.7)])
+@pytest.mark.parametrize(
+    ("snr_gamma", "preserved", "num_states"), [(None, 0.0, 0), (5.0, 0.0, 0), (None, 0.7, 3)]
+)
 def test_losses_and_gradients_of_two_concepts_equal_torch(
-    one_block_sd_folder: Path, snr_gamma: float | None, preserved: float
+    one_block_sd_folder: Path, snr_gamma: float | None, preserved: float, num_states: int
 ) -> None:
     """The concepts share one call of the UNet here; torch computes one after the other."""
     rng = np.random.default_rng(0)
@@ -69,11 +71,16 @@ def test_losses_and_gradients_of_two_concepts_equal_torch(
         one_block_sd_folder / "text_encoder", attn_implementation="eager"
     )
     unet = UNet2DConditionModel.from_pretrained(one_block_sd_folder / "unet")
-    torch_key, torch_value = (torch.tensor(x, requires_grad=True) for x in (key, value))
+    states = rng.normal(size=(2, num_states, 32)).astype(np.float32)
+    torch_key, torch_value, torch_states = (
+        torch.tensor(x, requires_grad=True) for x in (key, value, states)
+    )
 
     def torch_loss(concept: int) -> torch.Tensor:
         ids = torch.tensor(token_ids[concept].astype(np.int64))
         context = torch_text_states(text_encoder, ids, torch_key[concept], torch_value[concept])
+        behind = torch_states[concept].expand(len(context), -1, -1)
+        context = torch.cat([context, behind], dim=1)
         steps = torch.tensor(timesteps[concept], dtype=torch.long)
         clean, eps = torch.tensor(latents[concept]), torch.tensor(noise[concept])
         noisy = scheduler.add_noise(clean, eps, steps)
@@ -94,7 +101,13 @@ def test_losses_and_gradients_of_two_concepts_equal_torch(
     losses = [torch_loss(concept) for concept in range(2)]
     sum(losses).backward()
 
-    residual = KVResidual(jnp.asarray(key), jnp.asarray(value), LAYERS, BIAS)
+    residual = KVResidual(
+        jnp.asarray(key),
+        jnp.asarray(value),
+        LAYERS,
+        BIAS,
+        states=jnp.asarray(states) if num_states else None,
+    )
     hidden = backbone.text_encoder.call("lower", token_ids.reshape(4, -1), LAYERS[0])
     plain = backbone.text_encoder(token_ids.reshape(4, -1))
     batch = DiffusionBatch(
@@ -124,7 +137,10 @@ def test_losses_and_gradients_of_two_concepts_equal_torch(
     run = jax.value_and_grad(ours, has_aux=True)
     (_, found), grads = run(residual, backbone.text_encoders, backbone.unet)
     np.testing.assert_allclose(found, [loss.item() for loss in losses], rtol=1e-4)
-    for mine, theirs in ((grads.key, torch_key.grad), (grads.value, torch_value.grad)):
+    pairs = [(grads.key, torch_key.grad), (grads.value, torch_value.grad)]
+    if num_states:
+        pairs.append((grads.states, torch_states.grad))
+    for mine, theirs in pairs:
         reference = theirs.numpy()
         assert np.abs(reference).max() > 0
         assert np.abs(mine - reference).max() <= 1e-3 * np.abs(reference).max()

@@ -20,7 +20,8 @@ from small_networks import (
 from torch_reference import draw, relative_error
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.methods.residual import KVResidual, resolve_layers
+from catversion_jax.methods.layer_choice import resolve_layers
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.clip.adaptation import ExtraKeys
 from catversion_jax.models.clip.text import causal_bias
 

@@ -40,6 +40,16 @@ class MethodOptions(Options):
         decides_result=True,
         aliases=("prefix_logit_bias",),
     )
+    context_states: int = option(
+        0,
+        "Number of learned states behind the text encoder's output, which the UNet reads beside "
+        "the prompt's tokens (behind that of each encoder with Stable Diffusion XL). 0 is the "
+        "paper's method; 16 can say colours that keys and values cannot, and want "
+        "preserve_weight.",
+        decides_result=True,
+        at_least=0,
+        at_most=1024,
+    )
     init: Literal["normal", "zero", "class_word", "bos", "predicted"] = option(
         "normal",
         "Start values of what is learned: normal draws them at random (official), zero sets them "

@@ -9,6 +9,7 @@ traces it.
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,24 @@ from catversion_jax.integrations.loaded_concept import LoadedConcept
 ATTENTION_PREFIX = "catversion_"  # our implementations are catversion_sdpa and catversion_eager
 # The layers of transformers 5 take any argument; those of 4.57 hand on output_attentions alone.
 MARKS_ARGUMENTS = ("catversion", "output_attentions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """What one call of a text encoder has found out.
+
+    Attributes:
+      state: what is loaded into that encoder.
+      acting: each concept that acts, its scale, and the prompts of the call that it acts on.
+    """
+
+    state: Any
+    acting: Sequence[tuple[LoadedConcept, float, frozenset[int]]]
+
+
+# Where calls of text encoders leave what they have found out; None: nobody asks.
+CALLED_HERE: contextvars.ContextVar[list[Called] | None]
+CALLED_HERE = contextvars.ContextVar("catversion_called", default=None)
 
 
 @dataclasses.dataclass(eq=False)

@@ -28,13 +28,16 @@ import torch
 
 from catversion_jax.integrations.concept_attention import (
     ATTENTION_PREFIX,
+    CALLED_HERE,
     MARKS_ARGUMENTS,
+    Called,
     Marks,
     register_attention,
 )
 from catversion_jax.integrations.loaded_concept import CatVersionLoadError, LoadedConcept
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
+_LACKS_STATES = " The concept's context states, which encode_prompt adds, are missing here."
 
 # Scales that hold for the calls of one block in one thread or task, the innermost last.
 SCALES_HERE: contextvars.ContextVar[tuple[tuple[EncoderState, Mapping[str, float] | float], ...]]
@@ -211,6 +214,7 @@ class EncoderState:
         starts = [1 if row[:1] == [self.bos] else 0 for row in rows]
         prompts = [content(row, self.bos, self.eos) for row in rows]
         biases: dict[int, torch.Tensor] = {}
+        acting: list[tuple[LoadedConcept, float, frozenset[int]]] = []
         unnamed = {row for row, prompt in enumerate(prompts) if prompt and prompt not in self.plain}
         uncalled = set(unnamed)
         for i, (concept, scale) in enumerate(zip(selection.concepts, scales.values(), strict=True)):
@@ -230,7 +234,11 @@ class EncoderState:
                 else:
                     bias[row] = 0
             if i in biases:
+                seen = (biases[i] > -torch.inf).any(dim=1).nonzero().flatten().tolist()
+                acting.append((concept, scale, frozenset(seen)))
                 biases[i] += concept.logit_bias + math.log(scale)
+        if (calls := CALLED_HERE.get()) is not None:
+            calls.append(Called(self, acting))
         self._warn_of_call(selection, uncalled, bool(biases))
         return {i: bias.to(ids.device) for i, bias in biases.items()}
 
@@ -287,7 +295,9 @@ class EncoderState:
                 "the text encoder was called by other code than the encode_prompt of a pipeline "
                 "with a loaded concept: all its prompts count as wanted ones. Encode negative "
                 "prompts inside `with plain(pipe):`, and hand another pipeline that shares this "
-                "text encoder to enable_catversion(pipe) once. This is said once.",
+                "text encoder to enable_catversion(pipe) once."
+                + _LACKS_STATES * any(one.states is not None for one in selection.concepts)
+                + " This is said once.",
             )
 
 

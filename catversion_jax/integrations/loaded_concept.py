@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 CONCEPT_FILE_NAME = "catversion.safetensors"
-FORMAT_VERSION = 3
-# The text encoders of a concept for Stable Diffusion XL, since version 3.
+FORMAT_VERSION = 4
+# The text encoders of a concept for Stable Diffusion XL, in version 3 and later.
 PAIR = ("text_encoder", "text_encoder_2")
 
 
@@ -52,6 +52,7 @@ class LoadedConcept:
     component: str = ""  # one of PAIR, or '' for the only text encoder
     class_forms: tuple[str, ...] = ()  # further words that call it, such as a plural
     class_ids: tuple[tuple[int, ...], ...] = ()  # token ids of the base class and of the forms
+    states: torch.Tensor | None = None  # [S D] behind all encoders' outputs, since version 4
 
     def at_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value ``[N P H]`` of an adapted layer on the device and in the dtype of
@@ -144,7 +145,8 @@ def _checked_parts(
     Raises:
       KeyError, ValueError: one of them is missing or out of its rule; the message names it.
     """
-    components = PAIR if own["format_version"] == str(FORMAT_VERSION) else ("",)
+    second = any(key.startswith(_prefix(PAIR[1])) for key in own)
+    components = PAIR if own["format_version"] == "3" or second else ("",)
     layers = [_checked_layers(own, f"{_prefix(component)}layers") for component in components]
     names = [
         f"{_prefix(component)}layers.{i}.{half}"
@@ -152,14 +154,25 @@ def _checked_parts(
         for i in own_layers
         for half in ("key", "value")
     ]
+    names += [
+        f"{_prefix(component)}states"
+        for component in components
+        if f"{_prefix(component)}context_states" in own
+    ]
     if unknown := set(tensors).difference(names):
         listed = " and ".join(map(str, layers))
         raise ValueError(f"tensor {min(unknown)} belongs to no layer of {listed}")
     texts = _checked_texts(own)
-    return tuple(
+    parts = tuple(
         _checked_part(own, tensors, component, own_layers, texts)
         for component, own_layers in zip(components, layers, strict=True)
     )
+    states = [part.states for part in parts if part.states is not None]
+    if len({len(one) for one in states}) > 1 or len(states) not in (0, len(parts)):
+        raise ValueError(f"{len(states)} of {len(parts)} parts have states, of equal number")
+    for part in parts:  # side by side, as the UNet reads them
+        part.states = torch.cat(states, dim=-1) if states else None
+    return parts
 
 
 def _checked_part(
@@ -181,6 +194,11 @@ def _checked_part(
             _check_tensor(name, tensors[name], shape)
         halves.append(torch.stack([tensors[name] for name in names]))
     key, value = halves
+    states = None
+    if f"{prefix}context_states" in own:
+        states = tensors[f"{prefix}states"]
+        number = _value(own, f"{prefix}context_states", int)
+        _check_tensor(f"{prefix}states", states, (number, shape[1] * shape[2]))
     logit_bias = _value(own, f"{prefix}logit_bias", float)
     scope = own.get(f"{prefix}scope", "all")
     if not math.isfinite(logit_bias):
@@ -196,6 +214,7 @@ def _checked_part(
         scope,
         text_encoder_sha256=sha256,
         component=component,
+        states=states,
         **texts,
     )
 

@@ -31,6 +31,7 @@ _SOURCES = (
     "encoder_fingerprint.py",
     "concept_source.py",
     "pipeline_encoders.py",
+    "context_states.py",
     "told_pipeline.py",
     "diffusers.py",
     "exported_pipeline.py",

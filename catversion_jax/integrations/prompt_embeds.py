@@ -4,9 +4,14 @@ our code. The file beside them says how:
     tensors = safetensors.torch.load_file("prompt_embeds.safetensors")
     pipe(**{name: tensor[:1] for name, tensor in tensors.items()})
 
-The names are those of the pipeline's arguments; Stable Diffusion XL has pooled ones too. The keys
-and values act inside the text encoders only, so their output carries all of a concept. What is lost
-is the freedom to write other prompts.
+The names are those of the pipeline's arguments; Stable Diffusion XL has pooled ones too. What a
+concept learned acts inside the text encoders and behind their output, so the embeddings carry all
+of it. What is lost is the freedom to write other prompts.
+
+A concept with states behind the output makes its prompts longer, and a pipeline takes prompts and
+negative prompts of one length only. Shorter rows are filled up with copies of their last state,
+which is padding as a rule. A stock pipeline reads the filling as more padding; one that has a
+concept with states loaded hides it (``context_states.py``).
 """
 
 from __future__ import annotations
@@ -57,6 +62,12 @@ pipe(**embeds).images[0]
 ```
 
 {tensors}
+{filled}"""
+
+_FILLED = """
+The concepts that act on a prompt add states of their own, and a pipeline takes prompts and negative
+prompts of one length, so rows of fewer states are filled up with copies of their state {tokens}: as
+more padding, which changes what is drawn a little.
 """
 
 
@@ -102,8 +113,11 @@ def export_prompt_embeds(
         logger.warning(message)
     tensors = {}
     rows = encode_requests(backbone, requests, guidance_scale=math.inf)
+    length = max(len(one.context) for states in rows for one in states)
     for begin, states in zip(("", "negative_"), rows, strict=True):
-        tensors[f"{begin}prompt_embeds"] = np.stack([one.context for one in states])
+        tensors[f"{begin}prompt_embeds"] = np.stack(
+            [_filled_up(np.asarray(one.context), backbone.context_length, length) for one in states]
+        )
         pooled = [one.pooled for one in states if one.pooled is not None]
         if pooled:
             tensors[f"{begin}pooled_prompt_embeds"] = np.stack(pooled)
@@ -128,9 +142,18 @@ def export_prompt_embeds(
         rows=rows_of,
         negative=_cell(negative_prompt) or "empty",
         tensors="\n".join(f"- `{name}` {list(array.shape)}" for name, array in tensors.items()),
+        filled=_FILLED.format(tokens=backbone.context_length)
+        if length > backbone.context_length
+        else "",
     )
     write_atomically(path.with_suffix(".md"), said.encode())
     return path
+
+
+def _filled_up(context: np.ndarray, tokens: int, length: int) -> np.ndarray:
+    """``[length D]``, with copies of the last token's state at the end."""
+    filling = np.repeat(context[tokens - 1 : tokens], length - len(context), axis=0)
+    return np.concatenate([context, filling])
 
 
 def _cell(text: str) -> str:

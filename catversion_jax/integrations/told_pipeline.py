@@ -17,6 +17,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from catversion_jax.integrations.context_states import (
+    collected,
+    has_states,
+    hide_filling,
+    num_tokens,
+    show_filling,
+    split_long,
+    with_states,
+)
 from catversion_jax.integrations.encoder_state import (
     SCALES_HERE,
     SWITCHING,
@@ -113,18 +122,22 @@ class ToldPipeline:
         given = call.arguments
         token = TOLD_HERE.set(True)
         try:
+            count = given["num_images_per_prompt"]
+            given["prompt_embeds"], behind = split_long(self, given["prompt_embeds"])
+            half = is_half_loaded(self)
             # a concept never acts in one of two text encoders alone
-            with plain(self) if is_half_loaded(self) else contextlib.nullcontext():
+            with plain(self) if half else contextlib.nullcontext(), collected() as calls:
                 if given["prompt_embeds"] is None:
                     guided = given["do_classifier_free_guidance"]
                     if not guided or given["negative_prompt_embeds"] is not None:
-                        return encode(*call.args, **call.kwargs)
-                    count = given["num_images_per_prompt"]
+                        encoded = encode(*call.args, **call.kwargs)
+                        return with_states(self, encoded, calls, count)
                     given |= {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
                     given |= _embeds(given, encode(*call.args, **call.kwargs))
                     given |= {"do_classifier_free_guidance": guided, "num_images_per_prompt": count}
                 with plain(self):
-                    return encode(*call.args, **call.kwargs)
+                    encoded = encode(*call.args, **call.kwargs)
+                return with_states(self, encoded, calls, count, behind)
         finally:
             TOLD_HERE.reset(token)
 
@@ -187,6 +200,8 @@ def tell(pipe: Any) -> None:
         pipe.__class__ = told_class(kind, kind.__name__)
     if vars(pipe).get("_catversion_encoders") != (ids := _ids(pipe)):
         pipe._catversion_encoders = ids
+    if has_states(pipe):
+        hide_filling(getattr(pipe, "unet", None), num_tokens(pipe))
 
 
 def untell(pipe: Any) -> None:
@@ -195,6 +210,7 @@ def untell(pipe: Any) -> None:
     if base is not None:
         pipe.__class__ = base
         vars(pipe).pop("_catversion_encoders", None)
+    show_filling(getattr(pipe, "unet", None))
 
 
 def is_replaced(pipe: Any) -> bool:

@@ -28,7 +28,7 @@ from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.foreign_files import describe_bytes, describe_folder, describe_tensors
 from catversion_jax.methods.learned import Learned, settings
 from catversion_jax.methods.modelspec import modelspec
-from catversion_jax.methods.per_encoder import FORMAT_VERSION, learned_from_file
+from catversion_jax.methods.per_encoder import FORMAT_VERSION, learned_from_file, num_encoders
 from catversion_jax.methods.stored_values import (
     check_tensors,
     choice,
@@ -353,7 +353,9 @@ def _concept_from(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -
         when=choice(own, "when", WHEN),
         base_model=own["base_model"],
         text_encoder_sha256=own["text_encoder_sha256"],
-        text_encoder_2_sha256=own["text_encoder_2_sha256"] if version >= FORMAT_VERSION else "",
+        text_encoder_2_sha256=own["text_encoder_2_sha256"]
+        if num_encoders(version, own) > 1
+        else "",
         step=whole_number(own, "step"),
         images=json_texts(own, "images"),
         train_config=json_object(own, "train_config"),

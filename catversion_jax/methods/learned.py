@@ -128,7 +128,8 @@ class LearnedPart(Learned):
     """What one concept learned for one text encoder, and how it is learned.
 
     A subclass is a frozen dataclass registered with ``jax.tree_util.register_dataclass``. Its array
-    fields are trained; fields marked static are settings, as plain values.
+    fields are trained; fields marked static are settings, as plain values, of which those marked
+    passing hold for one use and lie in no file.
     """
 
     kind: ClassVar[str]
@@ -170,6 +171,10 @@ class LearnedPart(Learned):
         """Keys and values to concatenate at ``layer``, or None."""
         return None
 
+    def context_states(self, output: Float[Array, "B T D"]) -> Float[Array, "B S D"] | None:
+        """States to stand behind the encoder's output, or None."""
+        return None
+
     def process_heads(self, layer: int, query: Array, key: Array, value: Array) -> Heads:
         """Queries, keys and values ``[B T N H]`` of ``layer``, changed or as they are."""
         return query, key, value
@@ -198,6 +203,11 @@ class LearnedPart(Learned):
     def shape_text(self) -> str:
         """What it was made for, in words."""
         return f"arrays for a text encoder of width {self.width}"
+
+    @property
+    def num_context_states(self) -> int:
+        """States that it adds behind the encoder's output."""
+        return 0
 
     def scaled(self, scale: float) -> Self:
         """The same concept with its strength changed; here itself, as it has none.
@@ -297,8 +307,11 @@ def encoder_names(count: int) -> tuple[str, ...]:
 
 
 def named_arrays(learned: Learned) -> dict[str, Any]:
-    """The trained arrays by field name; of several parts ``text_encoder_2.key`` and the like."""
-    return dict(_named(learned, static=False))
+    """The trained arrays by field name; of several parts ``text_encoder_2.key`` and the like. A
+    field that is None holds nothing.
+    """
+    named = _named(learned, static=False)
+    return {name: array for name, array in named if array is not None}
 
 
 def settings(learned: Learned) -> dict[str, Any]:
@@ -311,7 +324,11 @@ def rebuild(kind: type[AnyPart], arrays: Mapping[str, Any], static: Mapping[str,
     """The inverse of :func:`named_arrays` and :func:`settings` for one part; other keys are
     ignored.
     """
-    values = {f.name: arrays[f.name] for f in _fields(kind, static=False)}
+    values = {
+        f.name: arrays[f.name]
+        for f in _fields(kind, static=False)
+        if f.name in arrays or f.default is dataclasses.MISSING
+    }
     for field in _fields(kind, static=True):
         if field.name in static:
             value = static[field.name]
@@ -334,4 +351,5 @@ def _named(learned: Learned, *, static: bool) -> Iterator[tuple[str, Any]]:
 
 def _fields(kind: type[LearnedPart], *, static: bool) -> list[dataclasses.Field[Any]]:
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every subclass is a dataclass
-    return [f for f in fields if f.metadata.get("static", False) == static]
+    lasting = [f for f in fields if not f.metadata.get("passing", False)]
+    return [f for f in lasting if f.metadata.get("static", False) == static]

@@ -16,9 +16,12 @@ import numpy as np
 
 from catversion_jax.methods.learned import Learned, LearnedPart, encoder_names, of_encoder
 from catversion_jax.methods.stored_values import check_names
+from catversion_jax.models.weights.variants import TEXT_ENCODERS
 
-FORMAT_VERSION = 3
+PAIR_VERSION = 3
 """The first version of the file format that can hold several parts."""
+FORMAT_VERSION = 4
+"""The newest, which can hold states behind a text encoder's output."""
 
 
 @jax.tree_util.register_dataclass
@@ -90,8 +93,8 @@ class PerEncoder(Learned):
 
     @property
     def format_version(self) -> int:
-        """Older versions know one text encoder."""
-        return FORMAT_VERSION
+        """Older versions than :data:`PAIR_VERSION` know one text encoder."""
+        return max(PAIR_VERSION, *(part.format_version for part in self.parts))
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """The tensors of every part, under the names that its method gives them here.
@@ -122,6 +125,13 @@ def joined(parts: Sequence[LearnedPart]) -> Learned:
     return parts[0] if len(parts) == 1 else PerEncoder(tuple(parts))
 
 
+def num_encoders(version: int, facts: Mapping[str, str]) -> int:
+    """How many text encoders a file of this version and metadata has parts for."""
+    if version <= PAIR_VERSION:
+        return 2 if version == PAIR_VERSION else 1
+    return 2 if of_encoder(facts, TEXT_ENCODERS[1]) else 1
+
+
 def learned_from_file(
     kind: type[LearnedPart], version: int, facts: Mapping[str, str], tensors: Mapping[str, Any]
 ) -> Learned:
@@ -136,7 +146,7 @@ def learned_from_file(
     Raises:
       KeyError, ValueError, TypeError, RecursionError: the file is damaged.
     """
-    encoders = encoder_names(2 if version >= FORMAT_VERSION else 1)
+    encoders = encoder_names(num_encoders(version, facts))
     own_facts = {encoder: of_encoder(facts, encoder) for encoder in encoders}
     names = {
         encoder: {
@@ -146,12 +156,13 @@ def learned_from_file(
         for encoder in encoders
     }
     check_names(tensors, {name for of_one in names.values() for name in of_one.values()})
-    return joined(
-        [
-            kind.from_file(
-                own_facts[encoder],
-                {own: tensors[name] for own, name in names[encoder].items()},
-            )
-            for encoder in encoders
-        ]
-    )
+    parts = [
+        kind.from_file(
+            own_facts[encoder],
+            {own: tensors[name] for own, name in names[encoder].items()},
+        )
+        for encoder in encoders
+    ]
+    if len(numbers := {part.num_context_states for part in parts}) > 1:
+        raise ValueError(f"context_states of the parts are {sorted(numbers)}, must be equal")
+    return joined(parts)

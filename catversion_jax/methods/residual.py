@@ -12,6 +12,16 @@ causal mask is padded with ones. Multiplying the odds ``lambda / (1 - lambda)`` 
 as ``b + log s``; that is how :meth:`KVResidual.scaled` strengthens or weakens a concept.
 ``tests/test_residual.py`` proves (1).
 
+With ``context_states`` the same idea acts one floor further up. S learned states stand behind the
+text encoder's output, and the UNet's cross-attention reads them as further keys and values:
+
+    (3)  context = [c_1 .. c_T; c_T + f (s_1 - c_T) .. c_T + f (s_S - c_T)],    f = 1 as trained
+
+``f`` is the scale: towards 0 every state becomes the prompt's own last one ``c_T`` (padding, as a
+rule), which says nothing new, and at 0 itself the states are left out. So a weaker concept is an
+ordinary context, which any UNet reads in any precision; a bias on the logits would need one that
+takes it.
+
 As published every query token sees the pair. With ``scope="from_class_word"`` only the class word
 and what follows it do: tokens before it cannot know of it in a causal encoder, so what they say
 stays the plain model's. With ``scope="class_word"`` the class word's own tokens alone do; the rest
@@ -23,7 +33,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import jax
@@ -33,6 +43,7 @@ import numpy as np
 from catversion_jax.array_types import Array, Bool, Float, Int
 from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.layer_choice import resolve_layers
 from catversion_jax.methods.learned import LearnedPart
 from catversion_jax.methods.start_values import StartingPoint, start_values
 from catversion_jax.methods.stored_values import (
@@ -46,6 +57,8 @@ from catversion_jax.models.clip.adaptation import ExtraKeys
 
 Scope = Literal["all", "from_class_word", "class_word"]
 SCOPES: tuple[str, ...] = get_args(Scope)
+STATES_STREAM = 1
+"""Of a concept's key for start values; keys and values are drawn from its halves."""
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +75,9 @@ class KVResidual(LearnedPart):
       logit_bias: added to every concatenated logit (``b`` in equation 2). Static.
       scope: which query tokens see the pair: ``all``, those ``from_class_word`` on, or those of the
         ``class_word``. Static.
+      states: ``[*C S D]`` float32, the states of equation (3) behind this encoder's output; None
+        where there are none.
+      fade: ``f`` of equation (3), for one use; no file holds it. Static.
     """
 
     kind: ClassVar[str] = "CatVersion concept"
@@ -77,6 +93,8 @@ class KVResidual(LearnedPart):
     layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     logit_bias: float = dataclasses.field(default=0.0, metadata={"static": True})
     scope: Scope = dataclasses.field(default="all", metadata={"static": True})
+    states: Float[Array, "*C S D"] | None = None
+    fade: float = dataclasses.field(default=1.0, metadata={"static": True, "passing": True})
 
     @property
     def num_positions(self) -> int:
@@ -92,7 +110,9 @@ class KVResidual(LearnedPart):
     def shape_text(self) -> str:
         """What it was made for, in words."""
         layers, _, heads, head_dim = self.key.shape
-        return f"{heads} heads x {head_dim} on {layers} layers up to number {max(self.layers)}"
+        beside = "" if self.states is None else f" and {self.num_context_states} context states"
+        layers_text = f"{layers} layers up to number {max(self.layers)}"
+        return f"{heads} heads x {head_dim} on {layers_text}{beside}"
 
     @property
     def width(self) -> int:
@@ -103,6 +123,11 @@ class KVResidual(LearnedPart):
     def reads_word_places(self) -> bool:
         """Whether the encoder must be told where the class word stands."""
         return self.scope != "all"
+
+    @property
+    def num_context_states(self) -> int:
+        """States behind the encoder's output, ``S``."""
+        return 0 if self.states is None else self.states.shape[-2]
 
     def at_layer(self, layer: int) -> tuple[Array, Array] | None:
         """Key and value ``[*C P N H]`` of encoder layer ``layer``, or None where it is not
@@ -120,6 +145,16 @@ class KVResidual(LearnedPart):
             return None
         return ExtraKeys(*pair, self.logit_bias, self.visible(word_places))
 
+    def context_states(self, output: Float[Array, "B T D"]) -> Float[Array, "B S D"] | None:
+        """The states behind the encoder's output of equation (3), or None."""
+        if self.states is None or self.fade == 0:
+            return None
+        states = self.states.astype(output.dtype)
+        if self.fade == 1:
+            return jnp.broadcast_to(states, (output.shape[0], *states.shape))
+        last = output[:, -1:].astype(jnp.float32)
+        return (last + self.fade * (self.states - last)).astype(output.dtype)
+
     def visible(self, word_places: Int[Array, "B T"] | None) -> Bool[Array, "B T"] | None:
         """Which query tokens see the pair; None where all do.
 
@@ -134,7 +169,8 @@ class KVResidual(LearnedPart):
         return seeing | ~jnp.any(is_word, axis=-1, keepdims=True)
 
     def scaled(self, scale: float) -> Self:
-        """The same concept with its odds against the prompt's own tokens multiplied by ``scale``.
+        """The same concept with its odds against the prompt's own tokens multiplied by ``scale``,
+        and its states as far from the prompt's last one, equation (3).
 
         ``scale=1`` changes nothing; ``scale=0`` gives exactly the plain encoder (the residual is
         skipped).
@@ -147,7 +183,7 @@ class KVResidual(LearnedPart):
                 f"scale={scale}: must be a finite number >= 0 (0 = plain model, 1 = as trained)."
             )
         bias = self.logit_bias + math.log(scale) if scale > 0 else -math.inf
-        return dataclasses.replace(self, logit_bias=bias)
+        return dataclasses.replace(self, logit_bias=bias, fade=self.fade * scale)
 
     def check_fits(self, num_heads: int, head_dim: int, layers: range) -> None:
         """Check that one concept's residual fits an encoder of which ``layers`` run.
@@ -163,6 +199,12 @@ class KVResidual(LearnedPart):
                 f"and layers {self.layers}: this text encoder needs [layers, positions, heads, "
                 f"head size] = {list(expected)}. Use a concept trained on this model; vmap over "
                 "concepts outside."
+            )
+        width = num_heads * head_dim
+        if self.states is not None and (self.states.ndim != 2 or self.states.shape[1] != width):
+            raise CatVersionError(
+                f"context states {list(self.states.shape)}: this text encoder needs [states, width]"
+                f" = [S, {width}]. Use a concept trained on this model; vmap over concepts outside."
             )
         if not set(self.layers) <= set(layers):
             raise CatVersionError(
@@ -182,7 +224,7 @@ class KVResidual(LearnedPart):
             ]
             for part, leaf in (("key", self.key), ("value", self.value))
         }
-        return {
+        summary = {
             "layers": list(self.layers),
             "num_positions": positions,
             "num_heads": heads,
@@ -192,6 +234,15 @@ class KVResidual(LearnedPart):
             "num_parameters": 2 * self.key.size,
             "key_norms": norms["key"],
             "value_norms": norms["value"],
+        }
+        if self.states is None:
+            return summary
+        lengths = np.linalg.norm(np.asarray(self.states), axis=-1)
+        return {
+            **summary,
+            "num_parameters": 2 * self.key.size + self.states.size,
+            "context_states": len(lengths),
+            "state_norms": [round(float(x), 4) for x in lengths],
         }
 
     @classmethod
@@ -206,6 +257,13 @@ class KVResidual(LearnedPart):
             layers=layers,
             logit_bias=options.logit_bias,
             scope=options.scope,
+            states=None
+            if at.own_states is None
+            else start_values(
+                dataclasses.replace(options, num_positions=options.context_states),
+                at.own_states,
+                jax.random.fold_in(at.rng, STATES_STREAM),
+            ),
         )
 
     @classmethod
@@ -215,17 +273,22 @@ class KVResidual(LearnedPart):
 
     @property
     def format_version(self) -> int:
-        """1 as far as that version could say it: with ``scope="all"``."""
+        """1 as far as that version could say it, with ``scope="all"``; 4 with context states."""
+        if self.states is not None:
+            return 4
         return 1 if self.scope == "all" else 2
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
-        """``layers.{i}.key`` and ``layers.{i}.value``, ``[P N H]``, for each adapted layer ``i``.
+        """``layers.{i}.key`` and ``layers.{i}.value``, ``[P N H]``, for each adapted layer ``i``,
+        and ``states``, ``[S D]``, where there are some.
 
         Heads stay a separate axis on purpose: a tensor whose last axis were the model width would
-        be taken for a word embedding by programs that use the first tensor they find.
+        be taken for a word embedding by programs that use the first tensor they find. ``states``
+        comes after them.
 
         Raises:
-          CatVersionError: this is not one concept, or key and value differ in shape.
+          CatVersionError: this is not one concept, key and value differ in shape, or a scale other
+            than 1 acts on its states.
         """
         key, value = (np.asarray(x, dtype=np.float32) for x in (self.key, self.value))
         if key.ndim != 4 or key.shape != value.shape or len(self.layers) != key.shape[0]:
@@ -238,7 +301,15 @@ class KVResidual(LearnedPart):
         for index, layer in enumerate(self.layers):
             tensors[f"layers.{layer}.key"] = key[index]
             tensors[f"layers.{layer}.value"] = value[index]
-        return tensors
+        if self.states is None:
+            return tensors
+        if self.states.ndim != 2 or self.fade != 1:
+            raise CatVersionError(
+                f"context states {self.states.shape} at scale {self.fade:g}; a file holds those of "
+                "one concept as trained, [states, width] at scale 1. Save what scaled() was asked "
+                "of, and give the scale where it is drawn."
+            )
+        return {**tensors, "states": np.asarray(self.states, dtype=np.float32)}
 
     def facts(self, name: str) -> dict[str, str]:
         """Layers, shape, logit bias, and the scope where it is not ``all``."""
@@ -250,16 +321,21 @@ class KVResidual(LearnedPart):
             "head_dim": str(head_dim),
             "logit_bias": repr(float(self.logit_bias)),
         }
-        return facts if self.scope == "all" else {**facts, "scope": self.scope}
+        if self.scope != "all":
+            facts["scope"] = self.scope
+        if self.states is not None:
+            facts["context_states"] = str(self.states.shape[0])
+        return facts
 
     @classmethod
     def tensor_names(cls, facts: Mapping[str, str]) -> list[str]:
-        """Those of :meth:`tensors` for the layers that the metadata list."""
-        return [
+        """Those of :meth:`tensors` for the layers and states that the metadata list."""
+        names = [
             f"layers.{i}.{part}"
             for i in layer_numbers(facts, "layers")
             for part in ("key", "value")
         ]
+        return [*names, "states"] if "context_states" in facts else names
 
     @classmethod
     def from_file(cls, facts: Mapping[str, str], tensors: Mapping[str, Any]) -> Self:
@@ -272,8 +348,11 @@ class KVResidual(LearnedPart):
         num_positions, num_heads, head_dim = (
             whole_number(facts, key) for key in ("num_positions", "num_heads", "head_dim")
         )
-        for name in sorted(tensors):
+        for name in sorted(set(tensors) - {"states"}):
             check_shape(name, tensors[name], (num_positions, num_heads, head_dim))
+        if "context_states" in facts:
+            number = whole_number(facts, "context_states")
+            check_shape("states", tensors["states"], (number, num_heads * head_dim))
         scope = choice(facts, "scope", SCOPES, "all")
         arrays: dict[str, Any] = {  # [L P N H]
             part: np.stack([tensors[f"layers.{i}.{part}"] for i in layers])
@@ -284,65 +363,5 @@ class KVResidual(LearnedPart):
             layers=layers,
             logit_bias=finite_number(facts, "logit_bias"),
             scope=cast(Scope, scope),
+            states=tensors.get("states"),
         )
-
-
-def layers_by_encoder(layers: str, count: int) -> tuple[str, ...]:
-    """The choice of each of ``count`` text encoders: one for all of them, or one each with ``/``
-    between, such as ``last3/28,29,30``.
-
-    Raises:
-      CatVersionError: as many choices as there are encoders were not given.
-    """
-    choices = layers.split("/") if count > 1 else [layers]
-    if len(choices) not in (1, count):
-        raise CatVersionError(
-            f"layers={layers!r}: has {len(choices)} choices for {count} text encoders; give one "
-            "for all of them, or one for each with / between, such as last3/28,29,30."
-        )
-    return tuple(choices * (count // len(choices)))
-
-
-def resolve_layers(
-    layers: str | Sequence[int], num_layers: int, num_reaching_layers: int | None = None
-) -> tuple[int, ...]:
-    """Turn ``'last3'``, ``'last<k>'``, ``'all'``, ``'9,10,11'`` or a list into ascending 0-based
-    indices.
-
-    Args:
-      layers: the user's choice. ``last3`` is the published one.
-      num_layers: layers of the encoder that feed the UNet's cross-attention.
-      num_reaching_layers: layers that can be named; None for the same number. The last layer of
-        Stable Diffusion XL's second encoder, which acts on the pooled state alone, is one more.
-
-    Raises:
-      CatVersionError: not one of these forms, out of range, empty or repeated.
-    """
-    stop = num_layers if num_reaching_layers is None else num_reaching_layers
-    rule = (
-        f"must be 'all', 'last<k>' such as 'last3', or distinct layer numbers within 0..{stop - 1}"
-    )
-    if isinstance(layers, str):
-        text = layers.strip()
-        if text == "all":
-            return tuple(range(num_layers))
-        if text.startswith("last") and text[4:].isdigit():
-            count = int(text[4:])
-            if not 1 <= count <= num_layers:
-                raise CatVersionError(
-                    f"layers={layers!r}: {rule}; this encoder has {num_layers} layers."
-                )
-            return tuple(range(num_layers - count, num_layers))
-        try:
-            chosen = [int(part) for part in text.split(",")]
-        except ValueError:
-            raise CatVersionError(f"layers={layers!r}: {rule}.") from None
-    else:
-        chosen = list(layers)
-    if (
-        not chosen
-        or len(set(chosen)) != len(chosen)
-        or not all(isinstance(i, int) and 0 <= i < stop for i in chosen)
-    ):
-        raise CatVersionError(f"layers={layers!r}: {rule}.")
-    return tuple(sorted(chosen))

@@ -31,6 +31,8 @@ class StartingPoint:
       token_ids: ``[T]`` a training prompt of the concept.
       copied: ``[P]`` for each learned position, the token of the prompt that ``init`` copies.
       rng: key for the start values of this concept.
+      own_states: ``[S D]`` the encoder's own output at the token that ``init`` copies for each
+        state behind it; None where no such states are learned.
     """
 
     text_encoder: Network
@@ -39,6 +41,7 @@ class StartingPoint:
     token_ids: np.ndarray
     copied: np.ndarray
     rng: Array
+    own_states: Float[Array, "S D"] | None = None
 
     def keys_values(self, layers: tuple[int, ...]) -> tuple[Array, Array]:
         """The encoder's own keys and values ``[L P N H]`` of the copied tokens at ``layers``."""

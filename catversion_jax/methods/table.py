@@ -8,6 +8,7 @@ from typing import Any
 
 from catversion_jax.config import MethodOptions
 from catversion_jax.errors import CatVersionError, did_you_mean
+from catversion_jax.methods.layer_choice import layers_by_encoder
 from catversion_jax.methods.learned import (
     Learned,
     LearnedPart,
@@ -17,7 +18,7 @@ from catversion_jax.methods.learned import (
     settings,
 )
 from catversion_jax.methods.per_encoder import joined
-from catversion_jax.methods.residual import KVResidual, layers_by_encoder
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.methods.start_values import StartingPoint
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.weights.variants import TEXT_ENCODERS

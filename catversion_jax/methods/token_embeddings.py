@@ -128,7 +128,7 @@ class TokenEmbeddings(LearnedPart):
     @classmethod
     def option_problems(cls, options: MethodOptions) -> list[str]:
         """Options that only keys and values have, or that act without the class word."""
-        only = {"when": "class_word", "adapt": "key_value", "scope": "all"}
+        only = {"when": "class_word", "adapt": "key_value", "scope": "all", "context_states": 0}
         return [
             f"{name}={getattr(options, name)}: must be {value} with method={options.method}, "
             "whose vectors stand for the class word."

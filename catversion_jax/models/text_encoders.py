@@ -4,6 +4,10 @@
     (2)  two encoders:  context = [penultimate state of the first, penultimate state of the second],
                         pooled = projected end-of-text state of the second
 
+What is learned may add states behind the output of an encoder, the same number behind each:
+
+    (3)  context = [context; states of the first concept; states of the second; ...]
+
 Both encoders of (2) read the same prompt, each through its own tokenizer, and their states stand
 side by side. Source: diffusers ``StableDiffusionXLPipeline.encode_prompt``.
 """
@@ -20,7 +24,7 @@ from flax import nnx
 
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.clip.adaptation import AdaptationArgument, WordPlaces
+from catversion_jax.models.clip.adaptation import Acting, AdaptationArgument, WordPlaces
 from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.clip.text_projection import (
     CLIPTextModelWithProjection,
@@ -204,8 +208,18 @@ def upper_text_states(
         for one, part, layer in zip(lower, parts, layers, strict=True)
     ]
     if len(text_encoders) == 1:
-        return TextStates(text_encoders[0].call("upper", **calls[0]))
+        return TextStates(_with_states(text_encoders[0].call("upper", **calls[0]), parts[0]))
     first, second = text_encoders
     context = first.call("upper", **calls[0], output="penultimate")
     states: TextStates = second.call("upper_states", token_ids=lower[1].token_ids, **calls[1])
-    return TextStates(jnp.concatenate([context, states.context], axis=-1), states.pooled)
+    both = map(_with_states, (context, states.context), parts)
+    return TextStates(jnp.concatenate([*both], axis=-1), states.pooled)
+
+
+def _with_states(
+    output: Float[Array, "B T D"], learned: AdaptationArgument
+) -> Float[Array, "B T+S D"]:
+    """Equation (3) for one encoder."""
+    acting = (one for one, _ in Acting.of(learned, None).pairs)
+    added = [states for one in acting if (states := one.context_states(output)) is not None]
+    return jnp.concatenate([output, *added], axis=1) if added else output

@@ -7,9 +7,10 @@ encoding:
     (1)  output = plain + guidance_scale (prompted - plain)  above 1; no second branch at or below 1
 
 What makes an image repeatable: its prompt is encoded alone, its noise comes from its own seed,
-batches have a fixed size (padded), and images are decoded one by one. The same seed gives the same
-bits whatever else is in the batch. Every device that holds the networks draws images of its own,
-without communication. One program serves every sampler and every number of steps: the row of the
+batches have a fixed size (padded) and contexts of one length (concepts with states of their own
+make longer ones), and images are decoded one by one. The same seed gives the same bits whatever
+else is in the batch. Every device that holds the networks draws images of its own, without
+communication. One program serves every sampler and every number of steps: the row of the
 sampler's table and the guidance scale are traced scalars, the frozen networks are arguments.
 """
 
@@ -33,7 +34,7 @@ from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.vae import vae_decode
 from catversion_jax.models.weights.network import Network
-from catversion_jax.runtime.batches import full_batches
+from catversion_jax.runtime.batches import batches_by_size, full_batches
 from catversion_jax.runtime.random_normal import standard_normal
 from catversion_jax.runtime.sharding import (
     by_device,
@@ -133,9 +134,9 @@ def draw_requests(
     mesh = mesh_of(backbone.unet)
     per_device = settings.batch_size or (1 if jax.default_backend() == "cpu" else 4)
     batch_size = per_device * mesh.size
-    batches = full_batches(len(requests), batch_size)
+    batches = batches_by_size([len(states.context) for states in texts[0]], batch_size)
     report = _reporter(on_step, len(batches) * len(sampler.rows))
-    final = []
+    last = np.empty((len(requests), *shape), np.float32)
     for rows in batches:
         seeds = np.array([requests[i].seed for i in rows], np.uint32)
         keys, x = _initial_noise(place_by_device(seeds, mesh), shape)
@@ -149,8 +150,9 @@ def draw_requests(
             same,
         )
         placed = place_by_device(inputs, mesh)
-        final.append(_denoise(backbone.unet, sampler, guidance_scale, x, placed, keys, report))
-    last = np.concatenate(final)[: len(requests)]
+        drawn = _denoise(backbone.unet, sampler, guidance_scale, x, placed, keys, report)
+        own = rows[: len(set(rows))]  # the filling comes last
+        last[own] = drawn[: len(own)]
     pixels = decode_latents(backbone, last)
     warnings += _overflow_warnings(requests, pixels)
     return GeneratedImages(pixels, last, warnings)
@@ -351,10 +353,17 @@ def _advance(
     model_input = row.input_scale * x
     if kept is not None:
         model_input = jnp.concatenate([model_input, kept], axis=-1)
-    context, added = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *texts)
-    model_input = jnp.concatenate([model_input] * len(texts))
-    output = unet(model_input, row.timestep, context, added=added, guidance=guidance)
-    output = output.astype(jnp.float32)
+
+    def told(*texts: Conditions) -> Array:
+        context, added = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *texts)
+        repeated = jnp.concatenate([model_input] * len(texts))
+        output = unet(repeated, row.timestep, context, added=added, guidance=guidance)
+        return output.astype(jnp.float32)
+
+    if len({context.shape[1] for context, _ in texts}) == 1:
+        output = told(*texts)
+    else:
+        output = jnp.concatenate([told(one) for one in texts])
     if len(texts) == 2:
         prompted, plain = jnp.split(output, 2)
         output = plain + guidance_scale * (prompted - plain)  # (1)

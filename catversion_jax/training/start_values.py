@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.config import MethodOptions, OptimizerOptions
 from catversion_jax.methods.learned import Learned
 from catversion_jax.methods.start_values import StartingPoint
 from catversion_jax.methods.table import start_learned
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.models.text_encoders import TextEncoderFacts
+from catversion_jax.models.text_encoders import TextEncoderFacts, text_states
 from catversion_jax.models.weights.network import Network
 from catversion_jax.training.state import (
     INIT_STREAM,
@@ -43,10 +44,18 @@ def init_learned(
       seed: the concept's seed; with ``init=predicted`` the concept encoder's.
     """
     points = []
+    own = None
+    if method.context_states:
+        own = _own_output(tuple(text_encoders), [ids[None] for ids in token_ids])
+    begins = np.cumsum([0, *(facts.num_heads * facts.head_dim for facts in text_facts)])
     for index, facts in enumerate(text_facts):
         at_word = method.init in ("class_word", "predicted")
         sources = word_positions[index] if at_word else (0,)
-        copied = np.array([sources[p % len(sources)] for p in range(method.num_positions)])
+        copied = _in_turn(sources, method.num_positions)
+        of_encoder = None
+        if own is not None:
+            states = _in_turn(sources, method.context_states)
+            of_encoder = own[states, begins[index] : begins[index + 1]]
         rng = jax.random.fold_in(concept_key(seed), INIT_STREAM)
         points.append(
             StartingPoint(
@@ -56,9 +65,23 @@ def init_learned(
                 token_ids=token_ids[index],
                 copied=copied,
                 rng=rng if index == 0 else jax.random.fold_in(rng, index),
+                own_states=of_encoder,
             )
         )
     return start_learned(method, points)
+
+
+def _in_turn(sources: tuple[int, ...], count: int) -> np.ndarray:
+    """Each of ``count`` learned things copies one of ``sources``, one after the other."""
+    return np.array([sources[i % len(sources)] for i in range(count)])
+
+
+@jax.jit
+def _own_output(
+    text_encoders: tuple[Network, ...], token_ids: Sequence[Int[Array, "1 T"]]
+) -> Float[Array, "T D"]:
+    """What the plain encoders give the UNet of one prompt, side by side."""
+    return text_states(text_encoders, token_ids).context[0]
 
 
 def abstract_learned(method: MethodOptions, backbone: Backbone) -> Learned:

@@ -2,7 +2,8 @@
 
 The encoder does not know which methods exist. A method answers :class:`Adaptation`, and the encoder
 calls it at three places of its forward pass: for the embeddings of the class word, for the heads of
-each layer's self-attention, and for keys and values that stand before the layer's own.
+each layer's self-attention, and for keys and values that stand before the layer's own. States that
+stand behind its output are added where the outputs of a model's encoders are put together.
 
 An adaptation belongs to one encoder. A model with several text encoders hands each of them its own.
 """
@@ -70,6 +71,10 @@ class Adaptation(Protocol):
 
     def process_heads(self, layer: int, query: Array, key: Array, value: Array) -> Heads:
         """Queries, keys and values ``[B T N H]`` of ``layer``, changed or as they are."""
+        ...
+
+    def context_states(self, output: Float[Array, "B T D"]) -> Float[Array, "B S D"] | None:
+        """States to stand behind the encoder's output, or None."""
         ...
 
     def check_fits(self, num_heads: int, head_dim: int, layers: range) -> None:

@@ -28,7 +28,8 @@ class TextStates:
     """What a prompt becomes.
 
     Attributes:
-      context: ``[B T D]``, what the UNet's cross-attention reads.
+      context: ``[B T D]``, what the UNet's cross-attention reads; longer than the prompt where
+        concepts have states of their own.
       pooled: ``[B P]``, the prompt in one vector; None in models whose UNet takes none.
     """
 

@@ -242,6 +242,42 @@ def test_gallery_and_dinov2_equal_transformers(world, output, tmp_path):
     assert "Can it be told from others" not in (output / "report.html").read_text()
 
 
+def test_gate_scales_and_dreambench_plus(world, output, tmp_path, capsys):
+    """What the options write, from the scores themselves."""
+    shutil.copytree(output, tmp_path / "out")
+    layout = ["--dreambench_plus", tmp_path / "plus"]
+    more = ["--gate", "--gate_copies", "0", "--scales", "0.5,1", *layout]
+    code = evaluate(world, world / "run", tmp_path / "out", *more)
+    shown = capsys.readouterr().out
+    assert int(re.search(r"(\d+) images, (\d+) of them", shown)[1]) > 0
+    found, gate = scores_of(tmp_path / "out"), json.loads((tmp_path / "out/gate.json").read_text())
+    concepts = {one["name"]: one for one in found["methods"]["CatVersion"]["concepts"]}
+    plain = {one["name"]: one for one in found["methods"]["plain model"]["concepts"]}
+    failing = {
+        name
+        for name, one in concepts.items()
+        if one["copies"] > 0
+        or plain[name]["text_alignment_edit"] - one["text_alignment_edit"] > 0.05
+    }
+    assert set(gate["failed"]) == failing
+    assert code == (4 if failing else 0)
+    assert all(value["updates"] == 20 for value in gate["failed"].values())
+    assert gate["not_checked"] == {"rank1": list(NAMES)}  # each is alone in its class
+    assert found["gate"] == gate
+    assert [point["scale"] for point in found["frontier"]] == [0, 0.5, 1]
+    half = read_metadata(next((tmp_path / "out/scales/0.5/teal_cup").glob("*_0.png")))
+    assert half["concepts"][0]["scale"] == 0.5
+    of_cup = [point["concepts"]["teal_cup"] for point in found["frontier"]]
+    assert of_cup[0]["images"] == of_cup[1]["images"] == of_cup[2]["images"] == 2
+    assert len([*(tmp_path / "plus").glob("tgt_image/*/*.jpg")]) == 8
+    page = (tmp_path / "out" / "report.html").read_text()
+    for words in ("Quality gate", "How strong should it be?", "No gallery, as only one concept"):
+        assert words in page
+        assert words not in (output / "report.html").read_text()
+    assert evaluate(world, world / "run", tmp_path / "o", "--gate", "--gate_rank1", "2") == 2
+    assert evaluate(world, world / "run", tmp_path / "o", "--scales", "half") == 2
+
+
 @torch.no_grad()
 def dino_vectors(model, arrays):
     processor = transformers.BitImageProcessor(

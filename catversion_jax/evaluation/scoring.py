@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.scores import PromptScores, RealImages, Scores, SubjectScores
 from catversion_jax.evaluation.subjects import References, Subject
-from catversion_jax.evaluation.vectors import Judged, Photos, View
+from catversion_jax.evaluation.vectors import Judged, View
 from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder, ImageEmbedder
 
 
@@ -96,41 +97,23 @@ class Scorer:
         pixels = [read_pixels(image.path) for image in found]
         masks = self._masks(subject, found, pixels)
         number = [image.prompt for image in found]
-        crops = _crops(pixels, masks, self.clip)
+        look = functools.partial(_view, pixels=pixels, masks=masks, references=references)
+        dino = self.dino
         # an empty edit text has no score; its place is taken by the prompt and never read
         edit_vectors = self.clip.texts([edit or f for edit, f in zip(edits, filled, strict=True)])
-        trained = self._photos(references)
-        held_out = None if references.held_out is None else self._photos(references.held_out)
         return _Vectors(
-            generated=self.clip.images(pixels),
-            trained=trained,
-            held_out=held_out,
-            masked=_embedded(crops, self.clip),
-            has_crop=np.array([crop is not None for crop in crops]),
+            whole=look(self.clip),
+            masked=look(self.clip, masked=True),
+            dino=None if dino is None else look(dino),
+            dino_masked=look(dino, masked=True) if dino and dino.judges_objects else None,
+            judge="CLIP" if dino is None else dino.kind,
+            held_out=references.held_out is not None,
+            has_crop=np.array([mask is not None and bool((mask >= 128).any()) for mask in masks]),
             has_mask=np.array([mask is not None for mask in masks]),
+            trained_masks=sum(mask is not None for mask in references.masks),
             edits=edit_vectors[number],
             has_edit=np.array([bool(edits[i]) for i in number]),
             prompts=self.clip.texts(filled)[number],
-            dino=None if self.dino is None else self.dino.images(pixels),
-            dino_masked=self._dino_masked(pixels, masks),
-            judge="CLIP" if self.dino is None else self.dino.kind,
-        )
-
-    def _dino_masked(
-        self, pixels: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]
-    ) -> np.ndarray | None:
-        if self.dino is None or not self.dino.judges_objects:
-            return None
-        return _embedded(_crops(pixels, masks, self.dino), self.dino)
-
-    def _photos(self, references: References) -> Photos:
-        pictures, masks = references.pictures, references.masks
-        return Photos(
-            whole=self.clip.images(pictures),
-            masked=_embedded(_crops(pictures, masks, self.clip), self.clip),
-            masks=sum(mask is not None for mask in masks),
-            dino=None if self.dino is None else self.dino.images(pictures),
-            dino_masked=self._dino_masked(pictures, masks),
         )
 
     def _masks(
@@ -149,60 +132,65 @@ class Scorer:
         return masks
 
 
-def _crops(
-    pictures: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], embedder: ImageEmbedder
-) -> list[np.ndarray | None]:
-    """Objects alone, on the colour that the embedder sees as zero; None without an object."""
-    return [
-        None if mask is None else masked_crop(picture, mask, embedder.mean)
-        for picture, mask in zip(pictures, masks, strict=True)
-    ]
+def _view(
+    embedder: ImageEmbedder,
+    *,
+    pixels: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray | None],
+    references: References,
+    masked: bool = False,
+) -> View:
+    """Pictures and photos as an embedder sees them: whole, or objects alone, those that have one."""
 
+    def vectors(pictures: Sequence[np.ndarray], of: Sequence[np.ndarray | None]) -> np.ndarray:
+        if not masked:
+            return embedder.images(pictures)
+        pairs = zip(pictures, of, strict=True)
+        crops = [masked_crop(p, mask, embedder.mean) for p, mask in pairs if mask is not None]
+        return embedder.images([crop for crop in crops if crop is not None])
 
-def _embedded(crops: Sequence[np.ndarray | None], embedder: ImageEmbedder) -> np.ndarray:
-    return embedder.images([crop for crop in crops if crop is not None])
+    trained, held_out = vectors(references.pictures, references.masks), references.held_out
+    photos = trained if held_out is None else vectors(held_out.pictures, held_out.masks)
+    return View(vectors(pixels, masks), photos, trained)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Vectors:
-    """Unit vectors of one concept's images, row by row; ``masked`` only of those with an object."""
+    """Unit vectors of one concept's images, row by row; the masked ones only of those with an
+    object.
+    """
 
-    generated: Float[np.ndarray, "n E"]
-    trained: Photos
-    held_out: Photos | None
-    masked: Float[np.ndarray, "m E"]
+    whole: View
+    masked: View
+    dino: View | None
+    dino_masked: View | None
+    judge: str
+    held_out: bool
     has_crop: np.ndarray
     has_mask: np.ndarray
+    trained_masks: int
     edits: Float[np.ndarray, "n E"]
     has_edit: np.ndarray
     prompts: Float[np.ndarray, "n E"]
-    dino: Float[np.ndarray, "n F"] | None
-    dino_masked: Float[np.ndarray, "m F"] | None
-    judge: str
-
-    @property
-    def photos(self) -> Photos:
-        """What images are compared with."""
-        return self.trained if self.held_out is None else self.held_out
 
     def scores(self, rows: np.ndarray) -> Scores:
         """Scores of some of the images."""
-        generated, photos = self.generated[rows], self.photos
-        image = mean_pairwise_cosine(generated, photos.whole)
+        generated = self.whole.drawn[rows]
+        image = mean_pairwise_cosine(generated, self.whole.photos)
         crop_rows = (np.cumsum(self.has_crop) - 1)[rows[self.has_crop[rows]]]
-        masked = mean_pairwise_cosine(self.masked[crop_rows], photos.masked)
+        masked = mean_pairwise_cosine(self.masked.drawn[crop_rows], self.masked.photos)
         with_edit = rows[self.has_edit[rows]]
-        text = _mean(matched_cosines(self.generated[with_edit], self.edits[with_edit]))
-        nearest = nearest_reference(generated, self.trained.whole)
-        limit = copy_limit(self.trained.whole)
+        text = _mean(matched_cosines(self.whole.drawn[with_edit], self.edits[with_edit]))
+        nearest = nearest_reference(generated, self.whole.trained)
+        limit = copy_limit(self.whole.trained)
         dino = dino_max = dino_masked = dino_masked_max = None
-        if self.dino is not None and photos.dino is not None:
-            dino = mean_pairwise_cosine(self.dino[rows], photos.dino)
-        if self.dino_masked is not None and photos.dino_masked is not None:
-            crops = self.dino_masked[crop_rows]
-            dino_max = mean_nearest_cosine(self.dino[rows], photos.dino)
-            dino_masked = mean_pairwise_cosine(crops, photos.dino_masked)
-            dino_masked_max = mean_nearest_cosine(crops, photos.dino_masked)
+        if self.dino is not None:
+            dino = mean_pairwise_cosine(self.dino.drawn[rows], self.dino.photos)
+        if self.dino is not None and self.dino_masked is not None:
+            crops, photos = self.dino_masked.drawn[crop_rows], self.dino_masked.photos
+            dino_max = mean_nearest_cosine(self.dino.drawn[rows], self.dino.photos)
+            dino_masked = mean_pairwise_cosine(crops, photos)
+            dino_masked_max = mean_nearest_cosine(crops, photos)
         return Scores(
             images=len(rows),
             image_alignment=image,
@@ -223,36 +211,29 @@ class _Vectors:
 
     def judged(self) -> Judged:
         """What a gallery compares: vectors of DINOv2 or the judge, CLIP's without them."""
-        trained, photos = self.trained, self.photos
-        if self.dino_masked is not None:
-            judge = self.judge
-            whole = View(self.dino, photos.dino, trained.dino)
-            masked = View(self.dino_masked, photos.dino_masked, trained.dino_masked)
-        else:
-            judge = "CLIP"
-            whole = View(self.generated, photos.whole, trained.whole)
-            masked = View(self.masked, photos.masked, trained.masked)
-        return Judged(judge, whole, masked, self.held_out is not None)
+        if self.dino is not None and self.dino_masked is not None:
+            return Judged(self.judge, self.dino, self.dino_masked, self.held_out)
+        return Judged("CLIP", self.whole, self.masked, self.held_out)
 
     def real(self) -> RealImages:
         """Scores of the training images among themselves, or against the held-out ones."""
-        trained, held_out = self.trained, self.held_out
 
-        def ceiling(of: Callable[[Photos], np.ndarray | None]) -> float | None:
-            left, right = of(trained), None if held_out is None else of(held_out)
-            if left is None:
+        def ceiling(view: View | None) -> float | None:
+            if view is None:
                 return None
-            return among_themselves(left) if right is None else mean_pairwise_cosine(left, right)
+            if self.held_out:
+                return mean_pairwise_cosine(view.trained, view.photos)
+            return among_themselves(view.trained)
 
         return RealImages(
-            ceiling(lambda photos: photos.whole),
-            ceiling(lambda photos: photos.masked),
-            ceiling(lambda photos: photos.dino),
-            copy_limit(trained.whole),
-            len(trained.whole),
-            trained.masks,
-            trained.masks - len(trained.masked),
-            ceiling(lambda photos: photos.dino_masked),
+            ceiling(self.whole),
+            ceiling(self.masked),
+            ceiling(self.dino),
+            copy_limit(self.whole.trained),
+            len(self.whole.trained),
+            self.trained_masks,
+            self.trained_masks - len(self.masked.trained),
+            ceiling(self.dino_masked),
         )
 
 

@@ -40,14 +40,3 @@ class Judged:
     whole: View
     masked: View
     held_out: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Photos:
-    """Vectors of photos; ``masked`` only of those with an object, ``masks`` of all with a mask."""
-
-    whole: Float[np.ndarray, "r E"]
-    masked: Float[np.ndarray, "q E"]
-    masks: int
-    dino: Float[np.ndarray, "r F"] | None
-    dino_masked: Float[np.ndarray, "q F"] | None

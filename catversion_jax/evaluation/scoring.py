@@ -140,7 +140,7 @@ def _view(
     references: References,
     masked: bool = False,
 ) -> View:
-    """Pictures and photos as an embedder sees them: whole, or objects alone, those that have one."""
+    """Pictures and photos as an embedder sees them: whole, or those with an object, that alone."""
 
     def vectors(pictures: Sequence[np.ndarray], of: Sequence[np.ndarray | None]) -> np.ndarray:
         if not masked:

@@ -3,8 +3,10 @@
 ``--development`` writes others, to choose a recipe on before the held-out ones are touched.
 ``--named`` writes individuals that the model was trained to draw by name, with that name in the
 base class: what the plain model makes of them is what the best concept could reach.
-``--foreign`` writes 29 of icon families and scene drawings that no world holds. Five pictures
-each (``1.png`` ... with ``1.mask.png`` ...) on different backgrounds, and ``concept.json``.
+``--foreign`` writes 29 of icon families and scene drawings that no world holds. ``--training N``
+writes N individuals of the first world's training drawings, first as they are and then each in a
+random colouring that is not held out: what a concept encoder is fitted on. Five pictures each
+(``1.png`` ... with ``1.mask.png`` ...) on different backgrounds, and ``concept.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,16 @@ from compose import picture
 from foreign import foreign_picture, foreign_sprites, foreigners
 from PIL import Image
 from sprites import Sprites, load_sprites
-from world import SCENES, Instance, development, held_out, named_instances
+from world import (
+    SCENES,
+    Colouring,
+    Instance,
+    development,
+    held_out,
+    held_out_drawings,
+    named_instances,
+    random_colouring,
+)
 
 IMAGES = 5
 PLAIN = ("white", "gray", "blue", "green", "yellow")
@@ -31,6 +42,25 @@ def named(sprites: Sprites) -> dict[str, Instance]:
     drawings = [drawing for drawing in sprites.drawings if drawing.is_of_first_world]
     chosen = random.Random(5).sample(named_instances(drawings), NAMED)
     return {instance.name: instance for instance in chosen}
+
+
+def training(sprites: Sprites, count: int) -> dict[str, tuple[Instance, random.Random]]:
+    """Individuals of the training, and what draws their pictures: each training drawing of the
+    first world in its own colours, then in others.
+    """
+    drawings = [
+        drawing
+        for drawing in sprites.drawings
+        if drawing.is_of_first_world and drawing.key not in held_out_drawings()
+    ]
+    found = {}
+    for number in range(count):
+        drawing, rng = drawings[number % len(drawings)], random.Random(f"training {number}")
+        natural = number < len(drawings)
+        colouring = Colouring() if natural else random_colouring(rng, drawing.key)
+        name = f"{number:04d}_{drawing.class_word.replace(' ', '_')}"
+        found[name] = Instance(drawing.key, colouring), rng
+    return found
 
 
 def write(folder: Path, pictures: list[tuple[np.ndarray, np.ndarray]], base_class: str) -> None:
@@ -57,6 +87,7 @@ def main() -> None:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--development", action="store_true", help="instead of the held-out ones")
     instead.add_argument("--named", action="store_true", help="instead of the held-out ones")
+    instead.add_argument("--training", type=int, metavar="N", help="instead of the held-out ones")
     instead.add_argument("--foreign", action="store_true", help="instead of the held-out ones")
     parser.add_argument("--only", nargs="*", help="names; all otherwise")
     args = parser.parse_args()
@@ -73,14 +104,15 @@ def main() -> None:
             write(args.out / person.name, pictures, person.class_word)
         return
     sprites = load_sprites(args.work)
-    if args.named:
-        instances = named(sprites)
+    if args.training:
+        people = training(sprites, args.training)
     else:
         instances = development() if args.development else held_out()
-    for name, instance in instances.items():
+        instances = named(sprites) if args.named else instances
+        people = {name: (one, random.Random(name)) for name, one in instances.items()}
+    for name, (instance, rng) in people.items():
         if args.only and name not in args.only:
             continue
-        rng = random.Random(name)
         index = sprites.index(instance.drawing)
         pictures = [
             picture(sprites, index, instance.colouring, place, "photo", rng)

@@ -1,5 +1,6 @@
 """Training on Stable Diffusion XL: gradients as autograd's, concepts apart, the whole command."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from running import arguments, final_files
 from safetensors.numpy import load_file
 from tiny_pipelines import save_clip
 from tiny_xl import load_xl, residuals
-from torch_reference import concatenated_attention, relative_error
+from torch_reference import concatenated_attention, draw, relative_error
 from training_cases import config, optimizer, train_step
 
 from catversion_jax.cli import main
@@ -29,6 +30,7 @@ from catversion_jax.integrations.diffusers import load_catversion
 from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.learned import stack_learned
 from catversion_jax.methods.per_encoder import PerEncoder
+from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.stable_diffusion import Backbone, abstract_backbone, load_backbone
 from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.runtime.sharding import make_mesh, place_by_concept, replicated
@@ -59,18 +61,36 @@ def lower_text(backbone: Backbone, prompts: list[str]) -> tuple[LowerStates, ...
     )
 
 
-def test_losses_and_gradients_equal_torch_autograd(one_block_xl_folder, backbone):
-    """Of two concepts with two images each, to both residuals, through context and pooled."""
+@pytest.mark.parametrize("num_states", [0, 2])
+def test_losses_and_gradients_equal_torch_autograd(one_block_xl_folder, backbone, num_states):
+    """Of two concepts with two images each, to both residuals and to what stands behind both
+    encoders, through context and pooled; with such states outside a mask the plain model is
+    preserved.
+    """
     rng = np.random.default_rng(5)
     latents, noise = rng.normal(size=(2, 2, 2, 4, 16, 16)).astype(np.float32)
     timesteps = np.array([[10, 700], [420, 999]])
     prompts = [["a teapot", "the teapot on a hill"], ["a red cat!", "cat"]]
     concepts = [residuals(seed) for seed in range(2)]
+    names = ("key", "value")
+    if num_states:
+        names += ("states",)
+        concepts = [
+            concept.with_parts(
+                lambda part, seed=seed: dataclasses.replace(
+                    part, states=draw(num_states, part.width, seed=seed)
+                )
+            )
+            for seed, concept in enumerate(concepts)
+        ]
     given = [
-        [[torch.tensor(a, requires_grad=True) for a in (part.key, part.value)] for part in c.parts]
+        [[torch.tensor(getattr(part, n), requires_grad=True) for n in names] for part in c.parts]
         for c in concepts
     ]
+    preserved = 0.5 if num_states else 0.0
+    mask = (draw(2, 2, 16, 16, seed=8) > 0).astype(np.float32) if num_states else None
     pipe = load_xl(one_block_xl_folder)
+    plain = [pipe.encode_prompt(rows, do_classifier_free_guidance=False) for rows in prompts]
 
     def torch_loss(concept: int) -> torch.Tensor:
         for encoder, part, pair in zip(
@@ -83,7 +103,7 @@ def test_losses_and_gradients_equal_torch_autograd(one_block_xl_folder, backbone
             for row, layer in enumerate(part.layers):
                 module = layers[layer].self_attn
                 module.forward = functools.partial(
-                    concatenated_attention, module, *(array[row] for array in pair)
+                    concatenated_attention, module, *(array[row] for array in pair[:2])
                 )
         context, _, pooled, _ = pipe.encode_prompt(
             prompts[concept], do_classifier_free_guidance=False
@@ -92,8 +112,21 @@ def test_losses_and_gradients_equal_torch_autograd(one_block_xl_folder, backbone
         clean, eps = torch.tensor(latents[concept]), torch.tensor(noise[concept])
         added = {"text_embeds": pooled, "time_ids": torch.tensor(TIME_IDS)}
         noisy = peer_schedule(backbone).add_noise(clean, eps, steps)
+        if num_states:
+            behind = torch.cat([states for *_, states in given[concept]], dim=-1)
+            context = torch.cat([context, behind.expand(len(context), -1, -1)], dim=1)
         prediction = pipe.unet(noisy, steps, context, added_cond_kwargs=added).sample
-        return ((prediction - eps) ** 2).mean()
+        error = (prediction - eps) ** 2
+        if mask is None:
+            return error.mean()
+        with torch.no_grad():
+            context, _, pooled, _ = plain[concept]
+            own = pipe.unet(
+                noisy, steps, context, added_cond_kwargs=added | {"text_embeds": pooled}
+            )
+        on = torch.tensor(mask[concept])[:, None]
+        weighed = on * error + preserved * (1 - on) * (prediction - own.sample) ** 2
+        return (weighed / (on + preserved * (1 - on)).mean((1, 2, 3), keepdim=True)).mean()
 
     losses = [torch_loss(concept) for concept in range(2)]
     sum(losses).backward()
@@ -104,7 +137,11 @@ def test_losses_and_gradients_equal_torch_autograd(one_block_xl_folder, backbone
         noise.transpose(0, 1, 3, 4, 2),
         timesteps.astype(np.int32),
         jax.tree.map(lambda *rows: np.stack(rows), *lower),
-        time_ids=np.stack([TIME_IDS] * 2),
+        mask,
+        np.stack([TIME_IDS] * 2),
+        plain=TextStates(*(torch.stack([one[i] for one in plain]).detach().numpy() for i in (0, 2)))
+        if num_states
+        else None,
     )
 
     @jax.jit
@@ -112,7 +149,14 @@ def test_losses_and_gradients_equal_torch_autograd(one_block_xl_folder, backbone
     def ours(learned, text_encoders, unet):
         schedule = noise_schedule(backbone.noise_schedule)
         found = diffusion_losses(
-            learned, text_encoders, unet, batch, schedule, first_layers=FIRST_LAYERS
+            learned,
+            text_encoders,
+            unet,
+            batch,
+            schedule,
+            first_layers=FIRST_LAYERS,
+            unmasked_weight=0.0,
+            preserve_weight=preserved,
         )
         return found.sum(), found
 
@@ -120,9 +164,11 @@ def test_losses_and_gradients_equal_torch_autograd(one_block_xl_folder, backbone
     (_, found), grads = ours(stacked, backbone.text_encoders, backbone.unet)
     np.testing.assert_allclose(found, [loss.item() for loss in losses], rtol=1e-4)
     for index, part in enumerate(grads.parts):
-        for place, mine in enumerate((part.key, part.value)):
+        for place, name in enumerate(names):
+            mine = getattr(part, name)
             theirs = torch.stack([given[concept][index][place].grad for concept in range(2)])
-            assert theirs.abs().amax((0, 2, 3, 4)).min() > 0  # every layer's, the last one's too
+            # every layer's, the last one's too, and every state's
+            assert theirs.abs().amax((0, *range(2, theirs.ndim))).min() > 0
             assert relative_error(mine, theirs) < 1e-3
 
 

@@ -7,6 +7,7 @@ around the weights is no part of it: a concept goes with an encoder that carries
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,9 @@ def _weights_of(concept: LoadedConcept) -> dict[str, torch.Tensor] | None:
     try:
         model = Path(concept.base_model)
         if model.is_file():
-            from catversion_jax.models.weights.single_file import SingleFile
-
-            stored = SingleFile(model).tensors(name)
+            # by name: an exported pipeline, which has this function too, goes on without the package
+            reader = importlib.import_module("catversion_jax.models.weights.single_file")
+            stored = reader.SingleFile(model).tensors(name)
             tensors = {k: torch.tensor(np.asarray(v, np.float32)) for k, v in stored.items()}
         elif (model / inside).is_file():
             tensors = safetensors.torch.load_file(model / inside)

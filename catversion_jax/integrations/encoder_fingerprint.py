@@ -168,7 +168,7 @@ def _weights_of(concept: LoadedConcept) -> dict[str, torch.Tensor] | None:
     try:
         model = Path(concept.base_model)
         if model.is_file():
-            # by name: an exported pipeline, which has this function too, goes on without the package
+            # by name: an exported pipeline, which has this function too, has no such package
             reader = importlib.import_module("catversion_jax.models.weights.single_file")
             stored = reader.SingleFile(model).tensors(name)
             tensors = {k: torch.tensor(np.asarray(v, np.float32)) for k, v in stored.items()}

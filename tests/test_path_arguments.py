@@ -13,6 +13,8 @@ from catversion_jax.cli.paths import path_argument
 # instead: a path that is read in another way takes "gs://bucket" for a folder named "gs:".
 TEXTS = {
     "train": {"config", "overrides"},  # the options of training are read by the config
+    "teach": {"photos", "base_class", "model", "name"},
+    "fit-start": {"concepts", "overrides", "config", "clip"},
     "plan": {"config", "overrides", "tpu", "gpu"},
     "check": {
         "concepts",
@@ -28,7 +30,7 @@ TEXTS = {
     "generate": {"model", "revision", "variant", "prompt", "concept", "negative_prompt", "sampler"}
     | {"prediction_type"},
     "evaluate": {"clip", "prompts", "concepts", "base_class", "model", "revision", "variant"}
-    | {"dino", "classes", "sampler", "prediction_type"},
+    | {"dino", "classes", "sampler", "scales", "prediction_type"},
     "export": {"concept", "model", "revision", "variant", "prompt", "negative_prompt"}
     | {"prediction_type"},
     "import": {"base_class", "name", "model", "variant"},
@@ -66,7 +68,7 @@ def test_output_folders_are_paths():
         if action.dest == "output_dir" and command != "train"
     }
     assert {command for command, _ in outputs} == {
-        "generate", "evaluate", "export", "import", "masks",
+        "generate", "evaluate", "export", "import", "masks", "teach",
     }  # fmt: skip
     assert set(outputs.values()) == {path_argument}
 

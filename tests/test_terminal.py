@@ -170,7 +170,7 @@ def test_ctrl_c_while_modules_are_imported_ends_the_process(tmp_path: Path) -> N
     assert time.monotonic() - started < 5
     assert process.returncode == 130
     assert "swallowed" not in out
-    assert "interrupted; run the same command again" in err
+    assert "interrupted; finished files are kept. Run the same command again" in err
     assert "Traceback" not in err
 
 

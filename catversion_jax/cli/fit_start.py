@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 
+from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.progress import progress
 from catversion_jax.config import load_config
 
@@ -21,7 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("concepts", metavar="CONCEPTS", help="folder or manifest of the concepts to fit on")
     add("overrides", nargs="*", metavar="key=value", help="options that win over the file")
-    add("--out", required=True, metavar="FILE", help="the .safetensors file to write")
+    add(
+        "--out",
+        required=True,
+        type=path_argument,
+        metavar="FILE",
+        help="the .safetensors file to write",
+    )
     add("--config", metavar="FILE", help="YAML file of options")
     add("--clip", metavar="FOLDER", help="CLIPModel that sees the photos [the model's own clip/]")
     add("--num_steps", type=int, default=1500, help="updates of the concept encoder [1500]")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from catversion_jax.assets import embedded_folder
 from catversion_jax.cli import train
+from catversion_jax.cli.paths import path_argument
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
@@ -30,8 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base_class", required=True, metavar="WORD", help="what the thing is, such as teapot")
     add("--model", default="tiny-sd", help="model to teach it to [tiny-sd]")
     add("--name", help="what the concept is called [the folder's name, or the base class]")
-    add("--output_dir", metavar="FOLDER", help="where the result goes [taught/NAME]")
-    add("--start", metavar="FILE", help="file of a concept encoder [the model's own]")
+    add(
+        "--output_dir",
+        type=path_argument,
+        metavar="FOLDER",
+        help="where the result goes [taught/NAME]",
+    )
+    add(
+        "--start",
+        type=path_argument,
+        metavar="FILE",
+        help="file of a concept encoder [the model's own]",
+    )
     add("--updates", type=int, help="updates [25 from a prediction, else 200]")
 
 

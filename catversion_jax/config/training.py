@@ -19,6 +19,7 @@ from catversion_jax.config.objective import ObjectiveOptions
 from catversion_jax.config.optimizer import OptimizerOptions
 from catversion_jax.config.options import Options, option, statement_of
 from catversion_jax.config.recording import RecordingOptions
+from catversion_jax.errors import shown
 
 G = TypeVar("G", bound=Options)
 
@@ -109,8 +110,8 @@ class TrainConfig(
         for name in ("start", "start_clip"):
             if getattr(self, name) is not None and self.init != "predicted":
                 problems.append(
-                    f"{name}={getattr(self, name)}: is read with init=predicted only, and init is "
-                    f"{self.init}. Give init=predicted too, or leave {name} out."
+                    f"{name}={shown(getattr(self, name))}: is read with init=predicted only, and "
+                    f"init is {self.init}. Give init=predicted too, or leave {name} out."
                 )
         if self.train_batch_size % self.data_parallel:
             problems.append(

@@ -146,7 +146,8 @@ def _checked_parts(
       KeyError, ValueError: one of them is missing or out of its rule; the message names it.
     """
     second = any(key.startswith(_prefix(PAIR[1])) for key in own)
-    components = PAIR if own["format_version"] == "3" or second else ("",)
+    version = int(own["format_version"])
+    components = PAIR if version == 3 or (version > 3 and second) else ("",)
     layers = [_checked_layers(own, f"{_prefix(component)}layers") for component in components]
     names = [
         f"{_prefix(component)}layers.{i}.{half}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from catversion_jax.array_types import Float
 from catversion_jax.concepts.images import LoadedImage
 from catversion_jax.config import MethodOptions
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.concept_encoder import ConceptEncoder, load_concept_encoder
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.embedders import ClipEmbedder
@@ -64,8 +65,8 @@ class StartPredictor:
         clip = ClipEmbedder(_clip_folder(method.start_clip or encoder.clip, backbone))
         if clip.sha256 != encoder.clip_sha256:
             raise CatVersionError(
-                f"start_clip={clip.name}: is not the CLIP that the concept encoder was fitted with "
-                f"({encoder.clip}, sha256 {encoder.clip_sha256:.12}; this one has "
+                f"start_clip={shown(clip.name)}: is not the CLIP that the concept encoder was "
+                f"fitted with ({encoder.clip}, sha256 {encoder.clip_sha256:.12}; this one has "
                 f"{clip.sha256:.12}). Give its folder as start_clip."
             )
         return cls(encoder, clip)
@@ -92,7 +93,14 @@ def clip_for(given: str | None, backbone: Backbone) -> tuple[str, ClipEmbedder]:
 
 
 def _clip_folder(name: str, backbone: Backbone) -> str | Path:
-    return backbone.folder / OWN_CLIP if name == OWN_CLIP else name
+    if name == OWN_CLIP:
+        return backbone.folder / OWN_CLIP
+    if not os.path.isdir(name):
+        raise CatVersionError(
+            f"CLIP {shown(name)}: no such folder. Give a transformers CLIPModel folder, for "
+            "init=predicted the one that the concept encoder was fitted with (start_clip)."
+        )
+    return name
 
 
 def photo_states(clip: ClipEmbedder, images: Sequence[LoadedImage]) -> Float[np.ndarray, "M D"]:

@@ -162,6 +162,16 @@ def finished(made_once: Callable[..., Path], one_block_sd_folder: Path, toys: Pa
 
 
 @pytest.fixture(scope="session")
+def one_block_inpainting_folder(made_once: Callable[..., Path]) -> Path:
+    """Nine channels, as runwayml/stable-diffusion-inpainting."""
+    _need_diffusers()
+    from tiny_pipelines import save_tiny_sd
+
+    save = functools.partial(save_tiny_sd, blocks=1, in_channels=9)
+    return made_once("one-block-inpainting", save)
+
+
+@pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """The folder of tiny-sd, the small trained model that ships with the package."""
     folder = embedded_folder("tiny-sd")

@@ -17,15 +17,14 @@ from catversion_jax.sampling.requests import ImageRequest
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
-from tiny_pipelines import load_pipe, save_tiny_sd  # noqa: E402
+from tiny_pipelines import load_inpainting_pipe  # noqa: E402
 
 SETTINGS = SamplingSettings(num_inference_steps=3)
 
 
 @pytest.fixture(scope="module")
-def folder(made_once):
-    """Nine channels, as runwayml/stable-diffusion-inpainting."""
-    return made_once("one-block-inpainting", lambda f: save_tiny_sd(f, blocks=1, in_channels=9))
+def folder(one_block_inpainting_folder):
+    return one_block_inpainting_folder
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +46,7 @@ def picture(width=40, height=24):
 
 def drawn_by_diffusers(folder, latents, kept, monkeypatch):
     """From the mean of the posterior, where the pipeline draws from it."""
-    plain = load_pipe(folder)
-    pipe = diffusers.StableDiffusionInpaintPipeline(
-        plain.vae, plain.text_encoder, plain.tokenizer, plain.unet, plain.scheduler, None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_inpainting_pipe(folder)
     distribution = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
     monkeypatch.setattr(distribution, "sample", lambda self, *args, **kwargs: self.mode())
     return pipe(

@@ -25,7 +25,7 @@ from catversion_jax.training.start import planned_step
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
-from tiny_pipelines import load_pipe, make_residual, save_tiny_sd, write  # noqa: E402
+from tiny_pipelines import load_inpainting_pipe, load_pipe, make_residual, write  # noqa: E402
 from torch_reference import concatenated_attention, relative_error  # noqa: E402
 
 from catversion_jax.integrations.diffusers import load_catversion  # noqa: E402
@@ -35,8 +35,8 @@ no_grad = torch.no_grad()
 
 
 @pytest.fixture(scope="module")
-def folder(made_once):
-    return made_once("one-block-inpainting", lambda f: save_tiny_sd(f, blocks=1, in_channels=9))
+def folder(one_block_inpainting_folder):
+    return one_block_inpainting_folder
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_what_is_kept_is_what_the_pipeline_reads(folder, backbone, monkeypatch):
     assert kept.shape == (NUM_AREAS, 2, 8, 8, 5)
     distribution = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
     monkeypatch.setattr(distribution, "sample", lambda self, *args, **kwargs: self.mode())
-    pipe = inpainting_pipe(folder)
+    pipe = load_inpainting_pipe(folder)
     for area, both in zip(areas, kept, strict=True):
         for flip, mine in zip((1, -1), both, strict=True):
             mask = torch.tensor(area[None, None, :, ::flip].astype(np.float32))
@@ -110,16 +110,6 @@ def test_the_planned_step_is_that_of_training(folder, backbone):
     _, data, *_ = abstract_arguments(planned, mesh, num_rows=3, max_images=5)
     assert data.kept.shape == (3, 5, *real.shape[1:])
     assert data.kept.dtype == real.dtype
-
-
-def inpainting_pipe(folder):
-    plain = load_pipe(folder)
-    pipe = diffusers.StableDiffusionInpaintPipeline(
-        plain.vae, plain.text_encoder, plain.tokenizer, plain.unet, plain.scheduler, None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_loss_and_gradient_equal_torch_autograd(folder, backbone):
@@ -216,7 +206,7 @@ def test_an_exported_folder_paints_with_the_concept(folder, tmp_path):
             height=SIDE, width=SIDE, generator=torch.Generator().manual_seed(0),
         ).images  # fmt: skip
 
-    stock = inpainting_pipe(folder)
+    stock = load_inpainting_pipe(folder)
     plain = painted(stock)
     load_catversion(stock, file, force=True)
     expected = painted(stock)

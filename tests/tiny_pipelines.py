@@ -12,6 +12,7 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -113,6 +114,16 @@ def load_pipe(
     pipe = copy.copy(loaded_once(folder, dtype))
     pipe.text_encoder, pipe.unet = copy.deepcopy((pipe.text_encoder, pipe.unet))
     pipe.text_encoder.set_attn_implementation(implementation)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_inpainting_pipe(folder: Path) -> StableDiffusionInpaintPipeline:
+    plain = load_pipe(folder)
+    pipe = StableDiffusionInpaintPipeline(
+        plain.vae, plain.text_encoder, plain.tokenizer, plain.unet, plain.scheduler, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from catversion_jax.assets import embedded_folder
 from catversion_jax.cli import train
 from catversion_jax.cli.paths import path_argument
+from catversion_jax.config.method import START_FILE
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
 
-START_FILE = "start.safetensors"
 UPDATES = {True: 25, False: 200}
 """Of a concept that starts from a prediction, and of one that does not (``preset=fast``)."""
 

@@ -7,6 +7,9 @@ from typing import Literal
 
 from catversion_jax.config.options import Options, option
 
+START_FILE = "start.safetensors"
+"""The concept encoder that a model folder may have of its own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodOptions(Options):

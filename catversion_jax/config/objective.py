@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from catversion_jax.config.options import Options, option
 
@@ -72,6 +72,15 @@ class ObjectiveOptions(Options):
         if self.masked_training:
             return "masked_training=true"
         return f"preserve_weight={self.preserve_weight:g}" if self.preserves else ""
+
+    @property
+    def loss_weights(self) -> dict[str, Any]:
+        """The arguments of ``diffusion_losses`` that say how a loss is weighed."""
+        return {
+            "snr_gamma": self.snr_gamma,
+            "unmasked_weight": self.photo_weight_outside,
+            "preserve_weight": self.preserve_weight,
+        }
 
     @property
     def photo_weight_outside(self) -> float:

@@ -28,7 +28,7 @@ from catversion_jax.evaluation.subjects import (
     subjects_of_images,
 )
 from catversion_jax.evaluation.tables import Evaluation, write_scores
-from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder
+from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder, own_clip
 from catversion_jax.models.stable_diffusion import Backbone, load_model
 from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.runtime.bucket_paths import as_path
@@ -285,8 +285,8 @@ def _check_concepts(subjects: Sequence[Subject], backbone: Backbone, *, force: b
 def _clip_folder(given: str | Path | None, backbone: Backbone | None) -> str | Path:
     if given is not None:
         return given
-    if backbone is not None and (backbone.folder / "clip" / "config.json").is_file():
-        return backbone.folder / "clip"
+    if backbone is not None and (own := own_clip(backbone.folder)):
+        return own
     raise CatVersionError(
         "--clip: needed, the model has no clip/ folder of its own. Give a transformers CLIPModel "
         "folder; openai/clip-vit-base-patch32 for published comparisons."

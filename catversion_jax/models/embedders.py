@@ -32,6 +32,7 @@ from catversion_jax.models.weights.network import Network
 from catversion_jax.runtime.batches import full_batches
 
 BATCH = 16
+OWN_CLIP = "clip"
 # Where preprocessor_config.json gives none: OpenAI's CLIP, and ImageNet for DINO.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -154,6 +155,12 @@ class DinoEmbedder(ImageEmbedder):
             return
         network, image_size = load_vit(folder)
         super().__init__(folder, network, image_size, DINO_MEAN, DINO_STD)
+
+
+def own_clip(model: Path) -> Path | None:
+    """The CLIP that a model folder has of its own, in ``clip/``."""
+    folder = model / OWN_CLIP
+    return folder if (folder / "config.json").is_file() else None
 
 
 def folder_sha256(folder: Path) -> str:

@@ -27,7 +27,6 @@ from jax.sharding import Mesh
 
 from catversion_jax.array_types import Bool, Float
 from catversion_jax.concepts import ConceptSpec
-from catversion_jax.concepts.latents import load_concept_images
 from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import CatVersionError
@@ -42,6 +41,7 @@ from catversion_jax.methods.concept_encoder import (
 from catversion_jax.methods.learned import Learned, stack_learned
 from catversion_jax.models.embedders import ClipEmbedder
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.runtime.batches import full_batches
 from catversion_jax.runtime.sharding import (
     CONCEPT_AXIS,
     place_by_concept,
@@ -55,7 +55,9 @@ from catversion_jax.training.preparation import (
     assemble_rows,
     concept_failure,
     describe_concepts,
+    padded,
     prepare_concept,
+    training_images,
 )
 from catversion_jax.training.state import ConceptData
 
@@ -207,7 +209,7 @@ def fit_encoder(
         chosen, visits = order.next()
         own, data, _ = assemble([examples[i].concept for i in chosen])
         seen: dict[str, Any] = {
-            "photos": np.stack([_padded(features[i][0], max_images) for i in chosen]),
+            "photos": np.stack([padded(features[i][0], max_images) for i in chosen]),
             "words": np.stack([features[i][1] for i in chosen]),
             "visits": visits,
         }
@@ -256,18 +258,17 @@ def held_out_losses(
     )
     size = mesh.shape[CONCEPT_AXIS]
     found: list[Mapping[str, float]] = []
-    for first in range(0, len(examples), size):
-        some = examples[first : first + size]
-        filled = [*some, *[some[-1]] * (size - len(some))]
+    for rows in full_batches(len(examples), size):
+        batch = [examples[row] for row in rows]
         own, data, plain_data = assemble_rows(
-            [one.concept for one in filled],
+            [one.concept for one in batch],
             backbone,
             objective,
             max_images=max(len(one.photos) for one in examples),
             max_prompts=max(len(one.concept.prompts) for one in examples),
         )
         predicted = stack_learned(
-            [encoder.start(one.photos, one.word, one.concept.learned) for one in filled]
+            [encoder.start(one.photos, one.word, one.concept.learned) for one in batch]
         )
         given: dict[str, tuple[Learned | None, ConceptData]] = {
             "plain": (None, plain_data),
@@ -280,7 +281,8 @@ def held_out_losses(
             learned, seen, is_due = place_by_concept((*one, due), mesh)
             found_now = evaluate(learned, seen, is_due, backbone.text_encoders, backbone.unet)
             losses[name] = np.asarray(found_now)
-        found += [{k: float(v[i]) for k, v in losses.items()} for i in range(len(some))]
+        found += [{k: float(v[i]) for k, v in losses.items()} for i in range(size)]
+    found = found[: len(examples)]
     means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
     return HeldOutLosses(len(found), **means)
 
@@ -310,10 +312,6 @@ class _Order:
             visits.append(self._visits[index])
             self._visits[index] += 1
         return chosen, np.array(visits, np.int32)
-
-
-def _padded(photos: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(photos, ((0, length - len(photos)), (0, 0)))
 
 
 def read_examples(
@@ -350,15 +348,19 @@ def read_examples(
         masked=bool(objective.needs_masks),
     )
     examples = []
-    resolution = data.resolution or backbone.default_resolution
     for number, spec in enumerate(concepts, 1):
         try:
             if spec.name in records:
+                images = training_images(spec, backbone, data)
                 prepared = prepare_concept(
-                    spec, records[spec.name], backbone, data, method, objective, noise_seed=seed
-                )
-                images = load_concept_images(
-                    spec, resolution=resolution, crop=data.crop, alpha=data.alpha
+                    spec,
+                    records[spec.name],
+                    backbone,
+                    data,
+                    method,
+                    objective,
+                    noise_seed=seed,
+                    images=images,
                 )
                 word = word_embedding(clip, spec.base_class)
                 examples.append(Example(prepared, photo_states(clip, images), word))

@@ -102,9 +102,7 @@ def make_fit_step(
                 batch,
                 schedule,
                 first_layers=first_layers,
-                snr_gamma=objective.snr_gamma,
-                unmasked_weight=objective.photo_weight_outside,
-                preserve_weight=objective.preserve_weight,
+                **objective.loss_weights,
             )
             return losses.mean()
 

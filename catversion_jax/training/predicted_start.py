@@ -12,16 +12,12 @@ import numpy as np
 from catversion_jax.array_types import Float
 from catversion_jax.concepts.images import LoadedImage
 from catversion_jax.config import MethodOptions
+from catversion_jax.config.method import START_FILE
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.concept_encoder import ConceptEncoder, load_concept_encoder
 from catversion_jax.methods.learned import Learned
-from catversion_jax.models.embedders import ClipEmbedder
+from catversion_jax.models.embedders import OWN_CLIP, ClipEmbedder, own_clip
 from catversion_jax.models.stable_diffusion import Backbone
-
-START_FILE = "start.safetensors"
-"""A model folder's own concept encoder."""
-OWN_CLIP = "clip"
-"""A model folder's own CLIP, below it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +79,7 @@ def clip_for(given: str | None, backbone: Backbone) -> tuple[str, ClipEmbedder]:
     Raises:
       CatVersionError: none was given, and the model has none of its own.
     """
-    if given is None and not (backbone.folder / OWN_CLIP / "config.json").is_file():
+    if given is None and own_clip(backbone.folder) is None:
         raise CatVersionError(
             f"clip: needed, {backbone.name} has no {OWN_CLIP}/ folder of its own. Give a "
             "transformers CLIPModel folder, such as openai/clip-vit-large-patch14."
@@ -105,7 +101,7 @@ def _clip_folder(name: str, backbone: Backbone) -> str | Path:
 
 def photo_states(clip: ClipEmbedder, images: Sequence[LoadedImage]) -> Float[np.ndarray, "M D"]:
     """CLIP's pooled states of training images, as they are cropped."""
-    return clip.states([np.round((i.pixels + 1) * 127.5).astype(np.uint8) for i in images])
+    return clip.states([image.picture for image in images])
 
 
 def word_embedding(clip: ClipEmbedder, base_class: str) -> Float[np.ndarray, "E"]:

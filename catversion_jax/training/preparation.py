@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.concepts import ConceptSpec, concept_prompts
+from catversion_jax.concepts.images import LoadedImage
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
 from catversion_jax.concepts.quarantine import concept_errors, grouped
 from catversion_jax.concepts.repainting import areas_to_repaint
@@ -182,6 +183,16 @@ def concept_failure(name: str, error: Exception) -> str:
     return f"{name}: cannot be read ({kind}: {shown(error)}). Look at its files and words."
 
 
+def training_images(spec: ConceptSpec, backbone: Backbone, data: DataOptions) -> list[LoadedImage]:
+    """The concept's images as square pixels of the training resolution.
+
+    Raises:
+      ConceptError: one or more cannot be used.
+    """
+    resolution = data.resolution or backbone.default_resolution
+    return load_concept_images(spec, resolution=resolution, crop=data.crop, alpha=data.alpha)
+
+
 def prepare_concept(
     spec: ConceptSpec,
     record: ConceptRecord,
@@ -191,6 +202,7 @@ def prepare_concept(
     objective: ObjectiveOptions,
     predictor: StartPredictor | None = None,
     noise_seed: int | None = None,
+    images: Sequence[LoadedImage] | None = None,
 ) -> PreparedConcept:
     """Read, check and encode one concept.
 
@@ -203,6 +215,7 @@ def prepare_concept(
       objective: whether the loss needs masks.
       predictor: predicts the start values; None where they are those of ``method.init``.
       noise_seed: of the noise of the start values; None for the predictor's, or the concept's own.
+      images: what :func:`training_images` gave; None decodes them.
 
     Raises:
       ConceptError: an image cannot be used or was changed since the record was made, a prompt has
@@ -212,8 +225,8 @@ def prepare_concept(
     prompts = record.prompts
     with concept_errors(f"{spec.name}: its prompts cannot be tokenized"):
         check_prompts_fit(record, backbone)
-    resolution = data.resolution or backbone.default_resolution
-    images = load_concept_images(spec, resolution=resolution, crop=data.crop, alpha=data.alpha)
+    if images is None:
+        images = training_images(spec, backbone, data)
     unmasked = [
         source.label
         for source, image in zip(spec.images, images, strict=True)
@@ -284,9 +297,7 @@ def prepare_concept(
         with concept_errors(f"{spec.name}: its start values cannot be predicted"):
             learned = predictor.start(images, spec.base_class, own_start)
     text, plain_text = lower_text(record, backbone, learned, token_ids)
-    references = tuple(
-        np.round((image.pixels + 1) * 127.5).astype(np.uint8) for image in images[:2]
-    )
+    references = tuple(image.picture for image in images[:2])
     learned = jax.tree.map(np.asarray, learned)
     return PreparedConcept(
         spec=spec,
@@ -334,9 +345,9 @@ def assemble_rows(
             empty_plain = jax.tree.map(lambda leaf: np.stack([leaf[0]] * num_rows), states)
     arrays: dict[str, Any] = dict(
         rng=jnp.stack([concept_key(row.record.seed) for row in rows]),
-        latent_mean=np.stack([_padded(row.encoded.mean, max_images) for row in rows]),
-        latent_std=np.stack([_padded(row.encoded.std, max_images) for row in rows]),
-        mask=np.stack([_padded(row.encoded.mask, max_images) for row in rows])
+        latent_mean=np.stack([padded(row.encoded.mean, max_images) for row in rows]),
+        latent_std=np.stack([padded(row.encoded.std, max_images) for row in rows]),
+        mask=np.stack([padded(row.encoded.mask, max_images) for row in rows])
         if objective.needs_masks
         else None,
         num_images=np.array([len(row.encoded.mean) for row in rows], np.int32),
@@ -344,11 +355,11 @@ def assemble_rows(
         text=_stacked([row.text for row in rows], max_prompts),
         num_prompts=np.array([len(row.prompts) for row in rows], np.int32),
         empty_text=empty_text,
-        time_ids=np.stack([_padded(row.encoded.time_ids, max_images) for row in rows])
+        time_ids=np.stack([padded(row.encoded.time_ids, max_images) for row in rows])
         if backbone.reads_time_ids
         else None,
         kept=np.stack(
-            [_padded(row.encoded.kept, max_images) for row in rows if row.encoded.kept is not None]
+            [padded(row.encoded.kept, max_images) for row in rows if row.encoded.kept is not None]
         )
         if backbone.inpaints
         else None,
@@ -363,11 +374,12 @@ def assemble_rows(
 
 def _stacked(rows: Sequence[States], max_prompts: int) -> States:
     return jax.tree.map(
-        lambda *leaves: np.stack([_padded(leaf, max_prompts) for leaf in leaves]), *rows
+        lambda *leaves: np.stack([padded(leaf, max_prompts) for leaf in leaves]), *rows
     )
 
 
-def _padded(array: np.ndarray, length: int) -> np.ndarray:
+def padded(array: np.ndarray, length: int) -> np.ndarray:
+    """``array`` with zeros behind it, so that its first axis has ``length``."""
     array = np.asarray(array)
     padding = np.zeros((length - len(array), *array.shape[1:]), array.dtype)
     return np.concatenate([array, padding])

@@ -114,9 +114,7 @@ def make_train_step(
                 batch,
                 schedule,
                 first_layers=[part.first_layer for part in learned.parts],
-                snr_gamma=objective.snr_gamma,
-                unmasked_weight=objective.photo_weight_outside,
-                preserve_weight=objective.preserve_weight,
+                **objective.loss_weights,
                 recompute=recompute,
             )
             return losses.sum(), losses  # a concept's gradient is that of its own loss

@@ -10,13 +10,14 @@ from pathlib import Path
 from catversion_jax.assets import embedded_folder
 from catversion_jax.cli import train
 from catversion_jax.cli.paths import path_argument
-from catversion_jax.config.method import START_FILE
+from catversion_jax.config.method import START_FILE, UPDATES_AFTER_PREDICTION
+from catversion_jax.config.presets import PRESETS
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
 
-UPDATES = {True: 25, False: 200}
-"""Of a concept that starts from a prediction, and of one that does not (``preset=fast``)."""
+UPDATES = {True: UPDATES_AFTER_PREDICTION, False: PRESETS["fast"]["max_train_steps"]}
+"""Of a concept that starts from a prediction, and of one that does not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

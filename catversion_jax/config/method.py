@@ -9,6 +9,8 @@ from catversion_jax.config.options import Options, option
 
 START_FILE = "start.safetensors"
 """The concept encoder that a model folder may have of its own."""
+UPDATES_AFTER_PREDICTION = 25
+"""Usual updates of a concept that starts from a prediction."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """``retrain=failed``: a larger budget for exactly the concepts that fail the quality gate.
 
     (1)  budget = retrain_factor x the updates after which the concept failed;
-         FIRST_BUDGET after none
+         UPDATES_AFTER_PREDICTION after none
 
 The gate's file records those updates, so the same command with the same file asks for the same
 budget, however often it is run. A concept trained so has ``failed_at`` in its file beside the
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from catversion_jax.config import RecordingOptions
+from catversion_jax.config.method import UPDATES_AFTER_PREDICTION
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.regular_files import read_json_object
@@ -25,11 +26,6 @@ from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
 from catversion_jax.training.run.records import FAILED_AT, ConceptRecord
 
 logger = logging.getLogger(__name__)
-
-FIRST_BUDGET = 25
-"""Updates of a concept that failed as it was predicted, without any: those of ``catversion
-teach``.
-"""
 
 _MOST_LISTED = 10
 
@@ -58,7 +54,7 @@ def larger_budgets(
             continue
         record = records[name]
         updates = record.updates if known is None else known
-        budget = math.ceil(options.retrain_factor * updates) or FIRST_BUDGET
+        budget = math.ceil(options.retrain_factor * updates) or UPDATES_AFTER_PREDICTION
         own = {"max_train_steps": budget, FAILED_AT: updates}
         found[name] = dataclasses.replace(record, config={**record.config, **own})
         said.append(f"{name} {updates} -> {budget}")

@@ -10,9 +10,9 @@ from running import final_files, run_here, steps_of
 
 from catversion_jax import load_concept
 from catversion_jax.config import RecordingOptions, make_config
+from catversion_jax.config.method import UPDATES_AFTER_PREDICTION
 from catversion_jax.errors import CatVersionError
 from catversion_jax.training.retraining import (
-    FIRST_BUDGET,
     failed_concepts,
     gate_path,
     larger_budgets,
@@ -112,7 +112,7 @@ def test_images_from_elsewhere_count_as_the_runs_updates(tmp_path: Path) -> None
     }
     assert not found["tom"].has_larger_budget
     path.write_text('{"failed": {"rex": {"updates": 0}}}')
-    assert larger_budgets(records, options)["rex"].updates == FIRST_BUDGET
+    assert larger_budgets(records, options)["rex"].updates == UPDATES_AFTER_PREDICTION
 
 
 def record(name: str) -> ConceptRecord:

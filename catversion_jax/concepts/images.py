@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from catversion_jax.array_types import Int
 from catversion_jax.concepts.colour import Flattened, flattened
 from catversion_jax.concepts.folders import ImageSource
 from catversion_jax.concepts.mask_values import Mask, mask_fault, mask_of
@@ -76,8 +75,8 @@ class LoadedImage:
     time_ids: tuple[int, ...] = (0,) * 6
 
     @property
-    def picture(self) -> Int[np.ndarray, "R R 3"]:
-        """The pixels as uint8, for people and other networks."""
+    def picture(self) -> np.ndarray:
+        """The pixels as uint8 ``[resolution resolution 3]``, for people and other networks."""
         return np.round((self.pixels + 1) * 127.5).astype(np.uint8)
 
 

@@ -49,13 +49,18 @@ def residual(seed: int) -> KVResidual:
 
 def random_encoder(seed: int = 0) -> ConceptEncoder:
     rng = np.random.default_rng(seed)
-    weights = new_weights(7, 256, seed)
-    weights = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), weights)
+    weights = new_weights(7, 256, 128, seed)
+    weights = jax.tree.map(
+        lambda a: rng.normal(size=a.shape).astype(np.float16).astype(np.float32), weights
+    )
     return ConceptEncoder(
         Whitening.of(rng.normal(size=(40, 20)), 5),
         Whitening.of(rng.normal(size=(40, 12)), 2),
         weights,
-        dict(method="catversion", num_positions=2, layers="last2", logit_bias=0.0, scope="all"),
+        {
+            **dict(method="catversion", num_positions=2, layers="last2", logit_bias=0.0),
+            **dict(scope="all", context_states=0),
+        },
         3,
         {"text_encoder_sha256": "a" * 64},
         "clip",
@@ -199,12 +204,12 @@ def test_devices_share_the_batch_of_a_fit(place, one_block_sd_folder):
         )
         assert len(examples) == NUM_CONCEPTS
         assert not failures
-        options = FitOptions(num_steps=4, batch_size=4)
+        options = FitOptions(num_steps=4, batch_size=4, rank=32)
         encoder = fit_encoder(
             examples, backbone, mesh, method, objective, options, clip_name="clip", clip=clip
         )
         found.append(encoder.weights)
-    new = new_weights(found[0].linear.shape[0], found[0].basis.shape[1], 0)
+    new = new_weights(found[0].linear.shape[0], found[0].basis.shape[1], 32, 0)
     for one, other, before in zip(*map(jax.tree.leaves, (*found, new)), strict=True):
         moved = np.abs(one - before).max()
         assert moved > 0

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_steps", type=int, default=1500, help="updates of the concept encoder [1500]")
     add("--batch_size", type=int, default=16, help="concepts in a step, a photo of each [16]")
     add("--learning_rate", type=float, default=1e-3, help="of AdamW, before its cosine [0.001]")
+    add("--rank", type=int, default=128, help="directions that predictions have [128]")
     add(
         "--held_out",
         type=float,
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from catversion_jax.concepts import read_configured_concepts
+    from catversion_jax.methods.concept_encoder import load_concept_encoder
     from catversion_jax.runtime.compilation import use_compilation_cache
     from catversion_jax.runtime.sharding import make_mesh
     from catversion_jax.training.fit_start import (
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         num_steps=args.num_steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        rank=args.rank,
         held_out=args.held_out,
         seed=args.seed,
     )
@@ -111,7 +114,12 @@ def run(args: argparse.Namespace) -> int:
         )
     file = encoder.save(args.out)
     losses = held_out_losses(
-        encoder, judges, backbone, mesh, objective, num_eval_samples=config.num_eval_samples
+        load_concept_encoder(file),
+        judges,
+        backbone,
+        mesh,
+        objective,
+        num_eval_samples=config.num_eval_samples,
     )
     print(f"fitted to {len(fitted)} concepts in {time.monotonic() - started:.0f} s")
     if losses.num_concepts:

@@ -6,7 +6,7 @@ r"""The concept encoder: photos of a thing and its class word -> start values, i
 ``p_i`` is CLIP's pooled state of photo i, ``w`` its text embedding of the class word, both
 whitened by the principal components of the concepts it was fitted on; ``own`` are the start values
 of ``init=class_word``, whose noise has one seed for all concepts, so that what is learned of one
-lies beside what is learned of the next. ``B`` has few columns: 128 for all numbers of a concept.
+lies beside what is learned of the next. ``B`` has few rows: 128 for all numbers of a concept.
 
 What the weights are fitted to, ``training/fit_start.py`` says. This is a hypernetwork as in
 HyperDreamBooth (arXiv 2307.06949), for keys and values instead of the UNet's weights.
@@ -37,9 +37,15 @@ FORMAT = "catversion.start_version"
 FORMAT_VERSION = 1
 NUM_PHOTO_FEATURES = 96
 NUM_WORD_FEATURES = 24
-RANK = 128
 NUM_HIDDEN = 256
-MATCHING_OPTIONS = ("method", "num_positions", "layers", "logit_bias", "scope")
+MATCHING_OPTIONS = (
+    "method",
+    "num_positions",
+    "layers",
+    "logit_bias",
+    "scope",
+    "context_states",
+)
 """Options that decide what the predicted numbers mean; a run must have those of the file."""
 
 AnyLearned = TypeVar("AnyLearned", bound=Learned)
@@ -80,12 +86,13 @@ class EncoderWeights:
         return jax.tree.unflatten(structure, moved)
 
 
-def new_weights(num_features: int, num_numbers: int, seed: int) -> EncoderWeights:
+def new_weights(num_features: int, num_numbers: int, rank: int, seed: int) -> EncoderWeights:
     """Weights that predict ``own`` itself, ready to be fitted.
 
     Args:
       num_features: F.
       num_numbers: n, of one concept.
+      rank: R.
       seed: of the random part.
     """
     rng = np.random.default_rng(seed)
@@ -94,11 +101,11 @@ def new_weights(num_features: int, num_numbers: int, seed: int) -> EncoderWeight
         return (rng.normal(size=(inputs, outputs)) / np.sqrt(inputs)).astype(np.float32)
 
     arrays: dict[str, Any] = dict(
-        linear=np.zeros((num_features, RANK), np.float32),
+        linear=np.zeros((num_features, rank), np.float32),
         hidden=random(num_features, NUM_HIDDEN),
         hidden_bias=np.zeros(NUM_HIDDEN, np.float32),
-        out=np.zeros((NUM_HIDDEN, RANK), np.float32),
-        basis=random(RANK, num_numbers),
+        out=np.zeros((NUM_HIDDEN, rank), np.float32),
+        basis=random(rank, num_numbers),
     )
     return EncoderWeights(**arrays)
 
@@ -143,7 +150,7 @@ class ConceptEncoder:
     Attributes:
       photos: of CLIP's pooled states.
       words: of CLIP's text embeddings.
-      weights: numpy leaves.
+      weights: numpy leaves; their file holds them in float16.
       options: what of :data:`MATCHING_OPTIONS` it was fitted with.
       noise_seed: of the start values to which the prediction is added.
       fingerprints: of the model's text encoders, by name.
@@ -213,7 +220,10 @@ class ConceptEncoder:
             "photos.components": self.photos.components,
             "words.mean": self.words.mean,
             "words.components": self.words.components,
-            **{f"weights.{f.name}": getattr(self.weights, f.name) for f in _WEIGHTS},
+            **{
+                f"weights.{f.name}": getattr(self.weights, f.name).astype(np.float16)
+                for f in _WEIGHTS
+            },
         }
         metadata = {
             f"catversion.{name}": json.dumps(getattr(self, name), sort_keys=True) for name in _FACTS
@@ -257,9 +267,12 @@ def load_concept_encoder(path: str | Path) -> ConceptEncoder:
     try:
         facts = {name: json.loads(metadata[f"catversion.{name}"]) for name in _FACTS}
         for name, tensor in tensors.items():
-            if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
-                raise ValueError(f"{name} must be finite float32")
-        weights: dict[str, Any] = {f.name: tensors[f"weights.{f.name}"] for f in _WEIGHTS}
+            kind = np.float16 if name.startswith("weights.") else np.float32
+            if tensor.dtype != kind or not np.isfinite(tensor).all():
+                raise ValueError(f"{name} must be finite {kind.__name__}")
+        weights: dict[str, Any] = {
+            f.name: tensors[f"weights.{f.name}"].astype(np.float32) for f in _WEIGHTS
+        }
         found = ConceptEncoder(
             photos=Whitening(tensors["photos.mean"], tensors["photos.components"]),
             words=Whitening(tensors["words.mean"], tensors["words.components"]),

@@ -17,16 +17,19 @@ import numpy as np
 
 
 def serialize_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Safetensors bytes that are the same in every process; tensors (float32) keep the given order.
+    """Safetensors bytes that are the same in every process; tensors keep the given order.
+
+    float16 stays float16, everything else becomes float32.
 
     Adds ``modelspec.hash_sha256`` of the data to the metadata.
     """
     header: dict[str, Any] = {}
     data = b""
     for name, tensor in tensors.items():
-        raw = np.ascontiguousarray(tensor, dtype="<f4").tobytes()
+        kind, dtype = ("F16", "<f2") if tensor.dtype == np.float16 else ("F32", "<f4")
+        raw = np.ascontiguousarray(tensor, dtype=dtype).tobytes()
         header[name] = {
-            "dtype": "F32",
+            "dtype": kind,
             "shape": list(tensor.shape),
             "data_offsets": [len(data), len(data) + len(raw)],
         }

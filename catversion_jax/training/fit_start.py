@@ -75,6 +75,7 @@ class FitOptions:
       num_steps: updates of its weights.
       batch_size: concepts in a step, one image of each.
       learning_rate: of AdamW, at the top of a cosine.
+      rank: R, the directions that predictions have.
       held_out: share of the concepts that only judge the result.
       seed: of start values, noise and order.
     """
@@ -82,6 +83,7 @@ class FitOptions:
     num_steps: int = 1500
     batch_size: int = 16
     learning_rate: float = 1e-3
+    rank: int = 128
     held_out: float = 0.1
     seed: int = 0
 
@@ -90,6 +92,7 @@ class FitOptions:
             ("num_steps", self.num_steps >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("learning_rate", 0 < self.learning_rate < 1, "between 0 and 1"),
+            ("rank", 1 <= self.rank <= 4096, "within 1..4096"),
             ("held_out", 0 <= self.held_out < 1, "at least 0 and below 1"),
             ("seed", 0 <= self.seed < 2**31, "within 0..2147483647"),
         )
@@ -166,7 +169,7 @@ def fit_encoder(
       on_step: is told now and then how many steps of how many are done.
 
     Raises:
-      CatVersionError: too few concepts, or the loss is not finite.
+      CatVersionError: too few concepts, or the loss or a weight is not finite.
     """
     if len(examples) < FEWEST_CONCEPTS:
         raise CatVersionError(
@@ -177,7 +180,7 @@ def fit_encoder(
     words = Whitening.of(np.stack([one.word for one in examples]), NUM_WORD_FEATURES)
     num_numbers = sum(leaf.size for leaf in jax.tree.leaves(examples[0].concept.learned))
     num_features = photos.components.shape[1] + words.components.shape[1]
-    weights = new_weights(num_features, num_numbers, options.seed)
+    weights = new_weights(num_features, num_numbers, options.rank, options.seed)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
@@ -219,15 +222,17 @@ def fit_encoder(
         if on_step is not None and (last or (number + 1) % 25 == 0):
             logger.debug("step %d: loss %.4f", number + 1, float(loss))
             on_step(number + 1, options.num_steps)
-    if not np.isfinite(float(loss)):
+    fitted = jax.tree.map(np.asarray, state[0])
+    largest = np.max([np.abs(leaf).max() for leaf in (loss, *jax.tree.leaves(fitted))])  # or NaN
+    if not largest <= np.finfo(np.float16).max:
         raise CatVersionError(
-            f"learning_rate={options.learning_rate}: the loss of the fit is not finite at its end. "
-            "Use a smaller one."
+            f"learning_rate={options.learning_rate}: the loss or a weight of the fit is not finite "
+            "at its end. Use a smaller one."
         )
     return ConceptEncoder(
         photos=photos,
         words=words,
-        weights=jax.tree.map(np.asarray, state[0]),
+        weights=fitted,
         options={name: getattr(method, name) for name in MATCHING_OPTIONS},
         noise_seed=options.seed,
         fingerprints=dict(backbone.fingerprints),

@@ -40,6 +40,11 @@ INVERSION: Mapping[str, Any] = {
     "train_batch_size": 2,
 }
 DREAMBOOTH: Mapping[str, Any] = {"learning_rate": 1e-4, "steps": 200, "batch_size": 2}
+# Half of OURS' updates, and what may let them stand: one thing more in each line.
+HALF: Mapping[str, Any] = {**OURS, "max_train_steps": 100, "learning_rate": 1e-1}
+PRESERVING: Mapping[str, Any] = {"preserve_weight": 1.0}
+NOISIER: Mapping[str, Any] = {**PRESERVING, "timestep_sampling": "proportional"}
+LONGER_CONTEXT: Mapping[str, Any] = {**NOISIER, "context_states": 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Arm:
 
 QUESTIONS: Mapping[str, str] = {
     "methods": "Methods",
+    "recipes": "Half the updates, and more in the loss",
     "layers": "Which layers",
     "num_positions": "How many positions",
     "adapt": "Keys, values, or both",
@@ -117,7 +123,7 @@ def make_arms(num_layers: int) -> dict[str, Arm]:
     Args:
       num_layers: layers of the text encoder that feed the UNet.
     """
-    arms = [*_methods(), *_layers(num_layers), *_batch_sizes()]
+    arms = [*_methods(), *_recipes(), *_layers(num_layers), *_batch_sizes()]
     arms += [
         _changed(option, value)
         for option, values in VARIED.items()
@@ -191,6 +197,23 @@ def _methods() -> list[Arm]:
         Arm("catversion", "methods", "CatVersion (ours)", options=OURS),
         Arm("catversion_official", "methods", "CatVersion, official settings", options=official),
     ]
+
+
+def _recipes() -> list[Arm]:
+    """What the development concepts were asked about the next ``preset=fast``."""
+    given: dict[str, tuple[str, Mapping[str, Any]]] = {
+        "half": ("100 updates at 0.1", HALF),
+        "half_1": ("the same, 1 position", {**HALF, "num_positions": 1}),
+        "half_preserving": ("100 updates, plain model preserved", {**HALF, **PRESERVING}),
+        "half_noisier": ("the same, noisier timesteps", {**HALF, **NOISIER}),
+        "half_longer_context": ("the same, 16 context states", {**HALF, **LONGER_CONTEXT}),
+        "longer_context": ("200 updates at 0.03 with all of it", {**OURS, **LONGER_CONTEXT}),
+        "textual_inversion_preserving": (
+            "Textual Inversion, 4 vectors, preserved, noisier timesteps",
+            {**INVERSION, **NOISIER, "num_positions": 4},
+        ),
+    }
+    return [Arm(name, "recipes", text, options=options) for name, (text, options) in given.items()]
 
 
 def _layers(num_layers: int) -> list[Arm]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arms import QUESTIONS, ours, value_text
+from arms import OTHERWISE, OURS, QUESTIONS, ours, value_text
 from goals import goals
 from strips import write_strips
 
@@ -213,7 +213,8 @@ def _ablations(arms: Mapping[str, Any]) -> list[str]:
         base = next(iter(chosen.values()))["base"]
         rows = []
         if base in arms:
-            label = value_text(ours(question)) if base == "catversion" else arms[base]["text"]
+            varied = question in OURS or question in OTHERWISE
+            label = value_text(ours(question)) if varied else arms[base]["text"]
             rows.append([f"{label} *", *_ablation_cells(arms[base], None)])
         rows += [[arm["text"], *_ablation_cells(arm, base)] for arm in chosen.values()]
         header = [question, *ABLATION_COLUMNS.values(), "difference in overall, masked", "concepts"]

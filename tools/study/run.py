@@ -53,6 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--prompts", default="tiny", help="prompt set [tiny]")
     add("--seeds", type=int, default=4, help="images per prompt of the methods [4]")
     add("--ablation_seeds", type=int, default=1, help="images per prompt of the ablations [1]")
+    add("--training_seed", type=int, default=42, help="of the trainer and the baseline [42]")
     add("--max_concepts", type=int, help="only so many concepts, to try the study out")
     add("--ablation_concepts", type=int, help="concepts the ablations train [all]")
     add("--train_steps", type=int, help="instead of each arm's own, to try the study out")
@@ -118,6 +119,7 @@ def make_study(args: argparse.Namespace) -> Study:
         args.num_prior_images,
         args.concepts_per_device,
         args.train_steps,
+        args.training_seed,
     )
     return Study(
         args.out,
@@ -154,6 +156,7 @@ def write_results(study: Study, contents: dict[str, Any], command: str) -> None:
         "concepts of the ablations": len(study.ablation_concepts.concepts),
         "classes": len(study.classes),
         "prompts": len(study.protocol.prompt_set.prompts),
+        "training seed": study.protocol.training_seed,
         "seeds": study.protocol.seeds,
         "seeds of the ablations": study.protocol.ablation_seeds,
         **{k: v for k, v in first["settings"]["sampling"].items() if v is not None},

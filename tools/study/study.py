@@ -47,7 +47,7 @@ from catversion_jax.training.start import train
 
 logger = logging.getLogger("study")
 
-_DECIDE_TRAINING = ("kind", "options", "train_steps", "model", "weights_sha256")
+_DECIDE_TRAINING = ("kind", "options", "train_steps", "training_seed", "model", "weights_sha256")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Protocol:
       sampling: how images are drawn.
       num_prior_images: images of other classes for each concept.
       train_steps: instead of every arm's own number of steps, to try the study out.
+      training_seed: of what is trained; the start values of a concept too.
     """
 
     prompt_set: PromptSet
@@ -69,6 +70,7 @@ class Protocol:
     num_prior_images: int
     concepts_per_device: int
     train_steps: int | None = None
+    training_seed: int = 42
 
     def seeds_of(self, arm: Arm) -> range:
         """The seeds an arm is drawn with."""
@@ -155,6 +157,7 @@ class Study:
             "kind": arm.kind,
             "options": {**(SHARED if arm.kind == "trainer" else {}), **arm.options},
             "train_steps": protocol.train_steps,
+            "training_seed": protocol.training_seed,
             "concepts": [spec.name for spec in self.concepts_of(arm).concepts],
             "model": self.backbone.name,
             "weights_sha256": self.weights,
@@ -194,6 +197,7 @@ class Study:
             options["max_train_steps"] = self.protocol.train_steps
         config = make_config(
             {
+                "seed": self.protocol.training_seed,
                 **options,
                 "concepts": self.source,
                 "pretrained_model_name_or_path": self.backbone.name,
@@ -232,7 +236,7 @@ class Study:
         given = dict(arm.options)
         if self.protocol.train_steps is not None:
             given["steps"] = self.protocol.train_steps
-        settings, method = Settings(**given), None
+        settings, method = Settings(**{"seed": self.protocol.training_seed, **given}), None
         subjects = []
         for spec in self.concepts_of(arm).concepts:
             subject = Subject(spec.name, spec.base_class, spec.images)

@@ -269,6 +269,18 @@ def test_dreambooth_moves_every_part_and_is_drawn_as_torch_computes_it(world):
     got = np.asarray(ours.unet(x, np.array([7]), text))
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
     assert ours.name != backbone.name
+    # preserving: the plain model loses nothing outside the mask, and the usual loss inside it
+    clean, states = torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(text)
+
+    def loss(mask: torch.Tensor, weight: float) -> float:
+        torch.manual_seed(0)
+        return method._loss(
+            plain, clean, mask, states, dataclasses.replace(settings, preserve_weight=weight)
+        ).item()
+
+    mask = torch.zeros(1, 1, 16, 16)
+    assert loss(mask, 1.0) == 0
+    assert loss(mask + 1, 1.0) == pytest.approx(loss(mask, 0.0))
 
 
 def test_a_part_of_the_concepts_is_spread_evenly(world):

@@ -213,7 +213,15 @@ def _recipes() -> list[Arm]:
             {**INVERSION, **NOISIER, "num_positions": 4},
         ),
     }
-    return [Arm(name, "recipes", text, options=options) for name, (text, options) in given.items()]
+    arms = [Arm(name, "recipes", text, options=options) for name, (text, options) in given.items()]
+    preserving = Arm(
+        "dreambooth_preserving",
+        "recipes",
+        "DreamBooth, preserved, noisier timesteps",
+        "dreambooth",
+        {**DREAMBOOTH, **NOISIER},
+    )
+    return [*arms, preserving]
 
 
 def _layers(num_layers: int) -> list[Arm]:

@@ -31,6 +31,7 @@ from torch_reference import concatenated_attention, relative_error  # noqa: E402
 from catversion_jax.integrations.diffusers import load_catversion  # noqa: E402
 
 SIDE = 16
+UPDATES = {"max_train_steps": 4, "learning_rate": 0.01}
 no_grad = torch.no_grad()
 
 
@@ -176,15 +177,28 @@ def write_photos(folder, names):
     return folder
 
 
-def test_a_concept_alone_is_the_concept_in_company(folder, tmp_path):
-    both = write_photos(tmp_path / "both", ["red", "blue"])
-    options = {"max_train_steps": 4, "learning_rate": 0.01}
-    assert run_here(folder, both, tmp_path / "company", **options) == 0
-    assert run_here(folder, both / "red", tmp_path / "alone", **options) == 0
-    company, alone = final_files(tmp_path / "company"), final_files(tmp_path / "alone")
-    assert set(company) == {"red", "blue"}
-    assert company["red"] == alone["red"]
-    assert company["red"] != company["blue"]
+@pytest.fixture(scope="module")
+def company(folder, made_once):
+    """A run of two concepts."""
+
+    def train(place):
+        both = write_photos(place / "both", ["red", "blue"])
+        assert run_here(folder, both, place / "run", **UPDATES) == 0
+
+    return made_once("inpainting-company", train)
+
+
+def test_every_concept_is_learned(company):
+    files = final_files(company / "run")
+    assert set(files) == {"red", "blue"}
+    assert files["red"] != files["blue"]
+
+
+@pytest.mark.slow  # the program for one concept is another one
+def test_a_concept_alone_is_the_concept_in_company(folder, company, tmp_path):
+    red = company / "both" / "red"
+    assert run_here(folder, red, tmp_path / "alone", **UPDATES) == 0
+    assert final_files(tmp_path / "alone")["red"] == final_files(company / "run")["red"]
 
 
 def test_an_exported_folder_paints_with_the_concept(folder, tmp_path):

@@ -54,16 +54,16 @@ def learned_after(
 
 
 def test_neither_company_nor_mesh_changes_what_is_learned(backbone: Backbone) -> None:
-    packed, losses = learned_after(backbone, slice(None))
     alone, own = learned_after(backbone, slice(5, 6))
-    meshed, _ = learned_after(backbone, slice(None), devices=8, data_parallel=2)
-    assert distance(alone, jax.tree.map(lambda leaf: leaf[5:6], packed)) < 1e-3
-    assert distance(meshed, packed) < 1e-3
+    meshed, losses = learned_after(backbone, slice(None), devices=8, data_parallel=2)
+    assert distance(alone, jax.tree.map(lambda leaf: leaf[5:6], meshed)) < 1e-3
     np.testing.assert_allclose(own[:, 0], losses[:, 5], rtol=1e-5)
-    assert np.all(packed.states != draw(8, 3, 32, seed=4))
+    assert np.all(meshed.states != draw(8, 3, 32, seed=4))
 
 
-@pytest.mark.parametrize("method", ["catversion", "textual_inversion"])
+@pytest.mark.parametrize(
+    "method", ["catversion", pytest.param("textual_inversion", marks=pytest.mark.slow)]
+)
 def test_the_command_resumes_to_the_same_bytes(
     one_block_sd_folder: Path, tmp_path: Path, method: str
 ) -> None:

@@ -54,24 +54,28 @@ def timed(command: list[str], log: Path, env: dict[str, str]) -> dict[str, float
     return {"seconds": seconds, "peak_mb": usage.ru_maxrss * unit / 1e6}
 
 
-def ours(out: Path, count: int, steps: int, per_device: int) -> dict[str, float]:
+def ours(
+    out: Path, count: int, steps: int, per_device: int, *, init: str = "normal"
+) -> dict[str, float]:
     """One process, so many concepts."""
     from recoloured import make_concepts
 
-    concepts = out / f"concepts-{count}"
+    concepts, run = out / f"concepts-{count}", f"{init}-{steps}-{count}"
     make_concepts(concepts, count)
     options = {
         **OPTIONS,
         "concepts": concepts,
-        "output_dir": out / f"run-{count}",
+        "output_dir": out / run,
+        "init": init,
         "max_train_steps": steps,
+        "eval_steps": max(1, min(100, steps)),
         "concepts_per_device": per_device,
-        "compilation_cache_dir": out / f"cache-{count}",
+        "compilation_cache_dir": out / f"{run}-cache",
     }
     command = [sys.executable, "train_tpu.py", *(f"{k}={v}" for k, v in options.items())]
     # Two virtual devices: one concept's arrays are too small to keep two cores busy.
     env = {"JAX_NUM_CPU_DEVICES": str(min(count, os.cpu_count() or 1))}
-    found = timed(command, out / f"run-{count}.log", env)
+    found = timed(command, out / f"{run}.log", env)
     return {**found, "seconds_per_concept": found["seconds"] / count,
             "concept_steps_per_second": count * steps / found["seconds"]}  # fmt: skip
 
@@ -97,10 +101,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--per-device", type=int, default=8, help="concepts_per_device [8]")
     parser.add_argument("--peers", type=int, default=3, help="PyTorch runs [3]")
+    parser.add_argument("--predicted", type=int, nargs="*", default=[], metavar="UPDATES")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Any] = {"steps": args.steps, "ours": {}, "peers": []}
+    known: dict[str, Any] = {"steps": args.steps, "ours": {}, "peers": [], "predicted": {}}
     if args.results.is_file():
         known |= {
             key: value
@@ -115,6 +120,10 @@ def main() -> None:
         if str(count) not in known["ours"]:
             per_device = max(1, min(args.per_device, count // 2))
             known["ours"][str(count)] = ours(args.out, count, args.steps, per_device)
+        for updates in args.predicted:
+            row = known["predicted"].setdefault(str(updates), {})
+            if str(count) not in row:
+                row[str(count)] = ours(args.out, count, updates, per_device, init="predicted")
         write_results(args.results, known)
         print(count, known["ours"][str(count)], flush=True)
     alone, low, high = spread([run["seconds"] for run in known["peers"]])
@@ -130,6 +139,14 @@ def main() -> None:
             f"{row['concept_steps_per_second']:.1f} | {row['peak_mb']:.0f} | "
             f"{alone / each:.2f} [{low / each:.2f}, {high / each:.2f}] |"
         )
+    for updates, rows in known["predicted"].items():
+        print(f"\n| concepts, predicted and {updates} updates | s | s per concept | peak MB |")
+        print("| ---: | ---: | ---: | ---: |")
+        for count, row in rows.items():
+            cells = (
+                f"{row['seconds']:.0f} | {row['seconds_per_concept']:.2f} | {row['peak_mb']:.0f}"
+            )
+            print(f"| {count} | {cells} |")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "catversion teach PHOTOS... --base_class WORD [--model MODEL]"
     parser.epilog = (
         "It is `catversion train` with preset=fast and, where the model has a concept encoder,\n"
-        "init=predicted; key=value gives further options of it."
+        "init=predicted and the options that it was fitted with; key=value gives further options."
     )
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTOS", help="3 to 10 photos, or the folder they are in")
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(photos[0]) if len(photos) == 1 and Path(photos[0]).is_dir() else None
     name = args.name or (folder.resolve().name if folder else args.base_class.replace(" ", "_"))
     output = as_path(args.output_dir or Path("taught") / name)
-    predicted = args.start is not None or has_start(args.model)
-    updates = UPDATES[predicted] if args.updates is None else args.updates
+    start = as_path(args.start) if args.start else own_start(args.model)
+    updates = UPDATES[start is not None] if args.updates is None else args.updates
     given = [
         "preset=fast",
         f"pretrained_model_name_or_path={args.model}",
@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
         f"validation_steps={updates or 'null'}",
         f"eval_steps={max(1, updates)}",
         *_concepts(photos, folder, name, args.base_class, output),
-        *(["init=predicted"] if predicted else []),
-        *([f"start={args.start}"] if args.start else []),
+        *(_start_options(start) if start else []),
         *options,
     ]
     code = train.run(argparse.Namespace(config=None, overrides=given))
@@ -80,9 +79,18 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def has_start(model: str) -> bool:
-    """Whether a model folder has a concept encoder of its own."""
-    return ((embedded_folder(model) or Path(model)) / START_FILE).is_file()
+def own_start(model: str) -> Path | None:
+    """The concept encoder that a model folder has of its own."""
+    file = (embedded_folder(model) or Path(model)) / START_FILE
+    return file if file.is_file() else None
+
+
+def _start_options(file: Path) -> list[str]:
+    """Of a run that begins with a prediction: what the concept encoder was fitted to predict."""
+    from catversion_jax.methods.concept_encoder import load_concept_encoder
+
+    fitted = load_concept_encoder(file).options
+    return ["init=predicted", f"start={file}", *(f"{k}={v}" for k, v in fitted.items())]
 
 
 def _concepts(

@@ -207,6 +207,14 @@ def _recipes() -> list[Arm]:
         "half_preserving": ("100 updates, plain model preserved", {**HALF, **PRESERVING}),
         "half_noisier": ("the same, noisier timesteps", {**HALF, **NOISIER}),
         "half_longer_context": ("the same, 16 context states", {**HALF, **LONGER_CONTEXT}),
+        "half_longer_context,preserve_weight=3": (
+            "the same, preserved three times as much",
+            {**HALF, **LONGER_CONTEXT, "preserve_weight": 3.0},
+        ),
+        "half_longer_context,learning_rate=0.05": (
+            "100 updates at 0.05 with all of it",
+            {**HALF, **LONGER_CONTEXT, "learning_rate": 0.05},
+        ),
         "longer_context": ("200 updates at 0.03 with all of it", {**OURS, **LONGER_CONTEXT}),
         "textual_inversion_preserving": (
             "Textual Inversion, 4 vectors, preserved, noisier timesteps",

@@ -76,7 +76,8 @@ def test_lower_then_upper_is_the_whole():
 def test_keys_and_values_are_those_transformers_computes():
     reference = torch_encoder()
     seen = {}
-    for index, layer in enumerate(reference.encoder.layers):
+    inner = getattr(reference, "text_model", reference)  # transformers 4
+    for index, layer in enumerate(inner.encoder.layers):
         for name in ("k_proj", "v_proj"):
             getattr(layer.self_attn, name).register_forward_hook(
                 lambda module, args, out, at=(index, name): seen.__setitem__(at, out)

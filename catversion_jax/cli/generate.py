@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--when", choices=WHEN, help="when concepts act [as their files say]")
     add(
+        "--keep_apart",
+        action="store_true",
+        help="several concepts in one prompt: each acts from its own word to the next one's only",
+    )
+    add(
         "--force",
         action="store_true",
         help="use a concept though it was trained with another text encoder",
@@ -108,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.sampling.inpainting import KeptPicture
 
     picture = KeptPicture.of(args.image, args.mask_image)
-    shelf = ConceptShelf(args.concept, scale=args.scale, when=args.when)
+    shelf = ConceptShelf(args.concept, scale=args.scale, when=args.when, keep_apart=args.keep_apart)
     with progress(f"drawing {len(rows) * len(seeds)} images", "step") as advance:
         for drawn in generated_pages(
             rows,

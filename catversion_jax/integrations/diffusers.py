@@ -154,6 +154,7 @@ def set_catversion(
     scale: float | Sequence[float] = 1.0,
     *,
     plain_prompts: Sequence[str] | None = None,
+    keep_apart: bool | None = None,
 ) -> None:
     """Choose the active concepts and their scales; all other loaded ones rest.
 
@@ -166,6 +167,8 @@ def set_catversion(
       scale: one number for all or one per name; 0 = plain model exactly, 1 = as trained.
       plain_prompts: prompts that stay plain whatever they say; None keeps the earlier choice, ()
         ends it. :func:`plain` says the same of all prompts in a block.
+      keep_apart: where a prompt calls several concepts, let each be seen from its own word up to
+        the next concept's word only; None keeps the earlier choice, which is False at first.
 
     Raises:
       CatVersionLoadError: a name that is not loaded, or a scale that is not a finite number >= 0.
@@ -186,6 +189,7 @@ def set_catversion(
     for state in states:
         state.active = dict(zip(names, map(float, scales), strict=True))
         state.enabled = True
+        state.keep_apart = state.keep_apart if keep_apart is None else bool(keep_apart)
         state.select()
     if plain_prompts is not None:
         given = _texts("plain_prompts", plain_prompts)

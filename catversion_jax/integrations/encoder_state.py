@@ -35,6 +35,12 @@ from catversion_jax.integrations.concept_attention import (
     register_attention,
 )
 from catversion_jax.integrations.loaded_concept import CatVersionLoadError, LoadedConcept
+from catversion_jax.integrations.word_places import (
+    content,
+    ids_inside_words,
+    seeing_positions,
+    word_positions,
+)
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
 _LACKS_STATES = " The concept's context states, which encode_prompt adds, are missing here."
@@ -79,13 +85,6 @@ def innermost(encoder: Any) -> Any:
     return encoder
 
 
-def content(ids: list[int], bos: int, eos: int) -> tuple[int, ...]:
-    """A row's own tokens, between begin-of-text and the first end-of-text."""
-    start = 1 if ids[:1] == [bos] else 0
-    stop = ids.index(eos, start) if eos in ids[start:] else len(ids)
-    return tuple(ids[start:stop])
-
-
 def state_on(encoder: Any) -> EncoderState | None:
     """What is loaded into a text encoder; None where nothing is."""
     encoder = innermost(encoder)
@@ -96,15 +95,21 @@ class Selection:
     """The concepts that act now and their scales; made anew by every switch, then not changed."""
 
     def __init__(
-        self, state: EncoderState, concepts: Sequence[LoadedConcept], scales: Mapping[str, float]
+        self,
+        state: EncoderState,
+        concepts: Sequence[LoadedConcept],
+        scales: Mapping[str, float],
+        keep_apart: bool = False,
     ):
         self.state, self.concepts, self.scales = state, tuple(concepts), dict(scales)
+        self.keep_apart = keep_apart
         number = next(_NUMBERS)
         _SELECTIONS[number] = self
         self.number = torch.tensor(number)  # a tensor, so that a switch needs no new compilation
 
     def __reduce__(self) -> tuple:
-        return Selection, (self.state, self.concepts, self.scales)  # a copy has its own number
+        # a copy has its own number
+        return Selection, (self.state, self.concepts, self.scales, self.keep_apart)
 
 
 _NUMBERS = itertools.count()
@@ -122,9 +127,10 @@ class EncoderState:
         self.loaded: dict[str, LoadedConcept] = {}
         self.active: dict[str, float] = {}
         self.enabled = True
+        self.keep_apart = False
         self.plain: set[tuple[int, ...]] = set()
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.inside_word = _ids_inside_words(tokenizer)
+        self.inside_word = ids_inside_words(tokenizer)
         self.fingerprint: str | None = None
         self.warned: set[Any] = set()  # every warning is given once
         self.original = ""
@@ -156,7 +162,8 @@ class EncoderState:
         """Make what is loaded, active and enabled the selection that later calls use."""
         acting = self.active if self.enabled else {}
         self.selections.append(self.selection)  # a call that has begun with it may still ask
-        self.selection = Selection(self, [self.loaded[name] for name in acting], acting)
+        concepts = [self.loaded[name] for name in acting]
+        self.selection = Selection(self, concepts, acting, self.keep_apart)
 
     def install(self, encoder: Any) -> None:
         """Hook and attention implementation; again after a change of the latter, else without
@@ -217,22 +224,22 @@ class EncoderState:
         acting: list[tuple[LoadedConcept, float, frozenset[int]]] = []
         unnamed = {row for row, prompt in enumerate(prompts) if prompt and prompt not in self.plain}
         uncalled = set(unnamed)
-        for i, (concept, scale) in enumerate(zip(selection.concepts, scales.values(), strict=True)):
-            if scale <= 0:
-                continue
-            for row in unnamed:
-                positions = self._word_positions(prompts[row], concept)
+        asked = list(zip(selection.concepts, scales.values(), strict=True))
+        words = [  # of each concept, by row
+            {row: self._word_positions(prompts[row], one) for row in unnamed} if scale > 0 else {}
+            for one, scale in asked
+        ]
+        for i, (concept, scale) in enumerate(asked):
+            for row, positions in words[i].items():
                 if not positions and concept.when != "always":
                     continue
                 uncalled.discard(row)
                 bias = biases.setdefault(i, torch.full((len(rows), len(rows[0])), -torch.inf))
-                seeing = [position + starts[row] for position in positions]
-                if concept.scope == "from_class_word" and seeing:
-                    bias[row, seeing[0] :] = 0
-                elif concept.scope == "class_word" and seeing:
-                    bias[row, seeing] = 0
-                else:
-                    bias[row] = 0
+                apart = words if selection.keep_apart else ()
+                others = {starts[row] + p for one in apart for p in one.get(row, ())}
+                own = [starts[row] + p for p in positions]
+                seeing = seeing_positions(concept.scope, own, others - set(own), len(rows[0]))
+                bias[row, list(seeing)] = 0
             if i in biases:
                 seen = (biases[i] > -torch.inf).any(dim=1).nonzero().flatten().tolist()
                 acting.append((concept, scale, frozenset(seen)))
@@ -252,23 +259,7 @@ class EncoderState:
         return selection.scales
 
     def _word_positions(self, prompt: tuple[int, ...], concept: LoadedConcept) -> list[int]:
-        """Where the class word or one of its forms stands among a prompt's own tokens, every time.
-
-        It is a word of its own: the token before it ends a word, so "cat" is not in "housecat".
-        Where several forms begin at one token the longest counts.
-        """
-        words = sorted(filter(None, concept.class_ids), key=len, reverse=True)
-        found: list[int] = []
-        end = 0
-        for position in range(len(prompt)):
-            if position < end or (position and prompt[position - 1] in self.inside_word):
-                continue
-            for word in words:
-                if prompt[position : position + len(word)] == word:
-                    end = position + len(word)
-                    found += range(position, end)
-                    break
-        return found
+        return word_positions(prompt, concept.class_ids, self.inside_word)
 
     def warn_once(self, about: Any, message: str) -> None:
         """Give a warning, the first time only."""
@@ -381,15 +372,6 @@ _TRACED_BIAS = _traced(
     if hasattr(torch.ops.catversion, "bias")
     else "catversion::bias"
 )
-
-
-def _ids_inside_words(tokenizer: Any) -> frozenset[int]:
-    """Ids of the tokens after which a word goes on: CLIP's byte pairs end a word with ``</w>``,
-    and special and added tokens are words by themselves.
-    """
-    whole = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    vocabulary = tokenizer.get_vocab().items()
-    return frozenset(i for token, i in vocabulary if not token.endswith("</w>")) - whole
 
 
 def _attention_modules(encoder: Any) -> list[Any]:

@@ -27,9 +27,11 @@ class ConceptPipeline(ToldPipeline):
     source: ClassVar[str] = ""  # of pipeline.py, for folders that are saved
     save_plain: Callable[..., Any]  # save_pretrained of the pipeline's own class
 
-    def set_catversion(self, name: Any, scale: Any = 1.0, *, plain_prompts: Any = None) -> None:
+    def set_catversion(
+        self, name: Any, scale: Any = 1.0, *, plain_prompts: Any = None, keep_apart: Any = None
+    ) -> None:
         """Choose the active concepts and their scales; see the function of that name."""
-        set_catversion(self, name, scale, plain_prompts=plain_prompts)
+        set_catversion(self, name, scale, plain_prompts=plain_prompts, keep_apart=keep_apart)
 
     def scaled(self, scale: Any) -> contextlib.AbstractContextManager[None]:
         """A block in which active concepts have other scales: a number, or numbers by name."""

@@ -98,6 +98,10 @@ class Learned(abc.ABC):
         """
         return self.with_parts(lambda part: part.scaled(scale))
 
+    def within_words(self) -> Self:
+        """The same concept, seen by no token before its class word."""
+        return self.with_parts(lambda part: part.within_words())
+
     @abc.abstractmethod
     def summary(self, name: str) -> dict[str, Any]:
         """Shapes, settings and sizes, as plain values for ``catversion inspect``."""
@@ -220,6 +224,10 @@ class LearnedPart(Learned):
                 f"scale={scale}: a {self.kind} has no strength; must be 1 (as trained) or 0 (plain "
                 "model)."
             )
+        return self
+
+    def within_words(self) -> Self:
+        """The same concept, seen by no token before its class word; here itself."""
         return self
 
     def summary(self, name: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from catversion_jax.methods.stored_values import (
     layer_numbers,
     whole_number,
 )
-from catversion_jax.models.clip.adaptation import ExtraKeys
+from catversion_jax.models.clip.adaptation import HIDDEN, ExtraKeys
 
 Scope = Literal["all", "from_class_word", "class_word"]
 SCOPES: tuple[str, ...] = get_args(Scope)
@@ -159,14 +159,20 @@ class KVResidual(LearnedPart):
         """Which query tokens see the pair; None where all do.
 
         Args:
-          word_places: ``[B T]``, at least 0 on the tokens of the class word. A prompt without
-            the word (an empty one in training, or any with ``when=always``) is seen whole.
+          word_places: ``[B T]``, at least 0 on the tokens of the class word, ``HIDDEN`` on those
+            that are not to see it. A prompt without the word (an empty one in training, or any
+            with ``when=always``) is seen whole.
         """
         if word_places is None or not self.reads_word_places:
             return None
         is_word = word_places >= 0
         seeing = is_word if self.scope == "class_word" else jnp.cumsum(is_word, axis=-1) > 0
+        seeing &= word_places != HIDDEN
         return seeing | ~jnp.any(is_word, axis=-1, keepdims=True)
+
+    def within_words(self) -> Self:
+        """The same concept, seen from its class word on where it is seen everywhere."""
+        return dataclasses.replace(self, scope="from_class_word") if self.scope == "all" else self
 
     def scaled(self, scale: float) -> Self:
         """The same concept with its odds against the prompt's own tokens multiplied by ``scale``,

@@ -34,13 +34,21 @@ class ConceptShelf:
         its scale, a sequence of such, or a mapping from path to scale.
       scale: strength of those without a scale of their own.
       when: when concepts act; None is what their files say.
+      keep_apart: see :class:`ConceptUse`.
 
     Raises:
       CatVersionError: a file is no concept, or two concepts have one name.
     """
 
-    def __init__(self, concepts: Concepts = (), *, scale: float = 1.0, when: str | None = None):
-        self._when, self._scale = when, scale
+    def __init__(
+        self,
+        concepts: Concepts = (),
+        *,
+        scale: float = 1.0,
+        when: str | None = None,
+        keep_apart: bool = False,
+    ):
+        self._when, self._scale, self._keep_apart = when, scale, keep_apart
         self._by_path: dict[Path, Concept] = {}
         self._used: dict[int, tuple[Concept, ConceptUse]] = {}
         self._by_name: dict[str, tuple[Concept, float]] = {}
@@ -133,7 +141,7 @@ class ConceptShelf:
         return self._by_path[path]
 
     def _use(self, concept: Concept, scale: float) -> ConceptUse:
-        use = ConceptUse.of(concept, scale=scale, when=self._when)
+        use = ConceptUse.of(concept, scale=scale, when=self._when, keep_apart=self._keep_apart)
         self._used.setdefault(id(concept), (concept, use))
         return use
 

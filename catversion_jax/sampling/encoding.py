@@ -16,6 +16,7 @@ import numpy as np
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.learned import LearnedPart
+from catversion_jax.models.clip.adaptation import HIDDEN
 from catversion_jax.models.clip.text_projection import TextStates
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.text_encoders import text_states
@@ -44,8 +45,12 @@ def encode_text(backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse])
       CatVersionError: a concept of a model with another number of text encoders.
     """
     acting = active_concepts(backbone.tokenizers[0], prompt, concepts)
-    parts = [jax.device_put(learned_parts(backbone, use)) for use in acting]
     placed = [place_concepts(tokenizer, prompt, acting) for tokenizer in backbone.tokenizers]
+    apart = (placed[0].word_places == HIDDEN).any(axis=1)  # [U]
+    parts = [
+        jax.device_put(learned_parts(backbone, use, bounded=bool(bounded)))
+        for use, bounded in zip(acting, apart, strict=True)
+    ]
     token_ids, word_places = jax.device_put(
         (
             tuple(one.token_ids[None] for one in placed),
@@ -83,7 +88,10 @@ def encode_requests(
     def encoded(prompt: str, concepts: tuple[ConceptUse, ...]) -> TextStates:
         key = (
             prompt,
-            *((id(use.learned), use.scale, use.when, use.class_words) for use in concepts),
+            *(
+                (id(use.learned), use.scale, use.when, use.class_words, use.keep_apart)
+                for use in concepts
+            ),
         )
         if key not in known:
             known[key] = encode_text(backbone, prompt, concepts)

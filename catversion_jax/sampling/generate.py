@@ -67,6 +67,7 @@ def generate(
     negative_prompt: str = "",
     scale: float = 1.0,
     when: str | None = None,
+    keep_apart: bool = False,
     force: bool = False,
     latents: Float[np.ndarray, "B C h w"] | None = None,
     image: Int[np.ndarray, "H W 3"] | str | Path | None = None,
@@ -106,6 +107,8 @@ def generate(
       scale: strength of the concepts that have none of their own: 0 is the plain model exactly, 1
         is as trained.
       when: ``"class_word"`` or ``"always"``; None is what the concept files say.
+      keep_apart: where several concepts act on one prompt, each is seen from its own word up to
+        the next concept's word only, so that a dog does not take the colours of a cup behind it.
       force: use a concept though it was trained with another text encoder of the same shape.
       latents: standard-normal initial latents in diffusers' layout, one per image, instead of those
         of the seeds; ``h`` and ``w`` are pixels divided by the VAE's factor (8).
@@ -164,7 +167,7 @@ def generate(
         generated_pages(
             rows,
             all_seeds,
-            ConceptShelf(concepts, scale=scale, when=when),
+            ConceptShelf(concepts, scale=scale, when=when, keep_apart=keep_apart),
             settings,
             model=model,
             revision=revision,

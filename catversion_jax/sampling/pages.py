@@ -193,6 +193,7 @@ class ImageMetadata:
                     "base_class": use.base_class,
                     "scale": use.scale,
                     "when": use.when,
+                    **({"keep_apart": True} if use.keep_apart else {}),
                     "sha256": self._sha256(use),
                     "acts": any(use is one for one in acting),
                 }

@@ -23,6 +23,7 @@ from catversion_jax.concepts.foreign_syntax import foreign_syntax
 from catversion_jax.errors import CatVersionError, encodable, shown
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.learned import Learned, LearnedPart
+from catversion_jax.models.clip.adaptation import HIDDEN
 from catversion_jax.models.clip.tokenizer import PlacedPrompt, Tokenizer
 from catversion_jax.models.stable_diffusion import Backbone
 
@@ -42,6 +43,8 @@ class ConceptUse:
       scale: strength; 0 is the plain model exactly, 1 as trained (:meth:`Learned.scaled`).
       when: ``class_word`` or ``always``.
       class_forms: further forms of ``base_class`` that call the concept.
+      keep_apart: where several concepts act on one prompt, it is seen from its own word up to the
+        next concept's word, and not by what follows that.
     """
 
     name: str
@@ -50,6 +53,7 @@ class ConceptUse:
     scale: float = 1.0
     when: str = "class_word"
     class_forms: tuple[str, ...] = ()
+    keep_apart: bool = False
 
     def __post_init__(self) -> None:
         if self.when not in WHEN:
@@ -69,7 +73,14 @@ class ConceptUse:
             )
 
     @classmethod
-    def of(cls, concept: Concept, *, scale: float = 1.0, when: str | None = None) -> ConceptUse:
+    def of(
+        cls,
+        concept: Concept,
+        *,
+        scale: float = 1.0,
+        when: str | None = None,
+        keep_apart: bool = False,
+    ) -> ConceptUse:
         """A trained concept as its file says, unless ``when`` says otherwise."""
         return cls(
             concept.name,
@@ -78,6 +89,7 @@ class ConceptUse:
             scale,
             when or concept.when,
             concept.class_forms,
+            keep_apart,
         )
 
     @property
@@ -135,12 +147,23 @@ def active_concepts(
 
 
 def place_concepts(tokenizer: Tokenizer, prompt: str, acting: Sequence[ConceptUse]) -> PlacedPrompt:
-    """A prompt's tokens with room for the vectors of the concepts that act on it."""
-    return tokenizer.place(
+    """A prompt's tokens with room for the vectors of the concepts that act on it; those that are
+    kept apart are hidden from the next concept's word on, until their own comes again.
+    """
+    placed = tokenizer.place(
         prompt,
         [use.class_words for use in acting],
         [use.learned.num_word_places for use in acting],
     )
+    own = placed.word_places >= 0  # [U T]
+    others = own.any(axis=0) & ~own
+    positions = np.arange(own.shape[1])
+    last_own, last_other = (
+        np.maximum.accumulate(np.where(where, positions, -1), axis=1) for where in (own, others)
+    )
+    apart = np.array([use.keep_apart for use in acting], bool)[:, None] & own.any(1, keepdims=True)
+    hidden = apart & (last_other > last_own)
+    return dataclasses.replace(placed, word_places=np.where(hidden, HIDDEN, placed.word_places))
 
 
 def prompt_warnings(
@@ -240,13 +263,18 @@ def check_concept(
             )
 
 
-def learned_parts(backbone: Backbone, use: ConceptUse) -> tuple[LearnedPart, ...]:
-    """What a concept learned for each text encoder of the model, with its scale.
+def learned_parts(
+    backbone: Backbone, use: ConceptUse, *, bounded: bool = False
+) -> tuple[LearnedPart, ...]:
+    """What a concept learned for each text encoder of the model, with its scale; where it is
+    ``bounded``, seen by no token before its word.
 
     Raises:
       CatVersionError: it was trained for a model with another number of text encoders.
     """
-    parts, needed = use.learned.scaled(use.scale).parts, len(backbone.text_encoders)
+    learned = use.learned.scaled(use.scale)
+    parts = (learned.within_words() if bounded else learned).parts
+    needed = len(backbone.text_encoders)
     if len(parts) != needed:
         raise CatVersionError(
             f"concept {use.name!r}: was trained for a model with {len(parts)} text encoder(s), but "

@@ -21,6 +21,9 @@ from catversion_jax.errors import CatVersionError
 Heads = tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N H"]]
 """Queries, keys and values of one layer, split into heads, before the attention."""
 
+HIDDEN = -2
+"""In ``word_places``: a token that is not to see the concept: another's word came between."""
+
 ProcessHeads = Callable[[Array, Array, Array], Heads]
 
 
@@ -45,7 +48,8 @@ class Adaptation(Protocol):
     """What one concept learned, as the text encoder sees it (no concept axis).
 
     ``word_places`` is ``[B T]`` int32: -1 outside the concept's class word, on it the number of the
-    token within the word (``PlacedPrompt`` of :mod:`catversion_jax.models.clip.tokenizer`).
+    token within the word (``PlacedPrompt`` of :mod:`catversion_jax.models.clip.tokenizer`), and
+    :data:`HIDDEN` where concepts of one prompt are kept apart.
     """
 
     @property

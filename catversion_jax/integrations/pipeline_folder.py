@@ -27,6 +27,7 @@ from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 _SOURCES = (
     "loaded_concept.py",
     "concept_attention.py",
+    "word_places.py",
     "encoder_state.py",
     "encoder_fingerprint.py",
     "concept_source.py",

@@ -84,7 +84,8 @@ class Ours:
             prepare_concept(spec, record, backbone, data, method, objective)
             for spec, record in zip(specs, records, strict=True)
         ]
-        self.rows.fill(dict(enumerate(prepared)), {}, 0.0)
+        for row, concept in enumerate(prepared):
+            self.rows.put(self.rows.send({row: concept}, {}), 0.0)
         schedule = noise_schedule(backbone.noise_schedule)
         self.train_step = make_train_step(
             schedule, tx, mesh, objective, config.device_options, ema_decay=None

@@ -87,7 +87,7 @@ def test_every_reader_reads_anything(output: Path, name: str, damage: str, capsy
     assert main(["status", str(output), "--json"]) == 0
     assert "Traceback" not in capsys.readouterr().err
     assert recorded_model(output) is None or recorded_model(output)
-    trained = read_trained_concept(output, "teal_cup", "cup")
+    trained = read_trained_concept(output, "teal_cup")
     assert trained.state in ("done", "stopped early")
     assert all(isinstance(loss, float) for _, loss in trained.losses)
     if name == "config.resolved.yaml":

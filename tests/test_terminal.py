@@ -21,7 +21,7 @@ from catversion_jax.cli import main
 from catversion_jax.cli.terminal import SafeStream, printable
 from catversion_jax.runtime.atomic_files import write_atomically
 from catversion_jax.runtime.spreadsheet_cells import harmless_cell, plain_cell
-from catversion_jax.training.run.index import read_index, write_index
+from catversion_jax.training.run.index import Index, read_index
 
 COMMAND = "import sys; from catversion_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\r\x9b31m\udcff"
@@ -81,12 +81,12 @@ def run_command(*args: object, shell: str = "", **variables: str) -> subprocess.
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A run whose concepts have names and reasons of all kinds."""
-    rows = [
-        {"name": f"naïve{i}", "state": "quarantined", "reason": f"{EVIL} 東京 " + "very long " * 50}
-        for i in range(3000)
-    ]
     (tmp_path / "out").mkdir()
-    write_index(tmp_path / "out" / "index.csv", rows)
+    index = Index(tmp_path / "out" / "index.csv")
+    reason = f"{EVIL} 東京 " + "very long " * 50
+    for i in range(3000):
+        index.set({"name": f"naïve{i}", "state": "quarantined", "reason": reason})
+    index.write()
     return tmp_path / "out"
 
 
@@ -210,7 +210,9 @@ def test_spreadsheets_run_no_cell_and_we_read_it_back(tmp_path: Path, text: str)
     assert plain_cell(cell) == text
     if not text or "\r" in text:  # no name and no line of a reason has one
         return
-    write_index(tmp_path / "index.csv", [{"name": text, "state": "queued", "reason": text}])
+    index = Index(tmp_path / "index.csv")
+    index.set({"name": text, "state": "queued", "reason": text})
+    index.write()
     assert [(row["name"], row["reason"]) for row in read_index(tmp_path / "index.csv")] == [
         (text, text)
     ]

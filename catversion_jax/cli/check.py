@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from catversion_jax.assets import embedded_folder
 from catversion_jax.cli.model_arguments import add_prediction_type_argument
-from catversion_jax.concepts import ConceptList, read_concepts
+from catversion_jax.concepts import ConceptList, ConceptSpec, read_concepts
 from catversion_jax.concepts.fields import MASK_POLARITIES, WHEN
+from catversion_jax.concepts.long_lists import LongList, open_long_list
 from catversion_jax.concepts.report import ConceptReport, report_concept
 from catversion_jax.config import TrainConfig
 from catversion_jax.config.data import DataOptions
@@ -26,6 +29,8 @@ _SD_RESOLUTION = 512
 _MIN_RESOLUTION = 8  # as for training: one latent position
 _HEADER = ("name", "base class", "other forms", "images", "masks", "smallest side", "prompts")
 _LEFT_COLUMNS = (0, 1, 2, 6)
+_BLOCK = 1000
+"""Concepts of a long list that are reported together."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,44 +105,71 @@ def run(args: argparse.Namespace) -> int:
             from catversion_jax.models.stable_diffusion import model_resolution
 
             resolution = model_resolution(files)
+    shared: dict[str, Any] = {
+        "base_class": args.base_class,
+        "default_when": args.when,
+        "mask_polarity": args.mask_polarity,
+        "max_megapixels": args.max_megapixels,
+        "holdout": args.holdout,
+    }
+    report = functools.partial(
+        report_concept,
+        resolution=resolution,
+        alpha=args.alpha,
+        templates=args.instance_prompt,
+        default_when=args.when,
+        tokenizer=tokenizer,
+    )
+    if (long_list := open_long_list(args.concepts, **shared)) is not None:
+        return _check_long(long_list, report, as_json=args.json)
     found = read_concepts(
         args.concepts,
-        base_class=args.base_class,
         dataset_split=args.dataset_split,
         image_column=args.image_column,
         concept_column=args.concept_column,
         base_class_column=args.base_class_column,
-        default_when=args.when,
-        mask_polarity=args.mask_polarity,
-        max_megapixels=args.max_megapixels,
-        holdout=args.holdout,
+        **shared,
     )
-    reports = [
-        report_concept(
-            spec,
-            resolution=resolution,
-            alpha=args.alpha,
-            templates=args.instance_prompt,
-            default_when=args.when,
-            tokenizer=tokenizer,
-        )
-        for spec in found.concepts
-    ]
+    reports = [report(spec) for spec in found.concepts]
     if args.json:
         _print_json(reports, found)
     else:
         _print_table(reports, found)
+        print(_total(*_counts(reports, found)))
     return 3 if found.problems or any(report.problems for report in reports) else 0
 
 
+def _check_long(
+    long_list: LongList, report: Callable[[ConceptSpec], ConceptReport], *, as_json: bool
+) -> int:
+    """Report a long list in blocks, a table or a line of JSON each, as they are read."""
+    bad = total = 0
+    for found in long_list.blocks(_BLOCK):
+        reports = [report(spec) for spec in found.concepts]
+        if as_json:
+            print(json.dumps(_as_json(reports, found), ensure_ascii=False))
+        else:
+            _print_table(reports, found)
+        of_block, size = _counts(reports, found)
+        bad, total = bad + of_block, total + size
+    if not as_json:
+        for note in long_list.notes:
+            print(f"note: {note}")
+        print(_total(bad, total))
+    return 3 if bad else 0
+
+
 def _print_json(reports: Sequence[ConceptReport], found: ConceptList) -> None:
-    value = {
+    print(json.dumps(_as_json(reports, found), indent=1, ensure_ascii=False))
+
+
+def _as_json(reports: Sequence[ConceptReport], found: ConceptList) -> dict[str, Any]:
+    return {
         "concepts": [dataclasses.asdict(report) for report in reports],
         "problems": [dataclasses.asdict(problem) for problem in found.problems],
         "skipped": list(found.skipped),
         "notes": list(found.notes),
     }
-    print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _print_table(reports: Sequence[ConceptReport], found: ConceptList) -> None:
@@ -161,9 +193,16 @@ def _print_table(reports: Sequence[ConceptReport], found: ConceptList) -> None:
         print(f"skipped: {', '.join(found.skipped)}")
     for note in found.notes:
         print(f"note: {note}")
+
+
+def _counts(reports: Sequence[ConceptReport], found: ConceptList) -> tuple[int, int]:
+    """How many concepts cannot be trained, and how many there are."""
     bad = len(found.problems) + sum(bool(report.problems) for report in reports)
-    total = len(reports) + len(found.problems)
-    print(f"{total} concept{'s' if total != 1 else ''}, {total - bad} ready to train")
+    return bad, len(reports) + len(found.problems)
+
+
+def _total(bad: int, total: int) -> str:
+    return f"{total} concept{'s' if total != 1 else ''}, {total - bad} ready to train"
 
 
 def _row(report: ConceptReport) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from catversion_jax.errors import CatVersionError
 
 if TYPE_CHECKING:
     from catversion_jax.concepts import ConceptList
+    from catversion_jax.concepts.long_lists import LongList
     from catversion_jax.evaluation.tables import Evaluation
     from catversion_jax.training.start import TrainResult
 
@@ -49,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     given = [f"{o.name}={vars(args)[o.name]}" for o in option_table() if o.name in vars(args)]
     config = load_config(args.config, [*args.overrides, *given])
     # Before jax is imported: the paths can be wrong, and that should show at once.
-    from catversion_jax.concepts import read_configured_concepts
+    from catversion_jax.concepts.long_lists import open_configured_concepts
 
-    concepts = read_configured_concepts(config.data_options, config.when)
+    concepts = open_configured_concepts(config.data_options, config.when)
     _announce(config, concepts)
 
     from catversion_jax.training.start import train
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     with _stop_signals() as stop:
         result = train(config, concepts=concepts, stop=stop)
     code = _report(result)
-    if config.evaluate_after and result.concepts and not result.interrupted:
+    if config.evaluate_after and result.finished and not result.interrupted:
         _evaluate(config, result)
     return code
 
@@ -129,7 +130,14 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _announce(config: TrainConfig, concepts: ConceptList) -> None:
+def _announce(config: TrainConfig, concepts: ConceptList | LongList) -> None:
+    from catversion_jax.concepts.long_lists import LongList
+
+    if isinstance(concepts, LongList):
+        print(f"{len(concepts.names)} concepts from {config.concepts}, each read in its turn")
+        for line in concepts.notes:
+            print(f"  {line}")
+        return
     num_images = sum(len(spec.images) for spec in concepts.concepts)
     plural = "" if len(concepts.concepts) == 1 else "s"
     print(f"{len(concepts.concepts)} concept{plural}, {num_images} images from {config.concepts}")

@@ -9,15 +9,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts.entries import Entry, Layout, quarantined_entry
+from catversion_jax.concepts.names import with_sound_names
 from catversion_jax.concepts.onetrainer import is_onetrainer, read_onetrainer
-from catversion_jax.concepts.tables import Row, read_rows
+from catversion_jax.concepts.tables import Row, Table, read_rows
 from catversion_jax.concepts.user_paths import folder_of, user_path
 from catversion_jax.config.documents import parse_json, parse_yaml, read_text
 from catversion_jax.errors import CatVersionError, ConceptError, shown
@@ -38,14 +40,60 @@ def read_manifest(path: Path) -> Layout:
     if any(is_onetrainer(values) for values in mappings):
         return read_onetrainer(path, rows)
     custom_diffusion = any("instance_data_dir" in values for values in mappings)
-    read_row = _custom_diffusion_entry if custom_diffusion else _plain_entry
-    entries = [
-        quarantined_entry(
-            _name_of(row), row.where, path.parent, functools.partial(read_row, path, row)
-        )
-        for row in rows
-    ]
+    entries = [_entry(path, row, custom_diffusion=custom_diffusion) for row in rows]
     return Layout(tuple(entries), notes=notes)
+
+
+def _entry(path: Path, row: Row, *, custom_diffusion: bool) -> Entry:
+    read = _custom_diffusion_entry if custom_diffusion else _plain_entry
+    return quarantined_entry(
+        _name_of(row), row.where, path.parent, functools.partial(read, path, row)
+    )
+
+
+class LongManifest:
+    """A long list in a ``.csv`` or ``.jsonl`` file, of which only the names are known; an entry is
+    understood when it is asked for.
+
+    Attributes:
+      names: of the concepts, each the name of a folder, in order.
+      notes: on the file as a whole.
+
+    Raises:
+      CatVersionError: the file as a whole cannot be understood, or two concepts share a folder.
+    """
+
+    def __init__(self, path: Path, table: Table):
+        self._path, self._table, self.notes = path, table, table.notes
+        self._custom_diffusion = False
+        self.names = [entry.name for entry in with_sound_names(self._only_names())]
+        self._places = {name: place for place, name in enumerate(self.names)}
+
+    @classmethod
+    def of(cls, path: Path, at_least: int) -> LongManifest | None:
+        """The list at ``path``, unless it is shorter than ``at_least`` or of another kind."""
+        if path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file():
+            return None
+        table = Table(path)
+        if len(table) < at_least:
+            return None
+        first = table[0].values
+        if isinstance(first, Mapping) and is_onetrainer(first):
+            return None
+        return cls(path, table)
+
+    def _only_names(self) -> Iterator[Entry]:
+        for row in self._table:
+            if isinstance(row.values, Mapping) and "instance_data_dir" in row.values:
+                self._custom_diffusion = True
+            yield Entry(_name_of(row), row.where, {}, self._path.parent, problem=row.problem)
+
+    def entry(self, name: str) -> Entry:
+        """What the list says of a concept."""
+        row = self._table[self._places[name]]
+        read = _entry(self._path, row, custom_diffusion=self._custom_diffusion)
+        (sound,) = with_sound_names([read])
+        return dataclasses.replace(sound, name=name)
 
 
 def _rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:

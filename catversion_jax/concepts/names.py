@@ -62,7 +62,7 @@ def with_sound_names(entries: Iterable[Entry]) -> list[Entry]:
             renamed.append((number, entry, problem or f"{entry.where}: {mistake}"))
         elif entry.problem is not None:
             renamed.append((number, entry, entry.problem))
-        elif (folder := _folder(name)) not in seen:
+        elif (folder := same_folder(name)) not in seen:
             seen[folder] = name
         else:
             other = (
@@ -77,15 +77,15 @@ def with_sound_names(entries: Iterable[Entry]) -> list[Entry]:
         raise CatVersionError("\n".join([*mistakes, *(problem for _, _, problem in renamed)]))
     for number, entry, problem in renamed:
         name = _similar(entry.name, number)
-        while _folder(name) in seen:
+        while same_folder(name) in seen:
             name = f"{name} entry {number}"
-        seen[_folder(name)] = name
+        seen[same_folder(name)] = name
         sound[number - 1] = dataclasses.replace(entry, name=name, problem=problem)
     return sound
 
 
-def _folder(name: str) -> str:
-    """What macOS and Windows compare: they would put both of two such names into one folder."""
+def same_folder(name: str) -> str:
+    """What macOS and Windows compare: names for which it is the same share one folder there."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

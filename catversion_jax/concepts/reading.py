@@ -180,30 +180,65 @@ def read_concepts(
             base_class_column=base_class_column,
         )
     entries = with_sound_names(layout.entries)
-    list_folder = functools.cache(list_images)
+    read = functools.partial(
+        read_entry,
+        base_class=base_class,
+        single=layout.single,
+        default_when=default_when,
+        mask_polarity=mask_polarity,
+        max_megapixels=max_megapixels,
+        holdout=holdout,
+        list_folder=functools.cache(list_images),
+    )
     concepts: list[ConceptSpec] = []
     problems: list[ConceptProblem] = []
     for entry in entries:
         try:
-            with concept_errors(f"{entry.where}: cannot be read"):
-                spec = _build_concept(
-                    entry,
-                    base_class,
-                    layout.single,
-                    default_when,
-                    mask_polarity,
-                    max_megapixels,
-                    holdout,
-                    list_folder,
-                )
-                concept_prompts(spec, "default", default_when=default_when)
-            concepts.append(spec)
+            concepts.append(read(entry))
         except ConceptError as error:
             problems.append(ConceptProblem(entry.name, str(error)))
     if not concepts:
         reasons = [problem.message for problem in problems]
         raise CatVersionError("\n".join(reasons) or f"{source}: no concept found.")
     return ConceptList(tuple(concepts), tuple(problems), layout.skipped, layout.notes)
+
+
+def read_entry(
+    entry: Entry,
+    *,
+    base_class: str | None,
+    single: bool,
+    default_when: str,
+    mask_polarity: MaskPolarity | None,
+    max_megapixels: float,
+    holdout: int,
+    list_folder: Callable[[Path], FolderImages],
+) -> ConceptSpec:
+    """One concept of a source, checked; no image is decoded.
+
+    Args:
+      entry: what the source says of it.
+      base_class, default_when, mask_polarity, max_megapixels, holdout: as for
+        :func:`read_concepts`.
+      single: whether the source is this concept alone.
+      list_folder: lists a folder in which listed images lie; many concepts may lie in one.
+
+    Raises:
+      ConceptError: it cannot be used.
+    """
+    with concept_errors(f"{entry.where}: cannot be read"):
+        spec = _build_concept(
+            entry,
+            base_class,
+            single,
+            default_when,
+            mask_polarity,
+            max_megapixels,
+            holdout,
+            list_folder,
+        )
+        concept_prompts(spec, "default", default_when=default_when)
+    return spec
 
 
 def concept_prompts(

@@ -51,10 +51,14 @@ def read_csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
       path: the file.
       columns: what every row gets, "" where the file does not have it.
     """
-    text = read_text(path)
+    return csv_rows(read_text(path) or "", columns)
+
+
+def csv_rows(text: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    """:func:`read_csv_rows` of a text."""
     rows: list[dict[str, str]] = []
     try:
-        for row in csv.DictReader(io.StringIO(text or "", newline="")):
+        for row in csv.DictReader(io.StringIO(text, newline="")):
             rows.append({column: row.get(column) or "" for column in columns})
     except csv.Error:
         pass  # what follows is damaged

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 
 from catversion_jax.config import OptimizerOptions, RecordingOptions
 from catversion_jax.methods.learned import Learned
@@ -28,7 +27,7 @@ from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.preparation import PreparedConcept
 from catversion_jax.training.programs import Programs
 from catversion_jax.training.recorder import Dispatched, Recorder
-from catversion_jax.training.rows import Occupant, Rows
+from catversion_jax.training.rows import Newcomers, Occupant, Rows
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import Checkpoints, SavedRow
 from catversion_jax.training.run.directory import RunDirectory
@@ -183,50 +182,64 @@ class TrainingLoop:
             return False
         # The programs of the first refill are compiled there.
         with self._recorder.timed("refilling" if self._compiled else "compiling"):
-            plain_data = self._rows.fill(newcomers, self._saved, self._recorder.now)
-            evaluate = self._programs.evaluate
-            plain = evaluate(self._rows, None, plain_data, newcomers)
-            start = evaluate(self._rows, self._rows.state.exported, self._rows.data, newcomers)
-            start = self._without_bad_predictions(newcomers, plain, start)
-            for row in newcomers:
-                occupant = self._rows.occupied[row]
-                self._saved.pop(occupant.name, None)
-                occupant.plain_loss = rounded(plain[row])
-                if not occupant.evaluations:
-                    occupant.evaluations.append((0, rounded(start[row])))
-                make_way(self._out.concept(occupant.name), for_folder=True)
-                make_folder(self._out.concept(occupant.name))
-                self._out.clear_failure(occupant.name)
-                self._out.set_state(occupant.name, "running")
-                self._recorder.begin(occupant)
+            self._rows.make_room(newcomers.values())
+            for group in self._rows.groups(newcomers):
+                self._admit({row: newcomers[row] for row in group})
         return True
 
-    def _without_bad_predictions(
-        self, newcomers: Mapping[int, PreparedConcept], plain: np.ndarray, start: np.ndarray
-    ) -> np.ndarray:
-        """Let new concepts start from the class word where the prediction is no better than the
-        plain model; the evaluation losses of their start, by row.
+    def _admit(self, concepts: Mapping[int, PreparedConcept]) -> None:
+        """Give rows, at most one on each device, to concepts, and evaluate their start."""
+        newcomers = self._rows.send(concepts, self._saved)
+        plain = self._start_losses(newcomers, of_plain_model=True)
+        start = self._start_losses(newcomers)
+        if poor := self._bad_predictions(newcomers, plain, start):
+            again = {concept.spec.name for concept in poor.values()}
+            saved = {name: row for name, row in self._saved.items() if name not in again}
+            newcomers = self._rows.send({**concepts, **poor}, saved)
+            start = self._start_losses(newcomers)
+        self._rows.put(newcomers, self._recorder.now)
+        for row in concepts:
+            occupant = self._rows.occupied[row]
+            self._saved.pop(occupant.name, None)
+            occupant.plain_loss = rounded(plain[row])
+            if not occupant.evaluations:
+                occupant.evaluations.append((0, rounded(start[row])))
+            make_way(self._out.concept(occupant.name), for_folder=True)
+            make_folder(self._out.concept(occupant.name))
+            self._out.clear_failure(occupant.name)
+            self._out.set_state(occupant.name, "running")
+            self._recorder.begin(occupant)
+
+    def _start_losses(
+        self, newcomers: Newcomers, *, of_plain_model: bool = False
+    ) -> dict[int, float]:
+        """Evaluation losses by row: of what newcomers begin with, or of the plain model."""
+        learned, data = newcomers.state.exported, newcomers.data
+        if of_plain_model:
+            learned, data = None, newcomers.plain
+        losses = self._programs.evaluate(learned, data, newcomers.is_there)
+        return self._rows.by_row(newcomers.concepts, losses)
+
+    def _bad_predictions(
+        self, newcomers: Newcomers, plain: Mapping[int, float], start: Mapping[int, float]
+    ) -> dict[int, PreparedConcept]:
+        """The new concepts whose prediction is no better than the plain model, by row: as they
+        start from the class word.
         """
         poor = {
-            row: concept.own_start
-            for row, concept in newcomers.items()
+            row: dataclasses.replace(concept, learned=concept.own_start)
+            for row, concept in newcomers.concepts.items()
             if concept.own_start is not None
-            and self._rows.occupied[row].step == 0
+            and newcomers.step(row) == 0
             and not start[row] < plain[row]
         }
-        if not poor:
-            return start
-        for row in poor:
+        for row, concept in poor.items():
             logger.warning(
-                f"{newcomers[row].spec.name}: the predicted start has an evaluation loss of "
+                f"{concept.spec.name}: the predicted start has an evaluation loss of "
                 f"{rounded(start[row])}, not below the plain model's {rounded(plain[row])}: it "
                 "starts as with init=class_word."
             )
-        self._rows.restart(poor)
-        again = self._programs.evaluate(
-            self._rows, self._rows.state.exported, self._rows.data, poor
-        )
-        return np.where(self._rows.mask(poor), again, start)
+        return poor
 
     def _give_up(self, name: str, reason: str) -> None:
         self.failures[name] = reason
@@ -276,9 +289,12 @@ class TrainingLoop:
         if not due:
             return
         self._read_pending(due)
-        rows, learned = self._rows, self._rows.state.exported
+        losses: dict[int, float] = {}
         with self._recorder.timed("evaluation"):
-            losses = self._programs.evaluate(rows, learned, rows.data, [one.row for one in due])
+            for group in self._rows.groups(occupant.row for occupant in due):
+                learned, data = self._rows.take(group)
+                found = self._programs.evaluate(learned, data, self._rows.is_there(group))
+                losses |= self._rows.by_row(group, found)
         for occupant in due:
             occupant.evaluations.append((occupant.step, rounded(losses[occupant.row])))
             self._recorder.write_row(occupant, occupant.step, occupant.evaluations[-1][1])

@@ -367,8 +367,14 @@ def assemble_rows(
         empty_plain=empty_plain,
     )
     data = ConceptData(**arrays)
-    plain_text = _stacked([row.plain_text for row in rows], max_prompts)
-    plain = dataclasses.replace(data, text=plain_text)
+    plain = data  # where there is no room for learned vectors, the plain model reads the same
+    if any(
+        one is not other
+        for row in rows
+        for one, other in zip(row.text, row.plain_text, strict=True)
+    ):
+        plain_text = _stacked([row.plain_text for row in rows], max_prompts)
+        plain = dataclasses.replace(data, text=plain_text)
     return stack_learned([row.learned for row in rows]), data, plain
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from catversion_jax.training.step import (
 
 
 class Programs:
-    """The training step and the evaluation loss of all rows.
+    """The training step of all rows, and the evaluation loss of some of them.
 
     Args:
       backbone: the frozen networks and the noise schedule.
@@ -77,15 +77,14 @@ class Programs:
         return metrics
 
     def evaluate(
-        self, rows: Rows, learned: Learned | None, data: ConceptData, due: Iterable[int]
+        self, learned: Learned | None, data: ConceptData, is_there: np.ndarray
     ) -> np.ndarray:
-        """Evaluation losses ``[C]`` by row; NaN in the rows that are not ``due``.
+        """Evaluation losses ``[G]`` of one row of each device; NaN where there is none.
 
         Args:
-          rows: all rows.
-          learned: what they have learned; None for the plain model's losses.
+          learned: what those rows have learned; None for the plain model's losses.
           data: what their concepts are evaluated on.
-          due: indices of the rows that are evaluated.
+          is_there: ``[G]`` bool, which devices have a row to evaluate.
         """
-        is_due = place_by_concept(rows.mask(due), self._mesh)
+        is_due = place_by_concept(is_there, self._mesh)
         return np.asarray(self._eval_step(learned, data, is_due, self._text_encoders, self._unet))

@@ -6,11 +6,11 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.training.queue_records import QueueRecords
 from catversion_jax.training.run import checkpoint
 from catversion_jax.training.run.checkpoint import SavedRow
 from catversion_jax.training.run.directory import RunDirectory
-from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class QueuePlan:
 
 
 def plan_queue(
-    records: Mapping[str, ConceptRecord],
+    records: QueueRecords,
     run: RunDirectory,
     template: TrainState,
     *,
@@ -54,10 +54,13 @@ def plan_queue(
       CatVersionError: a concept that is finished or under way was changed since, and ``retrains``
         is off; all are listed.
     """
-    finals = run.read_finals(records)
-    compared = {name: records[name].differences(concept) for name, concept in finals}
+    remembered = run.recall(records) if records.believes_index and not retrains else set()
+    compared = {
+        name: records[name].differences(concept)
+        for name, concept in run.read_finals(records, but=remembered)
+    }
     changed = {name: what for name, what in compared.items() if what}
-    done = set(compared) - set(changed)
+    done = remembered | (set(compared) - set(changed))
     saved: dict[str, SavedRow] = {}
     clock = 0
     for folder in sorted(run.checkpoints.glob("process-[0-9]*")):
@@ -70,7 +73,12 @@ def plan_queue(
             if name not in saved or saved[name].step < row.step:
                 saved[name] = row
     for name, row in [*saved.items()]:
-        if what := records[name].changes_since(row.record):
+        try:
+            what = records[name].changes_since(row.record)
+        except ConceptError:  # of a long list; it is given up in its turn
+            del saved[name]
+            continue
+        if what:
             changed.setdefault(name, what)
             del saved[name]
     if changed and not retrains:
@@ -83,7 +91,10 @@ def plan_queue(
         reached = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         logger.info("resumed %d concepts at %s", len(saved), reached)
     fresh = [name for name in records if name not in done and name not in saved]
-    fresh.sort(key=run.has_failed)
+    failed = run.failed_before()
+    fresh.sort(key=failed.__contains__)
+    for name in failed & done:
+        run.clear_failure(name)
     return QueuePlan((*saved, *fresh), saved, clock)
 
 

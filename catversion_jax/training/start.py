@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from catversion_jax.concepts import ConceptList, ConceptSpec, read_configured_concepts
+from catversion_jax.concepts import ConceptList, ConceptSpec
+from catversion_jax.concepts.long_lists import LongList, open_configured_concepts
 from catversion_jax.config import TrainConfig, dump_config, learning_options
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.table import method_for
@@ -32,18 +33,16 @@ from catversion_jax.training.planning.fitting import fitted, largest_concept
 from catversion_jax.training.predicted_start import StartPredictor
 from catversion_jax.training.preparation import (
     concept_failure,
-    describe_concepts,
     prepare_concept,
 )
 from catversion_jax.training.programs import Programs
 from catversion_jax.training.queue_plan import QueuePlan, plan_queue
+from catversion_jax.training.queue_records import QueueRecords, queue_records, sample_of
 from catversion_jax.training.recorder import Recorder
-from catversion_jax.training.retraining import larger_budgets
 from catversion_jax.training.rows import Rows
 from catversion_jax.training.run.checkpoint import Checkpoints
 from catversion_jax.training.run.directory import RunDirectory, check_outside
 from catversion_jax.training.run.reader import TrainedConcept, read_trained_concept
-from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.start_values import abstract_state
 from catversion_jax.training.state import make_optimizer
 from catversion_jax.training.trainable import check_trainable
@@ -58,7 +57,7 @@ class TrainResult:
 
     Attributes:
       output_dir: the folder of the run.
-      concepts: the concepts of the list that are finished, in its order.
+      finished: names of the finished concepts, in the order of the list.
       failures: reasons of the concepts that were given up, by name.
       interrupted: whether the run was asked to stop before the others were done; the same config
         continues it.
@@ -66,21 +65,21 @@ class TrainResult:
     """
 
     output_dir: Path
-    concepts: tuple[TrainedConcept, ...]
+    finished: tuple[str, ...]
     failures: Mapping[str, str]
     interrupted: bool
     backbone: Backbone = dataclasses.field(repr=False)
 
-    @property
-    def finished(self) -> tuple[str, ...]:
-        """Names of the finished concepts."""
-        return tuple(concept.name for concept in self.concepts)
+    @functools.cached_property
+    def concepts(self) -> tuple[TrainedConcept, ...]:
+        """The finished concepts with their files and losses, read when they are asked for."""
+        return tuple(read_trained_concept(self.output_dir, name) for name in self.finished)
 
 
 def train(
     config: TrainConfig,
     *,
-    concepts: ConceptList | None = None,
+    concepts: ConceptList | LongList | None = None,
     backbone: Backbone | None = None,
     stop: threading.Event | None = None,
 ) -> TrainResult:
@@ -117,7 +116,7 @@ def train(
             "['option=value']) makes one, or TrainConfig(option=value)."
         )
     if concepts is None:
-        concepts = read_configured_concepts(config.data_options, config.when)
+        concepts = open_configured_concepts(config.data_options, config.when)
     method_for(config.method_options)
     root = as_path(config.output_dir)
     check_outside(root, config.concepts)
@@ -141,18 +140,13 @@ def train(
         resolution=config.resolution or backbone.default_resolution,
     )
     predictor = StartPredictor.of(config.method_options, backbone)
-    config = resolve_auto(config, backbone, mesh, concepts.concepts)
+    sample, count = sample_of(concepts)
+    config = resolve_auto(config, backbone, mesh, sample, num_concepts=count)
     try:
         outcome = train_concepts(config, backbone, concepts, mesh, stop, predictor)
     except OSError as error:
         raise unwritable(as_path(error.filename or config.output_dir), error) from error
-    finished = set(outcome.finished)
-    trained = tuple(
-        read_trained_concept(root, spec.name, spec.base_class)
-        for spec in concepts.concepts
-        if spec.name in finished
-    )
-    return TrainResult(root, trained, outcome.failures, outcome.interrupted, backbone)
+    return TrainResult(root, outcome.finished, outcome.failures, outcome.interrupted, backbone)
 
 
 def planned_step(config: TrainConfig, backbone: Backbone) -> PlannedStep:
@@ -174,6 +168,8 @@ def resolve_auto(
     mesh: Mesh,
     specs: Sequence[ConceptSpec],
     memory_bytes: float | None = None,
+    *,
+    num_concepts: int | None = None,
 ) -> TrainConfig:
     """``config`` with numbers in place of ``auto`` where devices and memory decide.
 
@@ -181,16 +177,16 @@ def resolve_auto(
       config: the options.
       backbone: the frozen networks.
       mesh: of this process.
-      specs: the concepts to train.
+      specs: the concepts to train, or some of them.
       memory_bytes: of each device; by default what the devices say.
+      num_concepts: number of concepts to train, where ``specs`` are some of them.
 
     Raises:
       CatVersionError: not one concept fits, or not as many as ``concepts_per_device`` says.
     """
     images, prompts = largest_concept(specs, config.data_options, config.method_options)
-    devices = fitted(
-        planned_step(config, backbone), mesh, len(specs), images, prompts, memory_bytes
-    )
+    planned, count = planned_step(config, backbone), num_concepts or len(specs)
+    devices = fitted(planned, mesh, count, images, prompts, memory_bytes)
     return dataclasses.replace(
         config,
         concepts_per_device=devices.concepts_per_device,
@@ -212,7 +208,7 @@ class RunOutcome:
 def train_concepts(
     config: TrainConfig,
     backbone: Backbone,
-    concepts: ConceptList,
+    concepts: ConceptList | LongList,
     mesh: Mesh,
     stop: threading.Event | None = None,
     predictor: StartPredictor | None = None,
@@ -250,8 +246,8 @@ def train_concepts(
             retrains=retrains,
         )
         run.clear_leftovers()
-        records, unusable = describe_concepts(
-            concepts.concepts,
+        records = queue_records(
+            concepts,
             backbone,
             config.data_options,
             config.method_options,
@@ -259,21 +255,18 @@ def train_concepts(
             recorded=recorded,
             networks=networks,
             masked=bool(config.objective_options.needs_masks),
+            max_train_steps=config.max_train_steps,
         )
-        failures = {problem.name: problem.message for problem in concepts.problems} | unusable
-        specs = {spec.name: spec for spec in concepts.concepts if spec.name in records}
+        failures = dict(records.failures)
         template = abstract_state(config.method_options, config.optimizer_options, backbone)
-        records = larger_budgets(records, config.recording_options)
+        records.retrain(config.recording_options)
         plan = plan_queue(records, run, template, retrains=retrains)
         wait_for_others("every process has read what was done before")
         own = tuple(own_part(plan.names))
-        for name in specs:
-            if run.has_failed(name) and run.is_done(name):
-                run.clear_failure(name)
         if run.process == 0:
             for name, reason in failures.items():
                 run.quarantine(name, reason)
-        run.start_index(specs, failures)
+        run.start_index(records, failures)
         run.set_others(set(plan.names) - set(own))
         saved = {name: row for name, row in plan.saved.items() if name in own}
         plan = dataclasses.replace(plan, names=own, saved=saved)
@@ -282,7 +275,6 @@ def train_concepts(
             backbone,
             mesh,
             run,
-            specs,
             records,
             plan,
             [part.first_layer for part in template.learned.parts],
@@ -302,8 +294,7 @@ def _run_queue(
     backbone: Backbone,
     mesh: Mesh,
     run: RunDirectory,
-    specs: Mapping[str, ConceptSpec],
-    records: Mapping[str, ConceptRecord],
+    records: QueueRecords,
     plan: QueuePlan,
     first_layers: Sequence[int],
     stop: threading.Event,
@@ -315,7 +306,8 @@ def _run_queue(
     data, method, objective = config.data_options, config.method_options, config.objective_options
     optimizer, recording = config.optimizer_options, config.recording_options
     per_axis = mesh.shape[CONCEPT_AXIS]
-    per_device = min(config.concepts_per_device, max(1, -(-len(specs) // per_axis)))
+    per_device = min(config.concepts_per_device, max(1, -(-len(records) // per_axis)))
+    max_images, max_prompts = records.room
     tx = make_optimizer(optimizer, method)
     rows = Rows(
         per_device * per_axis,
@@ -324,8 +316,8 @@ def _run_queue(
         objective,
         tx,
         averaged=config.ema_decay is not None,
-        max_images=max((len(spec.images) for spec in specs.values()), default=1),
-        max_prompts=max((len(record.prompts) for record in records.values()), default=1),
+        max_images=max_images,
+        max_prompts=max_prompts,
     )
     programs = Programs(
         backbone,
@@ -349,11 +341,11 @@ def _run_queue(
 
     def prepared(name: str) -> Prepared:  # in the feeder's thread
         try:
-            return Prepared(name, prepare(specs[name], records[name]))
+            return Prepared(name, prepare(*records.read(name)))
         except Exception as error:
             return Prepared(name, None, concept_failure(name, error))
 
-    total, to_do = (sum(records[n].updates for n in names) for names in (specs, plan.names))
+    total, to_do = records.updates(records), records.updates(plan.names)
     with (
         tqdm(total=total, initial=total - to_do, unit="concept-step", desc="compiling") as bar,
         logging_redirect_tqdm([logging.getLogger()], tqdm_class=tqdm),

@@ -3,6 +3,7 @@
 out/
   run.json  config.resolved.yaml  index.csv  timeline.csv  metrics.jsonl  process-0000.lock
   STOP (somebody wants all processes of the run to save and end)
+  index-changes.csv (rows of index.csv that have changed since it was written)
   index-0001.csv timeline-0001.csv metrics-0001.jsonl ... (what the other processes do)
   checkpoints/process-0000/<step>/  logs/<concept>/
   concepts/<name>/  catversion.safetensors  catversion-000250.safetensors  metrics.csv  metrics.json
@@ -11,26 +12,34 @@ out/
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
 import jax
 
+from catversion_jax.concepts.names import same_folder
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 from catversion_jax.runtime.regular_files import make_way
 from catversion_jax.training.run import names
-from catversion_jax.training.run.index import FINISHED, STATES, one_line, read_index, write_index
-from catversion_jax.training.run.manifest import check_same_run, write_manifest
+from catversion_jax.training.run.index import (
+    FINISHED,
+    Index,
+    changes_file,
+    index_row,
+    indices_of_others,
+    read_index,
+)
+from catversion_jax.training.run.manifest import check_same_run, has_same_settings, write_manifest
 from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.run.summary import (
     STOPPED_EARLY,
@@ -41,7 +50,9 @@ from catversion_jax.training.run.summary import (
 
 logger = logging.getLogger(__name__)
 
-INDEX_SECONDS, STOP_SECONDS = 5.0, 2.0
+INDEX_SECONDS, STOP_SECONDS = 60.0, 2.0
+INDEX_SHARE = 0.05
+"""Largest share of the time in which ``index.csv`` is written."""
 READERS = 16
 """Files that are read at once: in a bucket each takes its time."""
 
@@ -88,16 +99,18 @@ class RunDirectory:
         self.checkpoints = self.root / names.CHECKPOINTS_FOLDER
         # Process 0 writes what is there once; of the others each has files of its own.
         self.process = jax.process_index()
-        self.jsonl, self.timeline, self.index = (
+        self.jsonl, self.timeline, index = (
             self.root / names.of_process(file, self.process)
             for file in (names.RUN_METRICS_FILE, names.TIMELINE_FILE, names.INDEX_FILE)
         )
         self.logs = self.root / names.LOGS_FOLDER
         self._settings: Mapping[str, Any] = {}
-        self._index: dict[str, dict[str, str]] = {}
+        self._index = Index(index)
         self._others: frozenset[str] = frozenset()
         self._done: set[str] = set()
-        self._written, self._stale = 0.0, False
+        self._recalled: dict[str, dict[str, str]] = {}
+        self._goes_on_unchanged = False
+        self._next_index, self._stale = 0.0, False
         self._looked_for_stop = 0.0
 
     @property
@@ -148,8 +161,9 @@ class RunDirectory:
         if self.process == 0:
             make_way(self._stop_file)
             self._stop_file.unlink(missing_ok=True)
-            for path in self._indices_of_others():
+            for path in indices_of_others(self.root / names.INDEX_FILE):
                 path.unlink(missing_ok=True)
+                changes_file(path).unlink(missing_ok=True)
 
     def is_asked_to_stop(self, *, now: bool = False) -> bool:
         """Whether somebody asked; looks once in a while, or ``now``."""
@@ -211,6 +225,7 @@ class RunDirectory:
                     "resume_from_checkpoint=latest to continue."
                 )
             check_same_run(self.root, settings, retrains=retrains)
+            self._goes_on_unchanged = has_same_settings(self.root, settings)
         self._settings = settings
         if self.process == 0:
             write_manifest(self.root, settings, None)
@@ -225,21 +240,46 @@ class RunDirectory:
         )
         return any(next(self.root.glob(pattern), None) is not None for pattern in patterns)
 
-    def read_finals(self, records: Mapping[str, ConceptRecord]) -> Iterator[tuple[str, Concept]]:
+    def recall(self, concepts: Collection[str]) -> set[str]:
+        """The concepts that ``index.csv`` says are finished and that have a file; none where the
+        run does not go on with the options and the model that it had.
+        """
+        if not self._goes_on_unchanged:
+            return set()
+        for row in read_index(self.root / names.INDEX_FILE):
+            name = row["name"]
+            if row["state"] in FINISHED and name in concepts and self.concept_file(name).is_file():
+                self._recalled[name] = row
+        self._done |= set(self._recalled)
+        return set(self._recalled)
+
+    def read_finals(
+        self, records: Mapping[str, ConceptRecord], but: Collection[str] = ()
+    ) -> Iterator[tuple[str, Concept]]:
         """The names of those of ``records`` that are finished, with their files.
 
         Finished are those that have a readable file of all their updates, or of the one after which
         early stopping ended them.
+
+        Args:
+          records: by name.
+          but: concepts that are not asked for.
         """
+        there = self._folders()
+        wanted = [name for name in records if name not in but and same_folder(name) in there]
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-            found = pool.map(self._read_final, records.values())
-            for name, concept in zip(records, found, strict=True):
+            found = pool.map(functools.partial(self._read_final, records), wanted)
+            for name, concept in zip(wanted, found, strict=True):
                 if concept is not None:
                     self._done.add(name)
                     yield name, concept
 
-    def _read_final(self, record: ConceptRecord) -> Concept | None:
-        name = record.name
+    def _folders(self) -> set[str]:
+        """What lies in the folder of the concepts, as :func:`same_folder` compares it."""
+        folder = self.root / names.CONCEPTS_FOLDER
+        return {same_folder(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
+
+    def _read_final(self, records: Mapping[str, ConceptRecord], name: str) -> Concept | None:
         path = self.concept_file(name)
         make_way(path)
         if not path.is_file():
@@ -250,7 +290,7 @@ class RunDirectory:
             logger.warning("%s; training it again", error)
             return None
         stopped = restored_summary(self.concept(name), concept).get(STOPPED_EARLY)
-        return concept if record.is_finished(concept, stopped) else None
+        return concept if records[name].is_finished(concept, stopped) else None
 
     def reopen(self, name: str) -> None:
         """A finished concept is to be trained again: what its earlier steps left goes away, its
@@ -264,9 +304,10 @@ class RunDirectory:
         """Whether :meth:`read_finals` found it finished."""
         return name in self._done
 
-    def has_failed(self, name: str) -> bool:
-        """Whether the concept was quarantined."""
-        return (self.concept(name) / names.FAILED_FILE).exists()
+    def failed_before(self) -> set[str]:
+        """Names of the concepts that are quarantined."""
+        found = self.root.glob(f"{names.CONCEPTS_FOLDER}/*/{names.FAILED_FILE}")
+        return {path.parent.name for path in found}
 
     def quarantine(self, name: str, reason: str) -> None:
         """Say in the concept's folder why it was given up; nothing else of it is touched."""
@@ -293,70 +334,58 @@ class RunDirectory:
     @property
     def finished(self) -> list[str]:
         """Names of the concepts that have a file."""
-        return [name for name, row in self._index.items() if row["state"] in FINISHED]
+        return self._index.of_state(*FINISHED)
 
     @property
     def quarantined(self) -> dict[str, str]:
         """Names and reasons of the concepts that were given up."""
-        rows = self._index.items()
-        return {name: row["reason"] for name, row in rows if row["state"] == "quarantined"}
+        return {name: self._index.reason(name) for name in self._index.of_state("quarantined")}
 
     def start_index(self, concepts: Iterable[str], failures: Mapping[str, str]) -> None:
         """Find out the state of every concept and write it."""
         for name, reason in failures.items():
-            self.set_state(name, "quarantined", reason=reason)
+            self._index.set(index_row(name, "quarantined", reason=reason))
         for name in concepts:
             if not self.is_done(name):
-                self.set_state(name, "queued")
+                self._index.set(index_row(name, "queued"))
+                continue
+            if name in self._recalled:
+                self._index.set(self._recalled[name])
                 continue
             summary = self.summary(name)
-            self.set_state(name, finished_state(summary), summary)
+            self._index.set(index_row(name, finished_state(summary), summary))
+        self._recalled.clear()
         self.write_index()
 
     def set_others(self, concepts: Iterable[str]) -> None:
         """Concepts that other processes train; those say what becomes of them."""
         self._others = frozenset(concepts)
 
-    def _indices_of_others(self) -> list[Path]:
-        own = self.root / names.INDEX_FILE
-        return sorted(self.root.glob(f"{own.stem}-[0-9]*{own.suffix}"))
-
-    def _look_at_others(self) -> None:
-        for path in self._indices_of_others():
-            self._index |= {
-                row["name"]: row for row in read_index(path) if row["name"] in self._others
-            }
-
     def set_state(
         self, name: str, state: str, summary: Mapping[str, float] | None = None, reason: str = ""
     ) -> None:
-        """Note what became of a concept; :meth:`refresh_index` or :meth:`write_index` write it."""
-        row = {"name": name, "state": state, "reason": one_line(reason)}
-        if state in FINISHED:
-            row["file"] = self.concept_file(name).relative_to(self.root).as_posix()
-        for key in ("eval_loss", "plain_eval_loss"):
-            if summary and key in summary:
-                row[key] = f"{summary[key]:.6g}"
-        self._index[name] = row
+        """Say what became of a concept; ``catversion status`` knows it from now on."""
+        self._index.change(index_row(name, state, summary, reason))
         self._stale = True
 
     def refresh_index(self) -> None:
-        """Write what :meth:`set_state` noted, unless that was done a moment ago."""
-        if (self._stale or self._others) and time.monotonic() - self._written > INDEX_SECONDS:
+        """Write ``index.csv`` as a whole, unless that was done a while ago or nothing happened."""
+        if (self._stale or self._others) and time.monotonic() > self._next_index:
             self.write_index()
 
     def write_index(self) -> None:
         """``index.csv``, a line for each concept, and the counts in ``run.json``, by process 0; the
         other processes tell it in files of their own.
         """
-        self._written, self._stale = time.monotonic(), False
-        rows: Iterable[dict[str, str]] = self._index.values()
+        started, self._stale = time.monotonic(), False
         if self.process:
-            rows = [row for row in rows if row["name"] not in self._others]
-        elif self._others:
-            self._look_at_others()
-        write_index(self.index, rows)
-        if self.process:
-            return
-        counts = collections.Counter(row["state"] for row in self._index.values())
-        write_manifest(self.root, self._settings, {state: counts[state] for state in STATES})
+            self._index.write(but=self._others)
+        else:
+            for path in indices_of_others(self.root / names.INDEX_FILE) if self._others else ():
+                for row in read_index(path):
+                    if row["name"] in self._others:
+                        self._index.set(row)
+            self._index.write()
+            write_manifest(self.root, self._settings, self._index.counts)
+        now = time.monotonic()
+        self._next_index = now + max(INDEX_SECONDS, (now - started) / INDEX_SHARE)

@@ -72,6 +72,13 @@ def check_same_run(root: Path, settings: Mapping[str, Any], *, retrains: bool) -
         )
 
 
+def has_same_settings(root: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether ``run.json`` says the very settings of now, further updates not allowed."""
+    old = read_json_object(root / names.RUN_FILE)
+    now = json.loads(json.dumps(settings))
+    return all(old.get(key) == value for key, value in now.items())
+
+
 def _are_options(options: Mapping[str, Any]) -> bool:
     """Whether every value is one that its option can have."""
     try:

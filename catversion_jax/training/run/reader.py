@@ -29,7 +29,7 @@ from catversion_jax.runtime.regular_files import read_json_object, read_text
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import concepts_from_checkpoint
 from catversion_jax.training.run.directory import is_locked
-from catversion_jax.training.run.index import index_of_folders, read_index
+from catversion_jax.training.run.index import index_of_folders, indices_of_others, read_index
 from catversion_jax.training.run.metrics import read_evaluations, read_metric_rows
 from catversion_jax.training.run.summary import finished_state, read_summary
 
@@ -61,7 +61,10 @@ def read_status(root: Path) -> dict[str, Any]:
             f"{root}: is not a training run: it has no {names.INDEX_FILE}. Give the output_dir of "
             "one."
         )
-    rows: list[dict[str, Any]] = [*(read_index(index) or index_of_folders(root))]
+    known = {row["name"]: row for row in read_index(index)}
+    for path in indices_of_others(index) if known else ():
+        known |= {row["name"]: row for row in read_index(path) if row["name"] in known}
+    rows: list[dict[str, Any]] = [*(known.values() or index_of_folders(root))]
     for row in rows:
         if row["state"] == "running":
             row["step"] = _last_step(root / names.CONCEPTS_FOLDER / row["name"])
@@ -119,15 +122,19 @@ class TrainedConcept:
     plain_loss: float | None
 
 
-def read_trained_concept(root: Path, name: str, base_class: str) -> TrainedConcept:
-    """A finished concept of the run in ``root``."""
+def read_trained_concept(root: Path, name: str) -> TrainedConcept:
+    """A finished concept of the run in ``root``.
+
+    Raises:
+      CatVersionError: its file cannot be read.
+    """
     folder = root / names.CONCEPTS_FOLDER / name
-    summary = read_summary(folder)
+    summary, file = read_summary(folder), folder / CONCEPT_FILE_NAME
     return TrainedConcept(
         name,
-        base_class,
+        load_concept(file).base_class,
         finished_state(summary),
-        folder / CONCEPT_FILE_NAME,
+        file,
         evaluation_losses(folder),
         summary.get("plain_eval_loss"),
     )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from catversion_jax.integrations.loaded_concept import LoadedConcept
+from catversion_jax.integrations.shared_softmax import overwritten
 
 ATTENTION_PREFIX = "catversion_"  # our implementations are catversion_sdpa and catversion_eager
 # The layers of transformers 5 take any argument; those of 4.57 hand on output_attentions alone.
@@ -69,41 +70,8 @@ class Marks:
         scaling: float,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """``output`` ``[B T N H]`` with the rows that call a concept replaced by equation (1);
-        others are not touched.
-
-        ``heads`` are query, key and value, ``[B N T H]``; ``mask`` ``[B or 1, 1, T, T]`` boolean or
-        additive.
-        """
-        adapted = [i for i, concept in enumerate(self.concepts) if layer in concept.layers]
-        if not adapted:
-            return output
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in heads)
-        pairs = [self.concepts[i].at_layer(layer, q) for i in adapted]
-        keys, values = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))  # [N P H]
-        biases = [
-            self.bias[i, :, :, None].expand(-1, -1, pairs[n][0].shape[1])
-            for n, i in enumerate(adapted)
-        ]
-        bias = torch.cat(biases, dim=-1).to(q)  # [B T P]
-        logits = torch.matmul(q, keys.mT) * scaling + bias[:, None]  # [B N T P]
-        own = _masked(torch.matmul(q, k.mT) * scaling, mask)  # [B N T T]
-        mixed = torch.matmul(
-            torch.cat([logits, own], dim=-1).softmax(dim=-1),
-            torch.cat([values.expand(len(q), -1, -1, -1), v], dim=-2),
-        )  # [B N T H]
-        called = (bias > -torch.inf).any(dim=2).any(dim=1)[:, None, None, None]
-        return torch.where(called, mixed.transpose(1, 2).to(output.dtype), output)
-
-
-def _masked(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Logits ``[B N T T]`` with later tokens hidden; a given mask already says so."""
-    if mask is None:  # CLIP hands SDPA no mask and is_causal=True
-        size = logits.shape[-2:]
-        mask = torch.ones(size, dtype=torch.bool, device=logits.device).tril()[None, None]
-    if mask.dtype == torch.bool:
-        return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    return logits + mask.to(logits.dtype)
+        """See :func:`overwritten`."""
+        return overwritten(self.concepts, self.bias, layer, heads, mask, scaling, output)
 
 
 def register_attention(original: str) -> str:

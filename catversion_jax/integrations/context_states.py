@@ -76,7 +76,7 @@ def with_states(
     for row, own in enumerate(prompted):
         prompt = row // images_per_prompt
         states = [
-            _faded(concept.states.to(own.device), scale, own[-1])
+            concept.states_at(scale, own[-1])
             for concept, scale, prompts in acting
             if prompt in prompts and concept.states is not None
         ]
@@ -90,14 +90,6 @@ def with_states(
     tokens = num_tokens(pipe)
     filled = [torch.stack([_filled_up(row, tokens, length) for row in rows]) for rows in both]
     return filled[0], (filled[1] if negative is not None else None), *rest
-
-
-def _faded(states: torch.Tensor, scale: float, last: torch.Tensor) -> torch.Tensor:
-    """States ``[S D]`` at a scale, beside the prompt's last one ``[D]``; in the refiner of Stable
-    Diffusion XL, which has no first encoder, those of the second alone.
-    """
-    own = last.float()
-    return (own + scale * (states[:, -len(last) :] - own)).to(last.dtype)
 
 
 def _filled_up(row: torch.Tensor, tokens: int, length: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ around the weights is no part of it: a concept goes with an encoder that carries
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +16,9 @@ import torch
 
 from catversion_jax.integrations.encoder_state import EncoderState, innermost
 from catversion_jax.integrations.loaded_concept import PAIR, CatVersionLoadError, LoadedConcept
+from catversion_jax.integrations.weights_sha256 import BFLOAT16, same_numbers, weights_sha256
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WRAPPINGS = ("_orig_mod.", "base_model.model.")
-_BFLOAT16 = "bfloat16:"  # the same as there
 _LARGEST_CHANGE = 0.5  # of the weights' own size; unrelated networks differ by about 1.4
 
 
@@ -61,13 +59,13 @@ def check_weights(
     state.fingerprint = state.fingerprint or weights_sha256(weights)
     model = concept.base_model or "an unnamed model"
     name = concept.component or "text encoder"
-    if _same(state.fingerprint, trained):
+    if same_numbers(state.fingerprint, trained):
         return
-    if _BFLOAT16 in trained and state.fingerprint:
+    if BFLOAT16 in trained and state.fingerprint:
         weights = weights or encoder_weights(encoder)
-        if _same(weights_sha256({k: v.bfloat16() for k, v in weights.items()}), trained):
+        if same_numbers(weights_sha256({k: v.bfloat16() for k, v in weights.items()}), trained):
             return
-    if state.fingerprint is None or _BFLOAT16 in trained + state.fingerprint:
+    if state.fingerprint is None or BFLOAT16 in trained + state.fingerprint:
         state.warn_once(
             ("accepted", trained),
             f"{source}: whether this {name} is the one it was trained with cannot be checked, "
@@ -132,28 +130,6 @@ def encoder_weights(encoder: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
-def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """The fingerprint of named tensors; None in a dtype that has dropped more digits."""
-    digest = hashlib.sha256()
-    mark = _BFLOAT16 if any(t.dtype == torch.bfloat16 for t in weights.values()) else ""
-    for key in sorted(weights):
-        tensor = weights[key]
-        if tensor.is_meta or tensor.dtype not in _DTYPES:
-            return None
-        digest.update(key.encode())
-        digest.update(
-            tensor.detach().cpu().to(torch.float16).contiguous().numpy().astype("<f2").tobytes()
-        )
-    return mark + digest.hexdigest()
-
-
-def _same(fingerprint: str | None, trained: str) -> bool:
-    """Whether the numbers are the same, however they are stored."""
-    return bool(fingerprint) and str(fingerprint).removeprefix(_BFLOAT16) == trained.removeprefix(
-        _BFLOAT16
-    )
-
-
 def _weights_of(concept: LoadedConcept) -> dict[str, torch.Tensor] | None:
     """The text encoder that a concept was trained with, if its model is on this machine; None where
     it is not, or has changed, or is a single file and this package is not here to read it.
@@ -186,7 +162,7 @@ def _weights_of(concept: LoadedConcept) -> dict[str, torch.Tensor] | None:
         for key, tensor in tensors.items()
         if not any(part in key for part in left_out)
     }
-    return weights if _same(weights_sha256(weights), concept.text_encoder_sha256) else None
+    return weights if same_numbers(weights_sha256(weights), concept.text_encoder_sha256) else None
 
 
 def _change(

@@ -64,6 +64,15 @@ class LoadedConcept:
         key, value = (x[index].transpose(0, 1).to(like) for x in (self.key, self.value))
         return key, value
 
+    def states_at(self, scale: float, last: torch.Tensor) -> torch.Tensor:
+        """The states ``[S D]`` at a scale, beside the prompt's last one ``[D]``; beside one of the
+        last text encoder alone, those of that one.
+        """
+        assert self.states is not None
+        own = last.float()
+        states = self.states[:, -len(last) :].to(own.device)
+        return (own + scale * (states - own)).to(last.dtype)
+
 
 def parse_concept(data: bytes, source: str) -> tuple[LoadedConcept, ...]:
     """What the bytes of a concept file hold for each text encoder; ``source`` names it in messages.

@@ -26,9 +26,11 @@ from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
 _SOURCES = (
     "loaded_concept.py",
+    "shared_softmax.py",
     "concept_attention.py",
     "word_places.py",
     "encoder_state.py",
+    "weights_sha256.py",
     "encoder_fingerprint.py",
     "concept_source.py",
     "pipeline_encoders.py",

@@ -35,6 +35,7 @@ TEXTS = {
     | {"prediction_type"},
     "import": {"base_class", "name", "model", "variant"},
     "inspect": {"model", "prompt", "prediction_type"},
+    "push": {"repo_id", "license"},
     "status": set(),
 }
 

@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "draw images with trained concepts"),
     "evaluate": ("evaluate", "score a run's concepts, or any method's images, and write a report"),
     "export": ("export", "concept files, prompt embeddings, or a complete diffusers pipeline"),
+    "push": ("push", "send concepts and a model card to the Hugging Face hub"),
     "import": ("import_official", "convert the authors' released adapters"),
     "inspect": ("inspect", "say what a concept file is"),
 }

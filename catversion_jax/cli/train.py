@@ -14,6 +14,7 @@ from catversion_jax.cli.progress import progress
 from catversion_jax.config import TrainConfig, load_config, option_table
 from catversion_jax.config.sampling import grid_settings
 from catversion_jax.errors import CatVersionError
+from catversion_jax.models.weights.hub_concept import check_repo_id
 
 if TYPE_CHECKING:
     from catversion_jax.concepts import ConceptList
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     # Before jax is imported: the paths can be wrong, and that should show at once.
     from catversion_jax.concepts.long_lists import open_configured_concepts
 
+    if config.push_to_hub and config.hub_model_id:
+        check_repo_id(config.hub_model_id)
     concepts = open_configured_concepts(config.data_options, config.when)
     _announce(config, concepts)
 
@@ -62,7 +65,25 @@ def run(args: argparse.Namespace) -> int:
     code = _report(result)
     if config.evaluate_after and result.finished and not result.interrupted:
         _evaluate(config, result)
+    if config.push_to_hub and config.hub_model_id and result.finished and not result.interrupted:
+        _push(config.hub_model_id, config.hub_private_repo, result)
     return code
+
+
+def _push(repo_id: str, private: bool, result: TrainResult) -> None:
+    """Send what was learned to the hub; where that fails, say how to do it later."""
+    import jax
+
+    from catversion_jax.training.run.hub_push import plan_push
+
+    if jax.process_index() > 0:
+        return
+    try:
+        print(plan_push(result.output_dir, repo_id).send(private=private))
+    except CatVersionError as error:
+        again = f"catversion push {result.output_dir} --repo_id {repo_id}"
+        again += " --private" if private else ""
+        print(f"trained, but not pushed: {error}\nTry `{again}`.", file=sys.stderr)
 
 
 def _evaluate(config: TrainConfig, result: TrainResult) -> None:

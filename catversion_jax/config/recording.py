@@ -131,3 +131,29 @@ class RecordingOptions(Options):
         "catversion evaluate takes it.",
         decides_result=False,
     )
+    push_to_hub: bool = option(
+        False,
+        "Whether the finished concepts and their model card are sent to the Hugging Face hub when "
+        "training ends, as catversion push does (diffusers).",
+        decides_result=False,
+    )
+    hub_model_id: str | None = option(
+        None,
+        "Repository of push_to_hub, USER/NAME; it is made if it is new (diffusers).",
+        decides_result=False,
+    )
+    hub_private_repo: bool = option(
+        False,
+        "Whether a new repository of push_to_hub is private (transformers).",
+        decides_result=False,
+    )
+
+    def contradictions(self) -> list[str]:
+        """What a push lacks."""
+        problems = super().contradictions()
+        if self.push_to_hub and not self.hub_model_id:
+            problems.append(
+                "push_to_hub=true: does not say where. Give hub_model_id=USER/NAME, or push later "
+                "with catversion push."
+            )
+        return problems

@@ -65,26 +65,45 @@ def _resolve_file(
         return _file_in(path / (subfolder or ""), weight_name)
     if is_file:
         return path
-    owner, *parts = str(source).split("/")
+    owner, *parts = str(source).removeprefix("hf://").split("/")
     if not parts or owner in ("", ".", "..", "~"):
         raise CatVersionLoadError(
             f"{source}: no such file. Give a concept file, its folder, or a hub id like user/repo."
         )
     inside = [*parts[1:], *([subfolder] if subfolder else []), *([weight_name or ""])]
     name = "/".join(part for part in inside if part)
-    if not name.endswith(".safetensors"):
-        name = "/".join(part for part in (name, CONCEPT_FILE_NAME) if part)
-    from huggingface_hub import hf_hub_download
+    if name and not name.endswith(".safetensors"):
+        name = f"{name}/{CONCEPT_FILE_NAME}"
+    return _downloaded(str(source), f"{owner}/{parts[0]}", name, hub)
 
+
+def _downloaded(source: str, repo_id: str, name: str, hub: Mapping[str, Any]) -> Path:
+    """A file of a hub repository; without a name its only concept, at the top or in a folder."""
+    from huggingface_hub import HfApi, errors, hf_hub_download
+
+    wanted = name or CONCEPT_FILE_NAME
     try:
-        return Path(hf_hub_download(f"{owner}/{parts[0]}", name, **hub))
+        try:
+            return Path(hf_hub_download(repo_id, wanted, **hub))
+        except errors.EntryNotFoundError:
+            if name or hub.get("local_files_only"):
+                raise
+        listing = HfApi(token=hub.get("token")).list_repo_files(
+            repo_id, revision=hub.get("revision")
+        )
+        found = sorted(path for path in listing if path.endswith(f"/{CONCEPT_FILE_NAME}"))
+        if len(found) == 1:
+            return Path(hf_hub_download(repo_id, found[0], **hub))
     except Exception as error:
         # the hub's exceptions differ by version; all mean that there is no file
         raise CatVersionLoadError(
-            f"{source}: no such file here, and no {name} in a hub repository of that name "
+            f"{source}: no such file here, and no {wanted} in a hub repository of that name "
             f"({type(error).__name__}: {error}). Check the spelling, and the connection for a hub "
             "id; subfolder= and weight_name= name a file inside."
         ) from error
+    folders = ", ".join(f"{repo_id}/{path.rpartition('/')[0]}" for path in found[:8])
+    remedy = f"Give one of {folders}." if found else "Give a repository with concepts."
+    raise CatVersionLoadError(f"{source}: the repository holds {len(found)} concepts. {remedy}")
 
 
 def _file_in(folder: Path, weight_name: str | None) -> Path:

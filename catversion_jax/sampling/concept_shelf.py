@@ -17,6 +17,7 @@ from catversion_jax.methods.concept_file import (
     load_concept,
 )
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.models.weights.hub_concept import ADDRESS, hub_concept
 from catversion_jax.runtime.bucket_paths import as_path, path_text
 from catversion_jax.sampling.prompts import Prompt
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, check_concept
@@ -30,7 +31,8 @@ class ConceptShelf:
     """The concepts that a call names, and those that single prompts name; each file is read once.
 
     Args:
-      concepts: a path (optionally ``path:scale``), a :class:`Concept`, a pair of one of these and
+      concepts: a path or an address on the hub, ``hf://USER/NAME/rex`` (optionally
+        ``path:scale``), a :class:`Concept`, a pair of one of these and
         its scale, a sequence of such, or a mapping from path to scale.
       scale: strength of those without a scale of their own.
       when: when concepts act; None is what their files say.
@@ -112,13 +114,14 @@ class ConceptShelf:
         if name in self._by_name:
             concept, default_scale = self._by_name[name]
             return self._use(concept, default_scale if scale is None else scale)
-        if not as_path(name).exists():
+        path = _path(name)
+        if not path.exists():
             known = ", ".join(map(repr, self._by_name)) or "none"
             raise CatVersionError(
                 f"concept {name!r} of a prompt row: is neither a file nor the name of a --concept "
                 f"({known})."
             )
-        return self._use(self._load(as_path(name)), self._scale if scale is None else scale)
+        return self._use(self._load(path), self._scale if scale is None else scale)
 
     def _concept(self, source: ConceptSource, scale: float | None) -> tuple[Concept, float]:
         if isinstance(source, Concept):
@@ -126,7 +129,7 @@ class ConceptShelf:
         text, own_scale = path_text(source), scale
         if own_scale is None:
             text, own_scale = _split_scale(text)
-        return self._load(as_path(text)), self._scale if own_scale is None else own_scale
+        return self._load(_path(text)), self._scale if own_scale is None else own_scale
 
     def _load(self, path: Path) -> Concept:
         if path.is_dir() and not (path / CONCEPT_FILE_NAME).exists():
@@ -144,6 +147,11 @@ class ConceptShelf:
         use = ConceptUse.of(concept, scale=scale, when=self._when, keep_apart=self._keep_apart)
         self._used.setdefault(id(concept), (concept, use))
         return use
+
+
+def _path(text: str) -> Path:
+    """Where a concept lies; one on the hub is downloaded first."""
+    return hub_concept(text, CONCEPT_FILE_NAME) if text.startswith(ADDRESS) else as_path(text)
 
 
 def _seed(seed: object) -> int:

@@ -43,9 +43,9 @@ def image_grid(
             f"a grid of rows {[len(row) for row in rows]}: needs {len(row_labels)} rows of "
             f"{len(column_labels)} images, one for each label."
         )
-    cell = _cell_size(
-        [image for row in rows for image in row if image is not None], min_cell, max_cell
-    )
+    drawn = [image for row in rows for image in row if image is not None]
+    size = (drawn[0].shape[1], drawn[0].shape[0]) if drawn else None
+    cell = _cell_size(size, min_cell, max_cell)
     font = ImageFont.load_default(size=_FONT_SIZE)
     line_height = int(font.getbbox("Agjp")[3]) + 3
     reference_column = _reference_column(references, cell, len(rows))
@@ -80,11 +80,45 @@ def image_grid(
     return canvas
 
 
-def _cell_size(images: Sequence[np.ndarray], min_cell: int, max_cell: int) -> tuple[int, int]:
-    """(width, height) of a cell."""
-    if not images:
+def cut_from_grid(
+    grid: Image.Image,
+    row: int,
+    column: int,
+    *,
+    rows: int,
+    columns: int,
+    size: tuple[int, int],
+    min_cell: int = 128,
+    max_cell: int = 512,
+) -> Image.Image:
+    """One picture of a grid that :func:`image_grid` drew, as large as it is there.
+
+    Args:
+      grid: the whole.
+      row: from 0.
+      column: from 0, without that of the references.
+      rows: number of them.
+      columns: number of them, without that of the references.
+      size: (width, height) of the images that went into it.
+      min_cell: as it was drawn with.
+      max_cell: as it was drawn with.
+    """
+    width, height = _cell_size(size, min_cell, max_cell)
+    left = grid.width - (columns - column) * (width + _MARGIN)
+    top = grid.height - (rows - row) * (height + _MARGIN)
+    if left < 0 or top < 0:
+        raise CatVersionError(
+            f"a grid of {grid.width}x{grid.height} pixels: has no {rows} rows of {columns} images "
+            f"of {width}x{height}. Give those it was drawn with."
+        )
+    return grid.crop((left, top, left + width, top + height))
+
+
+def _cell_size(size: tuple[int, int] | None, min_cell: int, max_cell: int) -> tuple[int, int]:
+    """(width, height) of a cell, for images of a (width, height)."""
+    if size is None:
         return min_cell, min_cell
-    height, width = images[0].shape[:2]
+    width, height = size
     short, long = min(height, width), max(height, width)
     if short < min_cell:
         factor = float(-(-min_cell // short))

@@ -42,6 +42,7 @@ from catversion_jax.training.recorder import Recorder
 from catversion_jax.training.rows import Rows
 from catversion_jax.training.run.checkpoint import Checkpoints
 from catversion_jax.training.run.directory import RunDirectory, check_outside
+from catversion_jax.training.run.model_card import write_card
 from catversion_jax.training.run.reader import TrainedConcept, read_trained_concept
 from catversion_jax.training.start_values import abstract_state
 from catversion_jax.training.state import make_optimizer
@@ -285,6 +286,8 @@ def train_concepts(
         wait_for_others("every process is done")
         interrupted = interrupted or run.is_asked_to_stop(now=True)
         run.write_index()
+        if run.process == 0:
+            write_card(run.root)
     failures |= given_up
     return RunOutcome(tuple(run.finished), {**run.quarantined, **failures}, interrupted)
 

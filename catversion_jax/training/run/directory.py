@@ -1,6 +1,7 @@
 """The output folder of a run: where each thing lies, what is done, and why a concept failed.
 
 out/
+  README.md (the model card)
   run.json  config.resolved.yaml  index.csv  timeline.csv  metrics.jsonl  process-0000.lock
   STOP (somebody wants all processes of the run to save and end)
   index-changes.csv (rows of index.csv that have changed since it was written)

@@ -106,7 +106,8 @@ def test_the_card_of_a_run(run):
     urls = [entry["output"]["url"] for entry in card.data.widget]
     assert urls == ["rex/1.png", "rex/2.png", "tom_b/1.png", "tom_b/2.png"]
     assert card.data.widget[1]["text"] == "a dog on the beach"
-    assert r"[tom\|&lt;b&gt;](tom_b) | cat | 200 | 2 | 0.2500, 0.1100" in card.text
+    where = "https://huggingface.co/USER/NAME/tree/main/tom_b"
+    assert rf"[tom\|&lt;b&gt;]({where}) | cat | 200 | 2 | 0.2500, 0.1100" in card.text
     assert 'load_catversion(pipe, "USER/NAME/rex")' in card.text
     assert "--concept hf://USER/NAME/rex" in card.text
     assert "| learning_rate | 0.005 |" in card.text
@@ -202,7 +203,9 @@ def test_the_card_of_a_textual_inversion(tmp_path):
     )  # fmt: skip
     assert MARK in (text := plan_push(file, "ada/rex").files["README.md"].decode())
     assert 'pipe.load_textual_inversion("ada/rex", subfolder="rex"' in text
-    assert "a <rex> on the beach" in text
+    assert 'pipe("a <rex> on the beach")' in text
+    assert "--prompt 'a dog on the beach'" in text
+    assert "| dog; &lt;rex&gt; |" in text
     assert "/home/ada" not in text
     assert "base_model" not in yaml.safe_load(text.split("---")[1])
 

@@ -89,9 +89,8 @@ class CardConcept:
 
     @property
     def prompt(self) -> str:
-        """One that calls it."""
-        article = "an" if self.trigger[:1].lower() in tuple("aeiou") else "a"
-        return f"{article} {self.trigger}"
+        """One that calls it in diffusers."""
+        return _with_article(self.trigger)
 
     def pictures(self) -> list[tuple[str, bytes]]:
         """Prompts and PNG files: what the concept drew on its newest page of samples, without the
@@ -112,6 +111,10 @@ class CardConcept:
         except Exception:  # whatever a damaged picture makes of its reader
             return []
         return [(prompt, _png(cell)) for prompt, cell in zip(prompts, cells, strict=False)]
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[:1].lower() in tuple('aeiou') else 'a'} {words}"
 
 
 def _png(picture: Image.Image) -> bytes:
@@ -156,7 +159,9 @@ def card_text(
         for files in shown.values()
         for path, (prompt, _) in files.items()
     ]
-    metadata = ModelCardData(**data, **({"widget": widget} if widget else {}))
+    if widget:
+        data["widget"] = widget
+    metadata = ModelCardData(**data)
     environment = Environment(
         loader=PackageLoader("catversion_jax.training.run", "."),
         undefined=StrictUndefined,
@@ -175,7 +180,7 @@ def card_text(
         base_shell=shlex.quote(base),
         calls=f'the word "{_cell(concepts[0].trigger)}" means *that* {_cell(first.base_class)}'
         if total == 1
-        else "its word in a prompt means that object",
+        else "the word that calls a concept means that very thing",
         has_pictures=bool(widget),
         first=rows[0],
         repo=PLACEHOLDER,
@@ -197,7 +202,7 @@ def write_card(root: Path) -> None:
     if MARK not in (read_text(path) or MARK):
         return
     found = sorted((root / names.CONCEPTS_FOLDER).glob(f"*/{CONCEPT_FILE_NAME}"))
-    concepts = []
+    concepts: list[CardConcept] = []
     for file in found:
         if len(concepts) == LISTED:
             break
@@ -221,14 +226,22 @@ def _row(one: CardConcept) -> dict[str, Any]:
         "address_text": json.dumps(f"{PLACEHOLDER}/{one.name}"),
         "hub_shell": shlex.quote(f"hf://{PLACEHOLDER}/{one.name}"),
         "folder_shell": shlex.quote(one.name),
-        "prompt_shell": shlex.quote(f"{one.prompt} on the beach"),
+        "prompt_shell": shlex.quote(f"{_with_article(concept.base_class)} on the beach"),
         "prompt_text": json.dumps(f"{one.prompt} on the beach", ensure_ascii=False),
-        "trigger": _cell(one.trigger) if concept.when == "class_word" else "every prompt",
+        "trigger": _trigger_cell(one),
         "step": concept.step,
         "photos": len(concept.images) or "",
         "losses": ", ".join("?" if x is None else f"{x:.4f}" for x in losses),
         "embedding": not concept.learned.adds_keys,
     }
+
+
+def _trigger_cell(one: CardConcept) -> str:
+    """What calls a concept; a Textual Inversion has a token of its own in other programs."""
+    if one.concept.when != "class_word":
+        return "every prompt"
+    word = _cell(one.concept.base_class)
+    return word if one.trigger == one.concept.base_class else f"{word}; {_cell(one.trigger)}"
 
 
 def _base(model: str) -> tuple[str, bool]:

@@ -24,32 +24,107 @@ case "$*" in
     code=$(head -1 "$STATE/codes"); sed -i 1d "$STATE/codes"
     echo "ended with $code"
     [ "$code" != preempted ] || { echo PREEMPTED > "$STATE/slice"; exit 255; }
-    [ "$code" = 0 ] || [ "$code" = 3 ] ;;
+    [ "$code" = 0 ] ;;
 esac
 """
 
 
 def test_every_file_says_what_it_costs_and_what_to_edit() -> None:
     files = sorted(path.name for path in LAUNCH.iterdir())
-    assert files == ["gke_xpk.sh", "skypilot.yaml", "tpu_vm.sh"]
+    assert files == [
+        "gke_xpk.sh",
+        "indexed_job.yaml",
+        "jobset.yaml",
+        "kueue_queue.yaml",
+        "skypilot.yaml",
+        "skypilot_pool.yaml",
+        "skypilot_shards.yaml",
+        "slurm.sbatch",
+        "tpu_vm.sh",
+    ]
     for path in LAUNCH.iterdir():
         for word in ("# Needs:", "# Machine:", "Cost:", "# Edit:", "Result:"):
             assert word in path.read_text(), path
-    for path in LAUNCH.glob("*.sh"):
+    for path in (*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"):
         subprocess.run(["bash", "-n", path], check=True)
 
 
-@pytest.mark.parametrize("name", ["gke_xpk.sh", "skypilot.yaml", "tpu_vm.sh"])
+# What stands in place of the variables, which the users or their engine set.
+VALUES = {
+    "CONFIG": str(ROOT / "configs" / "sd15.yaml"),
+    "BUCKET": "photos",
+    "NAME": "mine",
+    "IMAGE": "registry/catversion",
+    "SHARDS": "64",
+    "SLICE": "7",
+    "CONCEPTS": "photos",
+    "OUT": "gs://photos/runs/mine",
+    "SLURM_ARRAY_TASK_ID": "3",
+}
+SHARDS = {
+    "indexed_job.yaml": "auto/64",
+    "jobset.yaml": "7/64",
+    "skypilot_shards.yaml": None,  # both numbers from the environment
+    "slurm.sbatch": "3/64",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["gke_xpk.sh", "skypilot.yaml", "tpu_vm.sh", *SHARDS], ids=lambda name: name
+)
 def test_what_is_started_is_valid(name: str) -> None:
-    command = re.search(r"train_tpu\.py (.*)", (LAUNCH / name).read_text())
+    text = (LAUNCH / name).read_text().replace("${OPTIONS:-} &", "")
+    command = re.search(r"(?:train_tpu\.py|exec catversion train) (.*(?:\n +shard=.*)?)", text)
     assert command is not None
-    values = {"CONFIG": str(ROOT / "configs" / "sd15.yaml"), "BUCKET": "photos", "NAME": "mine"}
-    text = re.sub(r"\$(\w+)", lambda match: values[match[1]], command[1].split("||")[0])
+    text = re.sub(r"\$(\w+)", lambda match: VALUES[match[1]], command[1].replace("\\\n", " "))
     flag, config, *overrides = shlex.split(text.rstrip('"'))
     assert flag == "--config"
     loaded = load_config(config, overrides)
     assert loaded.output_dir == "gs://photos/runs/mine"
     assert loaded.concepts_per_device == "auto"
+    assert loaded.quarantine_exit_code == 0
+    assert loaded.shard == SHARDS.get(name)
+
+
+def kubernetes_objects(name: str) -> list[dict]:
+    text = re.sub(r"\$(\w+)", lambda match: VALUES[match[1]], (LAUNCH / name).read_text())
+    return list(yaml.safe_load_all(text))
+
+
+def test_kubernetes_takes_its_files() -> None:
+    """The jobs by the API server's own schemas, strictly; the slices' job is one too."""
+    (job,) = kubernetes_objects("indexed_job.yaml")
+    (jobset,) = kubernetes_objects("jobset.yaml")
+    (shards,) = jobset["spec"]["replicatedJobs"]
+    of_slice = {"apiVersion": "batch/v1", "kind": "Job", **shards["template"]}
+    for one in (job, of_slice):
+        spec = one["spec"]
+        (container,) = spec["template"]["spec"]["containers"]
+        rules = spec["podFailurePolicy"]["rules"]
+        by_code = {
+            code: rule["action"]
+            for rule in rules
+            if "onExitCodes" in rule
+            for code in rule["onExitCodes"]["values"]
+        }
+        assert by_code == {2: "FailJob", 75: "Ignore" if one is job else "FailJob"}
+        assert {
+            rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule
+        } == {container["name"]}
+        mounts = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounts == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+    assert shards["replicas"] == job["spec"]["completions"] == 64
+    flavor, queue, local = kubernetes_objects("kueue_queue.yaml")
+    (group,) = queue["spec"]["resourceGroups"]
+    assert [one["name"] for one in group["flavors"]] == [flavor["metadata"]["name"]]
+    assert local["spec"]["clusterQueue"] == queue["metadata"]["name"]
+    for one in (job, jobset):
+        assert one["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
+    validator = pytest.importorskip(
+        "kubernetes_validate", reason="Kubernetes' schemas: pip install kubernetes-validate"
+    )
+    for one in (job, of_slice):
+        validator.validate(one, "1.34", strict=True)
 
 
 def run_tpu_vm(folder: Path, codes: list[str]) -> tuple[int, list[str]]:
@@ -71,7 +146,7 @@ def run_tpu_vm(folder: Path, codes: list[str]) -> tuple[int, list[str]]:
 
 
 def test_a_preempted_slice_is_made_again(tmp_path: Path) -> None:
-    code, calls = run_tpu_vm(tmp_path, ["75", "preempted", "3"])
+    code, calls = run_tpu_vm(tmp_path, ["75", "preempted", "0"])
     made = ["create", "scp", "ssh"]
     assert code == 0
     assert calls == [*made, "ssh", "ssh", "delete", *made, "ssh", "delete"]
@@ -83,9 +158,15 @@ def test_wrong_options_do_not_run_for_ever(tmp_path: Path) -> None:
     assert (code, calls[-1]) == (2, "ssh")
 
 
-def test_skypilot_reads_its_file() -> None:
-    config = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+@pytest.mark.parametrize("name", ["skypilot.yaml", "skypilot_pool.yaml", "skypilot_shards.yaml"])
+def test_skypilot_reads_its_files(name: str) -> None:
+    config = yaml.safe_load((LAUNCH / name).read_text())
     assert config["resources"]["use_spot"]
+    if "run" in config:
+        assert config["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    else:
+        jobs = yaml.safe_load((LAUNCH / "skypilot_shards.yaml").read_text())
+        assert jobs["resources"]["accelerators"] == config["resources"]["accelerators"]
     sky = pytest.importorskip("sky", reason="SkyPilot's own validation: pip install skypilot[gcp]")
     task = sky.Task.from_yaml_config(config, env_overrides=[("BUCKET", "photos")])
     assert [resource.use_spot for resource in task.resources] == [True]

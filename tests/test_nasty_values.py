@@ -91,6 +91,8 @@ USUAL = {
     "check": [NOWHERE],
     "masks": [NOWHERE, "--model", NOWHERE],
     "status": [NOWHERE],
+    "merge": [NOWHERE],
+    "pack": [NOWHERE, "--out", "out.arrow"],
     "plan": ["--gpu", "h100", f"pretrained_model_name_or_path={NOWHERE}"],
 }
 

@@ -37,6 +37,8 @@ TEXTS = {
     "inspect": {"model", "prompt", "prediction_type"},
     "push": {"repo_id", "license"},
     "status": set(),
+    "merge": set(),
+    "pack": set(),
 }
 
 

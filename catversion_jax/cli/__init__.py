@@ -38,6 +38,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "plan": ("plan", "what a run will need on a TPU or GPU: memory, hours, cost"),
     "status": ("status", "how far a run is: queued, running, done, quarantined and why"),
+    "merge": ("merge", "one index of all shards of a run, also while they are at work"),
+    "pack": ("pack", "all concepts of a run in one Arrow file"),
     "check": (
         "check",
         "show what a folder or manifest of concepts holds, before any accelerator is needed",

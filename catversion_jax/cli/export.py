@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_argument,
         help=(
             "run directory, checkpoint (RUN/checkpoints/process-0000/STEP), concept file or its "
-            "folder"
+            "folder, FILE.arrow of a pack, or FILE.arrow#NAME of a concept in it"
         ),
     )
     add("--format", choices=FORMATS, default="safetensors", help="what is written [safetensors]")

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--concept", action="append", default=[], metavar="PATH[:SCALE]",
-        help="concept file, its folder or hf://USER/NAME/FOLDER; repeatable, several act together",
+        help="concept file, its folder, FILE.arrow#NAME or hf://USER/NAME/FOLDER; repeatable",
     )  # fmt: skip
     add(
         "--scale",

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file",
         metavar="FILE",
         type=path_argument,
-        help="concept file or its folder, run directory, or an official adapter",
+        help="concept file or its folder, FILE.arrow#NAME, run directory, or an official adapter",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON, with the whole training configuration"
@@ -52,11 +52,15 @@ def run(args: argparse.Namespace) -> int:
         load_concept,
     )
     from catversion_jax.methods.official_adapter import ADAPTER_FILE_NAME
+    from catversion_jax.runtime.concept_packs import SUFFIX
+    from catversion_jax.training.run.reader import packed_concepts
 
     path = args.file
     official = path / ADAPTER_FILE_NAME if path.is_dir() else path
     if official.is_file() and official.suffix == ".bin":
         facts = _official_facts(path, args.num_heads)
+    elif path.suffix == SUFFIX and path.is_file():
+        return _list_concepts(packed_concepts(path), as_json=args.json)
     elif not (path / CONCEPT_FILE_NAME).is_file() and (folders := concept_folders(path)):
         return _list_concepts(folders, as_json=args.json)
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import Any
 
 from catversion_jax.cli.paths import path_argument
 
@@ -24,8 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items())
-    print(f"{args.run}: {counts}")
+    print_counts(args.run, found)
     if found["locked"] is False:
         running = found["counts"].get("running", 0)
         print("no process is training here now" + (": run its command again" if running else ""))
@@ -42,3 +43,14 @@ def run(args: argparse.Namespace) -> int:
         elif row["state"] == "quarantined":
             print(f"  {row['name']}: quarantined: {row['reason']}")
     return 0
+
+
+def print_counts(root: Path, found: dict[str, Any]) -> None:
+    """The counts of concepts by state, and of shards; ``found`` is what ``read_status`` says."""
+    counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items())
+    print(f"{root}: {counts or 'no concepts'}")
+    if shards := found["shards"]:
+        print(
+            f"shards: {shards['begun']} of {shards['expected']} have begun, {shards['ended']} are "
+            f"done, {shards['locked']} are at work on this machine"
+        )

@@ -15,6 +15,7 @@ from catversion_jax.config.presets import PRESETS
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.runtime.shards import WHOLE
 
 UPDATES = {True: UPDATES_AFTER_PREDICTION, False: PRESETS["fast"]["max_train_steps"]}
 """Of a concept that starts from a prediction, and of one that does not."""
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     updates = UPDATES[start is not None] if args.updates is None else args.updates
     given = [
         "preset=fast",
+        f"shard={WHOLE}",
         f"pretrained_model_name_or_path={args.model}",
         f"output_dir={output}",
         f"max_train_steps={updates}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from catversion_jax.cli.progress import progress
-from catversion_jax.config import TrainConfig, load_config, option_table
+from catversion_jax.config import TrainConfig, load_config, option_table, with_shard
 from catversion_jax.config.sampling import grid_settings
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.weights.hub_concept import check_repo_id
+from catversion_jax.runtime.shards import WHOLE
 
 if TYPE_CHECKING:
     from catversion_jax.concepts import ConceptList
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 75
 """Exit code (EX_TEMPFAIL): try again, and nothing is lost."""
-QUARANTINED = 3
-"""Exit code: some concepts were given up, the others are done."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,11 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 0 when every concept succeeded, 3 when some were quarantined, 75 when SIGTERM (or
-    Ctrl-C) came first: everything under way is saved, and the same command goes on.
+    """Train; 0 when every concept succeeded, ``quarantine_exit_code`` (3) when some were given up,
+    75 when SIGTERM (or Ctrl-C) came first: everything under way is saved, and the same command goes
+    on.
     """
     given = [f"{o.name}={vars(args)[o.name]}" for o in option_table() if o.name in vars(args)]
-    config = load_config(args.config, [*args.overrides, *given])
+    config = with_shard(load_config(args.config, [*args.overrides, *given]), os.environ)
     # Before jax is imported: the paths can be wrong, and that should show at once.
     from catversion_jax.concepts.long_lists import open_configured_concepts
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     with _stop_signals() as stop:
         result = train(config, concepts=concepts, stop=stop)
-    code = _report(result)
+    code = _report(result, config.quarantine_exit_code)
     if config.evaluate_after and result.finished and not result.interrupted:
         _evaluate(config, result)
     if config.push_to_hub and config.hub_model_id and result.finished and not result.interrupted:
@@ -116,7 +117,7 @@ def _evaluated(config: TrainConfig, result: TrainResult) -> Evaluation:
     )
     with progress("drawing", "image") as advance:
         return evaluate(
-            config.output_dir,
+            result.output_dir,
             prompts=config.evaluation_prompts,
             model=result.backbone,
             num_images_per_prompt=1,
@@ -161,7 +162,11 @@ def _announce(config: TrainConfig, concepts: ConceptList | LongList) -> None:
         return
     num_images = sum(len(spec.images) for spec in concepts.concepts)
     plural = "" if len(concepts.concepts) == 1 else "s"
-    print(f"{len(concepts.concepts)} concept{plural}, {num_images} images from {config.concepts}")
+    part = "" if config.shard == str(WHOLE) else f" (shard {config.shard})"
+    print(
+        f"{len(concepts.concepts)} concept{plural}, {num_images} images from "
+        f"{config.concepts}{part}"
+    )
     for line in concepts.skipped:
         print(f"  skipped {line}")
     for line in concepts.notes:
@@ -173,7 +178,7 @@ def _announce(config: TrainConfig, concepts: ConceptList | LongList) -> None:
         print(f"  {problem.name}: left out: {problem.message.splitlines()[0]}", file=sys.stderr)
 
 
-def _report(result: TrainResult) -> int:
+def _report(result: TrainResult, quarantine_exit_code: int) -> int:
     print(f"{len(result.finished)} concepts in {result.output_dir / 'concepts'}")
     if result.interrupted:
         print("interrupted; what is under way is saved. The same command goes on.")
@@ -183,4 +188,4 @@ def _report(result: TrainResult) -> int:
     print(f"{len(result.failures)} quarantined (their FAILED.txt says why):", file=sys.stderr)
     for name, reason in result.failures.items():
         print(f"  {name}: {reason.splitlines()[0]}", file=sys.stderr)
-    return QUARANTINED
+    return quarantine_exit_code

@@ -7,7 +7,9 @@ nobody waits for that before the first one is trained.
 
 from __future__ import annotations
 
+import copy
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from catversion_jax.concepts.reading import (
 from catversion_jax.concepts.user_paths import user_path
 from catversion_jax.config import DataOptions
 from catversion_jax.errors import ConceptError, shown
+from catversion_jax.runtime.shards import WHOLE, Shard, find_shard
 
 LONG = 10_000
 """From so many rows on a list in a ``.csv`` or ``.jsonl`` file is a long one."""
@@ -62,6 +65,14 @@ class LongList:
             holdout=check_holdout(holdout),
             list_folder=functools.lru_cache(_FOLDERS)(list_images),
         )
+
+    def part(self, shard: Shard) -> LongList:
+        """The concepts that belong to ``shard``."""
+        if shard == WHOLE:
+            return self
+        part = copy.copy(self)
+        part.names = [name for name in self.names if shard.holds(name)]
+        return part
 
     def read(self, name: str) -> ConceptSpec:
         """One concept, checked; no image is decoded.
@@ -127,4 +138,6 @@ def open_configured_concepts(options: DataOptions, default_when: str) -> Concept
         max_megapixels=options.max_megapixels,
         holdout=options.holdout,
     )
-    return long_list or read_configured_concepts(options, default_when)
+    if long_list is None:
+        return read_configured_concepts(options, default_when)
+    return long_list.part(find_shard(options.shard or str(WHOLE), os.environ))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from catversion_jax.concepts.prompts import fill_template, prompt_templates
 from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.config import DataOptions
 from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean, shown
+from catversion_jax.runtime.shards import WHOLE, Shard, find_shard
 
 KNOWN_KEYS = (
     "name",
@@ -111,6 +113,14 @@ class ConceptList:
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def part(self, shard: Shard) -> ConceptList:
+        """The concepts and problems that belong to ``shard``."""
+        return dataclasses.replace(
+            self,
+            concepts=tuple(spec for spec in self.concepts if shard.holds(spec.name)),
+            problems=tuple(problem for problem in self.problems if shard.holds(problem.name)),
+        )
+
 
 def read_configured_concepts(options: DataOptions, default_when: str) -> ConceptList:
     """:func:`read_concepts` with what a run's options say; ``default_when`` is the run's ``when``.
@@ -129,6 +139,7 @@ def read_configured_concepts(options: DataOptions, default_when: str) -> Concept
         mask_polarity=options.mask_polarity,
         max_megapixels=options.max_megapixels,
         holdout=options.holdout,
+        shard=find_shard(options.shard or str(WHOLE), os.environ),
     )
 
 
@@ -144,6 +155,7 @@ def read_concepts(
     mask_polarity: MaskPolarity | None = DataOptions.mask_polarity,
     max_megapixels: float = DataOptions.max_megapixels,
     holdout: int = DataOptions.holdout,
+    shard: Shard = WHOLE,
 ) -> ConceptList:
     """Find the concepts of ``source`` and check them. No image is decoded.
 
@@ -165,10 +177,12 @@ def read_concepts(
       max_megapixels: most pixels of an image, in millions, that will be decoded.
       holdout: number of each concept's last images that are held out from training, where at least
         3 are left and the concept has no ``eval_images`` of its own.
+      shard: the part of the list that is wanted; nothing of the other concepts is looked at but
+        their names. It may be empty.
 
     Raises:
-      CatVersionError: the source is not found or not understood, holds no usable concept, or has
-        duplicate names. The message lists everything that is wrong.
+      CatVersionError: the source is not found or not understood, the whole list holds no usable
+        concept, or has duplicate names. The message lists everything that is wrong.
     """
     check_holdout(holdout)
     with concept_errors(f"{shown(str(source))[1:-1]}: cannot be read as concepts"):
@@ -179,7 +193,7 @@ def read_concepts(
             concept_column=concept_column,
             base_class_column=base_class_column,
         )
-    entries = with_sound_names(layout.entries)
+    entries = [entry for entry in with_sound_names(layout.entries) if shard.holds(entry.name)]
     read = functools.partial(
         read_entry,
         base_class=base_class,
@@ -197,7 +211,7 @@ def read_concepts(
             concepts.append(read(entry))
         except ConceptError as error:
             problems.append(ConceptProblem(entry.name, str(error)))
-    if not concepts:
+    if not concepts and not (shard.count > 1 and layout.entries):
         reasons = [problem.message for problem in problems]
         raise CatVersionError("\n".join(reasons) or f"{source}: no concept found.")
     return ConceptList(tuple(concepts), tuple(problems), layout.skipped, layout.notes)

@@ -24,7 +24,12 @@ from catversion_jax.config.reading import (
 )
 from catversion_jax.config.recording import RecordingOptions
 from catversion_jax.config.sampling import SamplingSettings
-from catversion_jax.config.training import OPTION_DEFAULTS, TrainConfig, learning_options
+from catversion_jax.config.training import (
+    OPTION_DEFAULTS,
+    TrainConfig,
+    learning_options,
+    with_shard,
+)
 
 __all__ = [
     "ALIASES",
@@ -46,4 +51,5 @@ __all__ = [
     "load_config",
     "make_config",
     "option_table",
+    "with_shard",
 ]

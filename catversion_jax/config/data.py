@@ -6,6 +6,8 @@ import dataclasses
 from typing import Literal
 
 from catversion_jax.config.options import Options, option
+from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.shards import parse_shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +20,14 @@ class DataOptions(Options):
         "Hugging Face dataset (required).",
         decides_result=False,  # the concept files name the images themselves
         aliases=("train_data_dir", "instance_data_dir", "concepts_list"),
+    )
+    shard: str | None = option(
+        None,
+        "Which part of the list this process trains: i/n takes the concepts whose name has the "
+        "hash i modulo n, i counted from 0, and auto/n takes i from the environment "
+        "(JOB_COMPLETION_INDEX, SLURM_ARRAY_TASK_ID, SKYPILOT_JOB_RANK). null takes both numbers "
+        "from SkyPilot's pools and Slurm's job arrays, and else is 0/1, the whole list.",
+        decides_result=False,
     )
     base_class: str | None = option(
         None,
@@ -97,3 +107,13 @@ class DataOptions(Options):
         "(official: the bare word); object and style are the template lists of textual inversion.",
         decides_result=True,
     )
+
+    def contradictions(self) -> list[str]:
+        """What is no part of a list."""
+        problems = super().contradictions()
+        if self.shard is not None:
+            try:
+                parse_shard(self.shard)
+            except CatVersionError as error:
+                problems.append(str(error))
+        return problems

@@ -114,6 +114,14 @@ class RecordingOptions(Options):
         "output_dir.",
         decides_result=False,
     )
+    quarantine_exit_code: int = option(
+        3,
+        "Exit code of a run that is done but has given up some concepts; 0 where a job engine "
+        "would take any other code for a failure.",
+        decides_result=False,
+        at_least=0,
+        at_most=125,
+    )
     report_to: Literal["tensorboard", "none"] = option(
         "tensorboard",
         "Where losses are written besides the CSV and JSONL files (diffusers).",
@@ -149,11 +157,16 @@ class RecordingOptions(Options):
     )
 
     def contradictions(self) -> list[str]:
-        """What a push lacks."""
+        """What a push lacks, and an exit code with two meanings."""
         problems = super().contradictions()
         if self.push_to_hub and not self.hub_model_id:
             problems.append(
                 "push_to_hub=true: does not say where. Give hub_model_id=USER/NAME, or push later "
                 "with catversion push."
+            )
+        if self.quarantine_exit_code in (1, 2, 75):
+            problems.append(
+                f"quarantine_exit_code={self.quarantine_exit_code}: means something else already "
+                "(1 and 2 an error, 75 a run to be continued). Use 0 or 3."
             )
         return problems

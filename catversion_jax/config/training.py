@@ -20,6 +20,7 @@ from catversion_jax.config.optimizer import OptimizerOptions
 from catversion_jax.config.options import Options, option, statement_of
 from catversion_jax.config.recording import RecordingOptions
 from catversion_jax.errors import shown
+from catversion_jax.runtime.shards import find_shard
 
 G = TypeVar("G", bound=Options)
 
@@ -155,6 +156,15 @@ OPTION_DEFAULTS: Mapping[str, Any] = types.MappingProxyType(
     }
 )
 """Every option's default, as JSON and YAML have it."""
+
+
+def with_shard(config: TrainConfig, environment: Mapping[str, str]) -> TrainConfig:
+    """``config`` with the number of its shard in place of null or ``auto``.
+
+    Raises:
+      CatVersionError: the variables in ``environment`` do not say it.
+    """
+    return dataclasses.replace(config, shard=str(find_shard(config.shard, environment)))
 
 
 def learning_options(config: TrainConfig) -> dict[str, Any]:

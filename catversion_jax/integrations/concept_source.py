@@ -14,6 +14,7 @@ from catversion_jax.integrations.loaded_concept import (
     concept_of,
     parse_concept,
 )
+from catversion_jax.runtime.concept_packs import PackError, read_packed
 
 
 def read_concept(
@@ -39,6 +40,13 @@ def read_concept(
                 "'pt').metadata(), or the file itself."
             )
         return concept_of(source, metadata, "state dict"), "state dict"
+    if isinstance(source, str | os.PathLike) and "\0" not in os.fspath(source):
+        try:
+            packed = read_packed(source)
+        except PackError as error:
+            raise CatVersionLoadError(str(error)) from error
+        if packed is not None:
+            return parse_concept(packed, str(source)), str(source)
     file = _resolve_file(source, subfolder, weight_name, **hub)
     return parse_concept(file.read_bytes(), str(file)), str(file)
 

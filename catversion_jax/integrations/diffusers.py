@@ -112,8 +112,9 @@ def load_catversion(
     Args:
       pipe: a pipeline with ``text_encoder`` (CLIP) and ``tokenizer``, and for a concept of Stable
         Diffusion XL ``text_encoder_2`` and ``tokenizer_2``.
-      path_or_hub_id: a concept file; a folder with ``catversion.safetensors`` or one concept file
-        of another name; a hub id, optionally with a folder or file inside the repository:
+      path_or_hub_id: a concept file; ``concepts.arrow#NAME`` of a pack; a folder with
+        ``catversion.safetensors`` or one concept file of another name; a hub id, optionally with a
+        folder or file inside the repository:
         ``"user/repo"``, ``"user/repo/teapot"``; or the tensors of a concept file by name.
       adapter_name: how to call it here; default: the concept's own name.
       force: load it although it was trained with another text encoder of the same shape.

@@ -25,6 +25,7 @@ from catversion_jax.runtime.atomic_files import unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
 _SOURCES = (
+    "../runtime/concept_packs.py",
     "loaded_concept.py",
     "shared_softmax.py",
     "concept_attention.py",
@@ -100,7 +101,7 @@ def pipeline_source(
     """Source of ``pipeline.py`` for concept files given as bytes by name."""
     pipeline_file, class_name = _PIPELINES[num_text_encoders, inpaints]
     bodies = [
-        _body(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+        _body((Path(__file__).parent / file).read_text(encoding="utf-8"))
         for file in (*_SOURCES, pipeline_file)
     ]
     encoded = {name: base64.b64encode(data).decode() for name, data in concepts.items()}

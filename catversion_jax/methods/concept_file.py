@@ -42,9 +42,11 @@ from catversion_jax.models.weights.fingerprint import fingerprints_by_name
 from catversion_jax.models.weights.safetensors_files import parse_header, read_header
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, file_size, is_in_bucket
+from catversion_jax.runtime.concept_packs import PackError, read_packed
 from catversion_jax.runtime.safetensors_bytes import serialize_safetensors
 
 CONCEPT_FILE_NAME = "catversion.safetensors"
+_LEVELS = ("", "*/", "*/*/", "shards/*/*/*/")  # where a run has its concepts
 
 _MAX_BYTES = 256 * 2**20  # Stable Diffusion 1.5 has 36 kB; a guard against whole checkpoints
 
@@ -231,12 +233,18 @@ def load_concept(path: str | Path) -> Concept:
     """Read a concept file, the inverse of :func:`save_concept`.
 
     Args:
-      path: the file, or a folder that contains ``catversion.safetensors``.
+      path: the file, a folder that contains ``catversion.safetensors``, or ``concepts.arrow#NAME``
+        of a file that ``catversion pack`` has written.
 
     Raises:
       CatVersionError: missing, damaged, written by a newer version, or not a concept file.
     """
     path = as_path(path)
+    try:
+        if (packed := read_packed(path)) is not None:
+            return _parse_concept(packed, path)
+    except PackError as error:
+        raise CatVersionError(str(error)) from error
     if path.is_dir():
         folder, path = path, path / CONCEPT_FILE_NAME
         if not path.exists() and (what := describe_folder(folder)):
@@ -253,6 +261,10 @@ def load_concept(path: str | Path) -> Concept:
             f"{path}: cannot be read ({error.strerror}). Give a concept file written by training "
             f"or by `catversion export`, or a folder with {CONCEPT_FILE_NAME} in it."
         ) from error
+    return _parse_concept(data, path)
+
+
+def _parse_concept(data: bytes, path: Path) -> Concept:
     metadata, tensors = read_safetensors(data, path)
     _check_is_concept(path, metadata, tensors)
     try:
@@ -267,14 +279,12 @@ def load_concept(path: str | Path) -> Concept:
 
 def concept_folders(folder: str | Path) -> list[Path]:
     """The folders below ``folder`` that hold a concept file, such as those of a run directory; in
-    a bucket, those not more than two levels down.
+    a bucket, those not more than two levels down, or in the shards of a run.
     """
     folder = as_path(folder)
     if not is_in_bucket(folder):
         return sorted(file.parent for file in folder.rglob(CONCEPT_FILE_NAME))
-    files = (
-        file for levels in ("", "*/", "*/*/") for file in folder.glob(levels + CONCEPT_FILE_NAME)
-    )
+    files = (file for levels in _LEVELS for file in folder.glob(levels + CONCEPT_FILE_NAME))
     return sorted(file.parent for file in files)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
@@ -43,6 +44,28 @@ def write_atomically(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):
             raise unwritable(path, error) from error
         raise
+
+
+@contextlib.contextmanager
+def replaced_when_done(path: Path) -> Iterator[Path]:
+    """A path to write a large file to, which becomes ``path`` when the block ends well.
+
+    Raises:
+      CatVersionError: the folder is missing or unwritable, or the disk is full. An older file stays
+        as it was.
+    """
+    temporary = path.parent / f".{path.name[:60]}.{secrets.token_hex(8)}.tmp"
+    try:
+        make_folder(path.parent)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def make_folder(path: Path) -> None:

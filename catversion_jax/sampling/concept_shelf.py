@@ -19,6 +19,7 @@ from catversion_jax.methods.concept_file import (
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.models.weights.hub_concept import ADDRESS, hub_concept
 from catversion_jax.runtime.bucket_paths import as_path, path_text
+from catversion_jax.runtime.concept_packs import split_packed
 from catversion_jax.sampling.prompts import Prompt
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, check_concept
 
@@ -115,7 +116,7 @@ class ConceptShelf:
             concept, default_scale = self._by_name[name]
             return self._use(concept, default_scale if scale is None else scale)
         path = _path(name)
-        if not path.exists():
+        if not path.exists() and split_packed(name) is None:
             known = ", ".join(map(repr, self._by_name)) or "none"
             raise CatVersionError(
                 f"concept {name!r} of a prompt row: is neither a file nor the name of a --concept "

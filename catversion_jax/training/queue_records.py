@@ -13,6 +13,7 @@ from catversion_jax.concepts.long_lists import LONG, LongList
 from catversion_jax.config import DataOptions, MethodOptions, RecordingOptions
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.runtime.shards import Shard
 from catversion_jax.training.preparation import describe_concept, describe_concepts
 from catversion_jax.training.retraining import larger_budgets
 from catversion_jax.training.run.identity import image_digests
@@ -40,7 +41,7 @@ class QueueRecords(Protocol):
         """
         ...
 
-    def retrain(self, options: RecordingOptions) -> None:
+    def retrain(self, options: RecordingOptions, shard: Shard) -> None:
         """Give a larger budget to the concepts that ``retrain=failed`` means."""
         ...
 
@@ -78,9 +79,9 @@ class AllRecords(dict[str, ConceptRecord]):
         """One concept and its record."""
         return self._specs[name], self[name]
 
-    def retrain(self, options: RecordingOptions) -> None:
+    def retrain(self, options: RecordingOptions, shard: Shard) -> None:
         """Give a larger budget to the concepts that ``retrain=failed`` means."""
-        self.update(larger_budgets(self, options))
+        self.update(larger_budgets(self, options, shard))
 
     def updates(self, names: Iterable[str]) -> int:
         """The updates of all those concepts together."""
@@ -108,7 +109,7 @@ class LongRecords(Mapping[str, ConceptRecord]):
         spec = self._concepts.read(name)
         return spec, self._describe(spec, images=image_digests(spec, masked=self._masked))
 
-    def retrain(self, options: RecordingOptions) -> None:
+    def retrain(self, options: RecordingOptions, shard: Shard) -> None:
         """Refuse ``retrain=failed``, which compares every concept with the gate's file.
 
         Raises:
@@ -143,7 +144,7 @@ def sample_of(concepts: ConceptList | LongList) -> tuple[Sequence[ConceptSpec], 
     """
     if isinstance(concepts, ConceptList):
         return concepts.concepts, len(concepts.concepts)
-    return next(concepts.blocks(SAMPLE)).concepts, len(concepts.names)
+    return next(concepts.blocks(SAMPLE), ConceptList(())).concepts, len(concepts.names)
 
 
 def queue_records(

@@ -22,6 +22,7 @@ from catversion_jax.config.method import UPDATES_AFTER_PREDICTION
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.regular_files import read_json_object
+from catversion_jax.runtime.shards import WHOLE, Shard
 from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
 from catversion_jax.training.run.records import FAILED_AT, ConceptRecord
 
@@ -31,13 +32,14 @@ _MOST_LISTED = 10
 
 
 def larger_budgets(
-    records: Mapping[str, ConceptRecord], options: RecordingOptions
+    records: Mapping[str, ConceptRecord], options: RecordingOptions, shard: Shard = WHOLE
 ) -> dict[str, ConceptRecord]:
     """The records, with equation (1) in those of concepts that failed, under ``retrain=failed``.
 
     Args:
       records: every concept of the run.
       options: ``retrain``, and what belongs to it.
+      shard: the part of the list that ``records`` are of.
 
     Raises:
       CatVersionError: the gate's file is missing or is none.
@@ -49,6 +51,8 @@ def larger_budgets(
     found = dict(records)
     said = []
     for name, known in failed.items():
+        if not shard.holds(name):
+            continue
         if name not in records:
             logger.warning(f"{name}: fails the gate of {path}, but is none of this run's concepts")
             continue

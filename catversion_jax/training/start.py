@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from catversion_jax.concepts import ConceptList, ConceptSpec
 from catversion_jax.concepts.long_lists import LongList, open_configured_concepts
-from catversion_jax.config import TrainConfig, dump_config, learning_options
+from catversion_jax.config import TrainConfig, dump_config, learning_options, with_shard
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.methods.table import method_for
 from catversion_jax.models.stable_diffusion import Backbone
@@ -25,6 +26,7 @@ from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.compilation import use_compilation_cache
 from catversion_jax.runtime.processes import join_processes, own_part, wait_for_others
 from catversion_jax.runtime.sharding import CONCEPT_AXIS, make_mesh
+from catversion_jax.runtime.shards import find_shard
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.frozen_networks import dtype_of, load, placed
 from catversion_jax.training.loop import Prepared, TrainingLoop
@@ -44,6 +46,7 @@ from catversion_jax.training.run.checkpoint import Checkpoints
 from catversion_jax.training.run.directory import RunDirectory, check_outside
 from catversion_jax.training.run.model_card import write_card
 from catversion_jax.training.run.reader import TrainedConcept, read_trained_concept
+from catversion_jax.training.run.shards import check_same_shards, shard_root
 from catversion_jax.training.start_values import abstract_state
 from catversion_jax.training.state import make_optimizer
 from catversion_jax.training.trainable import check_trainable
@@ -57,7 +60,7 @@ class TrainResult:
     """What a call of :func:`train` left behind.
 
     Attributes:
-      output_dir: the folder of the run.
+      output_dir: the folder of the run, or of the shard of it that was trained.
       finished: names of the finished concepts, in the order of the list.
       failures: reasons of the concepts that were given up, by name.
       interrupted: whether the run was asked to stop before the others were done; the same config
@@ -93,7 +96,7 @@ def train(
     Args:
       config: the options, from ``TrainConfig(...)`` or ``load_config(...)``.
       concepts: the concepts, as ``read_concepts`` returns them; None reads them where the config
-        says.
+        says. Those of other shards than the config's are left out.
       backbone: frozen networks that are loaded already; None loads those that the config names.
       stop: once it is set, everything under way is saved and the function returns.
 
@@ -116,11 +119,15 @@ def train(
             f"config={shown(config)}: must be a TrainConfig. load_config(file or name, "
             "['option=value']) makes one, or TrainConfig(option=value)."
         )
+    config = with_shard(config, os.environ)
+    shard = find_shard(config.shard, os.environ)
     if concepts is None:
         concepts = open_configured_concepts(config.data_options, config.when)
+    concepts = concepts.part(shard)
     method_for(config.method_options)
-    root = as_path(config.output_dir)
-    check_outside(root, config.concepts)
+    check_outside(as_path(config.output_dir), config.concepts)
+    check_same_shards(as_path(config.output_dir), shard)
+    root = shard_root(as_path(config.output_dir), shard)
     check_writable(root)
     use_compilation_cache(config.compilation_cache_dir)
     join_processes(config.coordinator_address, config.num_processes, config.process_id)
@@ -231,7 +238,8 @@ def train_concepts(
       CatVersionError: the options contradict the model or the run in ``output_dir``, or it is not
         writable, or another process writes there.
     """
-    run = RunDirectory(config.output_dir)
+    shard = find_shard(config.shard, os.environ)
+    run = RunDirectory(shard_root(as_path(config.output_dir), shard))
     with run.lock():
         recorded, retrains = learning_options(config), config.retrain == "changed"
         networks = dict(backbone.digests)
@@ -260,7 +268,7 @@ def train_concepts(
         )
         failures = dict(records.failures)
         template = abstract_state(config.method_options, config.optimizer_options, backbone)
-        records.retrain(config.recording_options)
+        records.retrain(config.recording_options, shard)
         plan = plan_queue(records, run, template, retrains=retrains)
         wait_for_others("every process has read what was done before")
         own = tuple(own_part(plan.names))

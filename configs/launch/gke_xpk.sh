@@ -6,8 +6,8 @@
 # Machine: TYPE; v5litepod-16 is 16 chips on 4 hosts. Cost: chips x hours x the price of a chip hour, spot less than on demand;
 #   catversion plan --config configs/sd15.yaml --tpu v5e:4x4 --concepts N --price-per-chip-hour P    says how much before you pay.
 # Edit: the variables below, or set them in the environment. Result: gs://BUCKET/runs/NAME, one file per concept.
-# Evicted pods save within the grace period and end with code 75, on which the job starts again where it was. Code 3: done, but some
-# concepts were given up; their FAILED.txt says why.
+# Evicted pods save within the grace period and end with code 75, on which the job starts again where it was. Concepts that were given up
+# (their FAILED.txt says why) do not make it a failed job: quarantine_exit_code=0.
 # Without a cluster: bash configs/launch/gke_xpk.sh --dry-run --skip-validation    shows what would be submitted.
 set -euo pipefail
 
@@ -26,4 +26,4 @@ xpk workload create "$@" \
   --base-docker-image="$IMAGE" --script-dir=. \
   --max-restarts=1000 --restart-on-exit-codes=75 --termination-grace-period-seconds=60 \
   --command="set -e; pip install -q -e .[tpu,gcs]; python -c \"$fetch\"; \
-exec python train_tpu.py --config $CONFIG concepts=concepts output_dir=gs://$BUCKET/runs/$NAME"
+exec python train_tpu.py --config $CONFIG concepts=concepts output_dir=gs://$BUCKET/runs/$NAME quarantine_exit_code=0"

@@ -34,6 +34,7 @@ from catversion_jax.methods.token_embeddings import TokenEmbeddings
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.models.weights.families import SD1
 from catversion_jax.models.weights.single_file import SingleFile
+from catversion_jax.training.run.packing import write_pack as write_concepts_of
 from catversion_jax.training.run.reader import read_trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,6 +237,13 @@ def read_concept(folder: Path) -> str:
     return outcome
 
 
+def write_pack(folder: Path) -> None:
+    for name in ("cat", "pot"):
+        file = folder / "packed" / "concepts" / name / "catversion.safetensors"
+        save_concept(file, residual(), base_class="pot", name=name, step=5)
+    write_concepts_of(folder / "packed", folder / "concepts.arrow")
+
+
 def write_adapter(folder: Path) -> None:
     shutil.copytree(ROOT / "tests/data/official_adapters/teddybear", folder / "adapter")
 
@@ -262,6 +270,13 @@ LEARNED = [
         write_embeddings,
         mutations.safetensors,
         read_concept,
+    ),
+    Input(
+        "pack.arrow",
+        "concepts.arrow",
+        write_pack,
+        mutations.damaged,
+        lambda folder: command("inspect", f"{folder}/concepts.arrow#pot"),
     ),
     Input(
         "adapter.bin",

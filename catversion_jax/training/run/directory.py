@@ -95,7 +95,7 @@ def check_outside(root: Path, concepts: str) -> None:
 class RunDirectory:
     """Paths and small state files of one run, in the folder ``output_dir``."""
 
-    def __init__(self, output_dir: str):
+    def __init__(self, output_dir: str | Path):
         self.root = as_path(output_dir)
         self.checkpoints = self.root / names.CHECKPOINTS_FOLDER
         # Process 0 writes what is there once; of the others each has files of its own.

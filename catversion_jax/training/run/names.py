@@ -21,6 +21,7 @@ LOGS_FOLDER = "logs"
 EVALUATION_FOLDER = "evaluation"
 GATE_FILE = "gate.json"
 CONCEPTS_FOLDER = "concepts"
+SHARDS_FOLDER = "shards"
 
 # in the folder of a concept
 METRICS_FILE = "metrics.csv"

@@ -6,11 +6,12 @@ The commands status, evaluate, export and inspect ask here. Nothing in this modu
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from catversion_jax.methods.concept_file import (
 )
 from catversion_jax.methods.foreign_files import describe_folder
 from catversion_jax.runtime.bucket_paths import absolute, as_path
+from catversion_jax.runtime.concept_packs import SUFFIX, ConceptPack, PackError, split_packed
 from catversion_jax.runtime.regular_files import read_json_object, read_text
+from catversion_jax.runtime.shards import WHOLE, Shard
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import concepts_from_checkpoint
-from catversion_jax.training.run.directory import is_locked
+from catversion_jax.training.run.directory import READERS, is_locked
 from catversion_jax.training.run.index import index_of_folders, indices_of_others, read_index
 from catversion_jax.training.run.metrics import read_evaluations, read_metric_rows
+from catversion_jax.training.run.shards import run_roots, shard_folders
 from catversion_jax.training.run.summary import finished_state, read_summary
 
 _CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete step
@@ -49,12 +53,16 @@ def read_status(root: Path) -> dict[str, Any]:
 
     Returns:
       ``counts`` of concepts by state, ``locked`` (whether a process is training there; None where
-      that cannot be known), ``max_train_steps``, ``concepts_per_hour``, and ``concepts``: the rows
-      of ``index.csv``, those that are running with their ``step``.
+      that cannot be known), ``max_train_steps``, ``concepts_per_hour``, ``concepts``: the rows
+      of ``index.csv``, those that are running with their ``step``, and ``shards``: how many of
+      them are ``expected``, have ``begun`` and ``ended``, and are ``locked``; {} for an undivided
+      run.
 
     Raises:
       CatVersionError: the folder is no run.
     """
+    if shards := shard_folders(root):
+        return _status_of_shards(shards)
     index, manifest = root / names.INDEX_FILE, root / names.RUN_FILE
     if not any(path.exists() for path in (index, manifest)):
         raise CatVersionError(
@@ -76,7 +84,54 @@ def read_status(root: Path) -> dict[str, Any]:
         "max_train_steps": steps if isinstance(steps, int) else None,
         "concepts_per_hour": _rate(root / names.RUN_METRICS_FILE),
         "concepts": rows,
+        "shards": {},
     }
+
+
+def _status_of_shards(shards: Mapping[Shard, Path]) -> dict[str, Any]:
+    """:func:`read_status` of a run that is divided; a shard without an index has just begun."""
+    rows: list[dict[str, Any]] = []
+    steps, rate, begun, ended, locks = None, 0.0, 0, 0, []
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        states = list(pool.map(_status_or_none, shards.values()))
+    for folder, found in zip(shards.values(), states, strict=True):
+        if found is None:
+            locks.append(is_locked(folder))
+            continue
+        begun += 1
+        unfinished = {"queued", "running"} & found["counts"].keys()
+        ended += not unfinished and (folder / names.INDEX_FILE).is_file()
+        locks.append(found["locked"])
+        # what a process that has ended did in an hour, nobody does now
+        rate += found["concepts_per_hour"] if unfinished and found["locked"] is not False else 0.0
+        steps = found["max_train_steps"] if steps is None else steps
+        place = f"{names.SHARDS_FOLDER}/{folder.name}"
+        rows += [
+            {**row, "file": f"{place}/{row['file']}" if row["file"] else ""}
+            for row in found["concepts"]
+        ]
+    rows.sort(key=lambda row: row["name"])
+    unknown = None if None in locks else False
+    return {
+        "counts": dict(collections.Counter(row["state"] for row in rows)),
+        "locked": True if True in locks else unknown,
+        "max_train_steps": steps,
+        "concepts_per_hour": rate,
+        "concepts": rows,
+        "shards": {
+            "expected": max(shard.count for shard in shards),
+            "begun": begun,
+            "ended": ended,
+            "locked": locks.count(True),
+        },
+    }
+
+
+def _status_or_none(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_status(folder)
+    except CatVersionError:
+        return None
 
 
 def _last_step(folder: Path) -> int:
@@ -161,11 +216,13 @@ def step_files(folder: Path) -> dict[int, Path]:
 
 def failed_concepts(root: Path) -> list[Path]:
     """The ``FAILED.txt`` of every concept of a run that was quarantined, sorted."""
-    return sorted(root.glob(f"{names.CONCEPTS_FOLDER}/*/{names.FAILED_FILE}"))
+    pattern = f"{names.CONCEPTS_FOLDER}/*/{names.FAILED_FILE}"
+    return [path for folder in run_roots(root) for path in sorted(folder.glob(pattern))]
 
 
 def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
-    """Every concept of a run folder, a checkpoint, a folder of concepts, or one concept file.
+    """Every concept of a run folder, a checkpoint, a folder of concepts, a pack, or one concept
+    file.
 
     Returns:
       The concepts, and why the others cannot be read, by the name of their file or folder.
@@ -174,7 +231,12 @@ def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
       CatVersionError: there is none, or none that can be read.
     """
     source = as_path(source)
-    if source.is_file() or (source / CONCEPT_FILE_NAME).is_file():
+    if source.suffix == SUFFIX and source.is_file():
+        concepts, damaged = readable_concepts(packed_concepts(source))
+        if not concepts:
+            raise CatVersionError(next(iter(damaged.values())))
+        return [concept for _, concept in concepts], {p.name: why for p, why in damaged.items()}
+    if split_packed(source) or source.is_file() or (source / CONCEPT_FILE_NAME).is_file():
         return [load_concept(source)], {}
     if not source.is_dir():
         raise CatVersionError(
@@ -182,9 +244,11 @@ def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
         )
     if (source / _CHECKPOINT_MARK).is_file():
         return _from_checkpoint(source), {}
-    folder = source / names.CONCEPTS_FOLDER
-    folder = folder if folder.is_dir() else source
-    files = sorted(folder.glob(f"*/{CONCEPT_FILE_NAME}")) or sorted(folder.glob("*.safetensors"))
+    folders = [root / names.CONCEPTS_FOLDER for root in run_roots(source)]
+    folders = [folder for folder in folders if folder.is_dir()] or [source]
+    files = [file for folder in folders for file in folder.glob(f"*/{CONCEPT_FILE_NAME}")]
+    files = files or [file for folder in folders for file in folder.glob("*.safetensors")]
+    files.sort(key=lambda file: (file.parent.name, file.name))
     if files:
         concepts, damaged = readable_concepts(files)
         if not concepts:
@@ -201,7 +265,7 @@ def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
     )
     hint = f" It has checkpoints: export {steps[-1]}, for instance." if steps else ""
     raise CatVersionError(
-        f"{source}: no finished concept in it (looked for {folder / '*' / CONCEPT_FILE_NAME})."
+        f"{source}: no finished concept in it (looked for {folders[0] / '*' / CONCEPT_FILE_NAME})."
         f"{hint or ' Give a run directory.'}"
     )
 
@@ -219,6 +283,21 @@ def readable_concepts(
         except CatVersionError as error:
             damaged[path] = str(error)
     return concepts, damaged
+
+
+def packed_concepts(path: Path) -> list[Path]:
+    """The concepts of a pack, as paths ``concepts.arrow#NAME``.
+
+    Raises:
+      CatVersionError: it is none, or damaged, or empty.
+    """
+    try:
+        found = [as_path(f"{path}#{name}") for name in ConceptPack(path)]
+    except PackError as error:
+        raise CatVersionError(str(error)) from error
+    if not found:
+        raise CatVersionError(f"{path}: holds no concept. Pack a run that has some.")
+    return found
 
 
 def _from_checkpoint(folder: Path) -> list[Concept]:
@@ -277,6 +356,8 @@ def recorded_concepts(folder: Path, holdout: int | None = None) -> ConceptList:
         ) from None
     try:
         data = config.data_options
+        if path.parent != folder and shard_folders(folder):  # one shard's words, of all of them
+            data = dataclasses.replace(data, shard=str(WHOLE))
         if holdout is not None:
             data = dataclasses.replace(data, holdout=holdout)
         return read_configured_concepts(data, config.when)
@@ -288,6 +369,8 @@ def recorded_concepts(folder: Path, holdout: int | None = None) -> ConceptList:
 
 
 def _file_of_run(folder: Path, name: str) -> Path | None:
-    """A file of the run, sought from its own folder or from ``concepts/<name>`` in it."""
-    candidates = [folder / name, absolute(folder).parent.parent / name]
+    """A file of the run, sought from its own folder or from ``concepts/<name>`` in it; of a run
+    that is divided, that of the first shard which has it.
+    """
+    candidates = [root / name for root in (*run_roots(folder), absolute(folder).parent.parent)]
     return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,188 @@
+"""Packs: any number of concept files as rows of one Arrow file, ``concepts.arrow#NAME`` is one.
+
+The file is what the ``datasets`` library writes (an Arrow stream), so that library opens it too
+and puts it on a hub. It is mapped into memory, never read as a whole. Rows are sorted by the UTF-8
+bytes of their names, so that a name is found by bisection.
+
+This file is also part of exported pipelines, which have nothing else of this package.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+SUFFIX = ".arrow"
+NAME_COLUMN, FILE_COLUMN = "name", "file"
+_MARK = f"{SUFFIX}#"
+
+
+class PackError(ValueError):
+    """A pack that cannot be read, or has no such concept. The message says the value, the rule and
+    the remedy.
+    """
+
+
+def split_packed(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """The file and the name in ``concepts.arrow#NAME``; None for every other path."""
+    folder, slash, last = os.fspath(path).rpartition("/")
+    stem, mark, name = last.partition(_MARK)
+    return (f"{folder}{slash}{stem}{SUFFIX}", name) if mark and stem else None
+
+
+def read_packed(path: str | os.PathLike[str]) -> bytes | None:
+    """The concept file that ``concepts.arrow#NAME`` means; None where ``path`` is another path, or
+    where something of that name is there.
+
+    Raises:
+      PackError: the pack cannot be read, or has no such concept; or ``path`` is a pack itself.
+    """
+    packed = split_packed(path)
+    if os.fspath(path).endswith(SUFFIX) and os.path.isfile(path):
+        raise PackError(
+            f"{os.fspath(path)}: is a pack of concepts, or nothing that is known here. Give one of "
+            f"them: {os.path.basename(path)}#NAME; `catversion inspect` lists them."
+        )
+    if packed is None or os.path.lexists(path):
+        return None
+    return ConceptPack(packed[0])[packed[1]]
+
+
+class ConceptPack:
+    """The concepts of one pack, by name; nothing is read before it is asked for.
+
+    Opening looks at the head of every record batch, a few thousand rows each. pyarrow's own reader
+    of streams would have the system read ahead all of them.
+
+    Args:
+      path: a file of this machine that ``catversion pack`` has written.
+
+    Raises:
+      PackError: it cannot be read, or is no pack.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        if "://" in self.path:
+            raise PackError(
+                f"{self.path}: must be a file of this machine, which is mapped into memory. Copy "
+                "it first: gcloud storage cp."
+            )
+        if not os.path.isfile(self.path):
+            raise PackError(f"{self.path}: no such file. Give the pack as concepts{_MARK}NAME.")
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise PackError(f"{self.path}: needs a library: pip install datasets") from error
+        self._ipc = pyarrow.ipc
+        with self._damage():
+            with open(self.path, "rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_RANDOM"):
+                self._bytes.madvise(mmap.MADV_RANDOM)  # megabytes around each page, otherwise
+            schema, *self._places = _messages(self._bytes)
+            self._buffer = pyarrow.py_buffer(self._bytes)
+            self._schema = self._ipc.read_schema(self._buffer.slice(*schema))
+            types = {field.name: str(field.type) for field in self._schema}
+            if types.get(NAME_COLUMN) != "string" or types.get(FILE_COLUMN) != "binary":
+                raise ValueError(f"it must have columns {NAME_COLUMN} and {FILE_COLUMN}")
+        self._batches: dict[int, tuple[Any, Any]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(self._batch(i)[0]) for i in range(len(self._places)))
+
+    def __iter__(self) -> Iterator[str]:
+        for i in range(len(self._places)):
+            for row in range(len(self._batch(i)[0])):
+                yield self._name(i, row)
+
+    def __getitem__(self, name: str) -> bytes:
+        key = _key(name)
+        batches = range(len(self._places))
+        batch = bisect.bisect_right(batches, key, key=lambda i: _key(self._name(i, 0))) - 1
+        if batch >= 0:
+            rows = range(len(self._batch(batch)[0]))
+            row = bisect.bisect_left(rows, key, key=lambda row: _key(self._name(batch, row)))
+            if row < len(rows) and self._name(batch, row) == name:
+                return bytes(self._cell(self._batch(batch)[1], row))
+        near = [*itertools.islice(self, 3)]
+        raise PackError(
+            f"{self.path}: has no concept {name!r:.120}; there are {', '.join(near)} and so on. "
+            f"Give one as {os.path.basename(self.path)}#NAME."
+        )
+
+    def _name(self, batch: int, row: int) -> str:
+        return str(self._cell(self._batch(batch)[0], row))
+
+    def _cell(self, column: Any, row: int) -> Any:
+        value = column[row].as_py() if row < len(column) else None
+        if value is None:
+            raise self._damaged("an empty cell")
+        return value
+
+    def _batch(self, number: int) -> tuple[Any, Any]:
+        """Names and files of one record batch, whose offsets lie within it."""
+        if number not in self._batches:
+            with self._damage():
+                data = self._buffer.slice(*self._places[number])
+                batch = self._ipc.read_record_batch(data, self._schema)
+                columns = (batch.column(NAME_COLUMN), batch.column(FILE_COLUMN))
+                for column in columns:
+                    column.validate(full=True)
+            self._batches[number] = columns
+        return self._batches[number]
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Whatever is raised inside is the file's fault: pyarrow has a class for each kind."""
+        try:
+            yield
+        except Exception as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: object) -> PackError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return PackError(
+            f"{self.path}: is no pack of concepts, or damaged ({reason:.200}). Pack the run again: "
+            f"catversion pack RUN --out {os.path.basename(self.path)}."
+        )
+
+
+def _messages(data: mmap.mmap) -> list[tuple[int, int]]:
+    """Where the messages of an Arrow stream lie, as (first byte, length): the schema's, then one
+    for each record batch (Arrow columnar format, "Encapsulated message format"; the length of a
+    body is the field ``bodyLength`` of the flatbuffer ``Message``).
+
+    Raises:
+      ValueError: the stream does not end well.
+      struct.error: it ends in the middle of a message.
+    """
+    places = []
+    start = 0
+    while True:
+        marker, size = struct.unpack_from("<Ii", data, start)
+        if marker != 0xFFFFFFFF or size < 0:
+            raise ValueError(f"no message at byte {start}")
+        if size == 0:
+            return places
+        table = start + 8 + struct.unpack_from("<I", data, start + 8)[0]
+        fields = table - struct.unpack_from("<i", data, table)[0]
+        has_body = struct.unpack_from("<H", data, fields)[0] > 10
+        place = struct.unpack_from("<H", data, fields + 10)[0] if has_body else 0
+        body = struct.unpack_from("<q", data, table + place)[0] if place else 0
+        length = 8 + size + body
+        if body < 0 or start + length > len(data):
+            raise ValueError(f"the message at byte {start} has no end")
+        places.append((start, length))
+        start += length
+
+
+def _key(name: str) -> bytes:
+    """What rows are sorted by."""
+    return name.encode("utf-8", "surrogatepass")

@@ -1,6 +1,6 @@
 """Train shards of a list while they are killed again and again, and compare with nobody killed.
 
-    python tools/fleet/kill_shards.py OUT [--concepts 2000] [--shards 8] [--seconds 30]
+    python tools/fleet/kill_shards.py OUT [--toys] [--concepts 2000] [--shards 8]
 
 Starts the shards as processes, at most so many at once, and sends SIGKILL or SIGTERM to a random
 one at random moments until all have ended with code 0. Then it runs every shard once more, left
@@ -20,8 +20,10 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,19 +56,24 @@ def main() -> None:
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--concepts", type=int, default=2000)
-    parser.add_argument("--folder", type=Path, help="concepts of your own in place of those")
-    parser.add_argument("--model", default="tiny-sd")
+    parser.add_argument(
+        "--toys",
+        action="store_true",
+        help="the tests' toys, each with a seed of its own, on a random model of 5 MB",
+    )
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--engine", choices=("processes", "slurm"), default="processes")
     parser.add_argument("--at_once", type=int, default=8, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=30, help="between two kills, in the mean")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
-    concepts = args.folder or args.output / "concepts"
-    if args.folder is None:
+    concepts, model = args.output / "concepts", "tiny-sd"
+    if args.toys:
+        model = args.output / "model"
+        make_toys(concepts, model, args.concepts)
+    else:
         make_concepts(concepts, args.concepts)
-
-    own = {**OPTIONS, "pretrained_model_name_or_path": args.model}
+    own = {**OPTIONS, "pretrained_model_name_or_path": model}
 
     def shard(run: Path, index: int) -> subprocess.Popen:
         return start(concepts, run, {}, **own, shard=f"{index}/{args.shards}")
@@ -88,6 +95,27 @@ def main() -> None:
     }
     (args.output / "kill_shards.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
+
+
+def make_toys(concepts: Path, model: Path, count: int) -> None:
+    """Copies of the three toys of the tests, and their model."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+    from random_model import write_random_model, write_toy_concepts
+
+    if not model.exists():
+        write_random_model(model)
+    patterns = concepts.with_name("toys")
+    if not patterns.exists():
+        write_toy_concepts(patterns)
+    toys = sorted(patterns.iterdir())
+    for number in range(count):
+        toy = toys[number % len(toys)]
+        copy = concepts / f"{number:04d}_{toy.name}"
+        if (copy / "concept.json").exists():
+            continue
+        shutil.copytree(toy, copy, ignore=lambda *_: ["concept.json"], dirs_exist_ok=True)
+        said = json.loads((toy / "concept.json").read_text())
+        (copy / "concept.json").write_text(json.dumps({**said, "seed": number}))
 
 
 def run_all(

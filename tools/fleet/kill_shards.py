@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="between two kills, in the mean")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))  # its processes end too
     concepts, model = args.output / "concepts", "tiny-sd"
     if args.toys:
         model = args.output / "model"

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 
@@ -180,25 +180,36 @@ class TrainingLoop:
                     self._recorder.skip()
         if not newcomers:
             return False
-        # The programs of the first refill are compiled there.
-        with self._recorder.timed("refilling" if self._compiled else "compiling"):
-            self._rows.make_room(newcomers.values())
-            for group in self._rows.groups(newcomers):
-                self._admit({row: newcomers[row] for row in group})
+        self._rows.make_room(newcomers.values())
+        for group in self._rows.groups(newcomers):
+            self._admit({row: newcomers[row] for row in group})
         return True
 
     def _admit(self, concepts: Mapping[int, PreparedConcept]) -> None:
         """Give rows, at most one on each device, to concepts, and evaluate their start."""
-        newcomers = self._rows.send(concepts, self._saved)
-        plain = self._start_losses(newcomers, of_plain_model=True)
-        start = self._start_losses(newcomers)
-        if poor := self._bad_predictions(newcomers, plain, start):
-            again = {concept.spec.name for concept in poor.values()}
-            saved = {name: row for name, row in self._saved.items() if name not in again}
-            newcomers = self._rows.send({**concepts, **poor}, saved)
+        # The programs of the first refill are compiled there.
+        refilling, evaluation = (
+            ("refilling", "evaluation") if self._compiled else ("compiling", "compiling")
+        )
+        with self._recorder.timed(refilling):
+            newcomers = self._rows.send(concepts, self._saved)
+        with self._recorder.timed(evaluation):
+            plain = self._start_losses(newcomers, of_plain_model=True)
             start = self._start_losses(newcomers)
-        self._rows.put(newcomers, self._recorder.now)
-        for row in concepts:
+            if poor := self._bad_predictions(newcomers, plain, start):
+                again = {concept.spec.name for concept in poor.values()}
+                saved = {name: row for name, row in self._saved.items() if name not in again}
+                newcomers = self._rows.send({**concepts, **poor}, saved)
+                start = self._start_losses(newcomers)
+        with self._recorder.timed(refilling):
+            self._rows.put(newcomers, self._recorder.now)
+            self._begin(concepts, plain, start)
+
+    def _begin(
+        self, rows: Iterable[int], plain: Mapping[int, float], start: Mapping[int, float]
+    ) -> None:
+        """Open what is written about concepts that have got rows."""
+        for row in rows:
             occupant = self._rows.occupied[row]
             self._saved.pop(occupant.name, None)
             occupant.plain_loss = rounded(plain[row])

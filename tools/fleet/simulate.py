@@ -74,6 +74,10 @@ class RecolouredList:
         image = ImageSource("1.png", data=data.getvalue())
         return ConceptSpec(name, self._classes[kind], (image,))
 
+    def part(self, _: object) -> RecolouredList:
+        """All of it: this process is the only one."""
+        return self
+
     def blocks(self, size: int) -> Iterator[ConceptList]:
         """All concepts in order, so many at a time."""
         for start in range(0, len(self.names), size):
@@ -94,6 +98,7 @@ class Watch(threading.Thread):
         self._timeline, self._stop, self._after = output / "timeline.csv", stop, stop_after
         self.rows: list[dict[str, float]] = []
         self.first: float | None = None
+        self.done = 0
         self.started = time.perf_counter()
         self._read = self._timeline.stat().st_size if self._timeline.exists() else 0
         self._header = 0 if self._read else 1
@@ -110,6 +115,7 @@ class Watch(threading.Thread):
                 new = file.read()
             self._read += len(new)
             before, done = done, done + new.count(b"\n")
+            self.done = done
             seconds = round(time.perf_counter() - self.started, 1)
             if done > 0 and self.first is None:
                 self.first = seconds
@@ -145,7 +151,7 @@ def main() -> None:
     result = cv.train(cv.TrainConfig(**given), concepts=concepts, stop=stop)
     seconds = time.perf_counter() - watch.started
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    done = max(1, watch.rows[-1]["done"] if watch.rows else 0)
+    done = max(1, watch.done)
     steps = last.get("training", 0) + last.get("evaluation", 0)
     summary = {
         "finished": len(result.finished),

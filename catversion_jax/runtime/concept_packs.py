@@ -16,11 +16,13 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 SUFFIX = ".arrow"
 NAME_COLUMN, FILE_COLUMN = "name", "file"
 _MARK = f"{SUFFIX}#"
+_LONGEST_HEAD = 2**20
+"""Bytes of a message before its body; that of a record batch of five columns has some hundred."""
 
 
 class PackError(ValueError):
@@ -82,11 +84,11 @@ class ConceptPack:
             raise PackError(f"{self.path}: needs a library: pip install datasets") from error
         self._ipc = pyarrow.ipc
         with self._damage():
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", buffering=0) as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                schema, *self._places = _messages(file, len(self._bytes))
             if hasattr(mmap, "MADV_RANDOM"):
                 self._bytes.madvise(mmap.MADV_RANDOM)  # megabytes around each page, otherwise
-            schema, *self._places = _messages(self._bytes)
             self._buffer = pyarrow.py_buffer(self._bytes)
             self._schema = self._ipc.read_schema(self._buffer.slice(*schema))
             types = {field.name: str(field.type) for field in self._schema}
@@ -154,7 +156,7 @@ class ConceptPack:
         )
 
 
-def _messages(data: mmap.mmap) -> list[tuple[int, int]]:
+def _messages(file: BinaryIO, end: int) -> list[tuple[int, int]]:
     """Where the messages of an Arrow stream lie, as (first byte, length): the schema's, then one
     for each record batch (Arrow columnar format, "Encapsulated message format"; the length of a
     body is the field ``bodyLength`` of the flatbuffer ``Message``).
@@ -163,21 +165,23 @@ def _messages(data: mmap.mmap) -> list[tuple[int, int]]:
       ValueError: the stream does not end well.
       struct.error: it ends in the middle of a message.
     """
-    places = []
+    places: list[tuple[int, int]] = []
     start = 0
     while True:
-        marker, size = struct.unpack_from("<Ii", data, start)
-        if marker != 0xFFFFFFFF or size < 0:
+        file.seek(start)
+        marker, size = struct.unpack("<Ii", file.read(8))
+        if marker != 0xFFFFFFFF or not 0 <= size <= _LONGEST_HEAD:
             raise ValueError(f"no message at byte {start}")
         if size == 0:
             return places
-        table = start + 8 + struct.unpack_from("<I", data, start + 8)[0]
-        fields = table - struct.unpack_from("<i", data, table)[0]
-        has_body = struct.unpack_from("<H", data, fields)[0] > 10
-        place = struct.unpack_from("<H", data, fields + 10)[0] if has_body else 0
-        body = struct.unpack_from("<q", data, table + place)[0] if place else 0
+        head = file.read(size)
+        (table,) = struct.unpack_from("<I", head)
+        fields = table - struct.unpack_from("<i", head, table)[0]
+        has_body = struct.unpack_from("<H", head, fields)[0] > 10
+        place = struct.unpack_from("<H", head, fields + 10)[0] if has_body else 0
+        body = struct.unpack_from("<q", head, table + place)[0] if place else 0
         length = 8 + size + body
-        if body < 0 or start + length > len(data):
+        if body < 0 or start + length > end:
             raise ValueError(f"the message at byte {start} has no end")
         places.append((start, length))
         start += length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
@@ -67,8 +67,12 @@ def write_pack(
     return write_rows(out, rows()), left_out
 
 
-def write_rows(out: Path, rows: Iterable[tuple[Concept, bytes]]) -> int:
-    """Write concepts and their files, sorted by the UTF-8 bytes of their names; how many."""
+def write_rows(out: Path, rows: Iterator[tuple[Concept, bytes]]) -> int:
+    """Write one or more concepts and their files, sorted by the UTF-8 bytes of their names.
+
+    Returns:
+      How many there were.
+    """
     from datasets import Features, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -81,9 +85,11 @@ def write_rows(out: Path, rows: Iterable[tuple[Concept, bytes]]) -> int:
             FILE_COLUMN: Value("binary"),
         }
     )
+    first = next(rows)
+    at_once = min(_MOST_ROWS, max(1, _BATCH_BYTES // len(first[1])))
     with replaced_when_done(out) as path:
-        writer = ArrowWriter(path=str(path), features=features)
-        for concept, data in rows:
+        writer = ArrowWriter(path=str(path), features=features, writer_batch_size=at_once)
+        for concept, data in itertools.chain([first], rows):
             row = {
                 NAME_COLUMN: concept.name,
                 "base_class": concept.base_class,
@@ -91,7 +97,7 @@ def write_rows(out: Path, rows: Iterable[tuple[Concept, bytes]]) -> int:
                 "step": concept.step,
                 FILE_COLUMN: data,
             }
-            writer.write(row, min(_MOST_ROWS, max(1, _BATCH_BYTES // len(data))))
+            writer.write(row)
         count, _ = writer.finalize()
     return int(count)
 

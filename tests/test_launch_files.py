@@ -107,7 +107,8 @@ def test_kubernetes_takes_its_files() -> None:
             if "onExitCodes" in rule
             for code in rule["onExitCodes"]["values"]
         }
-        assert by_code == {2: "FailJob", 75: "Ignore" if one is job else "FailJob"}
+        again = "Ignore" if one is job else "FailJob"
+        assert by_code == {2: "FailJob", 75: again, 143: again}
         assert {
             rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule
         } == {container["name"]}
@@ -163,7 +164,7 @@ def test_skypilot_reads_its_files(name: str) -> None:
     config = yaml.safe_load((LAUNCH / name).read_text())
     assert config["resources"]["use_spot"]
     if "run" in config:
-        assert config["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+        assert config["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 143]
     else:
         jobs = yaml.safe_load((LAUNCH / "skypilot_shards.yaml").read_text())
         assert jobs["resources"]["accelerators"] == config["resources"]["accelerators"]

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,64 @@ def test_a_preempted_slice_is_made_again(tmp_path: Path) -> None:
     assert code == 0
     assert calls == [*made, "ssh", "ssh", "delete", *made, "ssh", "delete"]
     assert "--worker=all" in (tmp_path / "calls").read_text()
+
+
+# In place of the training, and of what Slurm is told; `wait` lets the test send a signal first.
+TRAINING = """#!/usr/bin/env bash
+[ "$1" = train_tpu.py ] || exit 99
+trap 'exit 75' TERM
+echo "$*" > "$STATE/started"
+[ "$CODE" != wait ] || while true; do sleep 0.05; done
+exit "$CODE"
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "ended", "again"),
+    [
+        ("0", "0", 0, False),
+        ("75", "99", 75, True),
+        ("143", "99", 143, True),
+        ("2", "0", 2, False),
+        ("1", "9", 1, True),
+        ("1", "10", 1, False),
+        ("wait", "0", 75, True),
+    ],
+)
+def test_slurm_queues_a_task_again(
+    code: str, restarts: str, ended: int, again: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text("")
+    for name, text in (
+        ("python", TRAINING),
+        ("scontrol", '#!/bin/sh\necho "$*" > "$STATE/told"\n'),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "slurm.sbatch"],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "STATE": str(tmp_path),
+            "VENV": str(tmp_path),
+            "CODE": code,
+            "SLURM_ARRAY_JOB_ID": "7",
+            "SLURM_ARRAY_TASK_ID": "3",
+            "SLURM_ARRAY_TASK_COUNT": "8",
+            "SLURM_JOB_ID": "7",
+            "SLURM_RESTART_COUNT": restarts,
+        },
+    )
+    if code == "wait":
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        process.terminate()
+    assert process.wait(60) == ended
+    assert "shard=3/8" in (tmp_path / "started").read_text()
+    told = tmp_path / "told"
+    assert (told.read_text() if told.exists() else "") == ("requeue 7_3\n" if again else "")
 
 
 def test_wrong_options_do_not_run_for_ever(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ HALF: Mapping[str, Any] = {**OURS, "max_train_steps": 100, "learning_rate": 1e-1
 PRESERVING: Mapping[str, Any] = {"preserve_weight": 1.0}
 NOISIER: Mapping[str, Any] = {**PRESERVING, "timestep_sampling": "proportional"}
 LONGER_CONTEXT: Mapping[str, Any] = {**NOISIER, "context_states": 16}
+# From the model's own concept encoder, with what that was fitted to predict.
+PREDICTED: Mapping[str, Any] = {**OURS, "context_states": 16, "init": "predicted"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +218,11 @@ def _recipes() -> list[Arm]:
             {**HALF, **LONGER_CONTEXT, "learning_rate": 0.05},
         ),
         "longer_context": ("200 updates at 0.03 with all of it", {**OURS, **LONGER_CONTEXT}),
+        "predicted_0": (
+            "predicted from the photos, no update",
+            {**PREDICTED, "max_train_steps": 0},
+        ),
+        "predicted_25": ("the same, 25 updates", {**PREDICTED, "max_train_steps": 25}),
         "textual_inversion_preserving": (
             "Textual Inversion, 4 vectors, preserved, noisier timesteps",
             {**INVERSION, **NOISIER, "num_positions": 4},

@@ -45,8 +45,8 @@ HALF: Mapping[str, Any] = {**OURS, "max_train_steps": 100, "learning_rate": 1e-1
 PRESERVING: Mapping[str, Any] = {"preserve_weight": 1.0}
 NOISIER: Mapping[str, Any] = {**PRESERVING, "timestep_sampling": "proportional"}
 LONGER_CONTEXT: Mapping[str, Any] = {**NOISIER, "context_states": 16}
-# From the model's own concept encoder, with what that was fitted to predict.
-PREDICTED: Mapping[str, Any] = {**OURS, "context_states": 16, "init": "predicted"}
+# From the model's own concept encoder.
+PREDICTED: Mapping[str, Any] = {**OURS, "init": "predicted"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,18 @@ import pytest
 
 from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import read_concepts
+from catversion_jax.concepts.images import load_image
+from catversion_jax.config import make_config
 from catversion_jax.config.sampling import SamplingSettings
+from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.sampling.denoising import draw_requests
 from catversion_jax.sampling.requests import ImageRequest
+from catversion_jax.training.predicted_start import StartPredictor
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = embedded_folder("tiny-sd")
+EXAMPLES = embedded_folder("tiny-sd-examples")
 PROMPT = "a red cat on the beach"
 
 
@@ -47,6 +52,25 @@ def test_the_clip_text_tower_is_the_text_encoder():
     text = {k.removeprefix(prefix): v for k, v in text.items()}
     assert len(text) > 90
     assert all(np.array_equal(tower[name], value) for name, value in text.items())
+
+
+def test_its_concept_encoder_is_for_this_very_model_and_no_example():
+    config = make_config({"concepts": "x", "preset": "fast", "init": "predicted"})
+    predictor = StartPredictor.of(config.method_options, load_backbone(FOLDER))
+    assert predictor is not None  # text encoder, CLIP and options are those of the fit
+    rng = np.random.default_rng(0)
+    own = KVResidual(*rng.normal(size=(2, 3, 4, 5, 32)).astype(np.float32), (3, 4, 5))
+    found = {}
+    for spec in read_concepts(EXAMPLES).concepts:
+        assert spec.name not in predictor.encoder.fitted_on
+        images = [load_image(source, resolution=64) for source in spec.images]
+        starts = [predictor.start(images, spec.base_class, own) for _ in range(2)]
+        assert np.array_equal(starts[0].value, starts[1].value)
+        found[spec.name] = starts[0].value - own.value
+    assert len(predictor.encoder.fitted_on) == 578
+    flat = np.stack([value.ravel() for value in found.values()])
+    cosines = np.corrcoef(flat) - np.eye(len(flat))
+    assert cosines.max() < 0.95  # every thing has its own
 
 
 def test_the_same_image_as_diffusers_draws_from_the_unchanged_folder():

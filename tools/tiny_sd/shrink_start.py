@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,9 +30,12 @@ def shrunk(encoder: ConceptEncoder, rank: int) -> tuple[ConceptEncoder, float]:
     _, lengths, directions = np.linalg.svd(root.T @ weights.basis, full_matrices=False)
     basis = directions[:rank].astype(np.float32)  # [rank n]
     turned = weights.basis @ basis.T  # [R rank]
-    smaller = dataclasses.replace(
-        weights, linear=weights.linear @ turned, out=weights.out @ turned, basis=basis
-    )
+    arrays: dict[str, Any] = {
+        "linear": weights.linear @ turned,
+        "out": weights.out @ turned,
+        "basis": basis,
+    }
+    smaller = dataclasses.replace(weights, **arrays)
     share = float((lengths[:rank] ** 2).sum() / (lengths**2).sum())
     return dataclasses.replace(encoder, weights=smaller), share
 

@@ -36,6 +36,7 @@ TEXTS = {
     "import": {"base_class", "name", "model", "variant"},
     "inspect": {"model", "prompt", "prediction_type"},
     "push": {"repo_id", "license"},
+    "serve": {"model", "host", "sizes"},
     "status": set(),
     "merge": set(),
     "pack": set(),
@@ -71,7 +72,7 @@ def test_output_folders_are_paths():
         if action.dest == "output_dir" and command != "train"
     }
     assert {command for command, _ in outputs} == {
-        "generate", "evaluate", "export", "import", "masks", "teach",
+        "generate", "evaluate", "export", "import", "masks", "serve", "teach",
     }  # fmt: skip
     assert set(outputs.values()) == {path_argument}
 

@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "masks": ("masks", "make object masks beside the images of concepts"),
     "generate": ("generate", "draw images with trained concepts"),
+    "serve": ("serve", "teach and draw for many users over HTTP, with OpenAI's and A1111's forms"),
     "evaluate": ("evaluate", "score a run's concepts, or any method's images, and write a report"),
     "export": ("export", "concept files, prompt embeddings, or a complete diffusers pipeline"),
     "push": ("push", "send concepts and a model card to the Hugging Face hub"),

@@ -236,7 +236,8 @@ def _write_sheets(folder: Path, rows: Sequence[tuple[str, list[np.ndarray | None
         labels, cells = zip(*rows[start : start + _ROWS_PER_SHEET], strict=True)
         path = folder / f"sheet_{start // _ROWS_PER_SHEET + 1}.png"
         columns = ("image", "mask", "cut-out") * _IMAGES_PER_ROW
-        save_png(path, image_grid(cells, row_labels=labels, column_labels=columns))
+        sheet = image_grid(cells, row_labels=labels, column_labels=columns)
+        save_png(path, sheet, synthetic=False)
         paths.append(path)
     return paths
 

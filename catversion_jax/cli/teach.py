@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         f"validation_steps={updates or 'null'}",
         f"eval_steps={max(1, updates)}",
         *_concepts(photos, folder, name, args.base_class, output),
-        *(_start_options(start) if start else []),
+        *(start_options(start) if start else []),
         *options,
     ]
     code = train.run(argparse.Namespace(config=None, overrides=given))
@@ -87,7 +87,7 @@ def own_start(model: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def _start_options(file: Path) -> list[str]:
+def start_options(file: Path) -> list[str]:
     """Of a run that begins with a prediction: what the concept encoder was fitted to predict."""
     from catversion_jax.methods.concept_encoder import load_concept_encoder
 

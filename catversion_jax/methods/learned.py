@@ -183,6 +183,17 @@ class LearnedPart(Learned):
         """Queries, keys and values ``[B T N H]`` of ``layer``, changed or as they are."""
         return query, key, value
 
+    @property
+    def strength(self) -> float | None:
+        """What :meth:`scaled` changes, where a program can take it as an argument: then it is not
+        compiled anew for every scale. None where it cannot.
+        """
+        return None
+
+    def with_strength(self, strength: float | Array) -> Self:
+        """The same with another :attr:`strength`, which may be traced."""
+        raise TypeError(f"{type(self).__name__} has no strength to replace")
+
     @abc.abstractmethod
     def check_fits(self, num_heads: int, head_dim: int, layers: range) -> None:
         """Check that one concept fits an encoder of this shape, of which ``layers`` run.

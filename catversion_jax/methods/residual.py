@@ -133,7 +133,8 @@ class KVResidual(LearnedPart):
         """Key and value ``[*C P N H]`` of encoder layer ``layer``, or None where it is not
         adapted.
         """
-        if layer not in self.layers or self.logit_bias == -math.inf:
+        skipped = isinstance(self.logit_bias, float) and self.logit_bias == -math.inf
+        if layer not in self.layers or skipped:
             return None
         index = self.layers.index(layer)
         return self.key[..., index, :, :, :], self.value[..., index, :, :, :]
@@ -189,7 +190,18 @@ class KVResidual(LearnedPart):
                 f"scale={scale}: must be a finite number >= 0 (0 = plain model, 1 = as trained)."
             )
         bias = self.logit_bias + math.log(scale) if scale > 0 else -math.inf
-        return dataclasses.replace(self, logit_bias=bias, fade=self.fade * scale)
+        fade = self.fade if self.states is None else self.fade * scale
+        return dataclasses.replace(self, logit_bias=bias, fade=fade)
+
+    @property
+    def strength(self) -> float:
+        """``b`` of one use, which a program may take as an argument."""
+        return self.logit_bias
+
+    def with_strength(self, strength: float | Array) -> Self:
+        """The same with another ``b``, which may be traced."""
+        bias: Any = strength
+        return dataclasses.replace(self, logit_bias=bias)
 
     def check_fits(self, num_heads: int, head_dim: int, layers: range) -> None:
         """Check that one concept's residual fits an encoder of which ``layers`` run.

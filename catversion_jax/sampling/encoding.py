@@ -7,7 +7,7 @@ else is drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def encode_text(backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse])
     placed = [place_concepts(tokenizer, prompt, acting) for tokenizer in backbone.tokenizers]
     apart = (placed[0].word_places == HIDDEN).any(axis=1)  # [U]
     parts = [
-        jax.device_put(learned_parts(backbone, use, bounded=bool(bounded)))
+        learned_parts(backbone, use, bounded=bool(bounded))
         for use, bounded in zip(acting, apart, strict=True)
     ]
     token_ids, word_places = jax.device_put(
@@ -57,7 +57,10 @@ def encode_text(backbone: Backbone, prompt: str, concepts: Sequence[ConceptUse])
             tuple(one.word_places[:, None] for one in placed),
         )
     )
-    learned = tuple(tuple(of_use[index] for of_use in parts) for index in range(len(placed)))
+    learned = tuple(
+        tuple(_with_argument(of_use[index]) for of_use in parts) for index in range(len(placed))
+    )
+    learned = jax.device_put(learned)
     states = jax.device_get(_encode(backbone.text_encoders, token_ids, learned, word_places))
     return jax.tree.map(lambda rows: np.asarray(rows)[0], states)
 
@@ -126,14 +129,31 @@ def stack_conditions(rows: Sequence[Conditions]) -> Conditions:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
+_Scaled = tuple[LearnedPart, Float[np.ndarray, ""] | None]
+"""What a concept learned, and its strength, on which no program depends."""
+
+
+def _with_argument(part: LearnedPart) -> _Scaled:
+    if part.strength is None:
+        return part, None
+    return part.with_strength(0.0), np.asarray(part.strength, np.float32)
+
+
 @jax.jit
 def _encode(
     text_encoders: tuple[Network, ...],
     token_ids: tuple[Int[Array, "B T"], ...],
-    learned: tuple[tuple[LearnedPart, ...], ...],
+    learned: tuple[tuple[_Scaled, ...], ...],
     word_places: tuple[Int[Array, "U B T"], ...],
 ) -> TextStates:
     """The states in float32; the last three arguments are for each encoder."""
     places = [list(of_one) for of_one in word_places]
-    states = text_states(text_encoders, token_ids, learned, places)
+    uses = tuple(
+        tuple(
+            part if strength is None else part.with_strength(cast(Any, strength))
+            for part, strength in of_encoder
+        )
+        for of_encoder in learned
+    )
+    states = text_states(text_encoders, token_ids, uses, places)
     return jax.tree.map(lambda array: array.astype(jnp.float32), states)

@@ -32,9 +32,15 @@ class Feeder(Generic[T]):
         Raises:
           Exception: whatever ``prepare`` raised, in the caller's thread.
         """
+        return self._taken(wait=True)
+
+    def _taken(self, *, wait: bool) -> T | None:
         if self.exhausted:
             return None
-        item = self._ready.get()
+        try:
+            item = self._ready.get(block=wait)
+        except queue.Empty:
+            return None
         if isinstance(item, BaseException):
             self.exhausted = True
             raise item

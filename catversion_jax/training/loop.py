@@ -97,20 +97,53 @@ class TrainingLoop:
           Whether it was asked to stop; what is under way is then in a checkpoint.
         """
         while not self._is_asked_to_stop(stop):
-            self._retire()
-            if self._fill():
-                continue
-            if not self._rows.occupied:
+            if not self.advance(stop):
                 return False
-            self._out.refresh_index()
-            self._train(self._steps_to_boundary())
-            self._evaluate_due()
-            self._write_due(stop)
-            if self._clock % self._recording.checkpointing_steps == 0:
-                self._save_checkpoint()
-        if self._clock > self._first_clock:
+        self.save()
+        return True
+
+    def advance(self, stop: threading.Event) -> bool:
+        """Do one piece of work, if there is any: fill rows, or train to the next boundary."""
+        self._retire()
+        if self._fill():
+            return True
+        if not self._rows.occupied:
+            return False
+        self._out.refresh_index()
+        self._train(self._steps_to_boundary())
+        self._evaluate_due()
+        self._write_due(stop)
+        if self._clock % self._recording.checkpointing_steps == 0:
             self._save_checkpoint()
         return True
+
+    def save(self) -> None:
+        """Save everything under way, if any step was made."""
+        if self._clock > self._first_clock:
+            self._save_checkpoint()
+
+    @property
+    def under_way(self) -> Sequence[Occupant]:
+        """The concepts that have a row."""
+        return list(self._rows.occupied.values())
+
+    def withdraw(self, name: str) -> None:
+        """Take a concept that is not finished out of its row, if it has one."""
+        for occupant in self.under_way:
+            if occupant.name == name:
+                self._read_pending()
+                del self._rows.occupied[occupant.row]
+                self._out.forget(name)
+                self._recorder.end(occupant, "withdrawn")
+
+    def write_files(self, occupants: Sequence[Occupant]) -> None:
+        """Write what concepts have learned so far as the concept files of their steps."""
+        states = self._rows.exported(occupants)
+        for occupant, (learned, failed) in zip(occupants, states, strict=True):
+            if failed < 0:
+                file = self._out.concept_file(occupant.name, occupant.step)
+                make_way(file)
+                occupant.concept.record.save(file, learned, occupant.step)
 
     def _is_asked_to_stop(self, stop: threading.Event) -> bool:
         if stop.is_set() and jax.process_count() > 1:
@@ -342,11 +375,7 @@ class TrainingLoop:
             return
         self._read_pending()
         with self._recorder.timed("files and grids"):
-            for occupant, (learned, failed) in zip(saved, self._rows.exported(saved), strict=True):
-                if failed < 0:
-                    file = self._out.concept_file(occupant.name, occupant.step)
-                    make_way(file)
-                    occupant.concept.record.save(file, learned, occupant.step)
+            self.write_files(saved)
             for occupant, (learned, _) in zip(drawn, self._rows.exported(drawn), strict=True):
                 if stop.is_set():
                     logger.info("asked to stop: the sample grids of this step are not drawn")

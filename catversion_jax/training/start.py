@@ -29,7 +29,8 @@ from catversion_jax.runtime.sharding import CONCEPT_AXIS, make_mesh
 from catversion_jax.runtime.shards import find_shard
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.frozen_networks import dtype_of, load, placed
-from catversion_jax.training.loop import Prepared, TrainingLoop
+from catversion_jax.training.loop import Prepared
+from catversion_jax.training.opened_loop import opened_loop
 from catversion_jax.training.planning.abstract import PlannedStep
 from catversion_jax.training.planning.fitting import fitted, largest_concept
 from catversion_jax.training.predicted_start import StartPredictor
@@ -37,20 +38,14 @@ from catversion_jax.training.preparation import (
     concept_failure,
     prepare_concept,
 )
-from catversion_jax.training.programs import Programs
 from catversion_jax.training.queue_plan import QueuePlan, plan_queue
 from catversion_jax.training.queue_records import QueueRecords, queue_records, sample_of
-from catversion_jax.training.recorder import Recorder
-from catversion_jax.training.rows import Rows
-from catversion_jax.training.run.checkpoint import Checkpoints
 from catversion_jax.training.run.directory import RunDirectory, check_outside
 from catversion_jax.training.run.model_card import write_card
 from catversion_jax.training.run.reader import TrainedConcept, read_trained_concept
 from catversion_jax.training.run.shards import check_same_shards, shard_root
 from catversion_jax.training.start_values import abstract_state
-from catversion_jax.training.state import make_optimizer
 from catversion_jax.training.trainable import check_trainable
-from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +124,28 @@ def train(
     check_same_shards(as_path(config.output_dir), shard)
     root = shard_root(as_path(config.output_dir), shard)
     check_writable(root)
+    config, backbone, mesh = with_networks(config, backbone)
+    if stop is not None and stop.is_set():
+        return TrainResult(root, (), {}, True, backbone)
+    predictor = StartPredictor.of(config.method_options, backbone)
+    sample, count = sample_of(concepts)
+    config = resolve_auto(config, backbone, mesh, sample, num_concepts=count)
+    try:
+        outcome = train_concepts(config, backbone, concepts, mesh, stop, predictor)
+    except OSError as error:
+        raise unwritable(as_path(error.filename or config.output_dir), error) from error
+    return TrainResult(root, outcome.finished, outcome.failures, outcome.interrupted, backbone)
+
+
+def with_networks(
+    config: TrainConfig, backbone: Backbone | None = None
+) -> tuple[TrainConfig, Backbone, Mesh]:
+    """The frozen networks on the devices of this process, and the config with the precision and
+    the resolution that they bring, which are part of what is learned and recorded as such.
+
+    Raises:
+      CatVersionError: the model cannot be used or trained.
+    """
     use_compilation_cache(config.compilation_cache_dir)
     join_processes(config.coordinator_address, config.num_processes, config.process_id)
     mesh = make_mesh(config.data_parallel, jax.local_devices())
@@ -138,23 +155,15 @@ def train(
     else:
         backbone = placed(backbone, precision, mesh)
     check_trainable(backbone)
-    if stop is not None and stop.is_set():
-        return TrainResult(root, (), {}, True, backbone)
-    dtype = dtype_of(backbone)
-    # What "auto" and "the model's own" mean here is part of what is learned: recorded as such.
-    config = dataclasses.replace(
-        config,
-        mixed_precision="bf16" if dtype == "bfloat16" else "no",
-        resolution=config.resolution or backbone.default_resolution,
+    return (
+        dataclasses.replace(
+            config,
+            mixed_precision="bf16" if dtype_of(backbone) == "bfloat16" else "no",
+            resolution=config.resolution or backbone.default_resolution,
+        ),
+        backbone,
+        mesh,
     )
-    predictor = StartPredictor.of(config.method_options, backbone)
-    sample, count = sample_of(concepts)
-    config = resolve_auto(config, backbone, mesh, sample, num_concepts=count)
-    try:
-        outcome = train_concepts(config, backbone, concepts, mesh, stop, predictor)
-    except OSError as error:
-        raise unwritable(as_path(error.filename or config.output_dir), error) from error
-    return TrainResult(root, outcome.finished, outcome.failures, outcome.interrupted, backbone)
 
 
 def planned_step(config: TrainConfig, backbone: Backbone) -> PlannedStep:
@@ -314,39 +323,16 @@ def _run_queue(
     """Whether the loop was interrupted, and the concepts that it gave up, with reasons."""
     if config.concepts_per_device == "auto":
         raise ValueError("concepts_per_device=auto: planning.fitting.fitted says how many")
-    data, method, objective = config.data_options, config.method_options, config.objective_options
-    optimizer, recording = config.optimizer_options, config.recording_options
     per_axis = mesh.shape[CONCEPT_AXIS]
     per_device = min(config.concepts_per_device, max(1, -(-len(records) // per_axis)))
     max_images, max_prompts = records.room
-    tx = make_optimizer(optimizer, method)
-    rows = Rows(
-        per_device * per_axis,
-        mesh,
-        backbone,
-        objective,
-        tx,
-        averaged=config.ema_decay is not None,
-        max_images=max_images,
-        max_prompts=max_prompts,
-    )
-    programs = Programs(
-        backbone,
-        tx,
-        mesh,
-        objective,
-        config.device_options,
-        ema_decay=config.ema_decay,
-        first_layers=first_layers,
-        num_eval_samples=config.num_eval_samples,
-    )
-    grids = SampleGrids(backbone, recording, config.resolution or backbone.default_resolution)
+    num_rows = per_device * per_axis
     prepare = functools.partial(
         prepare_concept,
         backbone=backbone,
-        data=data,
-        method=method,
-        objective=objective,
+        data=config.data_options,
+        method=config.method_options,
+        objective=config.objective_options,
         predictor=predictor,
     )
 
@@ -360,21 +346,23 @@ def _run_queue(
     with (
         tqdm(total=total, initial=total - to_do, unit="concept-step", desc="compiling") as bar,
         logging_redirect_tqdm([logging.getLogger()], tqdm_class=tqdm),
-        Feeder(plan.names, prepared, ahead=rows.num_rows) as feeder,
-        Checkpoints(run.checkpoint_folder, config.checkpoints_total_limit) as checkpoints,
-        Recorder(run, recording, config.max_train_steps, bar) as recorder,
-    ):
-        loop = TrainingLoop(
-            rows=rows,
-            programs=programs,
-            grids=grids,
-            feeder=feeder,
-            saved=plan.saved,
-            clock=plan.clock,
+        opened_loop(
+            config.data_options,
+            config.method_options,
+            config.objective_options,
+            config.optimizer_options,
+            config.device_options,
+            config.recording_options,
+            backbone=backbone,
+            mesh=mesh,
             run=run,
-            recorder=recorder,
-            checkpoints=checkpoints,
-            optimizer=optimizer,
-            recording=recording,
-        )
+            feeder=Feeder(plan.names, prepared, ahead=num_rows),
+            plan=plan,
+            first_layers=first_layers,
+            bar=bar,
+            num_rows=num_rows,
+            max_images=max_images,
+            max_prompts=max_prompts,
+        ) as loop,
+    ):
         return loop.run(stop), loop.failures

@@ -40,7 +40,7 @@ class ExtraKeys:
 
     key: Float[Array, "P N H"]
     value: Float[Array, "P N H"]
-    logit_bias: float
+    logit_bias: float | Float[Array, ""]
     visible: Bool[Array, "B T"] | None = None
 
 

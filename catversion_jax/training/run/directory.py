@@ -369,6 +369,15 @@ class RunDirectory:
         self._index.change(index_row(name, state, summary, reason))
         self._stale = True
 
+    def state_of(self, name: str) -> str:
+        """What :meth:`set_state` noted last; '' for a concept that nobody has named."""
+        return self._index.state(name)
+
+    def forget(self, name: str) -> None:
+        """Leave a concept out of the index from now on."""
+        self._index.drop(name)
+        self._stale = True
+
     def refresh_index(self) -> None:
         """Write ``index.csv`` as a whole, unless that was done a while ago or nothing happened."""
         if (self._stale or self._others) and time.monotonic() > self._next_index:

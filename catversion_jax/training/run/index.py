@@ -88,6 +88,15 @@ class Index:
         make_way(changes_file(self._path))
         self._changes = LineFile(changes_file(self._path), _HEADER)
 
+    def state(self, name: str) -> str:
+        """Of one concept; empty where nothing was noted."""
+        return self._states.get(name, "")
+
+    def drop(self, name: str) -> None:
+        """Leave a concept out of the next :meth:`write`."""
+        for known in (self._lines, self._states, self._reasons):
+            known.pop(name, None)
+
     def of_state(self, *states: str) -> list[str]:
         """Names of the concepts in one of several states, in the order of the list."""
         return [name for name, state in self._states.items() if state in states]

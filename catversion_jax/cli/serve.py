@@ -1,0 +1,144 @@
+"""``catversion serve --model tiny-sd``: teach and draw for many users, over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from catversion_jax.cli.paths import path_argument
+from catversion_jax.cli.teach import UPDATES, own_start, start_options
+from catversion_jax.config import TrainConfig, load_config
+from catversion_jax.config.options import accepted_types, statement_of
+from catversion_jax.config.serving import ServeOptions
+from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
+
+_PATHS = ("output_dir", "keys")
+ROWS = {"cpu": 1}
+"""Concepts that train at once on a device of a kind, where nobody says."""
+USUAL_ROWS = 8
+FAILED = 1
+"""Exit code after the device has failed: what supervises the server starts it again."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command: the options of the server."""
+    parser.epilog = (
+        "It answers OpenAI's Images API (/v1/images), its own (/v1/concepts, /v1/jobs)\n"
+        "and A1111's (/sdapi/v1); /openapi.json has all of it. Needs "
+        "pip install 'catversion-jax[serve]'."
+    )
+    for field in dataclasses.fields(ServeOptions):
+        said = statement_of(ServeOptions, field.name).help
+        text = said if field.default in (None, ()) else f"{said} [{field.default}]"
+        kind: Any = {int: int, float: float, str: None}.get(_kind(field.name))
+        if field.name in _PATHS:
+            kind = path_argument
+        several: dict[str, Any] = {"nargs": "+", "metavar": "SIZE"} if field.name == "sizes" else {}
+        parser.add_argument(
+            f"--{field.name}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            **several,
+        )
+
+
+def _kind(name: str) -> type:
+    return next(kind for kind in accepted_types(ServeOptions, name) if kind is not type(None))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C; 0 then, 1 where the device has failed."""
+    given = {name: value for name, value in vars(args).items()}
+    given |= {name: str(given[name]) for name in _PATHS if name in given}
+    if "sizes" in given:
+        given["sizes"] = tuple(given["sizes"])
+    options = ServeOptions(**given)
+    if is_in_bucket(as_path(options.output_dir)):
+        raise CatVersionError(
+            f"output_dir={options.output_dir}: a database needs a folder of this machine. Give one."
+        )
+    from catversion_jax.serving.app import check_installed
+
+    check_installed()
+    config = teaching_config(options)
+
+    from catversion_jax.serving.keys import Keys
+
+    Keys.read(None if options.keys is None else args.keys)  # before anything is loaded
+    import uvicorn
+
+    from catversion_jax.serving.app import make_app
+    from catversion_jax.serving.server import Server
+
+    server = Server(options, config)
+
+    class Web(uvicorn.Server):
+        """Takes nothing new as soon as it is asked to end, and ends with the exit code 0 then."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            asked = (signal.SIGINT, signal.SIGTERM)
+            before = {one: signal.signal(one, self.handle_exit) for one in asked}
+            try:
+                yield
+            finally:
+                for one, handler in before.items():
+                    signal.signal(one, handler)
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            server.drain()
+            super().handle_exit(sig, frame)
+
+    web = Web(
+        uvicorn.Config(
+            make_app(server),
+            host=options.host,
+            port=options.port,
+            log_level="warning",
+            timeout_graceful_shutdown=int(options.shutdown_timeout) + 1,
+            server_header=False,
+        )
+    )
+    server.device.on_failure = lambda: setattr(web, "should_exit", True)
+    shown = f"http://{options.host}:{options.port}"
+    logging.getLogger("catversion_jax").info("serving %s at %s", options.model, shown)
+    web.run()
+    if server.device.failure is not None:
+        print(f"error: the device has failed: {server.device.failure}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def teaching_config(options: ServeOptions) -> TrainConfig:
+    """How concepts are taught: as ``catversion teach`` does, with rows and shapes of the server."""
+    import jax
+
+    start = own_start(options.model)
+    updates = options.updates or UPDATES[start is not None]
+    rows = options.rows or ROWS.get(jax.default_backend(), USUAL_ROWS)
+    root = options.output_dir
+    return load_config(
+        None,
+        [
+            "preset=fast",
+            f"pretrained_model_name_or_path={options.model}",
+            f"concepts={root}/photos",
+            f"output_dir={root}/run",
+            f"max_train_steps={updates}",
+            f"eval_steps={max(1, updates // 5)}",
+            f"checkpointing_steps={max(1, min(25, updates // 2))}",
+            "validation_steps=null",
+            "report_to=none",
+            f"concepts_per_device={rows}",
+            f"max_megapixels={options.max_megapixels}",
+            *(start_options(start) if start else []),
+        ],
+    )

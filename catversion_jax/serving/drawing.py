@@ -1,0 +1,127 @@
+"""Pictures of many users, drawn together.
+
+A concept acts in the text encoder only, so what the UNet sees of a picture is its context: rows of
+one batch may belong to different users and different concepts. A picture is the one that
+``catversion generate`` draws with the same settings, whatever else is in its batch
+(``sampling/denoising.py`` says why).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from catversion_jax.config.sampling import SamplingSettings
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.runtime.atomic_files import make_folder, write_atomically
+from catversion_jax.sampling.denoising import draw_requests
+from catversion_jax.sampling.pages import ImageMetadata
+from catversion_jax.sampling.png import PictureFormat, picture_bytes
+from catversion_jax.sampling.requests import ConceptUse, ImageRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One picture that waits.
+
+    Attributes:
+      job: id of what it belongs to.
+      index: its number there.
+      owner: whose it is.
+      request: what it shows.
+      settings: how it is drawn; pictures of the same settings are drawn together.
+      format: of the file.
+      quality: of the file, where the format has one.
+      arrived: when it came, by the monotonic clock.
+    """
+
+    job: str
+    index: int
+    owner: str
+    request: ImageRequest
+    settings: SamplingSettings
+    format: PictureFormat
+    quality: int
+    arrived: float
+
+
+def together(one: Picture, other: Picture) -> bool:
+    """Whether two pictures may be in one batch."""
+    return one.settings == other.settings
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnBatch:
+    """Pixels uint8 ``[n H W 3]`` of some pictures, and how many seconds they took."""
+
+    pictures: Sequence[Picture]
+    pixels: np.ndarray
+    seconds: float
+
+
+def draw(
+    backbone: Backbone, pictures: Sequence[Picture], on_step: Callable[[], None]
+) -> DrawnBatch:
+    """Draw pictures of one setting; fewer than the batch holds are filled up."""
+    began = time.monotonic()
+    drawn = draw_requests(
+        backbone,
+        [picture.request for picture in pictures],
+        pictures[0].settings,
+        on_step=lambda done, total: on_step(),
+    )
+    return DrawnBatch(pictures, drawn.images, time.monotonic() - began)
+
+
+def write_picture(root: Path, backbone: Backbone, picture: Picture, pixels: np.ndarray) -> Path:
+    """Write the file of one picture, all or nothing."""
+    path = picture_path(root, picture.job, picture.index, picture.format)
+    metadata = ImageMetadata(backbone, picture.settings)(picture.request)
+    data = picture_bytes(pixels, metadata, format=picture.format, quality=picture.quality)
+    make_folder(path.parent)
+    write_atomically(path, data)
+    return path
+
+
+def picture_path(root: Path, job: str, index: int, format: str) -> Path:
+    """Where the file of a picture lies."""
+    return root / job / f"{index}.{format}"
+
+
+def usual_batch_size() -> int:
+    """Pictures that are denoised together where nobody says: what :func:`draw_requests` takes."""
+    return 1 if jax.default_backend() == "cpu" else 4
+
+
+def warm_up(
+    backbone: Backbone,
+    settings: Sequence[SamplingSettings],
+    concept: Concept,
+    most_concepts: int,
+) -> None:
+    """Compile all that drawing needs: each size, guidance on and off, and the text encoder for each
+    number of concepts.
+
+    Args:
+      backbone: the frozen networks.
+      settings: one for each size.
+      concept: any concept of the shape that is taught.
+      most_concepts: of one picture.
+    """
+    for setting in settings:
+        for guidance in (setting.guidance_scale, 1.0):
+            short = dataclasses.replace(setting, num_inference_steps=2, guidance_scale=guidance)
+            draw_requests(backbone, [ImageRequest("warm up")], short)
+    uses: list[Any] = []
+    for number in range(most_concepts):
+        named = dataclasses.replace(concept, name=f"warm up {number}", when="always")
+        uses.append(ConceptUse.of(named))
+        short = dataclasses.replace(settings[0], num_inference_steps=2)
+        draw_requests(backbone, [ImageRequest("warm up", tuple(uses))], short)

@@ -1,0 +1,46 @@
+"""For whoever runs the server: is it alive, does it take work, what does it count."""
+
+from typing import Any
+
+from catversion_jax.serving.server import Server
+
+
+def routes(server: Server) -> Any:
+    """``/health``, ``/ready`` and ``/metrics``."""
+    from fastapi import APIRouter
+    from fastapi.responses import JSONResponse, PlainTextResponse
+
+    router, core = APIRouter(tags=["operators"]), server.core
+
+    @router.get("/health")
+    def health() -> dict[str, str]:
+        """The process answers. It needs no key and says nothing else."""
+        return {"status": "ok"}
+
+    @router.get("/ready")
+    def ready() -> JSONResponse:
+        """Everything is compiled, work is taken, and the device moves; 503 otherwise."""
+        body = {
+            "ready": core.is_ready,
+            "compiled": server.device.compiled.is_set(),
+            "draining": core.draining,
+            "seconds_without_progress": round(server.device.seconds_without_progress, 1),
+        }
+        return JSONResponse(body, 200 if body["ready"] else 503)
+
+    @router.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        """Counters in Prometheus' text form."""
+        meters = core.meters
+        with core.lock:
+            waiting = {"draw": len(core.pictures), "teach": len(core.lessons)}
+            jobs = {"draw": len(core.left), "teach": len(core.progress)}
+        for kind in ("draw", "teach"):
+            meters.waiting.labels(kind).set(waiting[kind])
+            meters.running.labels(kind).set(jobs[kind])
+        meters.progress_age.set(server.device.seconds_without_progress)
+        return PlainTextResponse(
+            meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    return router

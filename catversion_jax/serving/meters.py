@@ -1,0 +1,63 @@
+"""What ``/metrics`` says, in Prometheus' form.
+
+Everything that is full when it is large is given as used, not as free.
+"""
+
+from __future__ import annotations
+
+import prometheus_client as prometheus
+
+
+class Meters:
+    """Counters of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = prometheus.CollectorRegistry()
+        self.seconds_per_picture, self.seconds_per_concept = 1.0, 60.0
+
+        def gauge(name: str, text: str, *labels: str) -> prometheus.Gauge:
+            return prometheus.Gauge(f"catversion_{name}", text, labels, registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> prometheus.Counter:
+            return prometheus.Counter(f"catversion_{name}", text, labels, registry=self.registry)
+
+        def seconds(name: str, text: str, *labels: str) -> prometheus.Histogram:
+            return prometheus.Histogram(
+                f"catversion_{name}",
+                text,
+                labels,
+                registry=self.registry,
+                buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000),
+            )
+
+        self.running = gauge("requests_running", "Jobs that the device works on.", "kind")
+        self.waiting = gauge("requests_waiting", "Pictures and concepts that wait.", "kind")
+        self.slots_used = gauge("slots_used_ratio", "Share of the training rows with a concept.")
+        self.progress_age = gauge(
+            "device_seconds_without_progress", "How long a busy device has not moved; 0 while idle."
+        )
+        self.queue_seconds = seconds("queue_seconds", "From arrival to the device.", "kind")
+        self.step_seconds = seconds("step_seconds", "A batch of pictures, or a dispatch.", "kind")
+        self.rejected = counter("rejected", "Requests that were refused.", "reason")
+        self.jobs_ended = counter("jobs_ended", "Jobs by what became of them.", "kind", "state")
+        self.pictures_drawn = counter("pictures_drawn", "Pictures that were drawn and written.")
+        self.batch_rows = counter("batch_rows", "Rows of drawn batches, the filled ones.")
+
+    def ended(self, kind: str, state: str) -> None:
+        """Count a job."""
+        self.jobs_ended.labels(kind, state).inc()
+
+    def drew(self, count: int, seconds: float) -> None:
+        """Count a batch of pictures."""
+        self.step_seconds.labels("draw").observe(seconds)
+        self.batch_rows.inc(count)
+        each = seconds / max(count, 1)
+        self.seconds_per_picture += 0.2 * (each - self.seconds_per_picture)
+
+    def taught(self, seconds: float) -> None:
+        """Count a concept, by how long it had the device's rows."""
+        self.seconds_per_concept += 0.3 * (seconds - self.seconds_per_concept)
+
+    def text(self) -> bytes:
+        """All of it."""
+        return prometheus.generate_latest(self.registry)

@@ -376,7 +376,6 @@ class RunDirectory:
     def forget(self, name: str) -> None:
         """Leave a concept out of the index from now on."""
         self._index.drop(name)
-        self._stale = True
 
     def refresh_index(self) -> None:
         """Write ``index.csv`` as a whole, unless that was done a while ago or nothing happened."""

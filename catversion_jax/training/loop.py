@@ -26,7 +26,7 @@ from catversion_jax.training.early_stop import should_stop
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.preparation import PreparedConcept
 from catversion_jax.training.programs import Programs
-from catversion_jax.training.recorder import Dispatched, Recorder
+from catversion_jax.training.recorder import Dispatched, Recorder, final_losses, rounded
 from catversion_jax.training.rows import Newcomers, Occupant, Rows
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import Checkpoints, SavedRow
@@ -189,7 +189,7 @@ class TrainingLoop:
             )
             self._recorder.end(occupant, "quarantined")
             return
-        summary: dict[str, float] = _summary(occupant)
+        summary: dict[str, float] = final_losses(occupant)
         if occupant.step < occupant.updates:
             summary["stopped_early"] = occupant.step
         write_summary(self._out.concept(name), summary)
@@ -393,19 +393,3 @@ class TrainingLoop:
             self._recorder.flush()
             rows = [*self._rows.saved_rows(), *self._saved.values()]
             self._checkpoints.save(self._clock, rows)
-
-
-def _summary(occupant: Occupant) -> dict[str, float]:
-    learned = occupant.evaluations[-1][1]
-    if learned >= occupant.plain_loss:
-        logger.warning(
-            f"{occupant.name}: its evaluation loss {learned} is not below the plain model's "
-            f"{occupant.plain_loss}, so it learned nothing useful. Train longer, try another "
-            "learning_rate or init, and check that the base class suits the images."
-        )
-    return {"eval_loss": learned, "plain_eval_loss": occupant.plain_loss}
-
-
-def rounded(loss: float) -> float:
-    """As files show it: what a resumed run reads is what an uninterrupted one goes by."""
-    return float(f"{loss:.6g}")

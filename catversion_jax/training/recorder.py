@@ -203,3 +203,20 @@ def _line(columns: Sequence[object]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(columns)
     return text.getvalue()
+
+
+def final_losses(occupant: Occupant) -> dict[str, float]:
+    """What is kept of a concept's losses; warns where it learned nothing."""
+    learned = occupant.evaluations[-1][1]
+    if learned >= occupant.plain_loss:
+        logger.warning(
+            f"{occupant.name}: its evaluation loss {learned} is not below the plain model's "
+            f"{occupant.plain_loss}, so it learned nothing useful. Train longer, try another "
+            "learning_rate or init, and check that the base class suits the images."
+        )
+    return {"eval_loss": learned, "plain_eval_loss": occupant.plain_loss}
+
+
+def rounded(loss: float) -> float:
+    """As files show it: what a resumed run reads is what an uninterrupted one goes by."""
+    return float(f"{loss:.6g}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -85,10 +86,11 @@ def measure(
         rows.put(rows.send(dict.fromkeys(group, prepared), {}), 0.0)
     refill(0), evaluate(0)  # compiled here
     chosen = np.linspace(0, num_rows - 1, repeats, dtype=int).tolist()
+    without_losses = functools.partial(refill, with_losses=False)
     seconds = {
-        "refill": [timed(lambda row=row: refill(row)) for row in chosen],
-        "send and put": [timed(lambda row=row: refill(row, with_losses=False)) for row in chosen],
-        "one row is due": [timed(lambda row=row: evaluate(row)) for row in chosen],
+        "refill": [timed(functools.partial(refill, row)) for row in chosen],
+        "send and put": [timed(functools.partial(without_losses, row)) for row in chosen],
+        "one row is due": [timed(functools.partial(evaluate, row)) for row in chosen],
     }
     return {what: round(spread(values)[0], 4) for what, values in seconds.items()}
 

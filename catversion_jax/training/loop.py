@@ -258,9 +258,8 @@ class TrainingLoop:
         self, newcomers: Newcomers, *, of_plain_model: bool = False
     ) -> dict[int, float]:
         """Evaluation losses by row: of what newcomers begin with, or of the plain model."""
-        learned, data = newcomers.state.exported, newcomers.data
-        if of_plain_model:
-            learned, data = None, newcomers.plain
+        given = (newcomers.state.exported, newcomers.data)
+        learned, data = (None, newcomers.plain) if of_plain_model else given
         losses = self._programs.evaluate(learned, data, newcomers.is_there)
         return self._rows.by_row(newcomers.concepts, losses)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from catversion_jax.concepts import ConceptList, ConceptSpec
 from catversion_jax.concepts.long_lists import LONG, LongList
@@ -23,40 +23,15 @@ SAMPLE = 100
 """Concepts of a long list that are looked at before the first one's turn comes."""
 
 
-class QueueRecords(Protocol):
-    """The records of the concepts that can be trained, by name, as far as that is known."""
-
-    failures: Mapping[str, str]
-    """Why the others cannot, by name, as far as that is known."""
-    room: tuple[int, int]
-    """Images and prompts of the largest concept; (1, 1) where that is not known."""
-    believes_index: bool
-    """Whether a concept that ``index.csv`` says is finished is not compared with its file."""
-
-    def read(self, name: str) -> tuple[ConceptSpec, ConceptRecord]:
-        """One concept and its record.
-
-        Raises:
-          ConceptError: it cannot be trained.
-        """
-        ...
-
-    def retrain(self, options: RecordingOptions, shard: Shard) -> None:
-        """Give a larger budget to the concepts that ``retrain=failed`` means."""
-        ...
-
-    def updates(self, names: Iterable[str]) -> int:
-        """The updates of all those concepts together."""
-        ...
-
-    def __getitem__(self, name: str, /) -> ConceptRecord: ...
-    def __iter__(self) -> Iterator[str]: ...
-    def __len__(self) -> int: ...
-    def __contains__(self, name: object, /) -> bool: ...
-
-
 class AllRecords(dict[str, ConceptRecord]):
-    """Of a list that was read: everything is known at the start."""
+    """Of a list that was read: everything is known at the start.
+
+    Attributes:
+      failures: why further concepts cannot be trained, by name, as far as that is known.
+      room: images and prompts of the largest concept; (1, 1) where that is not known.
+      believes_index: whether a concept that ``index.csv`` says is finished is not compared with its
+        file.
+    """
 
     believes_index = False
 
@@ -89,7 +64,10 @@ class AllRecords(dict[str, ConceptRecord]):
 
 
 class LongRecords(Mapping[str, ConceptRecord]):
-    """Of a long list: nothing is kept, and what is wrong with a concept shows when it is read."""
+    """Of a long list: nothing is kept, and what is wrong with a concept shows when it is read.
+
+    Attributes are those of :class:`AllRecords`.
+    """
 
     failures: Mapping[str, str] = {}
     room = (1, 1)
@@ -138,6 +116,10 @@ class LongRecords(Mapping[str, ConceptRecord]):
         return name in self._names
 
 
+QueueRecords: TypeAlias = AllRecords | LongRecords
+"""The records of the concepts that can be trained, by name, as far as that is known."""
+
+
 def sample_of(concepts: ConceptList | LongList) -> tuple[Sequence[ConceptSpec], int]:
     """Concepts from which the memory of a run is planned, and the number of all: all of a list that
     was read, the first of a long one.
@@ -158,7 +140,7 @@ def queue_records(
     networks: Mapping[str, str],
     masked: bool,
     max_train_steps: int,
-) -> AllRecords | LongRecords:
+) -> QueueRecords:
     """The records of ``concepts``; further arguments are those of
     :func:`~catversion_jax.training.preparation.describe_concepts`.
     """

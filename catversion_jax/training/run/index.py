@@ -80,9 +80,7 @@ class Index:
 
     def write(self, but: Collection[str] = ()) -> None:
         """Write all rows as a whole, except those of the concepts in ``but``."""
-        lines = self._lines.values()
-        if but:
-            lines = [line for name, line in self._lines.items() if name not in but]
+        lines = [line for name, line in self._lines.items() if name not in but]
         make_way(self._path)
         write_atomically(self._path, (_HEADER + "".join(lines)).encode())
         make_way(changes_file(self._path))

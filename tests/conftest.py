@@ -61,8 +61,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--robustness-budget",
         type=_seconds,
-        default=20.0,
-        help="how long tests/robustness mutates inputs, such as 30m [20s]",
+        default=10.0,
+        help="how long tests/robustness mutates inputs, such as 30m [10s]",
     )
 
 

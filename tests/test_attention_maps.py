@@ -22,7 +22,9 @@ def with_maps(unet, sample, timesteps, text, token_weights):
     return unet.call("attention_maps", sample, timesteps, text, token_weights)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["sd1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd2", "only-cross"))]
+)
 def test_maps_equal_diffusers_probabilities(name):
     reference, unet = build(CONFIGS[name])
     sample, text, timesteps = draw(2, 8, 12, 4, seed=1), draw(2, 7, 24, seed=2), np.array([3, 981])

@@ -189,6 +189,7 @@ def fitted(made_once, place: Path, one_block_sd_folder: Path) -> Path:
     return made_once("fitted-concept-encoder", fit) / "start.safetensors"
 
 
+@pytest.mark.slow  # compiles the step of the fit twice
 def test_devices_share_the_batch_of_a_fit(place, one_block_sd_folder):
     """The same weights on one device and on two."""
     config = TrainConfig(concepts="x", init="class_word", **METHOD)

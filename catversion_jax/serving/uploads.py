@@ -11,7 +11,7 @@ from typing import Any
 from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.concepts.class_words import LONGEST_WORDS, are_plain_words
 from catversion_jax.concepts.fields import class_forms_field, when_field
-from catversion_jax.concepts.picture_files import read_picture
+from catversion_jax.concepts.picture_files import allowed_formats, read_picture
 from catversion_jax.errors import ConceptError, shown
 from catversion_jax.serving.core import Core
 from catversion_jax.serving.errors import not_found, unprocessable
@@ -131,7 +131,7 @@ def _looked_at(core: Core, name: str, data: bytes) -> tuple[int, int, str]:
 def _format(data: bytes) -> str:
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as picture:
+    with Image.open(io.BytesIO(data), formats=allowed_formats()) as picture:
         return picture.format or "PNG"
 
 

@@ -27,7 +27,7 @@ from catversion_jax.runtime.sharding import CONCEPT_AXIS
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.loop import Prepared, TrainingLoop
 from catversion_jax.training.opened_loop import opened_loop
-from catversion_jax.training.predicted_start import StartPredictor
+from catversion_jax.training.predicted_start import StartPredictor, network_digests
 from catversion_jax.training.preparation import describe_concepts, prepare_concept
 from catversion_jax.training.queue_plan import plan_queue
 from catversion_jax.training.queue_records import AllRecords
@@ -190,9 +190,7 @@ def live_training(
         writes into it.
     """
     run = RunDirectory(config.output_dir)
-    recorded, networks = learning_options(config), dict(backbone.digests)
-    if predictor is not None:
-        networks["start"] = predictor.encoder.sha256
+    recorded, networks = learning_options(config), network_digests(backbone, predictor)
     known: list[tuple[ConceptSpec, ConceptRecord]] = []
     withdrawn: set[str] = set()
 

@@ -73,6 +73,14 @@ class StartPredictor:
         return self.encoder.start(photos, word_embedding(self.clip, base_class), own)
 
 
+def network_digests(backbone: Backbone, predictor: StartPredictor | None) -> dict[str, str]:
+    """Digests of all networks that decide a run's result, by name: the model's, and that of the
+    concept encoder where there is one.
+    """
+    start = {} if predictor is None else {"start": predictor.encoder.sha256}
+    return {**backbone.digests, **start}
+
+
 def clip_for(given: str | None, backbone: Backbone) -> tuple[str, ClipEmbedder]:
     """The CLIP to fit with, and what the file calls it.
 

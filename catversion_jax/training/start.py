@@ -33,7 +33,7 @@ from catversion_jax.training.loop import Prepared
 from catversion_jax.training.opened_loop import opened_loop
 from catversion_jax.training.planning.abstract import PlannedStep
 from catversion_jax.training.planning.fitting import fitted, largest_concept
-from catversion_jax.training.predicted_start import StartPredictor
+from catversion_jax.training.predicted_start import StartPredictor, network_digests
 from catversion_jax.training.preparation import (
     concept_failure,
     prepare_concept,
@@ -251,9 +251,7 @@ def train_concepts(
     run = RunDirectory(shard_root(as_path(config.output_dir), shard))
     with run.lock():
         recorded, retrains = learning_options(config), config.retrain == "changed"
-        networks = dict(backbone.digests)
-        if predictor is not None:
-            networks["start"] = predictor.encoder.sha256
+        networks = network_digests(backbone, predictor)
         run.open(
             backbone.name,
             backbone.fingerprints,

@@ -98,7 +98,7 @@ class Tokenizer:
         _check_files(folder)
         # Here, as it is heavy; AutoTokenizer would import torch as well. Since transformers 5 it is
         # CLIPTokenizer's other name.
-        from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
+        from transformers import CLIPTokenizerFast
 
         try:
             tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -2,7 +2,7 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class CatVersionError(ValueError):
@@ -45,6 +45,12 @@ def shown(value: object, length: int = 200) -> str:
     except ValueError:  # a whole number of thousands of digits
         text = f"<{type(value).__name__}>"
     return encodable(text if len(text) <= length else f"{text[: length - 4]} ...")
+
+
+def listed(texts: Sequence[str], most: int = 5) -> list[str]:
+    """The first ``most`` of ``texts``; where there are more, a last text says how many."""
+    left = len(texts) - most
+    return [*texts[:most], f"and {left} more"] if left > 0 else list(texts)
 
 
 def did_you_mean(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from catversion_jax.concepts.folders import ImageSource
 from catversion_jax.concepts.prompts import contains_words
 from catversion_jax.config.documents import read_text
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, listed
 
 _MAX_BYTES = 2**16
 
@@ -71,5 +71,4 @@ def _captions(source: ImageSource) -> list[str]:
 
 
 def _some(labels: Sequence[str]) -> str:
-    names = list(dict.fromkeys(labels))
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(listed(list(dict.fromkeys(labels))))

@@ -19,7 +19,7 @@ from catversion_jax.concepts.folders import (
 )
 from catversion_jax.concepts.held_out import eval_folder, folder_photos, listed_names, without
 from catversion_jax.concepts.user_paths import user_path
-from catversion_jax.errors import ConceptError, encodable, shown
+from catversion_jax.errors import ConceptError, encodable, listed, shown
 
 
 def images_of(
@@ -174,9 +174,8 @@ def _listed_files(value: Any, entry: Entry, key: str) -> list[Path]:
     files = [user_path(item, entry.root) for item in value]
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ConceptError(
-            f"{entry.where}: {key} not found: {', '.join(missing[:5])}{more}. Paths are relative "
+            f"{entry.where}: {key} not found: {', '.join(listed(missing))}. Paths are relative "
             f"to {entry.root}."
         )
     return files

@@ -20,7 +20,7 @@ from typing import Any
 from catversion_jax.concepts.entries import Entry
 from catversion_jax.concepts.folders import ImageSource, list_images
 from catversion_jax.concepts.user_paths import user_path
-from catversion_jax.errors import CatVersionError, ConceptError, encodable, shown
+from catversion_jax.errors import CatVersionError, ConceptError, encodable, listed, shown
 
 FEWEST_LEFT = 3
 """Training photos that ``holdout`` leaves to a concept: the fewest that are usual in the field."""
@@ -116,6 +116,5 @@ def check_holdout(holdout: object) -> int:
 
 def held_out_note(held_out: Sequence[ImageSource]) -> str:
     """Which photos are kept from training, in one line."""
-    names = ", ".join(source.label for source in held_out[:5])
-    more = " ..." if len(held_out) > 5 else ""
-    return f"held out from training, for evaluation: {names}{more}"
+    names = ", ".join(listed([source.label for source in held_out]))
+    return f"held out from training, for evaluation: {names}"

@@ -14,7 +14,14 @@ from catversion_jax.concepts.folders import ImageSource, list_images
 from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.concepts.tables import Row, read_rows
 from catversion_jax.concepts.user_paths import user_path
-from catversion_jax.errors import CatVersionError, ConceptError, did_you_mean, encodable, shown
+from catversion_jax.errors import (
+    CatVersionError,
+    ConceptError,
+    did_you_mean,
+    encodable,
+    listed,
+    shown,
+)
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 _FILE = "file_name"
@@ -89,8 +96,7 @@ def _unlisted(known: _Known, rows: Sequence[Row]) -> list[str]:
 def _unlisted_note(file: Path, unlisted: Sequence[str]) -> tuple[str, ...]:
     if not unlisted:
         return ()
-    more = f" and {len(unlisted) - 10} more" if len(unlisted) > 10 else ""
-    return (f"not listed in {file.name}, so not used: {', '.join(unlisted[:10])}{more}",)
+    return (f"not listed in {file.name}, so not used: {', '.join(listed(unlisted, 10))}",)
 
 
 def _entry(

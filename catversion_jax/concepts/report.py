@@ -14,7 +14,7 @@ from PIL import Image
 from catversion_jax.concepts import ConceptSpec, ImageSource, concept_prompts
 from catversion_jax.concepts.images import Alpha, decode_upright
 from catversion_jax.concepts.quarantine import concept_errors, grouped
-from catversion_jax.errors import ConceptError, shown
+from catversion_jax.errors import ConceptError, listed, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
 
 # CatVersion and its peers train on this many images.
@@ -181,9 +181,7 @@ def _repetition_warnings(facts: Sequence[_ImageFacts]) -> list[str]:
         for other, relative in zip(facts[before], difference / contrast, strict=True):
             if relative < _NEARLY_SAME and other.digest != fact.digest:
                 warnings.append(f"{other.label} and {fact.label} are nearly the same picture")
-    if len(warnings) > _MOST_LISTED:
-        warnings[_MOST_LISTED:] = [f"and {len(warnings) - _MOST_LISTED} more such pairs"]
-    return warnings
+    return listed(warnings, _MOST_LISTED)
 
 
 def _token_warnings(base_class: str, prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:

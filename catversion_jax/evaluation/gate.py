@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.config.gate import GateSettings
+from catversion_jax.errors import listed
 from catversion_jax.evaluation.scores import SubjectScores
 from catversion_jax.runtime.atomic_files import write_atomically
 
@@ -62,8 +63,7 @@ class GateResult:
         lines = [f"gate: {len(self.failed)} of {total} concepts fail"]
         lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in self.failed.items()]
         for key, names in self.not_checked.items():
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"  {CHECKS[key]} not checked: {', '.join(names[:5])}{more}")
+            lines.append(f"  {CHECKS[key]} not checked: {', '.join(listed(names))}")
         return lines
 
 

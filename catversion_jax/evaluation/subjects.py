@@ -14,7 +14,7 @@ from catversion_jax.array_types import Int
 from catversion_jax.concepts import ConceptList, ConceptSpec, ImageSource
 from catversion_jax.concepts.images import decode_upright
 from catversion_jax.concepts.mask_files import MaskMaker
-from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.errors import CatVersionError, listed, shown
 from catversion_jax.methods.concept_file import (
     CONCEPT_FILE_NAME,
     Concept,
@@ -193,11 +193,9 @@ def subjects_of_images(folder: Path, concepts: ConceptList) -> tuple[list[Subjec
         if path.name not in known and path.is_dir() and any(path.glob("*.png"))
     ]
     if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         logger.warning(
-            "not scored, no concept of the given training images has their name: %s%s",
-            ", ".join(unknown[:5]),
-            more,
+            "not scored, no concept of the given training images has their name: %s",
+            ", ".join(listed(unknown)),
         )
     return subjects, left_out
 

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
-from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.errors import CatVersionError, ConceptError, listed
 from catversion_jax.training.queue_records import QueueRecords
 from catversion_jax.training.run import checkpoint
 from catversion_jax.training.run.checkpoint import SavedRow
@@ -99,10 +99,9 @@ def plan_queue(
 
 
 def _refused(run: RunDirectory, changed: Mapping[str, Sequence[str]]) -> CatVersionError:
-    lines = [f"  {name}: {'; '.join(what)}" for name, what in changed.items()]
-    more = [f"  and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    lines = [f"{name}: {'; '.join(what)}" for name, what in changed.items()]
     return CatVersionError(
         f"output_dir={run.root}: these concepts were trained from something else than they are "
         "now. Give another output_dir, undo the change, or give retrain=changed, which trains "
-        "exactly these again:\n" + "\n".join([*lines[:LISTED], *more])
+        "exactly these again:\n  " + "\n  ".join(listed(lines, LISTED))
     )

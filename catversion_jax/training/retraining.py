@@ -19,7 +19,7 @@ from pathlib import Path
 
 from catversion_jax.config import RecordingOptions
 from catversion_jax.config.method import UPDATES_AFTER_PREDICTION
-from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.errors import CatVersionError, listed, shown
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.regular_files import read_json_object
 from catversion_jax.runtime.shards import WHOLE, Shard
@@ -27,8 +27,6 @@ from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
 from catversion_jax.training.run.records import FAILED_AT, ConceptRecord
 
 logger = logging.getLogger(__name__)
-
-_MOST_LISTED = 10
 
 
 def larger_budgets(
@@ -62,10 +60,9 @@ def larger_budgets(
         own = {"max_train_steps": budget, FAILED_AT: updates}
         found[name] = dataclasses.replace(record, config={**record.config, **own})
         said.append(f"{name} {updates} -> {budget}")
-    more = f" and {len(said) - _MOST_LISTED} more" if len(said) > _MOST_LISTED else ""
     logger.info(
         f"retrain=failed: {len(said)} concepts get more updates: "
-        f"{', '.join(said[:_MOST_LISTED]) or 'none'}{more}"
+        f"{', '.join(listed(said, 10)) or 'none'}"
     )
     return found
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, listed
 from catversion_jax.models.weights.network import Network, abstract_network
 from catversion_jax.models.weights.safetensors_files import MOST_LISTED, open_checkpoint
 
@@ -240,9 +240,10 @@ def _mismatch(source: str, missing: list[str], unexpected: list[str], misshaped:
         ("misshaped", misshaped),
     ):
         if names:
-            lines += [f"{len(names)} {title}:", *(f"  {name}" for name in names[:MOST_LISTED])]
-        if len(names) > MOST_LISTED:
-            lines.append(f"  and {len(names) - MOST_LISTED} more")
+            lines += [
+                f"{len(names)} {title}:",
+                *(f"  {name}" for name in listed(names, MOST_LISTED)),
+            ]
     lines.append(
         "Check that weights and config.json belong to the same model and the download is complete."
     )

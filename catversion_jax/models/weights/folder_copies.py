@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, listed
 from catversion_jax.models.weights.model_index import read_model_index
 from catversion_jax.runtime.atomic_files import make_folder, unwritable
 
@@ -48,7 +48,7 @@ def copy_components(model_folder: Path, output: Path) -> dict[str, Any]:
             "sure that it may be there: %s",
             model_folder,
             output,
-            ", ".join(leaving[:5]) + (f" and {len(leaving) - 5} more" if len(leaving) > 5 else ""),
+            ", ".join(listed(leaving)),
         )
     return index
 

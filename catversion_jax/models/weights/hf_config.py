@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.config.documents import read_text, without_repetition
-from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.errors import CatVersionError, listed, shown
 
 _MOST_LISTED = 20
 
@@ -150,12 +150,10 @@ def check_supported(
             continue
         elif value is not None and value is not False and value not in ("", [], {}, ()):
             offending.append(f"{name:.80} = {_json(value)} (unknown key)")
-    if len(offending) > _MOST_LISTED:
-        offending[_MOST_LISTED:] = [f"and {len(offending) - _MOST_LISTED} more"]
     if offending:
         raise CatVersionError(
             f"{source}: this network computes something catversion_jax does not support:\n  "
-            + "\n  ".join(offending)
+            + "\n  ".join(listed(offending, _MOST_LISTED))
             + "\nUse a Stable Diffusion 1.x or 2.x model, or report the model so that it can be "
             "added."
         )

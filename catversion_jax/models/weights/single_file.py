@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, listed
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vocabulary import clip_tokenizer
 from catversion_jax.models.weights.diffusers_folder import write_diffusers_folder
@@ -112,12 +112,10 @@ class SingleFile:
         self.family = family = family or family_of(path, stored)
         self._components, leftover = diffusers_tensors(stored, family)
         if leftover:
-            listed = [f"  {name:.200}" for name in leftover[:MOST_LISTED]]
-            more = len(leftover) - len(listed)
-            listed += [f"  and {more} more"] if more else []
+            names = [f"{name:.200}" for name in leftover]
             raise CatVersionError(
-                f"{path}: {len(leftover)} of its tensors have no place in a {family.name}:\n"
-                + "\n".join(listed)
+                f"{path}: {len(leftover)} of its tensors have no place in a {family.name}:\n  "
+                + "\n  ".join(listed(names, MOST_LISTED))
                 + "\nUse a checkpoint of the original architecture."
             )
         self._zero_snr = "ztsnr" in stored

@@ -54,7 +54,7 @@ def read_picture(
       max_megapixels: most pixels that are decoded, in millions.
 
     Returns:
-      The picture with its ``info``, and what was left out of it, in words.
+      The picture with its ``info`` and ``format``, and what was left out of it, in words.
 
     Raises:
       ConceptError: no picture of an allowed format, damaged, too large; whatever else goes wrong.
@@ -102,6 +102,7 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:
         turned = image.copy()  # EXIF data that cannot be parsed says nothing about orientation
     turned.info = dict(image.info)
+    turned.format = image.format
     return turned
 
 

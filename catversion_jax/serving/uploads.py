@@ -11,7 +11,7 @@ from typing import Any
 from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.concepts.class_words import LONGEST_WORDS, are_plain_words
 from catversion_jax.concepts.fields import class_forms_field, when_field
-from catversion_jax.concepts.picture_files import allowed_formats, read_picture
+from catversion_jax.concepts.picture_files import read_picture
 from catversion_jax.errors import ConceptError, shown
 from catversion_jax.serving.core import Core
 from catversion_jax.serving.errors import not_found, unprocessable
@@ -19,7 +19,8 @@ from catversion_jax.serving.forms import ConceptForm
 from catversion_jax.serving.store import Job, Photo, StoredConcept
 from catversion_jax.serving.worker import Worker
 
-_SUFFIXES = {"JPEG": "jpg", "JPEG2000": "jp2", "HEIF": "heic", "TIFF": "tif"}
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "HEIF": "heic", "TIFF": "tif"}
+"""Where a format's own name is none of ``IMAGE_SUFFIXES``; MPO is a JPEG with a preview."""
 
 
 def checked_fields(core: Core, form: ConceptForm) -> dict[str, Any]:
@@ -124,15 +125,8 @@ def _looked_at(core: Core, name: str, data: bytes) -> tuple[int, int, str]:
         )
     except ConceptError as error:
         raise unprocessable("invalid_image", str(error)) from error
-    format = picture.format or _format(data)
-    return picture.width, picture.height, _SUFFIXES.get(format, format.lower())
-
-
-def _format(data: bytes) -> str:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=allowed_formats()) as picture:
-        return picture.format or "PNG"
+    assert picture.format is not None
+    return picture.width, picture.height, _SUFFIXES.get(picture.format, picture.format.lower())
 
 
 def ask_lesson(

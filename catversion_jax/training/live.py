@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,23 +20,26 @@ from tqdm import tqdm
 
 from catversion_jax.concepts import ConceptList, ConceptSpec
 from catversion_jax.config import TrainConfig, dump_config, learning_options
-from catversion_jax.errors import CatVersionError, ConceptError, shown
+from catversion_jax.errors import ConceptError
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import CONCEPT_AXIS
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.loop import Prepared, TrainingLoop
 from catversion_jax.training.opened_loop import opened_loop
 from catversion_jax.training.predicted_start import StartPredictor, network_digests
-from catversion_jax.training.preparation import describe_concepts, prepare_concept
+from catversion_jax.training.preparation import (
+    concept_failure,
+    describe_concept,
+    prepare_concept,
+)
 from catversion_jax.training.queue_plan import plan_queue
 from catversion_jax.training.queue_records import AllRecords
 from catversion_jax.training.rows import Occupant
 from catversion_jax.training.run.directory import RunDirectory
+from catversion_jax.training.run.identity import image_digests
 from catversion_jax.training.run.index import FINISHED
 from catversion_jax.training.run.records import ConceptRecord
 from catversion_jax.training.start_values import abstract_state
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -191,24 +193,22 @@ def live_training(
     """
     run = RunDirectory(config.output_dir)
     recorded, networks = learning_options(config), network_digests(backbone, predictor)
+    masked = bool(config.objective_options.needs_masks)
     known: list[tuple[ConceptSpec, ConceptRecord]] = []
     withdrawn: set[str] = set()
 
     def described(name: str) -> tuple[ConceptSpec, ConceptRecord]:
         spec = read(name)
-        found, problems = describe_concepts(
-            [spec],
+        record = describe_concept(
+            spec,
             backbone,
             config.data_options,
             config.method_options,
             seed=config.seed,
             recorded=recorded,
+            images=image_digests(spec, masked=masked),
             networks=networks,
-            masked=bool(config.objective_options.needs_masks),
         )
-        for problem in problems.values():
-            raise ConceptError(problem)
-        record = found[name]
         for given, most, what in (
             (len(spec.images), max_images, "images"),
             (len(record.prompts), max_prompts, "training prompts"),
@@ -232,10 +232,8 @@ def live_training(
                 predictor,
             )
             return Prepared(name, concept)
-        except Exception as error:  # the others go on, whatever it is
-            logger.debug("%s", name, exc_info=error)
-            text = str(error) if isinstance(error, CatVersionError) else shown(error)
-            return Prepared(name, None, text)
+        except Exception as error:
+            return Prepared(name, None, concept_failure(name, error))
 
     with run.lock():
         run.open(
@@ -249,7 +247,7 @@ def live_training(
         )
         run.clear_leftovers()
         for name in waiting:
-            with contextlib.suppress(CatVersionError):  # the feeder will say why
+            with contextlib.suppress(Exception):  # the feeder will say why
                 known.append(described(name))
         template = abstract_state(config.method_options, config.optimizer_options, backbone)
         specs = ConceptList(tuple(spec for spec, _ in known))

@@ -1,5 +1,7 @@
 """The files of configs/launch: valid for their tools, and what they start are options of ours."""
 
+import argparse
+import json
 import os
 import re
 import shlex
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from catversion_jax.cli import serve
 from catversion_jax.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +24,7 @@ case "$*" in
   *tpu-vm\\ describe*) cat "$STATE/slice" 2>/dev/null ;;
   *tpu-vm\\ create*) echo READY > "$STATE/slice" ;;
   *tpu-vm\\ delete*) rm "$STATE/slice" ;;
-  *train_tpu.py*)
+  *train_tpu.py*|*"catversion serve"*)
     code=$(head -1 "$STATE/codes"); sed -i 1d "$STATE/codes"
     echo "ended with $code"
     [ "$code" != preempted ] || { echo PREEMPTED > "$STATE/slice"; exit 255; }
@@ -37,6 +40,8 @@ def test_every_file_says_what_it_costs_and_what_to_edit() -> None:
         "indexed_job.yaml",
         "jobset.yaml",
         "kueue_queue.yaml",
+        "serve.Dockerfile",
+        "serve_tpu.sh",
         "skypilot.yaml",
         "skypilot_pool.yaml",
         "skypilot_shards.yaml",
@@ -129,7 +134,7 @@ def test_kubernetes_takes_its_files() -> None:
         validator.validate(one, "1.34", strict=True)
 
 
-def run_tpu_vm(folder: Path, codes: list[str]) -> tuple[int, list[str]]:
+def run_tpu_vm(folder: Path, codes: list[str], name: str = "tpu_vm.sh") -> tuple[int, list[str]]:
     (folder / "gcloud").write_text(GCLOUD)
     (folder / "gcloud").chmod(0o755)
     (folder / "codes").write_text("\n".join(codes) + "\n")
@@ -141,7 +146,7 @@ def run_tpu_vm(folder: Path, codes: list[str]) -> tuple[int, list[str]]:
         "WAIT": "0",
     }
     done = subprocess.run(
-        ["bash", LAUNCH / "tpu_vm.sh"], cwd=ROOT, env=environment, timeout=60, check=False
+        ["bash", LAUNCH / name], cwd=ROOT, env=environment, timeout=60, check=False
     )
     calls = re.findall(r"^compute tpus tpu-vm (\w+)", (folder / "calls").read_text(), re.MULTILINE)
     return done.returncode, [call for call in calls if call != "describe"]
@@ -153,6 +158,29 @@ def test_a_preempted_slice_is_made_again(tmp_path: Path) -> None:
     assert code == 0
     assert calls == [*made, "ssh", "ssh", "delete", *made, "ssh", "delete"]
     assert "--worker=all" in (tmp_path / "calls").read_text()
+
+
+def test_a_server_goes_on_on_the_next_host(tmp_path: Path) -> None:
+    code, calls = run_tpu_vm(tmp_path, ["1", "preempted", "0"], "serve_tpu.sh")
+    made = ["create", "scp", "ssh"]
+    assert code == 0
+    assert calls == [*made, "ssh", "ssh", "delete", *made, "ssh"]
+    told = (tmp_path / "calls").read_text()
+    assert told.count("-state,mode=read-write") == 2
+    assert told.count("-L 8188:127.0.0.1:8188") == 3
+
+
+def test_the_container_starts_what_there_is() -> None:
+    text = (LAUNCH / "serve.Dockerfile").read_text()
+    entry = json.loads(re.search(r"^ENTRYPOINT (.*)", text, re.MULTILINE)[1])
+    more = json.loads(re.search(r"^CMD (.*)", text, re.MULTILINE)[1])
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    given = parser.parse_args([*entry[2:], *more])
+    assert (given.host, given.model, str(given.output_dir)) == ("0.0.0.0", "tiny-sd", "/data")
+    lines = re.findall(r"^COPY (.*)", text, re.MULTILINE)
+    copied = [path for line in lines for path in line.split()]
+    assert all((ROOT / path).exists() for path in copied if not path.startswith("/src"))
 
 
 # In place of the training, and of what Slurm is told; `wait` lets the test send a signal first.

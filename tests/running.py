@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -49,13 +50,15 @@ def start(args: list[str], **variables: str) -> subprocess.Popen:
     return _start([str(ROOT / "train_tpu.py"), *args], variables)
 
 
-def start_command(*args: object) -> subprocess.Popen:
+def start_command(*args: object, output: IO[str] | int = subprocess.PIPE) -> subprocess.Popen:
     """``catversion`` in a process of its own, on one CPU device."""
     program = "import sys; from catversion_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-    return _start(["-c", program, *map(str, args)], {})
+    return _start(["-c", program, *map(str, args)], {}, output)
 
 
-def _start(args: list[str], variables: dict[str, str]) -> subprocess.Popen:
+def _start(
+    args: list[str], variables: dict[str, str], output: IO[str] | int = subprocess.PIPE
+) -> subprocess.Popen:
     own = {
         "JAX_PLATFORMS": "cpu",
         # every program is shared with the other tests, also the quickly compiled ones
@@ -66,7 +69,7 @@ def _start(args: list[str], variables: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *args],
         env={**os.environ, **own, **variables},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
     )

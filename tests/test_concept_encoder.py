@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -321,6 +322,47 @@ def test_teach_is_one_command(one_block_sd_folder, place, fitted, tmp_path, caps
     assert main(["teach", str(folder), "--base_class", "cup", "--model", "nowhere"]) == 2
     assert main(["teach", "lr=1", "--base_class", "cup"]) == 2
     assert "PHOTOS: none given" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # a server that compiles everything: 20 s
+def test_a_server_draws_with_a_prediction_and_refines_it(
+    one_block_sd_folder, place, fitted, tmp_path
+):
+    """A concept has a file as soon as it has a row, long before its updates are done."""
+    pytest.importorskip("fastapi", reason="the server needs pip install '.[serve]'")
+    from starlette.testclient import TestClient
+
+    from catversion_jax.cli.serve import teaching_config
+    from catversion_jax.config.serving import ServeOptions
+    from catversion_jax.serving.app import make_app
+    from catversion_jax.serving.server import Server
+
+    chosen = ServeOptions(
+        model=str(one_block_sd_folder), output_dir=str(tmp_path), updates=100_000, rows=1
+    )
+    given = METHOD | {"init": "predicted", "start": str(fitted), "start_clip": str(place / "clip")}
+    server = Server(chosen, dataclasses.replace(teaching_config(chosen), **given))
+    with TestClient(make_app(server), base_url="http://127.0.0.1") as client:
+        assert server.device.compiled.wait(300)
+        client.put("/v1/concepts/cup", json={"base_class": "cup"})
+        for index, path in enumerate((place / "concepts" / "thing2").glob("*.png")):
+            client.put(f"/v1/concepts/cup/photos/{index}", content=path.read_bytes())
+        job = client.post("/v1/jobs", json={"kind": "teach", "concept": "cup"}).json()
+        while not client.get("/v1/concepts/cup").json()["is_usable"]:
+            assert client.get(f"/v1/jobs/{job['id']}").json()["status"] != "failed"
+            time.sleep(0.01)
+        first = load_concept(server.core.folders.newest(job["id"]))
+        assert first.step == 0
+        body = {"prompt": "a cup", "model": "cup", "seed": 1, "num_inference_steps": 2}
+        assert client.post("/v1/images/generations", json=body).status_code == 200
+        step = 0
+        while step == 0:  # it goes on
+            now = client.get(f"/v1/jobs/{job['id']}").json()
+            step = now["step"]
+            time.sleep(0.01)
+        assert now["status"] == "processing"
+        assert client.get("/v1/concepts/cup/file").status_code == 404  # that is the refined one
+        client.post(f"/v1/jobs/{job['id']}/cancel")
 
 
 def test_zero_updates_are_for_predictions(one_block_sd_folder, place, tmp_path, capsys):

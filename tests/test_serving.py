@@ -4,8 +4,11 @@ import base64
 import dataclasses
 import io
 import json
+import re
+import shutil
 import time
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,9 +95,14 @@ def keys_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serving(one_block_sd_folder, keys_file, tmp_path_factory):
-    """A server under way, and a client of it; ``ada`` has taught ``rex``, a dog."""
+    """A server under way, and a client of it; ``ada`` has taught ``rex``, a dog. The model has a
+    safety checker that flags nothing."""
+    from tiny_pipelines import add_safety_checker
+
     folder = tmp_path_factory.mktemp("server")
-    chosen = options(folder, one_block_sd_folder, keys=str(keys_file))
+    model = shutil.copytree(one_block_sd_folder, folder / "model")
+    add_safety_checker(model)
+    chosen = options(folder, model, keys=str(keys_file))
     server = Server(chosen, teaching_config(chosen))
     with TestClient(make_app(server)) as client:
         answer = client.get("/v1/models", headers={"Authorization": f"Bearer {KEYS['ada']}"})
@@ -221,6 +229,20 @@ def test_the_file_of_a_picture_says_that_a_machine_made_it(serving, ada):
         assert found.endswith("/digitalsourcetype/trainedAlgorithmicMedia")
 
 
+def test_a_picture_that_the_safety_checker_flags_is_black(serving, ada):
+    assert ada.ok("GET", "/ready")["safety_checker"] == "the model's own"
+    network = serving[0].worker._checker.network
+    body = {"prompt": "a dog", **DRAWING, "seed": 3}
+    plain = ada.ok("POST", "/v1/images/generations", json=body)
+    network.concept_embeds_weights.data.fill_(-1.0)  # a cosine is larger
+    flagged = ada.ok("POST", "/v1/images/generations", json=body)
+    network.concept_embeds_weights.data.fill_(1.0)
+    assert pixels(base64.b64decode(plain["data"][0]["b64_json"])).any()
+    assert not pixels(base64.b64decode(flagged["data"][0]["b64_json"])).any()
+    assert (plain["warnings"], len(flagged["warnings"])) == ([], 1)
+    assert "safety checker has flagged" in flagged["warnings"][0]
+
+
 def test_programs_for_a1111_draw(ada):
     assert ada.ok("GET", "/sdapi/v1/options") == {"sd_model_checkpoint": "base"}
     titles = [one["title"] for one in ada.ok("GET", "/sdapi/v1/sd-models")]
@@ -296,9 +318,19 @@ def test_the_file_is_the_one_of_catversion_train(serving, ada, tmp_path):
     ada.ok("DELETE", "/v1/concepts/full")
 
 
-def test_photos_are_looked_at_before_they_are_kept(ada):
+def test_photos_are_looked_at_before_they_are_kept(serving):
+    server, ada = serving[0], Caller(serving[1], "ada")
     ada.ok("PUT", "/v1/concepts/pics", json={"base_class": "cup"})
     path = "/v1/concepts/pics/photos"
+    # As many cameras write: a JPEG with a preview behind it.
+    camera, preview = (Image.new("RGB", (side, side), "red") for side in (80, 20))
+    file = io.BytesIO()
+    camera.save(file, "MPO", save_all=True, append_images=[preview])
+    ada.ok("PUT", f"{path}/camera", content=file.getvalue())
+    folder = server.core.concept("ada", "pics").folder
+    server.core.folders.describe(folder, {"base_class": "cup"}, server.core.store.photos(folder))
+    assert len(server.core.folders.spec(folder, "pics").images) == 1
+    ada.ok("DELETE", f"{path}/camera")
     kept = ada.ok("PUT", f"{path}/1.jpg", content=photo(1, format="JPEG"))
     assert (kept["width"], kept["height"], kept["has_mask"]) == (80, 80, False)
     assert ada.ok("PUT", f"{path}/1.jpg", content=photo(1, format="JPEG")) == kept
@@ -327,6 +359,25 @@ def test_photos_are_looked_at_before_they_are_kept(ada):
     answer = ada("POST", "/v1/jobs", json={"kind": "teach", "concept": "pics"})
     assert answer.json()["error"]["code"] == "no_photos"
     ada.ok("DELETE", "/v1/concepts/pics")
+
+
+def test_whoever_watches_a_concept_sees_samples_of_it(serving, ada):
+    drawn = sample(serving[0], "pictures_drawn_total")
+    for _ in range(500):
+        page = ada("GET", "/teach/rex/samples").text
+        if "<img" in page:
+            break
+        assert "hx-get" in page  # it asks again
+        time.sleep(0.02)
+    assert (page.count("<img"), page.count("taught"), page.count("hx-get")) == (2, 2, 0)
+    path = re.search(r'src="(.*?)"', page)[1]
+    body = {"prompt": "a photo of a dog", "model": "rex", "seed": 0}
+    same = base64.b64decode(
+        ada.ok("POST", "/v1/images/generations", json=body)["data"][0]["b64_json"]
+    )
+    np.testing.assert_array_equal(pixels(ada("GET", path).content), pixels(same))
+    assert ada("GET", "/teach/rex/samples").text == page
+    assert sample(serving[0], "pictures_drawn_total") == drawn + 3
 
 
 def test_a_concept_that_is_taught_can_be_followed_and_canceled(ada):
@@ -449,10 +500,11 @@ def test_without_keys_only_this_machine_is_answered(tmp_path):
     server.core.store.close()
 
 
-def test_a_restart_goes_on_with_what_was_promised(one_block_sd_folder, keys_file, tmp_path):
+def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):
     """What an earlier process had promised when it was killed: a drawing it had begun, one that it
     had begun twice, and a concept."""
-    chosen = options(tmp_path, one_block_sd_folder, keys=str(keys_file))
+    other = serving[0]
+    chosen = options(tmp_path, other.options.model, keys=str(keys_file))
     server = Server(chosen, teaching_config(chosen))  # never started
     client = TestClient(make_app(server))
     ada = Caller(client, "ada")
@@ -472,17 +524,27 @@ def test_a_restart_goes_on_with_what_was_promised(one_block_sd_folder, keys_file
     server.core.folders.describe(concept.folder, concept.fields, store.photos(concept.folder))
     store.begin(lesson.id)
     store.close()
+    before = server.worker._config.output_dir
+    Path(before).mkdir()  # of a training with other options: what was under way begins anew
+    chosen = dataclasses.replace(chosen, updates=3, sizes=("16x16",))
 
-    again = Server(chosen, teaching_config(chosen))
+    again = Server(chosen, teaching_config(chosen), other.worker.backbone)
     with TestClient(make_app(again)) as client:
         ada = Caller(client, "ada")
         wait_until_ready(client)
         ended = [ada.ended({"id": job.id}) for job in (*drawings, lesson)]
         assert [one["status"] for one in ended] == ["succeeded", "succeeded", "failed", "succeeded"]
         assert "ended 2 times" in ended[2]["error"]
+        assert ended[3]["attempts"] == 1
+        assert not Path(before).exists()
         assert len(ended[0]["images"]) == 2
         waiting = ada.ok("POST", "/v1/jobs", json={"prompt": "a dog", "n": 3, **DRAWING})
-    assert again.core.store is not None
+        again.drain()  # as SIGTERM does
+        for ask in (("POST", "/v1/jobs", {"prompt": "a dog"}), ("GET", "/ready", None)):
+            refused = ada(*ask[:2], json=ask[2])
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) == 30
+        assert ada.ok("GET", f"/v1/jobs/{waiting['id']}")["concept"] is None  # is still answered
     after = Server(chosen, teaching_config(chosen))
     assert after.core.store.job(waiting["id"]).state == "succeeded"  # it was drawn before the end
     after.core.store.close()

@@ -1,21 +1,19 @@
 """SIGKILL at random moments under load: nothing that was promised is lost, no file is damaged."""
 
-import contextlib
+import concurrent.futures
+import functools
 import io
 import json
 import os
 import random
-import socket
 import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 
-import numpy as np
 import pytest
 from PIL import Image
-from running import start_command
+from serving_client import Client, free_port, photo, serve
 
 from catversion_jax import load_concept
 
@@ -24,82 +22,14 @@ pytest.importorskip("fastapi", reason="the server needs pip install '.[serve]'")
 KILLS = int(os.environ.get("CATVERSION_KILLS", "30"))
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def photo(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-class Client:
-    """Asks, and remembers what was promised."""
-
-    def __init__(self, port):
-        self.url = f"http://127.0.0.1:{port}"
-        self.photos, self.lessons, self.drawings = {}, {}, []
-
-    def __call__(self, method, path, content=None, **body):
-        data = content if content is not None else (json.dumps(body).encode() if body else None)
-        headers = {"Content-Type": "application/json"} if body else {}
-        request = urllib.request.Request(self.url + path, method=method, data=data, headers=headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read()
-
-    def is_ready(self):
-        with contextlib.suppress(OSError):
-            self("GET", "/ready")
-            return True
-        return False
-
-    def load(self, number, stop):
-        """Teach and draw until the server is gone."""
-        with contextlib.suppress(OSError):
-            while not stop.is_set():
-                id = f"c{number}-{len(self.lessons)}-{random.randrange(10**9)}"
-                self("PUT", f"/v1/concepts/{id}", base_class="cup")
-                data = photo(random.randrange(10**6))
-                self("PUT", f"/v1/concepts/{id}/photos/1", content=data)
-                self.photos[id] = data
-                job = json.loads(self("POST", "/v1/jobs", kind="teach", concept=id))
-                self.lessons[id] = job["id"]
-                for seed in range(3):
-                    drawing = self(
-                        "POST", "/v1/jobs", prompt="a cup", num_inference_steps=4, n=3, seed=seed
-                    )
-                    self.drawings.append(json.loads(drawing)["id"])
-                time.sleep(0.1)
-
-    def ended(self, id):
-        while True:
-            job = json.loads(self("GET", f"/v1/jobs/{id}"))
-            if job["status"] in ("succeeded", "failed", "canceled"):
-                return job
-            time.sleep(0.05)
-
-
 @pytest.mark.slow  # every start loads and compiles: half a minute each
 def test_random_kills_lose_nothing(one_block_sd_folder, tmp_path, record_property):
     random.seed(0)
-    port = free_port()
-    client = Client(port)
-
-    def serve():
-        where = ("--port", port, "--output_dir", tmp_path / "out")
-        shapes = ("--updates", 12, "--max_wait_ms", 5)
-        process = start_command("serve", "--model", one_block_sd_folder, *where, *shapes)
-        while process.poll() is None and not client.is_ready():
-            time.sleep(0.05)
-        assert process.poll() is None, process.communicate()[0]
-        return process
-
+    client = Client(free_port())
+    options = ("--updates", 12, "--max_wait_ms", 5)
+    begin = functools.partial(serve, client, one_block_sd_folder, tmp_path / "out", *options)
     for number in range(KILLS):
-        process, stop = serve(), threading.Event()
+        process, stop = begin(), threading.Event()
         threads = [
             threading.Thread(target=client.load, args=(10 * number + i, stop)) for i in range(3)
         ]
@@ -107,11 +37,11 @@ def test_random_kills_lose_nothing(one_block_sd_folder, tmp_path, record_propert
             thread.start()
         time.sleep(random.uniform(0.0, 6.0))
         process.kill()
-        process.communicate()
+        process.wait()
         stop.set()
         for thread in threads:
             thread.join()
-    process = serve()
+    process = begin()
     outcomes = {"succeeded": 0, "failed": 0}
     for id, data in client.photos.items():
         assert client("GET", f"/v1/concepts/{id}/photos/1") == data
@@ -129,11 +59,49 @@ def test_random_kills_lose_nothing(one_block_sd_folder, tmp_path, record_propert
             with Image.open(io.BytesIO(client("GET", path))) as picture:
                 picture.load()
     process.terminate()
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
-    left = [path for path in (tmp_path / "out").rglob("*.tmp") if "/run/" not in str(path)]
+    assert process.wait(120) == 0
+    assert "Traceback" not in (tmp_path / "out" / "log.txt").read_text()
+    left = [path for path in (tmp_path / "out").rglob("*.tmp") if "/run-" not in str(path)]
     assert not left
     counts = {"kills": KILLS, "concepts": len(client.lessons), "drawings": outcomes}
     record_property("serving", counts)
     sys.stdout.write(f"{counts}\n")
     assert client.lessons
+
+
+@pytest.mark.slow  # two starts of a process: half a minute each
+def test_sigterm_ends_what_there_is_time_for_and_keeps_the_rest(one_block_sd_folder, tmp_path):
+    client = Client(free_port())
+    options = ("--updates", 400, "--max_wait_ms", 5, "--shutdown_timeout", 3)
+    process = serve(client, one_block_sd_folder, tmp_path / "out", *options)
+    client("PUT", "/v1/concepts/cup", base_class="cup")
+    client("PUT", "/v1/concepts/cup/photos/1", content=photo(1))
+    lesson = json.loads(client("POST", "/v1/jobs", kind="teach", concept="cup"))["id"]
+    drawing = {"prompt": "a cup", "num_inference_steps": 100, "n": 10}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        short = {"prompt": "a cup", "num_inference_steps": 10, "n": 2}
+        waiting = pool.submit(client, "POST", "/v1/images/generations", **short)
+        while all(job["kind"] != "draw" for job in client.jobs()):
+            time.sleep(0.01)
+        later = [json.loads(client("POST", "/v1/jobs", **drawing))["id"] for _ in range(20)]
+        process.terminate()
+        began, refused = time.monotonic(), 0
+        while process.poll() is None:
+            try:
+                client("POST", "/v1/jobs", **drawing)
+            except urllib.error.HTTPError as error:
+                refused += json.load(error)["error"]["code"] == "draining"
+            except OSError:
+                break  # it has ended
+            time.sleep(0.05)
+        assert process.wait(60) == 0
+        assert refused > 10
+        assert time.monotonic() - began < 10
+        assert len(json.loads(waiting.result())["data"]) == 2
+    process = serve(client, one_block_sd_folder, tmp_path / "out", *options)
+    for id in later:
+        job = client.ended(id)
+        assert (job["status"], job["attempts"]) == ("succeeded", 1)  # the first was none
+    assert client.ended(lesson)["status"] == "succeeded"
+    process.kill()
+    process.wait()

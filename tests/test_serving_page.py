@@ -80,7 +80,14 @@ def client(tmp_path):
 def test_every_page_is_sound_and_every_control_has_a_label(client):
     client.put("/v1/concepts/my-cup", json={"base_class": "cup"})
     client.put("/v1/concepts/my-cup/photos/1.png", content=photo())
-    for path in ("/teach", "/teach/my-cup", "/draw", "/library", "/teach/my-cup/photos"):
+    for path in (
+        "/teach",
+        "/teach/my-cup",
+        "/draw",
+        "/library",
+        "/teach/my-cup/photos",
+        "/teach/my-cup/samples",
+    ):
         answer = client.get(path)
         assert answer.status_code == 200, answer.text
         assert "default-src 'self'" in answer.headers["content-security-policy"]

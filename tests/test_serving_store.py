@@ -58,6 +58,12 @@ def test_a_job_ends_once(tmp_path):
     store.begin(job.id)
     after = store.job(job.id)
     assert (after.state, after.attempts, after.request) == ("canceled", 1, {"prompt": "a cup"})
+    other = store.add_job("ada", "draw", {"prompt": "a cup"})
+    store.begin(other.id)
+    for job_id in (job.id, other.id):  # the server ends in order
+        store.give_back(job_id)
+    assert (store.job(job.id).state, store.job(job.id).attempts) == ("canceled", 1)
+    assert (store.job(other.id).state, store.job(other.id).attempts) == ("queued", 0)
     assert store.forget_drawings(time.time() + 1) == [job.id]
     assert store.job(job.id) is None
 

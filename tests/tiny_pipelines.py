@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from random_model import byte_vocabulary
 from torch_reference import SD1_SCHEDULE, randomise
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -164,6 +165,23 @@ def save_clip(folder, tokenizer):
     randomise(transformers.CLIPModel(config)).save_pretrained(folder)
     for file in tokenizer.iterdir():
         shutil.copy(file, folder)
+
+
+def add_safety_checker(folder, threshold=1.0):
+    """A random safety checker for a pipeline folder: a cosine above ``threshold`` is flagged."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision = sizes | {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(vision_config=vision, projection_dim=24)
+    network = randomise(StableDiffusionSafetyChecker(config))
+    network.concept_embeds_weights.data.fill_(threshold)
+    network.special_care_embeds_weights.data.fill_(1.0)
+    network.save_pretrained(folder / "safety_checker")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    transformers.CLIPImageProcessor(**size).save_pretrained(folder / "feature_extractor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def save_vit(folder):

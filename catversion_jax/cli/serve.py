@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ ROWS = {"cpu": 1}
 USUAL_ROWS = 8
 FAILED = 1
 """Exit code after the device has failed: what supervises the server starts it again."""
+WRONG_INPUT = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,9 @@ def _kind(name: str) -> type:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C; 0 then, 1 where the device has failed."""
+    """Serve until SIGTERM or Ctrl-C; 0 then, 2 where the model or the folder cannot be used, 1
+    after the device has failed.
+    """
     given = {name: value for name, value in vars(args).items()}
     given |= {name: str(given[name]) for name in _PATHS if name in given}
     if "sizes" in given:
@@ -81,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
     server = Server(options, config)
 
     class Web(uvicorn.Server):
-        """Takes nothing new as soon as it is asked to end, and ends with the exit code 0 then."""
+        """Takes nothing new as soon as it is asked to end, and answers until the work is done; the
+        exit code is 0 then. Asked again, it ends at once.
+        """
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -94,8 +100,15 @@ def run(args: argparse.Namespace) -> int:
                     signal.signal(one, handler)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
+            if server.core.draining:
+                super().handle_exit(sig, frame)
+                return
             server.drain()
-            super().handle_exit(sig, frame)
+            threading.Thread(target=self.end, name="end", daemon=True).start()
+
+        def end(self) -> None:
+            server.end_work()
+            self.should_exit = True
 
     web = Web(
         uvicorn.Config(
@@ -107,12 +120,20 @@ def run(args: argparse.Namespace) -> int:
             server_header=False,
         )
     )
-    server.device.on_failure = lambda: setattr(web, "should_exit", True)
+
+    def broken() -> None:
+        server.core.watchers.tell_all()
+        web.should_exit = True
+
+    server.device.on_failure = broken
     shown = f"http://{options.host}:{options.port}"
     logging.getLogger("catversion_jax").info("serving %s at %s", options.model, shown)
     web.run()
-    if server.device.failure is not None:
-        print(f"error: the device has failed: {server.device.failure}", file=sys.stderr)
+    failure = server.device.failure
+    if isinstance(failure, CatVersionError):
+        return WRONG_INPUT
+    if failure is not None:
+        print(f"error: the device has failed: {failure}", file=sys.stderr)
         return FAILED
     return 0
 

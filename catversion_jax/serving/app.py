@@ -41,6 +41,9 @@ def make_app(server: Server) -> Any:
     from fastapi.responses import JSONResponse
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
+    from starlette.routing import Match
+
+    from catversion_jax.serving.forms import ErrorAnswer
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -55,9 +58,14 @@ def make_app(server: Server) -> Any:
         lifespan=lifespan,
         docs_url=None,  # would load scripts from another host
         redoc_url=None,
+        responses={
+            "4XX": {"model": ErrorAnswer, "description": "It cannot be done as it was asked."},
+            "5XX": {"model": ErrorAnswer, "description": "Not now, or the server has failed."},
+        },
     )
-    for face in (operators, openai, native, a1111, page):
-        app.include_router(face.routes(server))
+    routers = [face.routes(server) for face in (operators, openai, native, a1111, page)]
+    for router in routers:
+        app.include_router(router)
 
     def answer(error: ApiError) -> Any:
         if error.status in (401, 413, 429, 503):
@@ -83,7 +91,13 @@ def make_app(server: Server) -> Any:
         code = codes.get(error.status_code, "invalid_request")
         text = f"{request.method} {request.url.path}: {error.detail}."
         body = error_body(error.status_code, code, text)
-        return JSONResponse(body, error.status_code, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names those of the first route only
+            every = [route for router in routers for route in router.routes]
+            of_path = [route for route in every if route.matches(request.scope)[0] != Match.NONE]
+            methods = {method for route in of_path for method in route.methods}
+            headers["Allow"] = ", ".join(sorted(methods))
+        return JSONResponse(body, error.status_code, headers)
 
     @app.exception_handler(CatVersionError)
     async def mistaken(request: Any, error: CatVersionError) -> Any:

@@ -57,6 +57,7 @@ class Core:
         self.watchers = Watchers()
         self.draining = False
         self.device: DeviceThread | None = None
+        self.safety_checker = ""  # which one looks at pictures, in words; known when it is loaded
         self.pictures = FairQueue[Picture](
             options.max_waiting_images,
             options.max_waiting_images_per_key,
@@ -96,15 +97,26 @@ class Core:
             )
             raise ApiError(503, code, text, retry_after=10)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether work is taken and the device moves."""
-        try:
-            self.admit()
-        except ApiError:
-            return False
+    def check_ready(self) -> None:
+        """Make sure that work is taken and the device moves.
+
+        Raises:
+          ApiError: 503, it is not.
+        """
+        self.admit()
         assert self.device is not None
-        return self.device.seconds_without_progress < self.options.hung_after
+        still = self.device.seconds_without_progress
+        if still >= self.options.hung_after:
+            text = f"The device has not moved for {still:.0f} s, though it has work. Restart it."
+            raise ApiError(503, "hung", text)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is done until the next start."""
+        device = self.device
+        if device is None or device.failure is not None:
+            return True
+        return self.draining and not device.is_alive
 
     def repeated(self, owner: str, key: str | None, body: bytes) -> tuple[Job | None, str | None]:
         """The job of an earlier request with the same ``Idempotency-Key``, and this one's digest.

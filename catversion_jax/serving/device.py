@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from catversion_jax.errors import CatVersionError
+
 logger = logging.getLogger(__name__)
 
 
@@ -85,6 +87,9 @@ class DeviceThread:
                 self._idle = seconds > 0
                 if seconds > 0:
                     self._wake.wait(seconds)
+        except CatVersionError as error:  # what the user reads says everything
+            self.failure = error
+            logger.error("%s", error)
         except BaseException as error:
             self.failure = error
             logger.exception("the device's thread has ended")

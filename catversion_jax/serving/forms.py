@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
+from catversion_jax.concepts.fields import WHEN
+
 LONGEST_PROMPT = 4000
 ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a concept's or a photo's name must be."""
@@ -19,9 +21,24 @@ Scale = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 
 
 class Form(BaseModel):
-    """A body; unknown fields are errors."""
+    """A body; unknown fields are errors, and so is a value of another type (``"seed": true``)."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, for people and for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorDetail
 
 
 class UsedConcept(Form):
@@ -63,7 +80,7 @@ class ConceptForm(Form):
     )
     prompts: list[Prompt] | None = Field(None, max_length=100, description="training prompts")
     seed: int | None = Field(None, ge=0, lt=2**32)
-    when: str | None = Field(None, max_length=20, description="class_word or always")
+    when: str | None = Field(None, max_length=20, json_schema_extra={"enum": [*WHEN, None]})
 
 
 class TeachJobForm(Form):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import logging
 import threading
 import time
 from pathlib import Path
 
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import TrainConfig, learning_options
+from catversion_jax.config.model import ModelOptions
 from catversion_jax.config.serving import ServeOptions
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import check_writable, make_folder
@@ -30,7 +34,7 @@ class Server:
 
     Args:
       options: of the server.
-      config: how concepts are taught.
+      config: how concepts are taught; ``output_dir`` is not read.
       backbone: networks that are loaded already; None loads them in the device's thread.
 
     Raises:
@@ -45,7 +49,9 @@ class Server:
         self.keys = Keys.read(None if options.keys is None else Path(options.keys))
         check_writable(root)
         make_folder(root)
-        folders = ConceptFolders(root, config.data_options, config.method_options)
+        run = run_folder(root, config)
+        config = dataclasses.replace(config, output_dir=str(run))
+        folders = ConceptFolders(root, run, config.data_options, config.method_options)
         self.core = Core(options, Store(root / DATABASE), folders, Meters())
         self.worker = Worker(self.core, config, backbone)
         self.device = DeviceThread(self.worker.prepare, self.worker.work, self.worker.finish)
@@ -73,9 +79,9 @@ class Server:
             self._deadline = time.monotonic() + self.options.shutdown_timeout
         self.core.draining = True
 
-    def close(self) -> None:
-        """Finish the pictures that wait, as many as there is time for, save the training, and end.
-        What is left is done after the next start.
+    def end_work(self) -> None:
+        """Finish the pictures that wait, as many as there is time for, save the training, and end
+        the device's thread. Requests are still answered; what is left is done after the next start.
         """
         with self._closing:
             self.drain()
@@ -84,5 +90,19 @@ class Server:
                 time.sleep(0.05)
             if not self.device.stop(timeout=max(30.0, self.options.shutdown_timeout)):
                 logger.error("the device does not answer; what it worked on is done again")
-            self.core.watchers.tell_all()
-            self.core.store.close()
+        self.core.watchers.tell_all()
+
+    def close(self) -> None:
+        """End; nothing may be asked afterwards."""
+        self.end_work()
+        self.core.store.close()
+
+
+def run_folder(root: Path, config: TrainConfig) -> Path:
+    """Where the training of these options has its state. With other options, except those of the
+    model, it is another folder: what was under way begins anew.
+    """
+    of_model = {field.name for field in dataclasses.fields(ModelOptions)}
+    options = {k: v for k, v in learning_options(config).items() if k not in of_model}
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    return root / f"run-{digest.hexdigest()[:12]}"

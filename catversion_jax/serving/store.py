@@ -320,6 +320,25 @@ class Store:
         with self._change() as db:
             db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (id,))
 
+    def warn(self, id: str, text: str) -> None:
+        """Add to what is to be said of a drawing, once."""
+        with self._change() as db:
+            row = db.execute("SELECT request FROM jobs WHERE id = ?", (id,)).fetchone()
+            request = {} if row is None else json.loads(row[0])
+            warnings = request.get("warnings", [])
+            if text not in warnings:
+                request["warnings"] = [*warnings, text]
+                db.execute("UPDATE jobs SET request = ? WHERE id = ?", (json.dumps(request), id))
+
+    def give_back(self, id: str) -> None:
+        """A job waits again, since the server ends in order: that is no attempt."""
+        with self._change() as db:
+            db.execute(
+                "UPDATE jobs SET state = 'queued', attempts = attempts - 1 "
+                "WHERE id = ? AND state = 'processing'",
+                (id,),
+            )
+
     def end(self, id: str, state: State, error: str | None = None) -> bool:
         """The end of a job; whether it had not ended before."""
         with self._change() as db:

@@ -51,13 +51,15 @@ class ConceptFolders:
 
     Args:
       root: the server's folder.
+      run: the folder of the training.
       data: how photos become square pixels.
       method: when concepts act.
     """
 
-    def __init__(self, root: Path, data: DataOptions, method: MethodOptions):
+    def __init__(self, root: Path, run: Path, data: DataOptions, method: MethodOptions):
         self._photos, self._files = root / "photos", root / "concepts"
-        self._run = root / "run" / names.CONCEPTS_FOLDER
+        self._other_runs = [path for path in root.glob("run*") if path != run]
+        self._run = run / names.CONCEPTS_FOLDER
         self._data, self._when = data, method.when
         make_folder(self._photos)
         make_folder(self._files)
@@ -143,8 +145,10 @@ class ConceptFolders:
 
     def remove_strangers(self, folders: set[str]) -> None:
         """Delete what a killed process left behind: photos of concepts that nobody knows, and
-        files that it had begun.
+        files that it had begun; and the training of other options.
         """
+        for path in self._other_runs:
+            shutil.rmtree(path, ignore_errors=True)
         for begun in (*self._photos.glob("*/.*.tmp"), *self._files.glob(".*.tmp")):
             begun.unlink(missing_ok=True)
         for path in self._photos.iterdir():

@@ -8,12 +8,14 @@ import logging
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from catversion_jax.concepts import ConceptSpec
 from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError, ConceptError, shown
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import CONCEPT_AXIS
-from catversion_jax.serving import drawing, teaching
+from catversion_jax.serving import drawing, safety, teaching
 from catversion_jax.serving.core import MOST_ATTEMPTS, Core
 from catversion_jax.serving.drawing import DrawnBatch, Picture, draw, picture_path, write_picture
 from catversion_jax.serving.errors import ApiError
@@ -46,6 +48,7 @@ class Worker:
     _live: LiveTraining
     _num_rows: int
     _batch_size: int
+    _checker: safety.Checker | None
 
     def __init__(self, core: Core, config: TrainConfig, backbone: Backbone | None = None):
         self._core, self._config, self._backbone = core, config, backbone
@@ -62,6 +65,8 @@ class Worker:
         core = self._core
         self._config, self._backbone, mesh = with_networks(self._config, self._backbone)
         backbone = self._backbone
+        self._checker, core.safety_checker = safety.find_checker(self._config.model_options)
+        logger.info("safety checker: %s", core.safety_checker)
         rows = self._config.concepts_per_device
         assert isinstance(rows, int)
         self._num_rows = rows * mesh.shape[CONCEPT_AXIS]
@@ -131,6 +136,10 @@ class Worker:
     def finish(self) -> None:
         """Write and save what is under way."""
         self._writer.shutdown()
+        assert self._core.device is not None
+        if self._core.device.failure is None:
+            for id in self._begun:
+                self._core.store.give_back(id)
         self._stack.close()
 
     # ------------------------------------------------------------------ one piece of work
@@ -194,8 +203,12 @@ class Worker:
         for picture, pixels in zip(drawn.pictures, drawn.pixels, strict=True):
             try:
                 with core.lock:
-                    if picture.job not in core.left:
-                        continue  # canceled meanwhile
+                    if picture.job not in core.left:  # canceled meanwhile
+                        self._begun.discard(picture.job)
+                        continue
+                if self._checker is not None and self._checker(pixels[None])[0]:
+                    pixels = np.zeros_like(pixels)  # as diffusers does
+                    core.store.warn(picture.job, safety.FLAGGED)
                 write_picture(core.images, self._backbone, picture, pixels)
                 core.meters.pictures_drawn.inc()
                 with core.lock:

@@ -11,7 +11,7 @@ from catversion_jax.errors import encodable
 from catversion_jax.serving import uploads
 from catversion_jax.serving.answers import concept_answer, job_answer, photo_answer
 from catversion_jax.serving.errors import not_found, unprocessable
-from catversion_jax.serving.faces.waiting import LOOK_SECONDS, look, taken
+from catversion_jax.serving.faces.waiting import LOOK_SECONDS, taken
 from catversion_jax.serving.forms import ID, ConceptForm, DrawJobForm, JobForm
 from catversion_jax.serving.server import Server
 
@@ -28,12 +28,14 @@ def routes(server: Server) -> Any:
     router, core = APIRouter(tags=["concepts and jobs"]), server.core
     decoders = asyncio.Semaphore(DECODERS)
     Id = Annotated[str, Path(pattern=ID)]
-    image_body = {
-        "requestBody": {
-            "required": True,
-            "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
-        }
-    }
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    image_body = {"requestBody": {"required": True, "content": {"image/*": binary}}}
+
+    def of_kind(media_type: str) -> dict[str, Any]:
+        """For OpenAPI: an answer that is no JSON."""
+        content = {} if media_type == "text/event-stream" else binary
+        answer = {"description": "No JSON.", "content": {media_type: content}}
+        return {"response_class": Response, "responses": {200: answer}}
 
     # ---------------------------------------------------------------- concepts
 
@@ -83,7 +85,7 @@ def routes(server: Server) -> Any:
             await asyncio.to_thread(uploads.keep_mask, core, owner, id, name, data)
         return {"name": name, "has_mask": True}
 
-    @router.get("/v1/concepts/{id}/photos/{name}")
+    @router.get("/v1/concepts/{id}/photos/{name}", **of_kind("image/*"))
     def photo(id: Id, name: Id, request: Request) -> Response:
         """A photo, as it was sent."""
         found = core.concept(request.state.owner, id)
@@ -111,7 +113,7 @@ def routes(server: Server) -> Any:
         """What ``catversion check`` says of the photos: problems, warnings, notes."""
         return uploads.checked(core, server.worker, core.concept(request.state.owner, id))
 
-    @router.get("/v1/concepts/{id}/file")
+    @router.get("/v1/concepts/{id}/file", **of_kind("application/octet-stream"))
     def file(id: Id, request: Request) -> Response:
         """The concept file (safetensors), for ``catversion generate`` and diffusers."""
         found = core.concept(request.state.owner, id)
@@ -121,7 +123,7 @@ def routes(server: Server) -> Any:
         named = {"Content-Disposition": f'attachment; filename="{id}.safetensors"'}
         return Response(data, media_type="application/octet-stream", headers={**_QUIET, **named})
 
-    @router.get("/v1/concepts/{id}/events")
+    @router.get("/v1/concepts/{id}/events", **of_kind("text/event-stream"))
     async def events(id: Id, request: Request) -> StreamingResponse:
         """Server-sent events: the concept's job, again whenever something becomes of it."""
         found = await asyncio.to_thread(core.concept, request.state.owner, id)
@@ -182,7 +184,7 @@ def routes(server: Server) -> Any:
         core.cancel(found)
         return job_answer(core, core.job(request.state.owner, found.id))
 
-    @router.get("/v1/jobs/{id}/images/{index}")
+    @router.get("/v1/jobs/{id}/images/{index}", **of_kind("image/*"))
     def image(id: str, index: Annotated[int, Path(ge=0, le=1000)], request: Request) -> Response:
         """A picture of a job that has succeeded."""
         found = core.job(request.state.owner, _text(id))
@@ -191,7 +193,7 @@ def routes(server: Server) -> Any:
         kind = PICTURE_TYPES[found.request["output_format"]]
         return Response(core.picture(found, index), media_type=kind, headers=_QUIET)
 
-    @router.get("/v1/jobs/{id}/events")
+    @router.get("/v1/jobs/{id}/events", **of_kind("text/event-stream"))
     async def job_events(id: str, request: Request) -> StreamingResponse:
         """Server-sent events of one job."""
         found = await asyncio.to_thread(core.job, request.state.owner, _text(id))
@@ -217,14 +219,14 @@ async def _events(server: Server, id: str) -> AsyncIterator[str]:
     with core.watchers.watching(id) as event:
         before = None
         while True:
-            now = await asyncio.to_thread(look, core, id)
+            now = await asyncio.to_thread(core.store.job, id)
             if now is None:
                 yield "event: deleted\ndata: {}\n\n"
                 return
             text = json.dumps(await asyncio.to_thread(job_answer, core, now))
             yield f"event: job\ndata: {text}\n\n" if text != before else ": alive\n\n"
             before = text
-            if now.ended or core.draining:
+            if now.ended or core.has_ended:
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(event.wait(), LOOK_SECONDS)

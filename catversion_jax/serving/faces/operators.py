@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from catversion_jax.serving.errors import ApiError
 from catversion_jax.serving.server import Server
 
 
@@ -20,15 +21,19 @@ def routes(server: Server) -> Any:
     @router.get("/ready")
     def ready() -> JSONResponse:
         """Everything is compiled, work is taken, and the device moves; 503 otherwise."""
-        body = {
-            "ready": core.is_ready,
+        state = {
             "compiled": server.device.compiled.is_set(),
             "draining": core.draining,
+            "safety_checker": core.safety_checker,
             "seconds_without_progress": round(server.device.seconds_without_progress, 1),
         }
-        return JSONResponse(body, 200 if body["ready"] else 503)
+        try:
+            core.check_ready()
+        except ApiError as error:
+            return JSONResponse({"ready": False, **state, **error.body}, 503, error.headers)
+        return JSONResponse({"ready": True, **state})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> PlainTextResponse:
         """Counters in Prometheus' text form."""
         meters = core.meters

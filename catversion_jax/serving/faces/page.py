@@ -14,9 +14,10 @@ import jinja2
 from catversion_jax.serving import uploads
 from catversion_jax.serving.answers import concept_answer, job_answer
 from catversion_jax.serving.errors import ApiError
-from catversion_jax.serving.faces.waiting import LOOK_SECONDS, look
+from catversion_jax.serving.faces.waiting import LOOK_SECONDS
 from catversion_jax.serving.forms import ConceptForm, DrawForm, UsedConcept
 from catversion_jax.serving.ordering import BASE
+from catversion_jax.serving.samples import Samples
 from catversion_jax.serving.server import Server
 
 FOLDER = Path(__file__).resolve().parents[1] / "page"
@@ -62,6 +63,7 @@ def routes(server: Server) -> Any:
     from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, StreamingResponse
 
     router, core, env = APIRouter(include_in_schema=False), server.core, templates()
+    samples = Samples(server)
     static = {path.name: path for path in (FOLDER / "static").iterdir()}
 
     def shown(name: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
@@ -140,6 +142,15 @@ def routes(server: Server) -> Any:
         with contextlib.suppress(ApiError):  # not compiled yet
             return uploads.checked(core, server.worker, concept)
         return None
+
+    @router.get("/teach/{id}/samples")
+    def sampled(id: str, request: Request) -> HTMLResponse:
+        concept = core.concept(request.state.owner, id)
+        found = [(one.step, job_answer(core, one.job)) for one in samples.of(concept)]
+        goes_on = core.open_lesson(concept) is not None
+        goes_on = goes_on or any(job["finished"] is None for _, job in found)
+        answer = {"id": concept.id}
+        return shown("parts/samples.html", request, concept=answer, samples=found, goes_on=goes_on)
 
     @router.post("/teach/{id}/start")
     def start(id: str, request: Request) -> HTMLResponse:
@@ -290,8 +301,8 @@ async def _parts(server: Server, id: str | None, part: Any) -> AsyncIterator[str
     if id is not None:
         with core.watchers.watching(id) as event:
             while True:
-                now = await asyncio.to_thread(look, core, id)
-                if now is None or now.ended or core.draining:
+                now = await asyncio.to_thread(core.store.job, id)
+                if now is None or now.ended or core.has_ended:
                     break
                 yield _event("progress", await asyncio.to_thread(part))
                 with contextlib.suppress(TimeoutError):

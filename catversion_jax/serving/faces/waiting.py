@@ -41,11 +41,19 @@ async def until_ended(core: Core, job: Job) -> Job:
     """
     with core.watchers.watching(job.id) as event:
         while True:
-            now = await asyncio.to_thread(look, core, job.id)
+            now = await asyncio.to_thread(core.store.job, job.id)
             if now is None:
                 raise not_found("job", job.id)
             if now.ended:
                 break
+            if core.has_ended:
+                raise ApiError(
+                    503,
+                    "draining",
+                    f"The server ends. Job {job.id} goes on after its next start: "
+                    f"GET /v1/jobs/{job.id}.",
+                    retry_after=30,
+                )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(event.wait(), LOOK_SECONDS)
             event.clear()
@@ -54,20 +62,3 @@ async def until_ended(core: Core, job: Job) -> Job:
     if now.state == "failed":
         raise ApiError(500, "job_failed", now.error or f"job {now.id}: failed.")
     return now
-
-
-def look(core: Core, id: str) -> Job | None:
-    """A job as it is now.
-
-    Raises:
-      ApiError: 503, the server has ended; the job goes on after the next start.
-    """
-    if core.draining and (core.device is None or not core.device.is_alive):
-        raise ApiError(
-            503,
-            "draining",
-            f"The server is shutting down. Job {id} goes on after its next start: "
-            f"GET /v1/jobs/{id}.",
-            retry_after=30,
-        )
-    return core.store.job(id)

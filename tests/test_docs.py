@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 import catversion_jax
 from catversion_jax import KVResidual, load_backbone, save_concept
 from catversion_jax.assets import embedded_folder
+from catversion_jax.cli import COMMANDS
 from catversion_jax.methods.per_encoder import PerEncoder
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
 
@@ -70,6 +71,11 @@ def anchors(page: Path) -> set[str]:
     """The names that GitHub and MyST give to headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def test_the_table_of_the_readme_names_every_command() -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Commands")[1].split("##")[0]
+    assert set(re.findall(r"`catversion ([\w-]+)", table)) == set(COMMANDS)
 
 
 def test_every_public_name_has_its_place_in_the_reference() -> None:

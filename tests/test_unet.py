@@ -306,7 +306,8 @@ def test_concept_axis_scan_and_rematerialisation_change_nothing(one_block_pair):
 def test_a_transformer_computed_again_in_slices_is_the_same():
     layers = LayerFactory(nnx.Rngs(0))
     options = {"num_heads": 2, "context_dim": 12, "only_cross_attention": False, "layers": layers}
-    block = BasicTransformerBlock(8, **options)
+    graphdef, state = nnx.split(BasicTransformerBlock(8, **options))
+    block = nnx.merge(graphdef, jax.tree.map(lambda leaf: 0.3 * draw(*leaf.shape), state))
     hidden, text = draw(1, 2 * FEED_FORWARD_SLICE, 8), draw(1, 7, 12)
 
     def loss(text, recompute):

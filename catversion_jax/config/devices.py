@@ -62,8 +62,9 @@ class DeviceOptions(Options):
     )
     compilation_cache_dir: str | None = option(
         "~/.cache/catversion/xla",
-        "Folder of XLA's persistent compilation cache; null leaves it to JAX's own settings, which "
-        "keep nothing unless they are changed.",
+        "Folder of XLA's persistent compilation cache, and of the executables of training. What is "
+        "in it runs, so keep it as safe as this package. null leaves it to JAX's own settings, "
+        "which keep nothing unless they are changed.",
         decides_result=False,
     )
 

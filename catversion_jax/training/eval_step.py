@@ -43,8 +43,44 @@ def make_eval_step(
     With ``learned=None`` it is the plain model's loss. Rows that are not ``due`` cost nothing and
     give NaN: concepts that began at different moments are evaluated at different ones.
 
-    Two programs: the text encoders', which is small and compiled once with and once without
-    something learned, and the UNet's, which is large and serves both.
+    Arguments are those of :func:`make_eval_programs`.
+    """
+    return evaluation_step(
+        *make_eval_programs(
+            schedule,
+            mesh,
+            first_layers=first_layers,
+            num_samples=num_samples,
+            batch_size=batch_size,
+        )
+    )
+
+
+def evaluation_step(encode: Callable[..., TextStates], measure: Callable[..., Array]) -> EvalStep:
+    """What :func:`make_eval_step` returns, of its two programs."""
+
+    def evaluate(
+        learned: Learned | None,
+        data: ConceptData,
+        due: Bool[Array, "C"],
+        text_encoders: tuple[Network, ...],
+        unet: Network,
+    ) -> Float[Array, "C"]:
+        return measure(encode(learned, data, due, text_encoders), data, due, unet)
+
+    return evaluate
+
+
+def make_eval_programs(
+    schedule: NoiseSchedule,
+    mesh: Mesh,
+    *,
+    first_layers: Sequence[int],
+    num_samples: int,
+    batch_size: int,
+) -> tuple[Callable[..., TextStates], Callable[..., Array]]:
+    """The two programs of an evaluation: the text encoders', which is small and compiled once with
+    and once without something learned, and the UNet's, which is large and serves both.
 
     Args:
       schedule: noise schedule of the model.
@@ -122,14 +158,4 @@ def make_eval_step(
     spread = functools.partial(on_every_device, mesh=mesh, out_specs=rows)
     encode = jax.jit(spread(encoded, in_specs=(rows, rows, rows, everywhere)))
     measure = jax.jit(spread(losses, in_specs=(rows, rows, rows, everywhere)))
-
-    def evaluate(
-        learned: Learned | None,
-        data: ConceptData,
-        due: Bool[Array, "C"],
-        text_encoders: tuple[Network, ...],
-        unet: Network,
-    ) -> Float[Array, "C"]:
-        return measure(encode(learned, data, due, text_encoders), data, due, unet)
-
-    return evaluate
+    return encode, measure

@@ -76,6 +76,7 @@ def opened_loop(
         ema_decay=optimizer.ema_decay,
         first_layers=first_layers,
         num_eval_samples=recording.num_eval_samples,
+        decided_by=repr((optimizer, method)),
     )
     grids = SampleGrids(backbone, recording, data.resolution or backbone.default_resolution)
     with (

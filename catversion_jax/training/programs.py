@@ -13,8 +13,9 @@ from catversion_jax.config import DeviceOptions, ObjectiveOptions
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.methods.learned import Learned
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.runtime.executables import StoredProgram
 from catversion_jax.runtime.sharding import place_by_concept, replicated
-from catversion_jax.training.eval_step import make_eval_step
+from catversion_jax.training.eval_step import evaluation_step, make_eval_programs
 from catversion_jax.training.rows import Rows
 from catversion_jax.training.state import ConceptData
 from catversion_jax.training.step import (
@@ -36,6 +37,8 @@ class Programs:
       ema_decay: of the moving average of what is learned; None where none is kept.
       first_layers: of each encoder the lowest layer whose output depends on what is learned.
       num_eval_samples: pairs of noise and timestep in the evaluation loss.
+      decided_by: what else decides the programs, as text, such as the options behind ``tx``: under
+        that name they are kept for the next start. None keeps none.
 
     Attributes:
       max_steps: largest number of steps of one dispatch.
@@ -52,20 +55,27 @@ class Programs:
         ema_decay: float | None,
         first_layers: Sequence[int],
         num_eval_samples: int,
+        decided_by: str | None = None,
     ):
         schedule = noise_schedule(backbone.noise_schedule)
         self.max_steps = steps_per_dispatch(devices.steps_per_dispatch)
         self._text_encoders, self._unet, self._mesh = backbone.text_encoders, backbone.unet, mesh
-        self._train_step = make_train_step(
-            schedule, tx, mesh, objective, devices, ema_decay=ema_decay
-        )
-        self._eval_step = make_eval_step(
+        train_step = make_train_step(schedule, tx, mesh, objective, devices, ema_decay=ema_decay)
+        encode, measure = make_eval_programs(
             schedule,
             mesh,
             first_layers=first_layers,
             num_samples=num_eval_samples,
             batch_size=objective.train_batch_size,
         )
+        if decided_by is not None:
+            own = (objective, devices, ema_decay, tuple(first_layers), num_eval_samples)
+            decided_by = f"{decided_by} {own} {backbone.noise_schedule} {mesh}"
+            train_step = StoredProgram(train_step, "train", decided_by, varying=2, donated=(0,))
+            encode = StoredProgram(encode, "encode", decided_by, varying=2)
+            measure = StoredProgram(measure, "evaluate", decided_by, varying=2)
+        self._train_step = train_step
+        self._eval_step = evaluation_step(encode, measure)
 
     def train(self, rows: Rows, num_steps: int) -> StepMetrics:
         """Start ``num_steps`` steps of all rows; returns what they will report, before they end."""

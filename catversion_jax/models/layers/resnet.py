@@ -56,8 +56,9 @@ class LayerFactory:
     """Makes the elementary layers of one network in one precision.
 
     Args:
-      rngs: initial values. Checkpoints replace them, so modules are usually built under
-        ``nnx.eval_shape``.
+      rngs: initial values of embeddings; kernels and biases begin at zero. Checkpoints replace
+        them all, so modules are usually built under ``nnx.eval_shape``, where values that are drawn
+        would have to be traced.
       dtype: of the weights and of the computation. Softmax, the norms' statistics and the time
         embedding are float32 whatever it is.
     """
@@ -74,6 +75,7 @@ class LayerFactory:
             use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.dtype,
+            kernel_init=nnx.initializers.zeros_init(),
             rngs=self.rngs,
         )
 
@@ -97,6 +99,7 @@ class LayerFactory:
             use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.dtype,
+            kernel_init=nnx.initializers.zeros_init(),
             rngs=self.rngs,
         )
 

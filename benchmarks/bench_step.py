@@ -8,6 +8,8 @@ On a CPU the model is tiny-sd. On a GPU, with random weights of Stable Diffusion
 in ``--work``, 2 GB) and the share of the card's own matrix-product rate, in under ten minutes:
 
     python benchmarks/bench_step.py --model sd15 --dtype bfloat16 --concepts 1 4 8 --compile
+
+Results are written after every figure: what is stopped keeps what it has found.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from device_trace import largest_kernels
 from machine import describe_machine, interleaved, ratios, spread, write_results
 from torch_trainers import BATCH, CatVersion, TextualInversion, Trainer
 
@@ -145,6 +148,18 @@ def compare(backbone: Backbone, peer: CatVersion) -> dict[str, float]:
     }
 
 
+def torch_trainers(folder: str, spec: ConceptSpec, args: argparse.Namespace) -> dict[str, Trainer]:
+    """By the name in the table."""
+    dtype = DTYPES[args.dtype]
+    found: dict[str, Trainer] = {
+        "PyTorch CatVersion": CatVersion(folder, spec, dtype),
+        "PyTorch Textual Inversion": TextualInversion(folder, spec, dtype),
+    }
+    if args.compile:
+        found["PyTorch CatVersion, compiled"] = CatVersion(folder, spec, dtype, compiled=True)
+    return found
+
+
 def timed_steps(step: Callable[[], Any], steps: int) -> float:
     """Seconds of a step, the last one waited for."""
     started = time.perf_counter()
@@ -166,12 +181,12 @@ def matmul_rate(dtype: str) -> float:
 
 
 def models(name: str, work: Path) -> str:
-    """A folder; ``sd15`` makes one with random weights."""
-    if name != "sd15":
+    """A folder; ``sd15`` and ``sdxl`` make one with random weights."""
+    if name not in ("sd15", "sdxl"):
         return str(embedded_folder(name) or name)
-    from random_models import write_random_sd15
+    from random_models import write_random_sd15, write_random_sdxl
 
-    return str(write_random_sd15(work / "sd15"))
+    return str((write_random_sd15 if name == "sd15" else write_random_sdxl)(work / name))
 
 
 def main() -> None:
@@ -179,12 +194,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="tiny-sd", help="diffusers folder, or sd15 [tiny-sd]")
+    parser.add_argument("--model", default="tiny-sd", help="folder, sd15 or sdxl [tiny-sd]")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--concepts", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--steps", type=int, default=10, help="of a round [10]")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    parser.add_argument("--alone", action="store_true", help="no PyTorch beside it")
+    parser.add_argument("--profile", action="store_true", help="the ten largest kernels of ours")
     parser.add_argument("--work", type=Path, default=Path("/tmp/catversion-bench"))
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
     args = parser.parse_args()
@@ -192,43 +209,39 @@ def main() -> None:
     folder = models(args.model, args.work)
     backbone = load_backbone(folder, dtype=args.dtype)
     examples = list(read_concepts("tiny-sd-examples").concepts)
-    dtype = DTYPES[args.dtype]
-    peers: dict[str, Trainer] = {
-        "PyTorch CatVersion": CatVersion(folder, examples[0], dtype),
-        "PyTorch Textual Inversion": TextualInversion(folder, examples[0], dtype),
-    }
-    if args.compile:
-        peers["PyTorch CatVersion, compiled"] = CatVersion(
-            folder, examples[0], dtype, compiled=True
-        )
-    difference = compare(backbone, peers["PyTorch CatVersion"])  # type: ignore[arg-type]
-    print(f"same batch, relative difference: {difference}", flush=True)
-    if max(difference.values()) > TOLERANCE[args.dtype]:
-        sys.exit("ours and PyTorch's are not the same computation")
-    steps: dict[str, Callable[[], Any]] = {}
-    per_step: dict[str, int] = {}
     first: dict[str, float] = {}
-    for count in args.concepts:
-        specs = [examples[i % len(examples)] for i in range(count)]
-        ours = Ours(backbone, specs, args.dtype)
-        steps[f"ours, {count} in one program"] = ours.step
-        per_step[f"ours, {count} in one program"] = count
-    steps |= {name: peer.step for name, peer in peers.items()}
-    for name, step in steps.items():  # compiles
-        first[name] = timed_steps(step, 1)
-        timed_steps(step, 2)
-        print(f"{name}: first step {first[name]:.1f} s", flush=True)
-    found = interleaved(steps, args.rounds, lambda step: timed_steps(step, args.steps))
-    seconds = {name: [s / per_step.get(name, 1) for s in row] for name, row in found.items()}
+    seconds: dict[str, list[float]] = {}
     results: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/bench_step.py", *sys.argv[1:]]),
         "model": args.model,
         "dtype": args.dtype,
         "batch": BATCH,
-        "difference": difference,
         "first_step_seconds": first,
         "seconds_per_concept_step": seconds,
     }
+    peers = {} if args.alone else torch_trainers(folder, examples[0], args)
+    if peers:
+        results["difference"] = compare(backbone, peers["PyTorch CatVersion"])  # type: ignore[arg-type]
+        print(f"same batch, relative difference: {results['difference']}", flush=True)
+        write_results(args.out, results)
+        if max(results["difference"].values()) > TOLERANCE[args.dtype]:
+            sys.exit("ours and PyTorch's are not the same computation")
+    steps: dict[str, Callable[[], Any]] = {name: peer.step for name, peer in peers.items()}
+    per_step: dict[str, int] = {}
+    for count in args.concepts:
+        specs = [examples[i % len(examples)] for i in range(count)]
+        name = f"ours, {count} in one program"
+        steps[name], per_step[name] = Ours(backbone, specs, args.dtype).step, count
+    for name, step in steps.items():  # compiles
+        first[name] = timed_steps(step, 1)
+        seconds[name] = [timed_steps(step, 2) / per_step.get(name, 1)]
+        print(f"{name}: first step {first[name]:.1f} s", flush=True)
+        write_results(args.out, results)
+    if args.profile:
+        results["kernels"] = {name: largest_kernels(steps[name]) for name in per_step}
+        write_results(args.out, results)
+    found = interleaved(steps, args.rounds, lambda step: timed_steps(step, args.steps))
+    seconds |= {name: [s / per_step.get(name, 1) for s in row] for name, row in found.items()}
     best = min((n for n in steps if n.startswith("ours")), key=lambda n: spread(seconds[n])[0])
     print(f"\n{describe_machine()}\n\n| step of two images, {args.dtype} | ms | as often as ours |")
     print("| --- | ---: | ---: |")
@@ -236,6 +249,7 @@ def main() -> None:
         middle, low, high = (1e3 * value for value in spread(row))
         times = "{:.2f} [{:.2f}, {:.2f}]".format(*ratios(seconds[best], row))
         print(f"| {name} | {middle:.1f} [{low:.1f}, {high:.1f}] | {times} |")
+    write_results(args.out, results)
     if jax.default_backend() != "cpu":
         flops = counted_flops(
             planned_step(Ours(backbone, examples[:1], args.dtype).config, backbone), 5
@@ -244,7 +258,7 @@ def main() -> None:
         share = flops / spread(seconds[best])[0] / rate
         results |= {"flops_per_concept_step": flops, "matmul_flops_per_s": rate, "share": share}
         print(f"\n{flops:.3e} FLOP in {best}: {share:.0%} of {rate:.3e} FLOP/s of a matrix product")
-    write_results(args.out, results)
+        write_results(args.out, results)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,16 @@ def write_random_sd15(folder: Path) -> Path:
     return folder
 
 
+def write_random_sdxl(folder: Path) -> Path:
+    """The same of Stable Diffusion XL, 7.1 GB."""
+    from full_size_models import write_sdxl
+
+    if not (folder / "vae" / "config.json").is_file():  # the last that is written
+        folder.mkdir(parents=True, exist_ok=True)
+        write_sdxl(folder)
+    return folder
+
+
 def write_sd15_configurations(folder: Path) -> Path:
     """Everything but weights: enough to compile for."""
     from full_size_models import write_sd15_configs

@@ -1,4 +1,4 @@
-"""How ``catversion serve`` works: every option of it, with its range."""
+"""The options of ``catversion serve``, each with its range."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from catversion_jax.config.options import Options, option
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions(Options):
-    """The whole server. Shapes are fixed by these options, so nothing is compiled while it runs."""
+    """The server. These options fix all shapes, so nothing is compiled after the start."""
 
     model: str = option(
         "tiny-sd",
@@ -30,8 +30,8 @@ class ServeOptions(Options):
     )
     keys: str | None = option(
         None,
-        "File of API keys: a line for each user, name and key with a space between. None lets "
-        "everybody in, which is allowed on this machine's own address only.",
+        "File of API keys: a line for each user, name and key with a space between. Without it "
+        "everybody may come in, which is allowed on this machine's own address only.",
         decides_result=False,
     )
     output_dir: str = option(
@@ -42,14 +42,14 @@ class ServeOptions(Options):
     )
     updates: int | None = option(
         None,
-        "Number of optimizer updates of each concept; null is 25 where the model has a concept "
+        "Number of optimizer updates of each concept; by default 25 where the model has a concept "
         "encoder, else 200.",
         decides_result=True,
         at_least=1,
     )
     rows: int | None = option(
         None,
-        "Number of concepts that train at once on each device; null is 1 on CPU, else 8.",
+        "Number of concepts that train at once on each device; by default 1 on CPU, else 8.",
         decides_result=False,
         at_least=1,
         at_most=1024,
@@ -62,15 +62,15 @@ class ServeOptions(Options):
     )
     batch_size: int | None = option(
         None,
-        "Number of pictures that are denoised together on each device; null is 1 on CPU, else 4. "
-        "A picture's bits depend on it, but not on the others in its batch.",
+        "Number of pictures that are denoised together on each device; by default 1 on CPU, else "
+        "4. A picture's bits depend on it, but not on the others in its batch.",
         decides_result=False,
         at_least=1,
         at_most=4096,
     )
     sizes: tuple[str, ...] = option(
         (),
-        "Sizes WIDTHxHEIGHT that may be asked for; empty allows the model's own.",
+        "Sizes WIDTHxHEIGHT that a request may ask for; by default the model's own alone.",
         decides_result=False,
     )
     max_wait_ms: float = option(
@@ -108,7 +108,10 @@ class ServeOptions(Options):
         at_least=1,
     )
     max_waiting_images_per_key: int = option(
-        256, "The same of one key.", decides_result=False, at_least=1
+        256,
+        "Most pictures of one key that wait to be drawn; a request above it is refused (429).",
+        decides_result=False,
+        at_least=1,
     )
     max_waiting_concepts: int = option(
         256,
@@ -117,17 +120,24 @@ class ServeOptions(Options):
         at_least=1,
     )
     max_waiting_concepts_per_key: int = option(
-        64, "The same of one key.", decides_result=False, at_least=1
+        64,
+        "Most concepts of one key that wait to be taught; one above it is refused (429).",
+        decides_result=False,
+        at_least=1,
     )
     max_stored_concepts_per_key: int = option(
-        1000, "Most concepts that one key may keep.", decides_result=False, at_least=1
+        1000, "Most concepts that the server keeps for one key.", decides_result=False, at_least=1
     )
     max_photo_mb: float = option(
-        20.0, "Largest photo, in megabytes.", decides_result=False, at_least=0.01, at_most=1000
+        20.0,
+        "Largest file of a photo or a mask, in megabytes.",
+        decides_result=False,
+        at_least=0.01,
+        at_most=1000,
     )
     max_megapixels: float = option(
         40.0,
-        "Most pixels, in millions, of a photo that is decoded.",
+        "Largest photo or mask that is decoded, in millions of pixels.",
         decides_result=False,
         at_least=0.01,
         at_most=1000,
@@ -146,19 +156,19 @@ class ServeOptions(Options):
     )
     shutdown_timeout: float = option(
         30.0,
-        "Seconds that SIGTERM leaves to pictures under way; what is left is drawn after the next "
-        "start.",
+        "Seconds that the server goes on drawing after SIGTERM; what is left is drawn after the "
+        "next start.",
         decides_result=False,
         at_least=0,
         at_most=86_400,
     )
 
     def contradictions(self) -> list[str]:
-        """What is wrong between the options."""
+        """What is wrong between the options, a sentence each."""
         problems = []
         if not is_own_address(self.host) and self.keys is None:
             problems.append(
-                f"host={self.host}: others than this machine can reach it, so it needs --keys "
+                f"host={self.host}: other machines can reach this address, so it needs --keys "
                 "FILE, a line with name and key for each user. Or leave 127.0.0.1."
             )
         if self.max_waiting_images < self.max_pictures:

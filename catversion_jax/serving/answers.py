@@ -11,7 +11,7 @@ from catversion_jax.serving.store import Job, Photo, StoredConcept
 
 
 def photo_answer(photo: Photo) -> dict[str, Any]:
-    """One photo."""
+    """A photo as JSON; its width and height are in pixels."""
     return {
         "name": photo.name,
         "sha256": photo.sha256,
@@ -22,7 +22,7 @@ def photo_answer(photo: Photo) -> dict[str, Any]:
 
 
 def concept_answer(core: Core, concept: StoredConcept) -> dict[str, Any]:
-    """One concept: what it is, its photos, and what became of teaching it."""
+    """A concept as JSON: what it is, its photos, and what became of teaching it."""
     job = core.store.last_teaching(concept.folder)
     state = "collecting" if job is None else job.state
     return {
@@ -39,7 +39,9 @@ def concept_answer(core: Core, concept: StoredConcept) -> dict[str, Any]:
 
 
 def job_answer(core: Core, job: Job) -> dict[str, Any]:
-    """One job: Replicate's states, with where it stands and how long it may take."""
+    """A job as JSON: its state in Replicate's words, its place in the queue, and an estimate of the
+    seconds that are left.
+    """
     answer: dict[str, Any] = {
         "object": "job",
         "id": job.id,

@@ -32,18 +32,18 @@ from catversion_jax.serving.watchers import Watchers
 logger = logging.getLogger(__name__)
 
 MOST_ATTEMPTS = 2
-"""How often a job is begun: the second time after a restart. What then ends the process again is
-not tried a third time."""
+"""How often a job is begun: the second time after a restart. A job during which the process has
+ended twice is not tried a third time."""
 
 
 class Core:
     """One server's state. Any thread may call, except where a method says otherwise.
 
     Args:
-      options: of the server.
-      store: what was promised.
-      folders: photos and concept files.
-      meters: counts for ``/metrics``.
+      options: the server's options.
+      store: the database of concepts, photos and jobs.
+      folders: the photos and concept files on disk.
+      meters: the counts of ``/metrics``.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ class Core:
     # ------------------------------------------------------------------ concepts
 
     def concept(self, owner: str, id: str) -> StoredConcept:
-        """One of the owner's concepts.
+        """The owner's concept of that id.
 
         Raises:
-          ApiError: there is none.
+          ApiError: 404, the owner has none of that id.
         """
         found = self.store.concept(owner, id)
         if found is None:
@@ -158,10 +158,10 @@ class Core:
         return None if job is None or job.ended else job
 
     def changeable(self, owner: str, id: str) -> StoredConcept:
-        """One of the owner's concepts, which is not being taught.
+        """The owner's concept of that id, which is not being taught.
 
         Raises:
-          ApiError: there is none, or it is.
+          ApiError: 404, the owner has none of that id; 422, it is being taught.
         """
         concept = self.concept(owner, id)
         if (job := self.open_lesson(concept)) is not None:
@@ -203,10 +203,11 @@ class Core:
             self.watchers.tell(job_id)
 
     def usable(self, owner: str, id: str, scale: float) -> ConceptUse:
-        """A concept for a picture.
+        """A concept for a picture, at the given scale.
 
         Raises:
-          ApiError: there is none, or it is not taught yet.
+          ApiError: 404, the owner has none of that id; 422, it has no file yet, or one that cannot
+            be read.
         """
         concept = self.concept(owner, id)
         job = self.store.last_teaching(concept.folder)
@@ -237,16 +238,16 @@ class Core:
             return self._loaded[key]
 
     def photos(self, concept: StoredConcept) -> list[Photo]:
-        """Of a concept."""
+        """The photos of a concept, in the order in which they came."""
         return self.store.photos(concept.folder)
 
     # ------------------------------------------------------------------ jobs
 
     def job(self, owner: str, id: str) -> Job:
-        """One of the owner's jobs.
+        """The owner's job of that id.
 
         Raises:
-          ApiError: there is none.
+          ApiError: 404, the owner has none of that id.
         """
         found = self.store.job(id)
         if found is None or found.owner != owner:
@@ -269,7 +270,7 @@ class Core:
         self.wake()
 
     def end(self, job: Job, state: str, error: str | None = None) -> None:
-        """The device has ended a job."""
+        """Note that the device has ended a job, and tell whoever waits for it."""
         changed = self.store.end(job.id, state, error)  # type: ignore[arg-type]
         with self.lock:
             self.left.pop(job.id, None)
@@ -286,10 +287,10 @@ class Core:
             return self.lessons.ahead(job.owner, lambda lesson: lesson.id == job.id)
 
     def picture(self, job: Job, index: int) -> bytes:
-        """A picture that is drawn.
+        """The file of a picture that is drawn; ``index`` counts from 0.
 
         Raises:
-          ApiError: there is none by that number.
+          ApiError: 404, the job has no picture of that number.
         """
         path = picture_path(self.images, job.id, index, job.request.get("output_format", "png"))
         try:
@@ -298,7 +299,7 @@ class Core:
             raise not_found("picture", f"{job.id}/{index}") from None
 
     def wake(self) -> None:
-        """There may be something to do for the device."""
+        """Tell the device's thread that there may be something to do."""
         if self.device is not None:
             self.device.wake()
 

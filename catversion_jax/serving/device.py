@@ -29,7 +29,7 @@ class DeviceThread:
     Attributes:
       compiled: set once ``prepare`` has returned.
       failure: what ended the thread before it was asked to stop.
-      on_failure: is called then.
+      on_failure: is called when the thread has ended by a failure.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class DeviceThread:
         self.on_failure: Callable[[], None] = lambda: None
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def wake(self) -> None:
-        """There may be something to do."""
+        """Tell the thread that there may be something to do."""
         self._wake.set()
 
     def progressed(self) -> None:
-        """Something is moving; from within a long piece of work too."""
+        """Note that the work moves; a long piece of work says so in between."""
         self._progress = time.monotonic()
 
     @property

@@ -32,13 +32,13 @@ class Picture:
     """One picture that waits.
 
     Attributes:
-      job: id of what it belongs to.
-      index: its number there.
+      job: id of the job that it belongs to.
+      index: its number in the job, from 0.
       owner: whose it is.
       request: what it shows.
       settings: how it is drawn; pictures of the same settings are drawn together.
-      format: of the file.
-      quality: of the file, where the format has one.
+      format: format of its file.
+      quality: quality of its file, 0 to 100, where the format has one.
       arrived: when it came, by the monotonic clock.
     """
 
@@ -69,7 +69,16 @@ class DrawnBatch:
 def draw(
     backbone: Backbone, pictures: Sequence[Picture], on_step: Callable[[], None]
 ) -> DrawnBatch:
-    """Draw pictures of one setting; fewer than the batch holds are filled up."""
+    """Draw pictures of one setting; fewer than the batch holds are filled up.
+
+    Args:
+      backbone: the frozen networks.
+      pictures: what is drawn, all with the settings of the first.
+      on_step: is called after every denoising step.
+
+    Raises:
+      CatVersionError: a prompt or a concept that cannot be drawn.
+    """
     began = time.monotonic()
     drawn = draw_requests(
         backbone,
@@ -81,7 +90,20 @@ def draw(
 
 
 def write_picture(root: Path, backbone: Backbone, picture: Picture, pixels: np.ndarray) -> Path:
-    """Write the file of one picture, all or nothing."""
+    """Write the file of one picture, all or nothing.
+
+    Args:
+      root: the folder of all pictures.
+      backbone: the model, which the file names.
+      picture: what was drawn.
+      pixels: uint8 ``[H W 3]``.
+
+    Returns:
+      The file.
+
+    Raises:
+      CatVersionError: the file cannot be written.
+    """
     path = picture_path(root, picture.job, picture.index, picture.format)
     metadata = ImageMetadata(backbone, picture.settings)(picture.request)
     data = picture_bytes(pixels, metadata, format=picture.format, quality=picture.quality)
@@ -96,7 +118,7 @@ def picture_path(root: Path, job: str, index: int, format: str) -> Path:
 
 
 def usual_batch_size() -> int:
-    """Pictures that are denoised together where nobody says: what :func:`draw_requests` takes."""
+    """How many pictures are denoised together by default, as in :func:`draw_requests`."""
     return 1 if jax.default_backend() == "cpu" else 4
 
 
@@ -113,7 +135,7 @@ def warm_up(
       backbone: the frozen networks.
       settings: one for each size.
       concept: any concept of the shape that is taught.
-      most_concepts: of one picture.
+      most_concepts: most concepts of one picture.
     """
     for setting in settings:
         for guidance in (setting.guidance_scale, 1.0):

@@ -9,10 +9,10 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """A refusal.
+    """The refusal of a request.
 
     Args:
-      status: of HTTP.
+      status: the HTTP status code.
       code: a word for programs, such as ``not_found``.
       message: value, rule and remedy, for people.
       param: the field of the request that is wrong.
@@ -39,12 +39,12 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The answer, as JSON."""
+        """The body of the answer."""
         return error_body(self.status, self.code, self.message, self.param)
 
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """The answer to a request that is refused."""
+    """The body of the answer to a request that is refused, in OpenAI's form."""
     return {"error": {"message": message, "type": _type(status), "param": param, "code": code}}
 
 
@@ -59,10 +59,12 @@ def _type(status: int) -> str:
 
 
 def not_found(what: str, name: str) -> ApiError:
-    """Of what is not there, and of what belongs to another key: nobody can tell them apart."""
+    """The error 404 for what does not exist, and for what belongs to another key: a client cannot
+    tell these apart.
+    """
     return ApiError(404, "not_found", f"{what} {name!r}: there is none of yours by that name.")
 
 
 def unprocessable(code: str, message: str, param: str | None = None) -> ApiError:
-    """A request that says something impossible."""
+    """The error 422 for a request that can be read and cannot be carried out."""
     return ApiError(422, code, message, param=param)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Not for several threads at once: whoever shares it has a lock.
+    """The queue. It is not safe for threads: whoever shares it holds a lock.
 
     Args:
       most: items that may wait.
@@ -42,7 +42,7 @@ class FairQueue(Generic[T]):
             yield from items
 
     def admit(self, owner: str, count: int) -> None:
-        """Make sure that so many more may wait.
+        """Make sure that ``count`` more items of a key may wait.
 
         Raises:
           ApiError: 429, with the time after which there should be room.
@@ -93,14 +93,14 @@ class FairQueue(Generic[T]):
         return taken
 
     def would_take(self, most: int, together: Callable[[T, T], bool]) -> int:
-        """How many :meth:`take` would give."""
+        """How many items :meth:`take` would give."""
         first = next(iter(self), None)
         if first is None:
             return 0
         return min(most, sum(together(first, item) for item in self))
 
     def remove(self, unwanted: Callable[[T], bool]) -> list[T]:
-        """Take out what nobody wants any more."""
+        """Take out the items that are ``unwanted``; returns them."""
         removed: list[T] = []
         for owner in [*self._turns]:
             items = self._turns[owner]

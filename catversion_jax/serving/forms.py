@@ -42,7 +42,7 @@ class ErrorAnswer(BaseModel):
 
 
 class UsedConcept(Form):
-    """A concept in a picture: 0 is the plain model, 1 as taught."""
+    """A concept in a picture; a scale of 0 gives the plain model, 1 the concept as taught."""
 
     id: Name
     scale: Scale = 1.0
@@ -105,11 +105,11 @@ JobForm = Annotated[
     Annotated[DrawJobForm, Tag("draw")] | Annotated[TeachJobForm, Tag("teach")],
     Discriminator(_kind),
 ]
-"""Either, by its ``kind``."""
+"""A job of either kind; ``kind`` says which."""
 
 
 class Txt2ImgForm(BaseModel):
-    """A1111's request: what is not known here is left out, as its clients send many fields."""
+    """A1111's request; unknown fields have no effect, since its clients send many."""
 
     model_config = ConfigDict(extra="ignore")
 

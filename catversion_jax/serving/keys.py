@@ -34,10 +34,10 @@ class Keys:
 
     @classmethod
     def read(cls, path: Path | None) -> Keys:
-        """From the file; None lets everybody in as one user.
+        """Read the file of keys; None lets everybody in as one user.
 
         Raises:
-          CatVersionError: the file cannot be read, has no key, or a line of it is none.
+          CatVersionError: the file cannot be read, holds no key, or a line that is no name and key.
         """
         if path is None:
             return cls(None)

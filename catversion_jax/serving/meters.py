@@ -1,6 +1,6 @@
 """What ``/metrics`` says, in Prometheus' form.
 
-Everything that is full when it is large is given as used, not as free.
+Fill levels count what is used, not what is free.
 """
 
 from __future__ import annotations
@@ -34,30 +34,35 @@ class Meters:
         self.waiting = gauge("requests_waiting", "Pictures and concepts that wait.", "kind")
         self.slots_used = gauge("slots_used_ratio", "Share of the training rows with a concept.")
         self.progress_age = gauge(
-            "device_seconds_without_progress", "How long a busy device has not moved; 0 while idle."
+            "device_seconds_without_progress",
+            "Seconds that a busy device has not moved; 0 while it is idle.",
         )
-        self.queue_seconds = seconds("queue_seconds", "From arrival to the device.", "kind")
-        self.step_seconds = seconds("step_seconds", "A batch of pictures, or a dispatch.", "kind")
+        self.queue_seconds = seconds(
+            "queue_seconds", "Seconds that a picture or a concept waited for the device.", "kind"
+        )
+        self.step_seconds = seconds(
+            "step_seconds", "Seconds of a batch of pictures, or of a dispatch of training.", "kind"
+        )
         self.rejected = counter("rejected", "Requests that were refused.", "reason")
-        self.jobs_ended = counter("jobs_ended", "Jobs by what became of them.", "kind", "state")
+        self.jobs_ended = counter("jobs_ended", "Jobs that have ended.", "kind", "state")
         self.pictures_drawn = counter("pictures_drawn", "Pictures that were drawn and written.")
-        self.batch_rows = counter("batch_rows", "Rows of drawn batches, the filled ones.")
+        self.batch_rows = counter("batch_rows", "Rows of drawn batches that held a picture.")
 
     def ended(self, kind: str, state: str) -> None:
-        """Count a job."""
+        """Count a job that has ended."""
         self.jobs_ended.labels(kind, state).inc()
 
     def drew(self, count: int, seconds: float) -> None:
-        """Count a batch of pictures."""
+        """Count a batch of pictures, and the seconds that it took."""
         self.step_seconds.labels("draw").observe(seconds)
         self.batch_rows.inc(count)
         each = seconds / max(count, 1)
         self.seconds_per_picture += 0.2 * (each - self.seconds_per_picture)
 
     def taught(self, seconds: float) -> None:
-        """Count a concept, by how long it had the device's rows."""
+        """Count a concept, and the seconds from the start of its job to its end."""
         self.seconds_per_concept += 0.3 * (seconds - self.seconds_per_concept)
 
     def text(self) -> bytes:
-        """All of it."""
+        """All meters in Prometheus' text form."""
         return prometheus.generate_latest(self.registry)

@@ -1,5 +1,5 @@
-"""Whether pictures are looked at before anybody gets them: by the safety checker of the model's
-folder, where it has one and torch is there to run it.
+"""The safety checker of the model's folder, which looks at pictures before anybody gets them. It
+runs where the folder has one and torch is installed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from catversion_jax.models.weights.model_index import component_class, read_mode
 from catversion_jax.runtime.bucket_paths import home_expanded
 
 Checker = Callable[[np.ndarray], Sequence[bool]]
-"""Pixels uint8 ``[n H W 3]`` to what is flagged."""
+"""A function from pixels, uint8 ``[n H W 3]``, to whether each picture is flagged."""
 
 NEEDED = ("torch", "diffusers", "transformers")
 FLAGGED = "The model's safety checker has flagged a picture; it is black."
 
 
 def find_checker(options: ModelOptions) -> tuple[Checker | None, str]:
-    """The safety checker of a model, and what is to be said of it.
+    """The safety checker of a model, or None, and a text for the operator: which one looks at
+    pictures, or why none does.
 
     Raises:
-      CatVersionError: it has one that cannot be read.
+      CatVersionError: the model has a checker that cannot be read.
     """
     model = options.pretrained_model_name_or_path
     if (embedded_folder(model) or home_expanded(model)).is_file():

@@ -20,7 +20,12 @@ MOST_LESSONS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """The drawing of one file of a lesson: after so many updates; None is the last file."""
+    """The drawing of one file of a lesson.
+
+    Attributes:
+      step: updates after which the file was written; None for the last file.
+      job: the job that draws it.
+    """
 
     step: int | None
     job: Job

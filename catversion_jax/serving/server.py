@@ -33,7 +33,7 @@ class Server:
     """Everything but HTTP.
 
     Args:
-      options: of the server.
+      options: the server's options.
       config: how concepts are taught; ``output_dir`` is not read.
       backbone: networks that are loaded already; None loads them in the device's thread.
 
@@ -93,7 +93,7 @@ class Server:
         self.core.watchers.tell_all()
 
     def close(self) -> None:
-        """End; nothing may be asked afterwards."""
+        """End the work and close the database; nothing may be asked afterwards."""
         self.end_work()
         self.core.store.close()
 

@@ -45,7 +45,15 @@ CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state);
 
 @dataclasses.dataclass(frozen=True)
 class Photo:
-    """One photo of a concept: its name, and the names of its file and its mask's file."""
+    """One photo of a concept; its width and height are in pixels.
+
+    Attributes:
+      name: what the client calls it.
+      file: name of its file.
+      sha256: SHA-256 of the file, in hexadecimal.
+      width, height: pixels.
+      mask: name of its mask's file; None where it has none.
+    """
 
     name: str
     file: str
@@ -154,7 +162,7 @@ class Store:
             ) from error
 
     def close(self) -> None:
-        """Nothing may be asked afterwards."""
+        """Close the database; nothing may be asked afterwards."""
         with self._lock:
             self._db.close()
 
@@ -188,7 +196,7 @@ class Store:
         return _concept(rows[0]) if rows else None
 
     def concepts(self, owner: str) -> list[StoredConcept]:
-        """All of an owner's, the newest first."""
+        """All concepts of an owner, the newest first."""
         query = "SELECT * FROM concepts WHERE owner = ? ORDER BY created DESC, id"
         return [_concept(row) for row in self._rows(query, owner)]
 
@@ -201,7 +209,7 @@ class Store:
         return {row[0] for row in self._rows("SELECT folder FROM concepts")}
 
     def set_taught(self, job: Job) -> None:
-        """A job has made the file of its concept."""
+        """Note that a job has made the file of its concept."""
         with self._change() as db:
             db.execute(
                 "UPDATE concepts SET taught_by = ? WHERE owner = ? AND id = ? AND folder = ?",
@@ -220,13 +228,13 @@ class Store:
     # ------------------------------------------------------------------ photos
 
     def photos(self, folder: str) -> list[Photo]:
-        """Of one concept, in the order in which they came."""
+        """The photos of one concept, in the order in which they came."""
         query = "SELECT * FROM photos WHERE folder = ? ORDER BY number"
         names = [field.name for field in dataclasses.fields(Photo)]
         return [Photo(**{n: row[n] for n in names}) for row in self._rows(query, folder)]
 
     def put_photo(self, folder: str, photo: Photo) -> None:
-        """Add a photo, or put another in the place of the one of that name; without its mask."""
+        """Add a photo, or put it in the place of the one of that name, whose mask is forgotten."""
         with self._change() as db:
             query = "SELECT coalesce(max(number), 0) + 1 FROM photos WHERE folder = ?"
             (number,) = db.execute(query, (folder,)).fetchone()
@@ -278,7 +286,7 @@ class Store:
         return job
 
     def job(self, id: str) -> Job | None:
-        """One job, whoever's it is."""
+        """The job of that id, of any owner; None where there is none."""
         rows = self._rows(f"SELECT {_JOB_COLUMNS} FROM jobs WHERE id = ?", id)
         return _job(rows[0]) if rows else None
 
@@ -290,13 +298,13 @@ class Store:
         return _job(rows[0]) if rows else None
 
     def jobs(self, owner: str, *, limit: int = 100) -> list[Job]:
-        """An owner's, the newest first."""
+        """The last ``limit`` jobs of an owner, the newest first."""
         where = "WHERE owner = ? ORDER BY number DESC LIMIT ?"
         query = f"SELECT {_JOB_COLUMNS} FROM jobs {where}"
         return [_job(row) for row in self._rows(query, owner, limit)]
 
     def open_jobs(self) -> list[Job]:
-        """All that are not ended, in the order in which they came."""
+        """All jobs that have not ended, in the order in which they came."""
         where = "WHERE state IN ('queued', 'starting', 'processing') ORDER BY number"
         return [_job(row) for row in self._rows(f"SELECT {_JOB_COLUMNS} FROM jobs {where}")]
 
@@ -307,7 +315,7 @@ class Store:
         return _job(rows[0]) if rows else None
 
     def begin(self, id: str) -> None:
-        """A job is being done: one more attempt."""
+        """Note that the device begins a job, which counts as one more attempt."""
         with self._change() as db:
             db.execute(
                 "UPDATE jobs SET state = 'processing', attempts = attempts + 1, started = ? "
@@ -316,12 +324,12 @@ class Store:
             )
 
     def requeue(self, id: str) -> None:
-        """A job waits again, after a restart."""
+        """Let a job wait again, after a restart."""
         with self._change() as db:
             db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (id,))
 
     def warn(self, id: str, text: str) -> None:
-        """Add to what is to be said of a drawing, once."""
+        """Add a warning to a drawing, once."""
         with self._change() as db:
             row = db.execute("SELECT request FROM jobs WHERE id = ?", (id,)).fetchone()
             request = {} if row is None else json.loads(row[0])
@@ -331,7 +339,7 @@ class Store:
                 db.execute("UPDATE jobs SET request = ? WHERE id = ?", (json.dumps(request), id))
 
     def give_back(self, id: str) -> None:
-        """A job waits again, since the server ends in order: that is no attempt."""
+        """Let a job wait again because the server ends in order; its attempt does not count."""
         with self._change() as db:
             db.execute(
                 "UPDATE jobs SET state = 'queued', attempts = attempts - 1 "
@@ -340,7 +348,7 @@ class Store:
             )
 
     def end(self, id: str, state: State, error: str | None = None) -> bool:
-        """The end of a job; whether it had not ended before."""
+        """Note the end of a job; returns whether it had not ended before."""
         with self._change() as db:
             changed = db.execute(
                 "UPDATE jobs SET state = ?, error = ?, finished = ? "

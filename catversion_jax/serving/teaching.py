@@ -35,9 +35,9 @@ class Progress:
 
     Attributes:
       step: updates done.
-      updates: in all.
-      losses: (step, evaluation loss).
-      plain_loss: the plain model's.
+      updates: updates that it gets in all.
+      losses: pairs of step and evaluation loss.
+      plain_loss: the plain model's evaluation loss; None where it is not known yet.
     """
 
     step: int
@@ -70,7 +70,7 @@ class ConceptFolders:
         write_atomically(self._photos / folder / file, data)
 
     def remove_photo(self, folder: str, *files: str | None) -> None:
-        """Delete what may be there."""
+        """Delete the files of a photo, where there are any."""
         for file in files:
             if file is not None:
                 (self._photos / folder / file).unlink(missing_ok=True)
@@ -89,7 +89,7 @@ class ConceptFolders:
         write_atomically(self._photos / folder / "concept.json", json.dumps(dict(fields)).encode())
 
     def spec(self, folder: str, name: str) -> ConceptSpec:
-        """What is taught.
+        """The concept in a folder, under the given name.
 
         Raises:
           ConceptError: the folder cannot be taught from.
@@ -156,7 +156,7 @@ class ConceptFolders:
                 shutil.rmtree(path, ignore_errors=True)
 
     def write_warm_up(self, resolution: int) -> None:
-        """A concept of one grey picture."""
+        """Write a concept of one grey picture, ``resolution`` pixels wide and high."""
         grey = Image.fromarray(np.full((resolution, resolution, 3), 127, np.uint8))
         buffer = io.BytesIO()
         grey.save(buffer, format="PNG")

@@ -27,7 +27,7 @@ def checked_fields(core: Core, form: ConceptForm) -> dict[str, Any]:
     """What a concept is, as it is kept.
 
     Raises:
-      ApiError: a word or a prompt that cannot be.
+      ApiError: 422, a word or a prompt cannot be used, or there are too many prompts.
     """
     fields = form.model_dump(exclude_none=True)
     words = " ".join(form.base_class.split())
@@ -177,10 +177,11 @@ def ask_lesson(
 
 
 def checked(core: Core, worker: Worker, concept: StoredConcept) -> dict[str, Any]:
-    """What is wrong with a concept's photos, what may be, and what else is to be said.
+    """What ``catversion check`` says of a concept's photos: ``problems``, for which it cannot be
+    taught, ``warnings`` and ``notes``.
 
     Raises:
-      ApiError: it has none.
+      ApiError: 503, the server loads, drains, or its device is gone.
     """
     core.admit()
     photos = core.photos(concept)

@@ -30,7 +30,7 @@ class Watchers:
                     del self._events[id]
 
     def tell(self, id: str) -> None:
-        """Something has become of a job."""
+        """Wake whoever waits for a job, because something became of it."""
         with self._lock:
             waiting = list(self._events.get(id, ()))
         for loop, event in waiting:
@@ -38,7 +38,7 @@ class Watchers:
                 loop.call_soon_threadsafe(event.set)
 
     def tell_all(self) -> None:
-        """The server ends."""
+        """Wake everybody who waits, because the server ends."""
         with self._lock:
             ids = list(self._events)
         for id in ids:

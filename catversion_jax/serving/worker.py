@@ -41,7 +41,7 @@ class Worker:
       backbone: networks that are loaded already; None loads those that the config names.
 
     Attributes:
-      orders: what takes requests for pictures; there once everything is compiled.
+      orders: takes requests for pictures; it is there once everything is compiled.
     """
 
     orders: Orders

@@ -59,7 +59,7 @@ def routes(server: Server) -> Any:
 
     @router.get("/sd-models")
     def models(request: Request) -> list[dict[str, Any]]:
-        """The plain model and the concepts."""
+        """The plain model and the key's own concepts, each as a model."""
         return [
             {
                 "title": name,
@@ -79,7 +79,7 @@ def routes(server: Server) -> Any:
 
     @router.get("/loras")
     def loras(request: Request) -> list[dict[str, Any]]:
-        """The concepts."""
+        """The key's own concepts, each as a LoRA."""
         return [
             {"name": name, "alias": name, "path": name, "metadata": {}} for name in names(request)
         ]

@@ -57,7 +57,7 @@ def routes(server: Server) -> Any:
 
     @router.get("/v1/models/{id}")
     def model(id: str, request: Request) -> dict[str, Any]:
-        """One of them."""
+        """The plain model, or one concept of this key."""
         for one in models(request)["data"]:
             if one["id"] == id:
                 return one

@@ -27,7 +27,7 @@ CHART_WIDTH, CHART_HEIGHT = 320, 96
 
 
 def templates() -> jinja2.Environment:
-    """The page's own."""
+    """The Jinja environment of the page's templates."""
     loader = jinja2.FileSystemLoader(FOLDER / "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     env.globals["curve"] = curve

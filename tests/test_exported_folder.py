@@ -65,8 +65,8 @@ def expected(tiny_sd_folder, tmp_path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def encoded(pipe) -> tuple[torch.Tensor, torch.Tensor]:
-    return pipe.encode_prompt("a cat", "cpu", 1, True, **UGLY)
+def encoded(pipe, prompt="a cat") -> tuple[torch.Tensor, torch.Tensor]:
+    return pipe.encode_prompt(prompt, "cpu", 1, True, **UGLY)
 
 
 def names_without_trust(kind, folder, **options) -> list[str]:
@@ -165,9 +165,62 @@ def test_save_and_load_again(exported, expected, tmp_path):
     check(again, expected)
     again.save_pretrained(tmp_path / "twice")
     check(DiffusionPipeline.from_pretrained(tmp_path / "twice", trust_remote_code=True), expected)
-    loader.load_catversion(again, write(tmp_path, "new", "house", make_residual(2)))
-    with pytest.warns(UserWarning, match="new loaded since are not in it"):
-        again.save_pretrained(tmp_path / "thrice")
+
+
+def test_what_is_loaded_and_chosen_survives(tiny_sd_folder, exported, tmp_path):
+    """Saved and loaded, and handed on by ``from_pipe``, against a plain one with the loader."""
+    pipe = DiffusionPipeline.from_pretrained(exported, trust_remote_code=True)
+    file = write(tmp_path, "new", "house", make_residual(2))
+    assert pipe.load_catversion(file) == "new"
+    pipe.unload_catversion("rex")
+    pipe.set_catversion(["tom", "new"], [0.5, 2.0], keep_apart=True)
+    right = load_pipe(tiny_sd_folder)
+    for one in (write(tmp_path, "tom", "cat", make_residual(0, bias=1.0)), file):
+        loader.load_catversion(right, one)
+    loader.set_catversion(right, ["tom", "new"], [0.5, 2.0], keep_apart=True)
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    text = "a cat, a dog and a house"
+    for one in (
+        pipe,
+        saved,
+        type(pipe).from_pipe(pipe),
+        AutoPipelineForImage2Image.from_pipe(pipe),
+    ):
+        assert [(c["name"], c["scale"]) for c in one.list_catversion()] == [
+            ("tom", 0.5),
+            ("new", 2.0),
+        ]
+        for found, expected in zip(encoded(one, text), encoded(right, text), strict=True):
+            assert torch.equal(found, expected)
+        with one.chosen("new"), loader.chosen(right, "new"):
+            assert torch.equal(encoded(one, text)[0], encoded(right, text)[0])
+    saved.disable_catversion()
+    plain = encoded(load_pipe(tiny_sd_folder), text)
+    assert torch.equal(encoded(saved, text)[0], plain[0])
+    saved.save_pretrained(tmp_path / "resting")
+    resting = DiffusionPipeline.from_pretrained(tmp_path / "resting", trust_remote_code=True)
+    assert torch.equal(encoded(resting, text)[0], plain[0])
+    resting.enable_catversion()
+    assert torch.equal(encoded(resting, text)[0], encoded(right, text)[0])
+    resting.unload_catversion()
+    assert type(resting).from_pipe(resting).list_catversion() == []  # they stay unloaded
+    resting.save_pretrained(tmp_path / "none")
+    none = DiffusionPipeline.from_pretrained(tmp_path / "none", trust_remote_code=True)
+    assert none.list_catversion() == []
+    assert none.load_catversion(file) == "new"
+
+
+def test_a_stock_pipeline_made_of_it(exported, expected):
+    pipe = DiffusionPipeline.from_pretrained(exported, trust_remote_code=True)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    pipe.enable_catversion(other)
+    check(other, expected)
+    # a block of this package has no effect on the copy of its code in the folder, and says so
+    with pytest.raises(loader.CatVersionLoadError, match=r"Use the methods of its pipeline"):
+        loader.plain(pipe).__enter__()
+    with pytest.raises(loader.CatVersionLoadError, match=r"pipe\.chosen"):
+        loader.chosen(pipe, "tom").__enter__()
 
 
 def test_two_folders_in_one_process(tiny_sd_folder, exported, expected, tmp_path):

@@ -167,6 +167,59 @@ def test_blocks_hold_for_their_thread_alone(tiny_sd_folder, pipe):
             loader.scaled(pipe, wrong).__enter__()
 
 
+def test_blocks_choose_concepts_for_their_thread_alone(tiny_sd_folder, pipe, files, tmp_path):
+    """Eight threads, each with concepts and scales of its own, two of them of one base class,
+    against pipelines that have only these.
+    """
+    other = write(tmp_path, "tim", "cat", make_residual(7, bias=1.0))
+    loader.load_catversion(pipe, other)  # sets tom aside
+    asked = [("tom", 1.0), ("tim", 1.0), (["rex", "tom"], [0.5, 2.0]), ((), 1.0)]
+    prompt, right = "a cat and a dog", []
+    by_name = {"tom": files["tom"], "rex": files["rex"], "tim": other}
+    for name, scale in asked:
+        alone = load_pipe(tiny_sd_folder)
+        for one in [name] if isinstance(name, str) else name:
+            loader.load_catversion(alone, by_name[one])
+        if name:
+            loader.set_catversion(alone, name, scale)
+        right.append(encode(alone, prompt))
+    before, ids = encode(pipe, prompt), token_ids(pipe, prompt)
+    start = threading.Barrier(8)
+
+    @torch.no_grad()
+    def wrong(thread: int) -> int:
+        name, scale = asked[thread % 4]
+        start.wait()
+        count = 0
+        for _ in range(30):
+            with loader.chosen(pipe, name, scale):
+                found = pipe.text_encoder(ids).last_hidden_state
+                count += not torch.equal(found, right[thread % 4])
+        return count
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(wrong, range(8))) == 0
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.equal(encode(pipe, prompt), before)
+    with loader.scaled(pipe, 0.3), loader.chosen(pipe, ["rex", "tom"]):
+        with loader.scaled(pipe, {"tom": 2.0, "rex": 0.5}):
+            assert torch.equal(encode(pipe, prompt), right[2])
+        with pytest.raises(loader.CatVersionLoadError, match="'tim' is not active; active: tom"):
+            loader.scaled(pipe, {"tim": 1}).__enter__()
+        with loader.plain(pipe):
+            assert torch.equal(encode(pipe, prompt), right[3])
+    loader.disable_catversion(pipe)
+    with loader.chosen(pipe, "tom"):
+        assert torch.equal(encode(pipe, prompt), right[0])
+    assert torch.equal(encode(pipe, prompt), right[3])
+    with pytest.raises(loader.CatVersionLoadError, match="'tam' is not loaded; loaded: tom, rex"):
+        loader.chosen(pipe, "tam").__enter__()
+
+
 def lora_config():
     peft = pytest.importorskip("peft", reason="LoRAs are peft's: pip install '.[test]'")
     return peft, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -252,6 +305,10 @@ def test_torch_compile_in_one_graph(tiny_sd_folder, tmp_path, first):
     for one in (pipe, eager):
         loader.load_catversion(one, rex)
     torch.testing.assert_close(encode(pipe, *prompts), encode(eager, *prompts))
+    with loader.chosen(pipe, "rex", 0.7), loader.chosen(eager, "rex", 0.7):
+        torch.testing.assert_close(encode(pipe, *prompts), encode(eager, *prompts))
+    with pytest.raises(loader.CatVersionLoadError, match="cat-2: not active, and the text encoder"):
+        loader.chosen(pipe, ["rex", "cat-2"]).__enter__()
     loader.disable_catversion(pipe)
     torch.testing.assert_close(encode(pipe, *prompts), plain)
     loader.unload_catversion(pipe)

@@ -1,5 +1,7 @@
-"""``catversion export SOURCE``: concept files, baked prompt embeddings, or a complete diffusers
-folder. The file of a Textual Inversion concept is what diffusers' ``load_textual_inversion`` reads.
+"""``catversion export SOURCE``: concept files, baked prompt embeddings, a complete diffusers
+folder, or a block for its modular pipelines.
+
+The file of a Textual Inversion concept is what diffusers' ``load_textual_inversion`` reads.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from catversion_jax.errors import CatVersionError
 if TYPE_CHECKING:
     from catversion_jax.methods.concept_file import Concept
 
-FORMATS = ("safetensors", "prompt_embeds", "pipeline")
+FORMATS = ("safetensors", "prompt_embeds", "pipeline", "block")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir",
         type=path_argument,
         default="catversion-export",
-        help="folder that receives it; for a pipeline, a new one [catversion-export]",
+        help="folder that receives it; for a pipeline or block, a new one [catversion-export]",
     )
     add("--concept", action="append", metavar="NAME", help="only this concept; repeatable [all]")
     add(
@@ -74,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
             print(path)
     elif args.format == "prompt_embeds":
         print(_write_prompt_embeds(args, concepts, output / "prompt_embeds.safetensors"))
+    elif args.format == "block":
+        from catversion_jax.integrations.block_folder import export_block
+
+        _check_exportable(args.format, concepts)
+        print(export_block(output, concepts))
     else:
         print(_write_pipeline(args, concepts, output))
     return 3 if damaged else 0
@@ -109,9 +116,7 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
     from catversion_jax.models.weights.fingerprint import encoder_hashes
     from catversion_jax.models.weights.model_files import open_model
 
-    for concept in concepts:
-        if obstacle := concept.learned.pipeline_obstacle:
-            raise CatVersionError(f"--format pipeline: concept {concept.name!r} {obstacle}")
+    _check_exportable(args.format, concepts)
     files = open_model(
         _model_of(args, concepts),
         revision=args.revision,
@@ -130,6 +135,12 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
                     "--model, or --force."
                 )
     return export_pipeline(output, files, concepts, force=args.force)
+
+
+def _check_exportable(form: str, concepts: Sequence[Concept]) -> None:
+    for concept in concepts:
+        if obstacle := concept.learned.pipeline_obstacle:
+            raise CatVersionError(f"--format {form}: concept {concept.name!r} {obstacle}")
 
 
 def _model_of(args: argparse.Namespace, concepts: Sequence[Concept]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from catversion_jax.integrations.concept_attention import CALLED_HERE, Called
-from catversion_jax.integrations.encoder_state import innermost
+from catversion_jax.integrations.encoder_wrapping import innermost
 from catversion_jax.integrations.pipeline_encoders import encoders_of, states_on
 
 

@@ -38,7 +38,8 @@ which then needs no package of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,19 @@ from catversion_jax.integrations.encoder_fingerprint import (
     text_encoder_sha256,
 )
 from catversion_jax.integrations.encoder_state import (
+    ASKED_HERE,
+    CHOSEN_WHEN_COMPILED,
+    SWITCHING,
     EncoderState,
+    Selection,
     check_implementation,
     one_at_a_time,
 )
+from catversion_jax.integrations.encoder_wrapping import is_compiled
 from catversion_jax.integrations.loaded_concept import (
+    PAIR,
     CatVersionLoadError,
     LoadedConcept,
-    parse_concept,
 )
 from catversion_jax.integrations.pipeline_encoders import (
     encoders_for,
@@ -67,6 +73,7 @@ from catversion_jax.integrations.pipeline_encoders import (
 from catversion_jax.integrations.told_pipeline import (
     check_scale,
     is_replaced,
+    own_states,
     plain,
     scaled,
     tell,
@@ -75,6 +82,7 @@ from catversion_jax.integrations.told_pipeline import (
 
 __all__ = [
     "CatVersionLoadError",
+    "chosen",
     "disable_catversion",
     "enable_catversion",
     "list_catversion",
@@ -145,7 +153,7 @@ def load_catversion(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    return _load(pipe, parts, source, adapter_name, force)
+    return load_parts(pipe, parts, source, adapter_name, force=force)
 
 
 @one_at_a_time
@@ -175,20 +183,9 @@ def set_catversion(
       CatVersionLoadError: a name that is not loaded, or a scale that is not a finite number >= 0.
     """
     states = _states_of(pipe)
-    names = _texts("name", name)
-    if len(set(names)) < len(names):
-        raise CatVersionLoadError(f"name={names!r:.200}: give each name once.")
-    scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(names)
-    if len(scales) != len(names):
-        raise CatVersionLoadError(
-            f"{len(names)} names and {len(scales)} scales: give one scale per name."
-        )
-    for one, number in zip(names, scales, strict=True):
-        for state in states:
-            state.require(one)
-        check_scale(number)
+    scales = _scales_by_name(states, name, scale)
     for state in states:
-        state.active = dict(zip(names, map(float, scales), strict=True))
+        state.active = dict(scales)
         state.enabled = True
         state.keep_apart = state.keep_apart if keep_apart is None else bool(keep_apart)
         state.select()
@@ -197,6 +194,56 @@ def set_catversion(
         for state, encoder in zip(states, encoders_of(pipe), strict=True):
             limit = encoder.tokenizer.model_max_length - 2  # begin-of-text and end-of-text
             state.plain = {encoder.word_ids(prompt)[:limit] for prompt in given}
+
+
+@contextlib.contextmanager
+def chosen(
+    pipe: Any,
+    name: str | Sequence[str],
+    scale: float | Sequence[float] = 1.0,
+    *,
+    keep_apart: bool | None = None,
+) -> Iterator[None]:
+    """A block in which these loaded concepts act, active or not, and no others.
+
+    What :func:`set_catversion` says for every later call, this says for the calls of one thread or
+    task, so calls side by side may draw with different concepts, also of one base class. Of blocks
+    within each other the innermost counts; :func:`scaled` within it changes its scales. In a
+    compiled text encoder it chooses among the active concepts.
+
+    Args:
+      pipe: the pipeline.
+      name: one or more loaded names; () for none.
+      scale: as in :func:`set_catversion`.
+      keep_apart: as in :func:`set_catversion`.
+
+    Raises:
+      CatVersionLoadError: a name that is not loaded, a scale that is not a finite number >= 0, or
+        a name that is not active where the text encoder is compiled.
+    """
+    with SWITCHING:
+        states = own_states(_states_of(pipe))
+        scales = _scales_by_name(states, name, scale)
+        compiled = any(is_compiled(getattr(pipe, component, None)) for component in PAIR)
+        if compiled and (rest := [one for one in scales if one not in states[0].selection.scales]):
+            raise CatVersionLoadError(CHOSEN_WHEN_COMPILED.format(", ".join(rest)))
+        choices = tuple(
+            (
+                state,
+                Selection(
+                    state,
+                    [state.loaded[one] for one in scales],
+                    scales,
+                    state.keep_apart if keep_apart is None else bool(keep_apart),
+                ),
+            )
+            for state in states
+        )
+    token = ASKED_HERE.set((*ASKED_HERE.get(), *choices))
+    try:
+        yield
+    finally:
+        ASKED_HERE.reset(token)
 
 
 @one_at_a_time
@@ -263,6 +310,25 @@ def list_catversion(pipe: Any) -> list[dict[str, Any]]:
     return listed
 
 
+def _scales_by_name(
+    states: Sequence[EncoderState], name: Any, scale: float | Sequence[float]
+) -> dict[str, float]:
+    """The scales of loaded concepts that a user names, one or several of each."""
+    names = _texts("name", name)
+    if len(set(names)) < len(names):
+        raise CatVersionLoadError(f"name={names!r:.200}: give each name once.")
+    scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(names)
+    if len(scales) != len(names):
+        raise CatVersionLoadError(
+            f"{len(names)} names and {len(scales)} scales: give one scale per name."
+        )
+    for one, number in zip(names, scales, strict=True):
+        for state in states:
+            state.require(one)
+        check_scale(number)
+    return dict(zip(names, map(float, scales), strict=True))
+
+
 def _texts(argument: str, value: Any) -> list[str]:
     """One text or several as a list."""
     listed = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
@@ -272,19 +338,19 @@ def _texts(argument: str, value: Any) -> list[str]:
     return listed
 
 
-def load_bytes(pipe: Any, data: bytes, source: str, adapter_name: str, force: bool) -> str:
-    """Load the concept of a file's bytes, as :func:`load_catversion` does."""
-    return _load(pipe, parse_concept(data, source), source, adapter_name, force)
-
-
 @one_at_a_time
-def _load(
+def load_parts(
     pipe: Any,
     parts: Sequence[LoadedConcept],
     source: str,
-    adapter_name: str | None,
-    force: bool,
+    adapter_name: str | None = None,
+    *,
+    force: bool = False,
+    activate: bool = True,
 ) -> str:
+    """Load a concept that was read already, as :func:`load_catversion` does; without ``activate``
+    it rests, and the active ones stay.
+    """
     encoders = encoders_for(pipe, parts, source)
     states = [one.state or EncoderState(one.tokenizer) for one in encoders]
     for encoder, state, part in zip(encoders, states, parts, strict=True):
@@ -293,6 +359,7 @@ def _load(
         state.warned = states[0].warned  # what is said of one is not said of the other again
         if not force:
             check_weights(state, part, encoder.model, source)
+        part.forced = force
         part.class_ids = tuple(map(encoder.word_ids, (part.base_class, *part.class_forms)))
         if not part.class_ids[0]:
             raise CatVersionLoadError(
@@ -306,10 +373,11 @@ def _load(
         for rival, one in list(state.loaded.items()):
             if rival not in known:  # it was in a text encoder that was replaced, too
                 state.forget(rival)
-            elif one.class_ids[0] == part.class_ids[0]:
+            elif activate and one.class_ids[0] == part.class_ids[0]:
                 state.active.pop(rival, None)
         state.loaded[name] = part
-        state.active[name] = 1.0
+        if activate:
+            state.active[name] = 1.0
         state.select()
     return name
 

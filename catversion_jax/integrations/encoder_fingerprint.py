@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from catversion_jax.integrations.encoder_state import EncoderState, innermost
+from catversion_jax.integrations.encoder_state import EncoderState
+from catversion_jax.integrations.encoder_wrapping import innermost
 from catversion_jax.integrations.loaded_concept import PAIR, CatVersionLoadError, LoadedConcept
 from catversion_jax.integrations.weights_sha256 import BFLOAT16, same_numbers, weights_sha256
 

@@ -22,7 +22,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ from catversion_jax.integrations.concept_attention import (
     Marks,
     register_attention,
 )
+from catversion_jax.integrations.encoder_wrapping import innermost
 from catversion_jax.integrations.loaded_concept import CatVersionLoadError, LoadedConcept
 from catversion_jax.integrations.word_places import (
     content,
@@ -43,11 +44,17 @@ from catversion_jax.integrations.word_places import (
 )
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
+CHOSEN_WHEN_COMPILED = (
+    "{}: not active, and the text encoder is compiled, where a block can choose among active "
+    "concepts only. Activate all that you draw with by set_catversion first."
+)
 _LACKS_STATES = " The concept's context states, which encode_prompt adds, are missing here."
 
-# Scales that hold for the calls of one block in one thread or task, the innermost last.
-SCALES_HERE: contextvars.ContextVar[tuple[tuple[EncoderState, Mapping[str, float] | float], ...]]
-SCALES_HERE = contextvars.ContextVar("catversion_scales", default=())
+# What blocks of one thread or task ask for, the innermost last: a choice of concepts, or scales.
+ASKED_HERE: contextvars.ContextVar[
+    tuple[tuple[EncoderState, Selection | Mapping[str, float] | float], ...]
+]
+ASKED_HERE = contextvars.ContextVar("catversion_asked", default=())
 SWITCHING = threading.RLock()  # held while what is loaded into any text encoder changes
 # Calls that were told of concepts, while their layers may still ask: in which encoder and thread.
 _CALLS: weakref.WeakKeyDictionary[Marks, tuple[EncoderState, int]]
@@ -70,19 +77,6 @@ def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Argument
             return function(*args, **kwargs)
 
     return locked
-
-
-def innermost(encoder: Any) -> Any:
-    """The transformers model inside what ``torch.compile`` and ``peft.get_peft_model`` make."""
-    while encoder is not None:
-        children = vars(encoder).get("_modules", {})
-        if "_orig_mod" in children:
-            encoder = children["_orig_mod"]
-        elif hasattr(type(encoder), "get_base_model"):
-            encoder = encoder.get_base_model()
-        else:
-            break
-    return encoder
 
 
 def state_on(encoder: Any) -> EncoderState | None:
@@ -110,6 +104,13 @@ class Selection:
     def __reduce__(self) -> tuple:
         # a copy has its own number
         return Selection, (self.state, self.concepts, self.scales, self.keep_apart)
+
+
+def is_choice(asked: Any) -> TypeGuard[Selection]:
+    """Whether a block asks for concepts, not for scales; by what it has, because diffusers runs the
+    code of exported folders again under one name, and its classes with it.
+    """
+    return hasattr(asked, "concepts")
 
 
 _NUMBERS = itertools.count()
@@ -214,7 +215,8 @@ class EncoderState:
         """The bias ``[B T]`` of equation (2) of the concepts that any row calls, by their number in
         the selection; -inf where a token does not see the concept.
         """
-        scales = self._scales_here(selection)
+        chosen = self.chosen_here() or selection
+        scales = self._scales_here(selection, chosen)
         if not any(scales.values()):
             return {}
         rows = ids.reshape(-1, ids.shape[-1]).tolist()
@@ -235,7 +237,7 @@ class EncoderState:
                     continue
                 uncalled.discard(row)
                 bias = biases.setdefault(i, torch.full((len(rows), len(rows[0])), -torch.inf))
-                apart = words if selection.keep_apart else ()
+                apart = words if chosen.keep_apart else ()
                 others = {starts[row] + p for one in apart for p in one.get(row, ())}
                 own = [starts[row] + p for p in positions]
                 seeing = seeing_positions(concept.scope, own, others - set(own), len(rows[0]))
@@ -249,14 +251,24 @@ class EncoderState:
         self._warn_of_call(selection, uncalled, bool(biases))
         return {i: bias.to(ids.device) for i, bias in biases.items()}
 
-    def _scales_here(self, selection: Selection) -> Mapping[str, float]:
-        for state, scales in reversed(SCALES_HERE.get()):
-            if state is self:
-                own = selection.scales
-                if isinstance(scales, Mapping):
-                    return {name: scales.get(name, scale) for name, scale in own.items()}
-                return dict.fromkeys(own, scales)
-        return selection.scales
+    def chosen_here(self) -> Selection | None:
+        """What the innermost block of this thread or task that chooses concepts has chosen."""
+        asked = (asked for state, asked in reversed(ASKED_HERE.get()) if state is self)
+        return next((one for one in asked if is_choice(one)), None)
+
+    def _scales_here(self, selection: Selection, chosen: Selection) -> Mapping[str, float]:
+        """The scales of the concepts of ``selection``, which in a compiled graph is that of the
+        active concepts even where a block has chosen others.
+        """
+        if missing := sorted(set(chosen.scales) - set(selection.scales)):
+            raise CatVersionLoadError(CHOSEN_WHEN_COMPILED.format(", ".join(missing)))
+        asked = next((one for state, one in reversed(ASKED_HERE.get()) if state is self), chosen)
+        scales = chosen.scales
+        if isinstance(asked, Mapping):
+            scales = {name: asked.get(name, scale) for name, scale in scales.items()}
+        elif not is_choice(asked):
+            scales = dict.fromkeys(scales, asked)
+        return {name: scales.get(name, 0.0) for name in selection.scales}
 
     def _word_positions(self, prompt: tuple[int, ...], concept: LoadedConcept) -> list[int]:
         return word_positions(prompt, concept.class_ids, self.inside_word)
@@ -313,7 +325,8 @@ def _before_encoding(
     state: EncoderState | None = getattr(encoder, "_catversion_state", None)
     if state is None or kwargs is None:
         return None
-    selection = state.selection
+    compiling = torch.compiler.is_compiling()  # no context variable is read in a compiled graph
+    selection = state.selection if compiling else state.chosen_here() or state.selection
     if not selection.concepts:
         return None
     ids = kwargs.get("input_ids", args[0] if args else None)
@@ -325,7 +338,7 @@ def _before_encoding(
     said = kwargs.get("output_attentions")
     if said is None:
         said = encoder.config.output_attentions
-    if torch.compiler.is_compiling():
+    if compiling:
         state.install(encoder)
         bias = _TRACED_BIAS(ids, selection.number, len(selection.concepts))
         marks = Marks(selection.concepts, bias, said)

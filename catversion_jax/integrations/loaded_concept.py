@@ -53,6 +53,8 @@ class LoadedConcept:
     class_forms: tuple[str, ...] = ()  # further words that call it, such as a plural
     class_ids: tuple[tuple[int, ...], ...] = ()  # token ids of the base class and of the forms
     states: torch.Tensor | None = None  # [S D] behind all encoders' outputs, since version 4
+    file: bytes = b""  # that it was read from; nothing where its tensors were given
+    forced: bool = False  # it was loaded whatever text encoder it was trained with
 
     def at_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value ``[N P H]`` of an adapted layer on the device and in the dtype of
@@ -95,7 +97,10 @@ def parse_concept(data: bytes, source: str) -> tuple[LoadedConcept, ...]:
             f"{source}: not a complete safetensors file ({error}). Give a {CONCEPT_FILE_NAME}; "
             "copy it again."
         ) from error
-    return concept_of(tensors, metadata, source)
+    parts = concept_of(tensors, metadata, source)
+    for part in parts:
+        part.file = data
+    return parts
 
 
 def concept_of(

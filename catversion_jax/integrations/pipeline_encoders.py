@@ -9,9 +9,9 @@ from typing import Any
 from catversion_jax.integrations.encoder_state import (
     EncoderState,
     content,
-    innermost,
     state_on,
 )
+from catversion_jax.integrations.encoder_wrapping import innermost
 from catversion_jax.integrations.loaded_concept import (
     PAIR,
     CatVersionLoadError,

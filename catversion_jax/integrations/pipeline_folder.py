@@ -4,31 +4,32 @@ need.
 ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` then needs torch, diffusers
 and transformers, no package of ours. ``model_index.json`` names the class in ``pipeline.py``, so
 that loading gives that class or fails, never the plain model. ``pipeline.py`` is the source of the
-files in ``_SOURCES`` and of one in ``_PIPELINES``, one after the other, and the concept files in
-base64.
+files in ``LOADER``, of ``exported_pipeline.py`` and of one in ``_PIPELINES``, one after the other,
+and the concept files in base64.
 """
 
 from __future__ import annotations
 
 import ast
-import base64
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
+from catversion_jax.integrations.exported_source import with_concepts_at_end
 from catversion_jax.methods.concept_file import Concept, write_concepts
 from catversion_jax.models.components_fit import inpainting_channels
 from catversion_jax.models.weights.model_files import ModelFiles, opened
 from catversion_jax.runtime.atomic_files import unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
-_SOURCES = (
+LOADER = (  # in the order of their imports
     "../runtime/concept_packs.py",
     "loaded_concept.py",
     "shared_softmax.py",
     "concept_attention.py",
+    "encoder_wrapping.py",
     "word_places.py",
     "encoder_state.py",
     "weights_sha256.py",
@@ -38,7 +39,7 @@ _SOURCES = (
     "context_states.py",
     "told_pipeline.py",
     "diffusers.py",
-    "exported_pipeline.py",
+    "exported_source.py",
 )
 # By the number of text encoders and whether it inpaints: the file of the pipeline class, its name.
 _PIPELINES = {
@@ -53,22 +54,12 @@ _HEADER = '''"""Stable Diffusion with CatVersion concepts: {names}.
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
 Written by `catversion export --format pipeline`. The class word in a prompt calls its concept.
-Change scales with `pipe.set_catversion(name, 0.7)` or `with pipe.scaled(0.7):`.
+`pipe.set_catversion(name, 0.7)` chooses for all calls, `with pipe.chosen(name, 0.7):` for one.
 """
 
 from __future__ import annotations
 
 '''
-
-_CONCEPTS = """
-
-# ---- The concepts of this folder -----------------------------------------------------------------
-
-{name}.force = {force}
-{name}.source = Path(__file__).read_text(encoding="utf-8")
-{name}.concepts = {concepts}
-register_connected()
-"""
 
 _README = """# {title}
 
@@ -100,15 +91,16 @@ def pipeline_source(
 ) -> str:
     """Source of ``pipeline.py`` for concept files given as bytes by name."""
     pipeline_file, class_name = _PIPELINES[num_text_encoders, inpaints]
-    bodies = [
-        _body((Path(__file__).parent / file).read_text(encoding="utf-8"))
-        for file in (*_SOURCES, pipeline_file)
-    ]
-    encoded = {name: base64.b64encode(data).decode() for name, data in concepts.items()}
-    entries = "".join(f"    {name!r}: {data!r},\n" for name, data in encoded.items())
     names = ", ".join(concepts).replace("\\", "/").replace('"', "'")
-    tail = _CONCEPTS.format(name=class_name, concepts="{\n" + entries + "}", force=force)
-    return _HEADER.format(names=names) + "\n\n".join(bodies) + tail
+    code = _HEADER.format(names=names) + joined((*LOADER, "exported_pipeline.py", pipeline_file))
+    return with_concepts_at_end(code, class_name, concepts, force=force)
+
+
+def joined(files: Sequence[str]) -> str:
+    """The code of files of this room, one after the other, as one module."""
+    return "\n\n".join(
+        _body((Path(__file__).parent / file).read_text(encoding="utf-8")) for file in files
+    )
 
 
 def export_pipeline(

@@ -14,7 +14,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from catversion_jax.integrations.context_states import (
@@ -27,9 +27,10 @@ from catversion_jax.integrations.context_states import (
     with_states,
 )
 from catversion_jax.integrations.encoder_state import (
-    SCALES_HERE,
+    ASKED_HERE,
     SWITCHING,
     TOLD_HERE,
+    EncoderState,
 )
 from catversion_jax.integrations.loaded_concept import CatVersionLoadError
 from catversion_jax.integrations.pipeline_encoders import (
@@ -42,7 +43,6 @@ from catversion_jax.integrations.pipeline_encoders import (
 _PARAMETERS = {
     "prompt",
     "num_images_per_prompt",
-    "do_classifier_free_guidance",
     "negative_prompt",
     "prompt_embeds",
     "negative_prompt_embeds",
@@ -73,22 +73,39 @@ def scaled(pipe: Any, scale: float | Mapping[str, float]) -> Iterator[None]:
     Raises:
       CatVersionLoadError: a name that is not active, or a scale that is not a finite number >= 0.
     """
-    states = [one.state for one in encoders_of(pipe) if one.state is not None]
+    states = own_states([one.state for one in encoders_of(pipe) if one.state is not None])
     for number in scale.values() if isinstance(scale, Mapping) else [scale]:
         check_scale(number)
     if isinstance(scale, Mapping):
-        active = [name for name in names_in(states) if name in states[0].active]
+        chosen = states[0].chosen_here() if states else None
+        acting = states[0].active if states and chosen is None else chosen.scales if chosen else {}
+        active = [name for name in names_in(states) if name in acting]
         for name in scale:
             if name not in active:
                 raise CatVersionLoadError(
                     f"{name!r} is not active; active: {', '.join(active) or 'none'}. Use "
                     "set_catversion first."
                 )
-    token = SCALES_HERE.set((*SCALES_HERE.get(), *((state, scale) for state in states)))
+    token = ASKED_HERE.set((*ASKED_HERE.get(), *((state, scale) for state in states)))
     try:
         yield
     finally:
-        SCALES_HERE.reset(token)
+        ASKED_HERE.reset(token)
+
+
+def own_states(states: Sequence[EncoderState]) -> Sequence[EncoderState]:
+    """The states, which must be this code's: a block of another copy of it has no effect on them.
+
+    Raises:
+      CatVersionLoadError: an exported folder's code loaded them.
+    """
+    if any(type(state).__module__ != EncoderState.__module__ for state in states):
+        raise CatVersionLoadError(
+            "the concepts of this text encoder were loaded by the code of an exported folder. Use "
+            "the methods of its pipeline: pipe.scaled(...), pipe.chosen(...), pipe.plain(), and "
+            "pipe.enable_catversion(other) for another pipeline of the same components."
+        )
+    return states
 
 
 def check_scale(number: Any) -> None:
@@ -106,6 +123,7 @@ def check_scale(number: Any) -> None:
 class ToldPipeline:
     """The two methods by which a pipeline with concepts differs from its class."""
 
+    catversion_told = True  # as in every copy of this code, so that none is put on another
     _catversion_encoders: tuple[int, ...] = ()  # those that the concepts were loaded into
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,33 +131,8 @@ class ToldPipeline:
         with SWITCHING:  # another thread may just have unloaded the last concept
             told = isinstance(self, __class__)
             encode = super().encode_prompt if told else self.encode_prompt  # type: ignore[misc]
-        signature = inspect.signature(encode)
-        if not signature.parameters.keys() >= _PARAMETERS:
-            return encode(*args, **kwargs)
         _warn_replaced(self)
-        call = signature.bind(*args, **kwargs)
-        call.apply_defaults()
-        given = call.arguments
-        token = TOLD_HERE.set(True)
-        try:
-            count = given["num_images_per_prompt"]
-            given["prompt_embeds"], behind = split_long(self, given["prompt_embeds"])
-            half = is_half_loaded(self)
-            # a concept never acts in one of two text encoders alone
-            with plain(self) if half else contextlib.nullcontext(), collected() as calls:
-                if given["prompt_embeds"] is None:
-                    guided = given["do_classifier_free_guidance"]
-                    if not guided or given["negative_prompt_embeds"] is not None:
-                        encoded = encode(*call.args, **call.kwargs)
-                        return with_states(self, encoded, calls, count)
-                    given |= {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
-                    given |= _embeds(given, encode(*call.args, **call.kwargs))
-                    given |= {"do_classifier_free_guidance": guided, "num_images_per_prompt": count}
-                with plain(self):
-                    encoded = encode(*call.args, **call.kwargs)
-                return with_states(self, encoded, calls, count, behind)
-        finally:
-            TOLD_HERE.reset(token)
+        return encoded_apart(self, encode, args, kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline's own, which knows no concepts."""
@@ -154,6 +147,51 @@ class ToldPipeline:
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
+def encoded_apart(
+    pipe: Any,
+    encode: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    guided_name: str = "do_classifier_free_guidance",
+) -> Any:
+    """What ``encode(*args, **kwargs)`` of diffusers returns, in two calls of it, so that no concept
+    acts on the negative prompt; one call where it has not the parameters for that.
+
+    Args:
+      pipe: what holds the text encoders.
+      encode: an ``encode_prompt``.
+      args: its arguments.
+      kwargs: its arguments by name.
+      guided_name: its parameter that says whether there is a negative prompt.
+    """
+    signature = inspect.signature(encode)
+    if not signature.parameters.keys() >= {*_PARAMETERS, guided_name}:
+        return encode(*args, **kwargs)
+    call = signature.bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    token = TOLD_HERE.set(True)
+    try:
+        count = given["num_images_per_prompt"]
+        given["prompt_embeds"], behind = split_long(pipe, given["prompt_embeds"])
+        half = is_half_loaded(pipe)
+        # a concept never acts in one of two text encoders alone
+        with plain(pipe) if half else contextlib.nullcontext(), collected() as calls:
+            if given["prompt_embeds"] is None:
+                guided = given[guided_name]
+                if not guided or given["negative_prompt_embeds"] is not None:
+                    encoded = encode(*call.args, **call.kwargs)
+                    return with_states(pipe, encoded, calls, count)
+                given |= {guided_name: False, "num_images_per_prompt": 1}
+                given |= _embeds(given, encode(*call.args, **call.kwargs))
+                given |= {guided_name: guided, "num_images_per_prompt": count}
+            with plain(pipe):
+                encoded = encode(*call.args, **call.kwargs)
+            return with_states(pipe, encoded, calls, count, behind)
+    finally:
+        TOLD_HERE.reset(token)
+
+
 def _embeds(given: Mapping[str, Any], encoded: Sequence[Any]) -> dict[str, Any]:
     """What a call gave for the prompt, as arguments of the next call. Stable Diffusion XL's gives
     ``(prompt, negative, pooled, negative pooled)``.
@@ -164,18 +202,20 @@ def _embeds(given: Mapping[str, Any], encoded: Sequence[Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def told_class(base: type, name: str) -> type:
-    """The subclass of a pipeline class that says what a prompt is for."""
+def told_class(base: type, name: str, *more: type) -> type:
+    """The subclass of a pipeline class, and of ``more``, that says what a prompt is for."""
 
     def __reduce__(self: Any) -> tuple:  # it has no name to be found under
-        return _rebuild, (base, name), self.__dict__
+        return _rebuild, (base, name, *more), self.__dict__
 
     own: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
-    own |= {"__reduce__": __reduce__, "_catversion_base": base}
+    own |= {"__reduce__": __reduce__}
+    if not more:  # else it is so from the beginning, and stays so
+        own["_catversion_base"] = base
     for method in ("encode_prompt", "save_pretrained"):
         if hasattr(base, method):
             own[method] = _documented(getattr(base, method), getattr(ToldPipeline, method))
-    return type(name, (ToldPipeline, base), own)
+    return type(name, (*more, ToldPipeline, base), own)
 
 
 def _documented(original: Any, told: Any) -> Any:
@@ -186,8 +226,8 @@ def _documented(original: Any, told: Any) -> Any:
     return method
 
 
-def _rebuild(base: type, name: str) -> Any:
-    kind: Any = told_class(base, name)
+def _rebuild(base: type, name: str, *more: type) -> Any:
+    kind: Any = told_class(base, name, *more)
     return kind.__new__(kind)
 
 
@@ -195,7 +235,7 @@ def tell(pipe: Any) -> None:
     """Make a pipeline say what its prompts are for."""
     if not hasattr(type(pipe), "encode_prompt"):
         return
-    if not isinstance(pipe, ToldPipeline):
+    if not hasattr(type(pipe), "catversion_told"):
         kind: Any = type(pipe)
         pipe.__class__ = told_class(kind, kind.__name__)
     if vars(pipe).get("_catversion_encoders") != (ids := _ids(pipe)):

@@ -1,5 +1,6 @@
 """Prompts to ids, against transformers, and what a concept asks of a prompt."""
 
+import concurrent.futures
 import json
 import subprocess
 import sys
@@ -36,6 +37,22 @@ def test_ids_are_those_of_the_diffusers_pipeline(tokenizer, folder):
     ours = tokenizer(prompts)
     assert (ours.dtype, ours.shape, tokenizer.model_max_length) == (np.int32, (4, 24), 24)
     np.testing.assert_array_equal(ours, expected)
+
+
+def test_threads_do_not_disturb_each_other(tokenizer):
+    """Rows of the whole context, and words alone, asked for at the same time."""
+    prompts = ["a", "a teapot", "a very long prompt about a teapot on a table"]
+    expected = [(tokenizer([one])[0].tolist(), tokenizer.word_ids(one)) for one in prompts]
+    assert len({len(words) for _, words in expected}) == 3
+
+    def ask(number):
+        prompt = prompts[number % 3]
+        if number % 2:
+            return tokenizer([prompt])[0].tolist() == expected[number % 3][0]
+        return tokenizer.word_ids(prompt) == expected[number % 3][1]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(2000)))
 
 
 def test_word_ids_have_no_start_and_end(tokenizer):

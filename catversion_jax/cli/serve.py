@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     class Web(uvicorn.Server):
         """Takes nothing new as soon as it is asked to end, and answers until the work is done; the
-        exit code is 0 then. Asked again, it ends at once.
+        exit code is 0 then. Asked again, it waits for no more pictures.
         """
 
         @contextlib.contextmanager
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if server.core.draining:
-                super().handle_exit(sig, frame)
+                server.hurry()
                 return
             server.drain()
             threading.Thread(target=self.end, name="end", daemon=True).start()

@@ -79,6 +79,10 @@ class Server:
             self._deadline = time.monotonic() + self.options.shutdown_timeout
         self.core.draining = True
 
+    def hurry(self) -> None:
+        """Wait for nothing more than the piece of work under way."""
+        self._deadline = time.monotonic()
+
     def end_work(self) -> None:
         """Finish the pictures that wait, as many as there is time for, save the training, and end
         the device's thread. Requests are still answered; what is left is done after the next start.

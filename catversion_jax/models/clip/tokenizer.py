@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, model_max_length: int):
         self.model_max_length = model_max_length
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()
         whole = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         vocabulary = tokenizer.get_vocab().items()
         inside = frozenset(i for token, i in vocabulary if not token.endswith(END_OF_WORD))
@@ -148,18 +150,25 @@ class Tokenizer:
         wrong = sum(ids != (vocabulary[word],) for word, ids in zip(last, made, strict=True))
         return wrong > len(last) / 10
 
+    def _encoded(self, text: str | list[str], **options: Any) -> Any:
+        """What transformers makes of a text. Its tokenizers keep the padding and truncation of a
+        call in themselves, so that one thread would get another's: one at a time.
+        """
+        with self._lock:
+            return self._tokenizer(text, **options)
+
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids ``[B T]`` int32 with start and end, truncated and padded to
         ``model_max_length``.
         """
-        encoded = self._tokenizer(
+        encoded = self._encoded(
             list(prompts), padding="max_length", max_length=self.model_max_length, truncation=True
         )
         return np.asarray(encoded["input_ids"], np.int32)
 
     def word_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a text alone, without start and end."""
-        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return tuple(self._encoded(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def contains(self, prompt: str, words: ClassWords) -> bool:
         """Whether the part of the prompt that is read contains one of ``words``.
@@ -218,7 +227,7 @@ class Tokenizer:
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that does not fit in the context; ``''`` where all of it fits."""
-        encoded = self._tokenizer(
+        encoded = self._encoded(
             prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         if len(encoded["input_ids"]) <= self._room:

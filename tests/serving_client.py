@@ -75,14 +75,19 @@ class Client:
             time.sleep(0.05)
 
 
+@contextlib.contextmanager
 def serve(client, model, folder, *options):
     """``catversion serve`` in a process of its own, once it is ready; what it says goes to
-    ``log.txt`` in the folder, since nobody reads while it runs."""
+    ``log.txt`` in the folder, since nobody reads while it runs. Leaving the block kills it."""
     where = ("--port", client.port, "--output_dir", folder)
     folder.mkdir(exist_ok=True)
     with (folder / "log.txt").open("a") as log:
         process = start_command("serve", "--model", model, *where, *options, output=log)
-    while process.poll() is None and not client.is_ready():
-        time.sleep(0.05)
-    assert process.poll() is None, (folder / "log.txt").read_text()
-    return process
+    try:
+        while process.poll() is None and not client.is_ready():
+            time.sleep(0.05)
+        assert process.poll() is None, (folder / "log.txt").read_text()
+        yield process
+    finally:
+        process.kill()
+        process.wait()

@@ -31,7 +31,11 @@ LENIENT = """
 [[operations]]
 include-name = "POST /sdapi/v1/txt2img"
 checks.negative_data_rejection.enabled = false
-
+"""
+GIVEN = """
+[[operations]]
+include-path-regex = "^/v1/{}/"
+parameters = {{ id = "{}" }}
 """
 
 
@@ -41,45 +45,40 @@ def test_no_request_makes_an_error_of_the_servers(one_block_sd_folder, tmp_path,
     if program is None:
         pytest.skip("needs the command schemathesis, in an environment of its own")
     client = Client(free_port())
-    process = serve(client, one_block_sd_folder, tmp_path / "out", "--updates", 4)
-    client("PUT", "/v1/concepts/rex", base_class="dog")
-    client("PUT", "/v1/concepts/rex/photos/1", content=photo(1))
-    taught = json.loads(client("POST", "/v1/jobs", kind="teach", concept="rex"))
-    drawn = json.loads(client("POST", "/v1/jobs", prompt="a dog", num_inference_steps=2))
-    for job in (taught, drawn):
-        assert client.ended(job["id"])["status"] == "succeeded"
-    # Once with ids from nowhere, once with some that exist.
-    anything, existing = tmp_path / "anything.toml", tmp_path / "existing.toml"
-    anything.write_text(LENIENT)
-    existing.write_text(
-        LENIENT
-        + "".join(
-            f'[[operations]]\ninclude-path-regex = "^/v1/{kind}/"\nparameters = {{ id = "{id}" }}\n'
-            for kind, id in (("jobs", drawn["id"]), ("concepts", "rex"), ("models", "rex"))
-        )
-    )
-    requests = 0
-    for number, config in enumerate((anything, existing)):
-        report = tmp_path / f"{number}.json"
-        asked = subprocess.run(
-            [
-                *(program, "--config-file", str(config), "run", f"{client.url}/openapi.json"),
-                *("--phases", "examples,coverage,fuzzing", "--seed", "1"),
-                *("--max-examples", str(PER_ROUTE), "--continue-on-failure"),
-                *("--checks", ",".join(CHECKS), "--request-timeout", "120"),
-                *(("--exclude-method", "DELETE") if config is existing else ()),
-                *("--report", "json", "--report-json-path", str(report)),
-            ],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert asked.returncode == 0, asked.stdout
-        requests += json.loads(report.read_text())["test_cases"]["generated"]
-    assert client.is_ready()
-    process.terminate()
-    assert process.wait(120) == 0
-    assert "Traceback" not in (tmp_path / "out" / "log.txt").read_text()
+    with serve(client, one_block_sd_folder, tmp_path / "out", "--updates", 4) as process:
+        client("PUT", "/v1/concepts/rex", base_class="dog")
+        client("PUT", "/v1/concepts/rex/photos/1", content=photo(1))
+        taught = json.loads(client("POST", "/v1/jobs", kind="teach", concept="rex"))
+        drawn = json.loads(client("POST", "/v1/jobs", prompt="a dog", num_inference_steps=2))
+        for job in (taught, drawn):
+            assert client.ended(job["id"])["status"] == "succeeded"
+        # Once with ids from nowhere, once with some that exist.
+        anything, existing = tmp_path / "anything.toml", tmp_path / "existing.toml"
+        anything.write_text(LENIENT)
+        ids = {"jobs": drawn["id"], "concepts": "rex", "models": "rex"}
+        existing.write_text(LENIENT + "".join(GIVEN.format(*pair) for pair in ids.items()))
+        requests = 0
+        for number, config in enumerate((anything, existing)):
+            report = tmp_path / f"{number}.json"
+            asked = subprocess.run(
+                [
+                    *(program, "--config-file", str(config), "run", f"{client.url}/openapi.json"),
+                    *("--phases", "examples,coverage,fuzzing", "--seed", "1"),
+                    *("--max-examples", str(PER_ROUTE), "--continue-on-failure"),
+                    *("--checks", ",".join(CHECKS), "--request-timeout", "120"),
+                    *(("--exclude-method", "DELETE") if config is existing else ()),
+                    *("--report", "json", "--report-json-path", str(report)),
+                ],
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            assert asked.returncode == 0, asked.stdout
+            requests += json.loads(report.read_text())["test_cases"]["generated"]
+        assert client.is_ready()
+        process.terminate()
+        assert process.wait(120) == 0
+        assert "Traceback" not in (tmp_path / "out" / "log.txt").read_text()
     record_property("requests", requests)
     sys.stdout.write(f"{requests} requests\n")

@@ -4,8 +4,9 @@ First the bare sampler (``draw_requests`` in a process of its own), then ``catve
 many clients that draw, each with its own key, then the same while concepts are taught, then the
 bare sampler again, since other jobs of the machine come and go. Latency is what a client waits for
 one picture, waiting in the queue included. A client has one picture in the queue at a time and the
-keys take turns, so none may wait for more than one of every other, drawn in the drawing's share of
-the device, and the picture and the dispatch under way: ``bound_seconds``.
+keys take turns, so none may wait for more than one of every other and the picture under way, drawn
+at the rate of drawing alone in the drawing's share of the device: ``bound_seconds``. The photos of
+the concepts are encoded beside that, which the share does not count.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def main() -> None:
         "drawing": drawings,
         "share_of_bare": round(served / rate, 3),
         "drawing_while_teaching": both,
-        "bound_seconds": round((args.clients + 1) / rate / ServeOptions.drawing_share, 1),
+        "bound_seconds": round((args.clients + 1) / served / ServeOptions.drawing_share, 1),
         "taught": taught.count("succeeded"),
         "seconds_until_all_taught": seconds_until_all_taught,
         "memory_mb": memory,

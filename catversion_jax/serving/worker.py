@@ -164,6 +164,8 @@ class Worker:
             self._draw(batch)
         elif turn == "teach" and not self._teach():
             return min(wait, FEEDER_SECONDS)
+        if turn == "teach" and ready:
+            self._live.wait()  # else the next pictures would pay for this dispatch
         if turn is not None:
             self._shares.spent(turn, time.monotonic() - began)
             return 0.0

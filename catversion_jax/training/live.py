@@ -123,6 +123,10 @@ class LiveTraining:
                     self._loop.write_files([occupant])
         return worked
 
+    def wait(self) -> None:
+        """Return once the device has done what :meth:`advance` told it."""
+        self._loop.wait()
+
     def news(self) -> list[News]:
         """The concepts that have ended since the last call."""
         ended = []

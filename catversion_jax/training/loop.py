@@ -117,6 +117,10 @@ class TrainingLoop:
             self._save_checkpoint()
         return True
 
+    def wait(self) -> None:
+        """Return once the device has done what it was told; :meth:`advance` does not wait."""
+        jax.block_until_ready([dispatched.metrics for dispatched in self._pending])
+
     def save(self) -> None:
         """Save everything under way, if any step was made."""
         if self._clock > self._first_clock:

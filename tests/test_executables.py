@@ -1,5 +1,6 @@
 """Executables that are kept: what a second start reads is the program, without tracing it."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from catversion_jax.runtime.compilation import watch_compilation
-from catversion_jax.runtime.executables import FOLDER, StoredProgram
+from catversion_jax.runtime.executables import FOLDER, StoredProgram, source_of
 from catversion_jax.runtime.sharding import make_mesh, on_every_device, place_by_concept
 
 LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
@@ -141,3 +142,16 @@ def test_without_a_cache_nothing_is_kept(cache: Path) -> None:
     started.run()
     assert started.traced == 1
     assert not cache.exists()
+
+
+def test_a_method_of_another_package_decides_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for shift in (1, 2):
+        (tmp_path / "foreign_method.py").write_text(f"class Shift:\n    by = {shift}\n")
+        found.append(source_of(importlib.import_module("foreign_method").Shift))
+    assert None not in found
+    assert found[0] != found[1]
+    assert source_of(type("Cell", (), {"__module__": "nowhere"})) is None

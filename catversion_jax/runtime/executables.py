@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import pickle
@@ -46,6 +47,18 @@ FOLDER = "executables"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu")
 _DIGEST_SIZE = hashlib.sha256().digest_size
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def source_of(kind: type) -> str | None:
+    """The digest of the file that defines a class, which decides programs as this package does.
+
+    None where there is no such file, as for the cells of a notebook.
+    """
+    try:
+        file = inspect.getsourcefile(kind)
+        return file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return None
 
 
 class StoredProgram:

@@ -16,7 +16,9 @@ from catversion_jax.config import (
     OptimizerOptions,
     RecordingOptions,
 )
+from catversion_jax.methods.table import method_for
 from catversion_jax.models.stable_diffusion import Backbone
+from catversion_jax.runtime.executables import source_of
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.loop import Prepared, TrainingLoop
 from catversion_jax.training.programs import Programs
@@ -67,6 +69,7 @@ def opened_loop(
         max_images=max_images,
         max_prompts=max_prompts,
     )
+    own = source_of(method_for(method))  # which need not be of this package
     programs = Programs(
         backbone,
         tx,
@@ -76,7 +79,7 @@ def opened_loop(
         ema_decay=optimizer.ema_decay,
         first_layers=first_layers,
         num_eval_samples=recording.num_eval_samples,
-        decided_by=repr((optimizer, method)),
+        decided_by=own and f"{own} {optimizer} {method}",
     )
     grids = SampleGrids(backbone, recording, data.resolution or backbone.default_resolution)
     with (

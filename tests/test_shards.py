@@ -212,6 +212,52 @@ def test_what_reads_a_run_reads_its_shards(
         assert (tmp_path / "all" / f"{name}.safetensors").read_bytes() == path.read_bytes()
 
 
+def test_push_sends_the_concepts_of_all_shards(divided: Path, capsys) -> None:
+    assert main(["push", str(divided), "--repo_id", "ada/toys", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    for name, path in files_of(divided).items():
+        size = f"{path.stat().st_size:,}"
+        assert f"{size:>9}  {name}/catversion.safetensors" in shown
+    given = [f"concepts={divided}", "shard=1/3", "push_to_hub=true", "hub_model_id=ada/toys"]
+    assert main(["train", *given]) == 2
+    assert "push_to_hub=true: this process trains shard 1/3 only" in capsys.readouterr().err
+
+
+def test_what_fails_the_gate_is_trained_on_in_its_shard(
+    divided: Path, one_block_sd_folder: Path, toys: Path, tmp_path: Path, capsys
+) -> None:
+    """One evaluation of all shards; each takes from its gate what is its own."""
+    pytest.importorskip("torch", reason="the test's CLIP is one of transformers")
+    from tiny_pipelines import save_clip
+
+    copy = tmp_path / "out"
+    shutil.copytree(divided, copy)
+    save_clip(tmp_path / "clip", one_block_sd_folder / "tokenizer")
+    (tmp_path / "prompts.txt").write_text("a {} in the snow")
+    command = ["evaluate", copy, "--clip", tmp_path / "clip", "--prompts", tmp_path / "prompts.txt"]
+    command += ["--gate", "--num_inference_steps", "1", "--num_images_per_prompt", "1"]
+    assert main(list(map(str, command))) in (0, 4)
+    path = copy / "evaluation" / "gate.json"
+    gate = json.loads(path.read_text())
+    assert sorted([*gate["failed"], *gate["passed"]]) == sorted(files_of(copy))
+
+    updates = max(load_concept(files_of(copy)["teal_cup"]).train_config["max_train_steps"], 1)
+    path.write_text(json.dumps({**gate, "failed": {"teal_cup": {"updates": updates}}}))
+    before = {name: file.read_bytes() for name, file in files_of(copy).items()}
+    for index in range(COUNT):
+        options = {"shard": f"{index}/{COUNT}", "retrain": "failed"}
+        assert run_here(one_block_sd_folder, toys, copy, **options) == 0
+    now = {name: file.read_bytes() for name, file in files_of(copy).items()}
+    assert {name for name in now if now[name] != before[name]} == {"teal_cup"}
+    trained = load_concept(files_of(copy)["teal_cup"]).train_config
+    assert (trained["max_train_steps"], trained["failed_at"]) == (2 * updates, updates)
+    assert main(["merge", str(copy)]) == 0
+    assert "3 done" in capsys.readouterr().out
+    steps = {name: load_concept(file).step for name, file in files_of(copy).items()}
+    assert steps.pop("teal_cup") == 2 * updates
+    assert set(steps.values()) == {updates}
+
+
 def test_a_shard_that_has_work_to_do(divided: Path, tmp_path: Path, capsys) -> None:
     copy = tmp_path / "out"
     shutil.copytree(divided, copy)

@@ -56,6 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
     if config.push_to_hub and config.hub_model_id:
         check_repo_id(config.hub_model_id)
+        if config.shard != str(WHOLE):
+            raise CatVersionError(
+                f"push_to_hub=true: this process trains shard {config.shard} only, and the last "
+                "shard's card would replace the others'. Leave it out, and when all are done push "
+                f"once: catversion push {config.output_dir} --repo_id {config.hub_model_id}"
+            )
     concepts = open_configured_concepts(config.data_options, config.when)
     _announce(config, concepts)
 

@@ -267,7 +267,8 @@ class EncoderState:
         if isinstance(asked, Mapping):
             scales = {name: asked.get(name, scale) for name, scale in scales.items()}
         elif not is_choice(asked):
-            scales = dict.fromkeys(scales, asked)
+            number: Any = asked
+            scales = dict.fromkeys(scales, number)
         return {name: scales.get(name, 0.0) for name in selection.scales}
 
     def _word_positions(self, prompt: tuple[int, ...], concept: LoadedConcept) -> list[int]:

@@ -112,7 +112,7 @@ class CatVersionTextEncoderStep(StableDiffusionXLTextEncoderStep):
         with chosen(components, list(scales), list(scales.values()), keep_apart=apart):
             return super().__call__(components, state)
 
-    def encode_prompt(self, components: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def encode_prompt(self, components: Any, *args: Any, **kwargs: Any) -> Any:
         """As the step's own; no concept acts on the negative prompt."""
         return encoded_apart(
             components,

@@ -24,6 +24,7 @@ from catversion_jax.training.run.model_card import (
     card_text,
     picture_files,
 )
+from catversion_jax.training.run.shards import run_roots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,5 +123,7 @@ def _concept_files(root: Path) -> list[Path]:
         return [root]
     if (root / CONCEPT_FILE_NAME).is_file():
         return [root / CONCEPT_FILE_NAME]
-    folder = root / names.CONCEPTS_FOLDER
-    return sorted((folder if folder.is_dir() else root).glob(f"*/{CONCEPT_FILE_NAME}"))
+    folders = [one / names.CONCEPTS_FOLDER for one in run_roots(root)]  # of each shard, or its own
+    found = [folder for folder in folders if folder.is_dir()] or [root]
+    files = [file for folder in found for file in folder.glob(f"*/{CONCEPT_FILE_NAME}")]
+    return sorted(files, key=lambda file: file.parent.name)

@@ -1,6 +1,8 @@
 """The documentation says what the code does: the picture, links, the concept file's page."""
 
+import argparse
 import dataclasses
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -76,6 +78,14 @@ def anchors(page: Path) -> set[str]:
 def test_the_table_of_the_readme_names_every_command() -> None:
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Commands")[1].split("##")[0]
     assert set(re.findall(r"`catversion ([\w-]+)", table)) == set(COMMANDS)
+
+
+def test_every_argument_of_every_command_says_what_it_is() -> None:
+    for name, (module, _) in COMMANDS.items():
+        parser = argparse.ArgumentParser(prog=name)
+        importlib.import_module(f"catversion_jax.cli.{module}").add_arguments(parser)
+        silent = [action.dest for action in parser._actions if not action.help]
+        assert not silent, (name, silent)
 
 
 def test_every_public_name_has_its_place_in_the_reference() -> None:

@@ -50,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"training size in pixels [the model's, else {_SD_RESOLUTION}]",
     )
-    parser.add_argument("--alpha", choices=("white", "mask"), default=_DEFAULTS["alpha"])
+    parser.add_argument(
+        "--alpha",
+        choices=("white", "mask"),
+        default=_DEFAULTS["alpha"],
+        help="what transparency means: put the image on white, or also take it as the object mask "
+        f"[{_DEFAULTS['alpha']}]",
+    )
     parser.add_argument(
         "--mask_polarity",
         choices=MASK_POLARITIES,
@@ -60,24 +66,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_megapixels",
         type=float,
         default=_DEFAULTS["max_megapixels"],
-        help=f"largest image that is decoded, in millions [{_DEFAULTS['max_megapixels']:g}]",
+        help="largest image that is decoded, in millions of pixels "
+        f"[{_DEFAULTS['max_megapixels']:g}]",
     )
     parser.add_argument(
         "--holdout",
         type=int,
         default=_DEFAULTS["holdout"],
-        help=f"last photos of each concept that are kept from training [{_DEFAULTS['holdout']}]",
+        help="number of each concept's last photos that are kept from training "
+        f"[{_DEFAULTS['holdout']}]",
     )
     parser.add_argument(
         "--instance_prompt",
         default=_DEFAULTS["instance_prompt"],
-        help="template, 'object' or 'style'",
+        help="template of the training prompts, or 'object' or 'style' for a list of templates "
+        f"[{_DEFAULTS['instance_prompt']}]",
     )
-    parser.add_argument("--when", choices=WHEN, default=_DEFAULTS["when"])
-    parser.add_argument("--dataset_split", default=_DEFAULTS["dataset_split"])
-    parser.add_argument("--image_column", default=_DEFAULTS["image_column"])
+    parser.add_argument(
+        "--when",
+        choices=WHEN,
+        default=_DEFAULTS["when"],
+        help=f"prompts that concepts act on: those with the class word, or all "
+        f"[{_DEFAULTS['when']}]",
+    )
+    parser.add_argument(
+        "--dataset_split",
+        default=_DEFAULTS["dataset_split"],
+        help=f"split that is read of a dataset [{_DEFAULTS['dataset_split']}]",
+    )
+    parser.add_argument(
+        "--image_column",
+        default=_DEFAULTS["image_column"],
+        help=f"dataset column that holds the images [{_DEFAULTS['image_column']}]",
+    )
     parser.add_argument("--concept_column", help="dataset column that names the concept of a row")
-    parser.add_argument("--base_class_column", help="dataset column with the base class")
+    parser.add_argument("--base_class_column", help="dataset column that holds the base class")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 

@@ -21,10 +21,9 @@ GATE_FAILED = 4
 """Exit code: every concept was scored, and some fail the gate."""
 
 _GATE_HELP = {
-    "rank1": "least share of pictures nearest to their own concept's photos: most of them",
-    "copies": "largest share of pictures that repeat a training photo: below DreamBooth's in the "
-    "study, .27",
-    "text_loss": "how far the text score may be below the plain model's: the study's goal",
+    "rank1": "least share of a concept's pictures that must be nearest to one of its own photos",
+    "copies": "largest share of a concept's pictures that may repeat a training photo",
+    "text_loss": "how far a concept's text score may be below the plain model's",
 }
 
 
@@ -41,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="output folder of training, or a folder of images, see below")  # fmt: skip
     add("--clip", help="transformers CLIPModel folder that scores [the model's own clip/ folder]")
     add("--prompts", default="dreambench", metavar="NAME|FILE",
-        help="dreambench, catversion, tiny; or .txt/.yaml with {} for the class word "
-             "[dreambench]")  # fmt: skip
-    add("--concepts", help="the training images [where the run says they were]")
+        help="prompt set: dreambench, catversion, tiny, or a .txt or .yaml file in which {} stands "
+             "for the class word [dreambench]")  # fmt: skip
+    add("--concepts", help="folder or manifest of the training images [the one the run names]")
     add("--base_class", help="base class of concepts that do not name their own")
     add("--holdout", type=int,
-        help="last photos of each concept that were kept from training, to score against "
+        help="number of each concept's last photos that were kept from training, to score against "
              "[as the run says]")  # fmt: skip
     add(
         "--model", help="model that draws, and makes missing masks [the one the run was trained on]"
@@ -56,20 +55,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="transformers ViTModel folder (DreamBench: facebook/dino-vits16), or DINOv2, with "
              "registers or without (facebook/dinov2-base), or a judge of the embedded world "
              "(tools/tiny_sd/train_judge.py)")  # fmt: skip
-    add("--num_images_per_prompt", type=int, help="seeds per prompt [as the prompt set says]")
+    add("--num_images_per_prompt", type=int,
+        help="number of images of each prompt [as the prompt set says]")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the first image of every prompt [0]")
     add("--plain", action="store_true",
-        help="also draw and score the model without concepts, same seeds")  # fmt: skip
+        help="also draw and score the model without concepts, with the same seeds")  # fmt: skip
     add("--all_steps", action="store_true",
-        help="also score the run's intermediate concept files, first seed only")  # fmt: skip
+        help="also score the run's intermediate concept files, with the first seed")  # fmt: skip
     add("--num_prior_images", type=int, default=8,
-        help="images per concept of other classes, concept forced on; 0: none [8]")  # fmt: skip
+        help="number of images of other classes that are drawn with each concept forced on, to see "
+             "what it does to them; 0 draws none [8]")  # fmt: skip
     add("--gallery", action="store_true",
         help="also rank each image among the photos of all concepts of its class: rank-1, mAP, and "
              "which concepts are taken for each other")  # fmt: skip
     add("--scales", default="", metavar="S,S,...",
-        help="also draw with these strengths of the concepts, first seed only, for a plot of image "
-             "against text score, such as 0.4,0.6,0.8,1")  # fmt: skip
+        help="also draw with these strengths of the concepts, such as 0.4,0.6,0.8,1, with the "
+             "first seed, and plot image against text score")  # fmt: skip
     add("--gate", action="store_true",
         help="write the concepts that fail to gate.json, for catversion train retrain=failed; "
              "includes --plain and --gallery; exit code 4 where some fail")  # fmt: skip
@@ -77,18 +78,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--gate_{field.name}", type=float, default=field.default,
             help=f"{_GATE_HELP[field.name]} [{field.default}]")  # fmt: skip
     add("--dreambench_plus", metavar="FOLDER", type=path_argument,
-        help="also write photos, prompts and images in DreamBench++'s layout, for its "
+        help="also write photos, prompts and images into FOLDER in DreamBench++'s layout, for its "
              "judges")  # fmt: skip
     add(
         "--classes",
-        help="class words of the prior images, separated by commas [those of the concepts]",
+        help="further class words for the images of other classes, separated by commas, beside "
+        "those of the concepts",
     )
     add("--force", action="store_true",
         help="use a concept though it was trained with another text encoder")  # fmt: skip
     add("--output_dir", type=path_argument,
         help="receives scores.csv, scores.json, report.html and images/ "
              "[RUN/evaluation, IMAGES/evaluation]")  # fmt: skip
-    add_sampling_arguments(parser)
+    add_sampling_arguments(parser, usual_batch_size="4")
     add_dtype_argument(parser)
 
 

@@ -41,13 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="catversion-export",
         help="folder that receives it; for a pipeline or block, a new one [catversion-export]",
     )
-    add("--concept", action="append", metavar="NAME", help="only this concept; repeatable [all]")
+    add(
+        "--concept",
+        action="append",
+        metavar="NAME",
+        help="export only this concept; repeatable [all]",
+    )
     add(
         "--model", help="model folder, single file or hub id [the one the concepts were trained on]"
     )
     add_source_arguments(parser)
-    add("--prompt", action="append", default=[], help="prompt_embeds: a prompt; repeatable")
-    add("--negative_prompt", default="", help="prompt_embeds: encoded without any concept")
+    add("--prompt", action="append", default=[], help="prompt_embeds: prompt to encode; repeatable")
+    add(
+        "--negative_prompt",
+        default="",
+        help="prompt_embeds: negative prompt, on which no concept acts",
+    )
     add("--scale", type=float, default=1.0, help="prompt_embeds: strength of the concepts [1]")
     add(
         "--force",

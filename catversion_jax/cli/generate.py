@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=path_argument,
         help=(
-            "text, one prompt a line; or JSONL/YAML rows of prompt, concepts, seed, negative_prompt"
+            "file of prompts: text with one on each line; or JSONL or YAML rows with the keys "
+            "prompt, concepts, seed, negative_prompt"
         ),
     )
     add(
@@ -51,11 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="strength of the concepts that have none of their own: 0 plain model, 1 trained [1]",
     )
-    add("--when", choices=WHEN, help="when concepts act [as their files say]")
+    add(
+        "--when",
+        choices=WHEN,
+        help="prompts that concepts act on: those with the class word, or all [as the files say]",
+    )
     add(
         "--keep_apart",
         action="store_true",
-        help="several concepts in one prompt: each acts from its own word to the next one's only",
+        help="where a prompt calls several concepts, let each act from its own word up to the next "
+        "concept's word only",
     )
     add(
         "--force",
@@ -70,25 +76,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images of each prompt; image i has the seed SEED + i [1]",
     )
     add(
-        "--seed", type=int, default=0, help="an image depends on its own seed, not on the batch [0]"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first image of each prompt; an image depends on its own seed, not on "
+        "what is drawn with it [0]",
     )
     add(
         "--latents",
         metavar="FILE.npy",
         type=path_argument,
-        help="initial latents [images channels h w], as diffusers takes them",
+        help="array of initial latents of shape [images channels h w], as diffusers takes them",
     )
     add(
         "--image",
         metavar="FILE",
         type=path_argument,
-        help="for inpainting models: picture of which a part is painted anew [all is]",
+        help="for inpainting models: picture of which a part is painted anew; without it all is",
     )
     add(
         "--mask_image",
         metavar="FILE",
         type=path_argument,
-        help="white where --image is painted anew",
+        help="mask of --image, white where it is painted anew",
     )
     add(
         "--output_dir",

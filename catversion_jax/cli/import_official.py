@@ -33,21 +33,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="receives NAME/catversion.safetensors [catversion-import]",
     )
     add(
-        "--num_heads", type=int, default=12, help="attention heads of the text encoder [12: SD 1.x]"
+        "--num_heads",
+        type=int,
+        default=12,
+        help="number of attention heads of the text encoder [12, as in Stable Diffusion 1.x]",
     )
-    add("--prefix_length", type=int, help="concatenated positions [as adapter_config.json says]")
+    add(
+        "--prefix_length",
+        type=int,
+        help="number of key/value pairs in each layer [as adapter_config.json says]",
+    )
     add(
         "--when",
         choices=WHEN,
         default="class_word",
-        help="the authors' code acts on every prompt: always [class_word]",
+        help="prompts that the concept acts on: those with the class word, or all, as in the "
+        "authors' code [class_word]",
     )
     add(
         "--model",
         default="",
-        help="what it was trained on; a local folder or file also gives the encoder's fingerprint",
+        help="model that the adapter was trained on; of a local folder or file the concept also "
+        "gets the text encoder's fingerprint",
     )
-    add("--variant", help="weight file variant of that folder, for example fp16")
+    add("--variant", help="variant of that folder's weight files, for example fp16")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_heads",
         type=int,
         default=12,
-        help="attention heads of the text encoder of an official adapter [12]",
+        help="number of attention heads of the text encoder of an official adapter [12]",
     )
     parser.add_argument("--model", help="with --prompt: model folder, single file or hub id")
     add_prediction_type_argument(parser)
     parser.add_argument(
-        "--prompt", help="print the share of each token's attention that the residual takes"
+        "--prompt", help="prompt of which the share of attention that the concept takes is printed"
     )
 
 

@@ -48,8 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clipseg", metavar="FOLDER", help="CLIPSeg folder: masks from it instead (needs torch)"
     )
     add("--base_class", help="base class of concepts that do not name their own")
-    add("--when", choices=WHEN, default=_TRAIN_DEFAULTS["when"])
-    add("--mask_polarity", choices=MASK_POLARITIES, help="what the object is in given masks")
+    add(
+        "--when",
+        choices=WHEN,
+        default=_TRAIN_DEFAULTS["when"],
+        help="prompts that concepts act on: those with the class word, or all "
+        f"[{_TRAIN_DEFAULTS['when']}]",
+    )
+    add(
+        "--mask_polarity",
+        choices=MASK_POLARITIES,
+        help="colour of the object in the masks that were given [white]",
+    )
     add(
         "--overwrite",
         action="store_true",
@@ -70,13 +80,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--noise_levels",
         type=float,
         nargs="+",
-        help=f"how noisy the image is at each look, from 0 to 1 [{_DEFAULTS['noise_levels']}]",
+        help="how noisy the image is when the UNet looks at it, from 0 to below 1, a number for "
+        f"each look [{' '.join(map(str, _DEFAULTS['noise_levels']))}]",
     )
-    add("--num_draws", type=int, help=f"number of noises per level [{_DEFAULTS['num_draws']}]")
+    add(
+        "--num_draws",
+        type=int,
+        help=f"number of noises of each level, whose maps are averaged [{_DEFAULTS['num_draws']}]",
+    )
     add(
         "--min_map_side",
         type=int,
-        help=f"least positions per side of a used attention map [{_DEFAULTS['min_map_side']}]",
+        help="least number of positions along the shorter side of an attention map; smaller maps "
+        f"are left out [{_DEFAULTS['min_map_side']}]",
     )
     add(
         "--edge_window",

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run",
         type=path_argument,
         metavar="RUN",
-        help="output_dir of runs with shard=i/n; receives index.csv and run.json",
+        help="output_dir that the shards of a run have in common; receives index.csv and run.json",
     )
 
 

@@ -25,7 +25,7 @@ def add_prediction_type_argument(parser: argparse.ArgumentParser) -> None:
     """What the UNet of a single-file model predicts."""
     parser.add_argument(
         "--prediction_type",
-        help="of a single-file model that does not say it: epsilon or v_prediction",
+        help="what a single-file model predicts that does not say it: epsilon or v_prediction",
     )
 
 
@@ -34,7 +34,7 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="numbers of text encoder and UNet [float32 on CPU, else bfloat16]",
+        help="number type of text encoder and UNet [float32 on CPU, else bfloat16]",
     )
 
 
@@ -52,15 +52,19 @@ def load_model(args: argparse.Namespace, model: str, *, dtype: str | None = None
     )
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of :class:`SamplingSettings`."""
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, *, usual_batch_size: str = "1 on CPU, else 4"
+) -> None:
+    """The options of :class:`SamplingSettings`; ``usual_batch_size`` is what the help says of the
+    default of ``--batch_size``.
+    """
     add = parser.add_argument
     own = "distilled models such as SD-Turbo: their own"
     add("--sampler", help=f"one of {', '.join(SAMPLERS)} [{USUAL.sampler}; {own}]")
     add(
         "--num_inference_steps",
         type=int,
-        help=f"denoising steps [{USUAL.num_inference_steps}; {own}]",
+        help=f"number of denoising steps [{USUAL.num_inference_steps}; {own}]",
     )
     add(
         "--guidance_scale",
@@ -79,7 +83,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--height", type=int, help="height of the images in pixels [the model's]")
     add("--width", type=int, help="width of the images in pixels [the model's]")
-    add("--batch_size", type=int, help="images denoised together on a device [CPU: 1, else 4]")
+    add(
+        "--batch_size",
+        type=int,
+        help=f"number of images denoised together on each device [{usual_batch_size}]",
+    )
 
 
 def given_sampling_settings(args: argparse.Namespace) -> SamplingSettings:

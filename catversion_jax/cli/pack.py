@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_argument,
         required=True,
         metavar="FILE.arrow",
-        help="the file to write; FILE.arrow#NAME is then a concept wherever one is taken",
+        help="the file to write; FILE.arrow#NAME then names a concept for every other command",
     )
 
 

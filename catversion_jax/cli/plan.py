@@ -25,10 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.usage = "catversion plan --config FILE (--tpu SLICE | --gpu NAME) [key=value ...]"
     parser.add_argument("--config", metavar="FILE", help="YAML file of training options")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options that win over the file"
+    )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--tpu", metavar="SLICE", help="v5e:4x4, v5p:2x2x1, v6e:2x4, ...")
-    where.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, l4: a rough estimate")
+    where.add_argument("--tpu", metavar="SLICE", help="TPU slice: v5e:4x4, v5p:2x2x1, ...")
+    where.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="GPU, of which the plan is a rough estimate: a100, h100, h200, l4",
+    )
     parser.add_argument(
         "--concepts", type=int, default=1000, help="number of concepts to train [1000]"
     )
@@ -42,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="price of one chip for one hour, in any currency, to print the cost",
     )
     parser.add_argument(
-        "--utilization", type=float, default=0.3, help="share of the peak that is reached [0.3]"
+        "--utilization",
+        type=float,
+        default=0.3,
+        help="share of the chip's peak that is assumed [0.3]",
     )
     parser.add_argument(
         "--full_effort",

@@ -19,12 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_argument,
         help="run directory, concept file or its folder",
     )
-    add("--repo_id", required=True, metavar="USER/NAME", help="repository of the hub; made if new")
-    add("--private", action="store_true", help="make a new repository private")
+    add(
+        "--repo_id",
+        required=True,
+        metavar="USER/NAME",
+        help="repository on the hub; it is made if there is none",
+    )
+    add("--private", action="store_true", help="if the repository is made, make it private")
     add(
         "--license",
         metavar="ID",
-        help="licence of the concepts, as the hub calls it [that of the published model]",
+        help="licence of the concepts, by the hub's name of it [that of the published base model]",
     )
     add("--dry_run", action="store_true", help="print what would be sent, and send nothing")
 

@@ -32,9 +32,9 @@ WRONG_INPUT = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command: the options of the server."""
     parser.epilog = (
-        "It answers OpenAI's Images API (/v1/images), its own (/v1/concepts, /v1/jobs)\n"
-        "and A1111's (/sdapi/v1); /openapi.json has all of it. Needs "
-        "pip install 'catversion-jax[serve]'."
+        "The server answers OpenAI's Images API (/v1/images), its own API (/v1/concepts,\n"
+        "/v1/jobs) and that of AUTOMATIC1111's web UI (/sdapi/v1); /openapi.json describes all of\n"
+        "them. It needs pip install 'catversion-jax[serve]'."
     )
     for field in dataclasses.fields(ServeOptions):
         said = statement_of(ServeOptions, field.name).help

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run", type=path_argument, metavar="RUN", help="output_dir of a training run"
     )
-    parser.add_argument("--json", action="store_true", help="everything, one line per concept")
+    parser.add_argument(
+        "--json", action="store_true", help="print everything as JSON, an object for each concept"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

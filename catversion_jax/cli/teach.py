@@ -18,34 +18,35 @@ from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.shards import WHOLE
 
 UPDATES = {True: UPDATES_AFTER_PREDICTION, False: PRESETS["fast"]["max_train_steps"]}
-"""Of a concept that starts from a prediction, and of one that does not."""
+"""Usual updates of a concept, by whether it starts from a prediction."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.usage = "catversion teach PHOTOS... --base_class WORD [--model MODEL]"
+    parser.usage = "catversion teach PHOTOS... --base_class WORD [--model MODEL] [key=value ...]"
     parser.epilog = (
-        "It is `catversion train` with preset=fast and, where the model has a concept encoder,\n"
-        "init=predicted and the options that it was fitted with; key=value gives further options."
+        "This is `catversion train` with preset=fast and, where the model has a concept encoder,\n"
+        "init=predicted and the options that the encoder was fitted with; key=value gives further\n"
+        "options of `catversion train`."
     )
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTOS", help="3 to 10 photos, or the folder they are in")
     add("--base_class", required=True, metavar="WORD", help="what the thing is, such as teapot")
-    add("--model", default="tiny-sd", help="model to teach it to [tiny-sd]")
-    add("--name", help="what the concept is called [the folder's name, or the base class]")
+    add("--model", default="tiny-sd", help="model folder, single file or hub id [tiny-sd]")
+    add("--name", help="name of the concept [the folder's name, or the base class]")
     add(
         "--output_dir",
         type=path_argument,
         metavar="FOLDER",
-        help="where the result goes [taught/NAME]",
+        help="folder that receives the result [taught/NAME]",
     )
     add(
         "--start",
         type=path_argument,
         metavar="FILE",
-        help="file of a concept encoder [the model's own]",
+        help="file of a concept encoder, as `catversion fit-start` writes it [the model's own]",
     )
-    add("--updates", type=int, help="updates [25 from a prediction, else 200]")
+    add("--updates", type=int, help="number of optimizer updates [25 from a prediction, else 200]")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,13 +83,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def own_start(model: str) -> Path | None:
-    """The concept encoder that a model folder has of its own."""
+    """The concept encoder that a model folder has of its own; None where it has none."""
     file = (embedded_folder(model) or Path(model)) / START_FILE
     return file if file.is_file() else None
 
 
 def start_options(file: Path) -> list[str]:
-    """Of a run that begins with a prediction: what the concept encoder was fitted to predict."""
+    """The options of a run that starts from a prediction: those that the concept encoder was fitted
+    with, as key=value.
+
+    Raises:
+      CatVersionError: the file is no concept encoder.
+    """
     from catversion_jax.methods.concept_encoder import load_concept_encoder
 
     fitted = load_concept_encoder(file).options

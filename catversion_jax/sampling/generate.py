@@ -118,8 +118,8 @@ def generate(
       output_dir: receives a PNG per image, which carries its settings, and labelled grids. None
         writes nothing.
       on_step: is called with (steps done, steps in all) of the page of 64 images under way.
-      sampler: ``"ddim"``, ``"euler"``, ``"euler_ancestral"`` or ``"dpmsolver++"``. None is
-        ``"ddim"``, and for models that were distilled to few steps (SD-Turbo) the sampler, the
+      sampler: ``"ddim"``, ``"euler"``, ``"euler_ancestral"``, ``"dpmsolver++"`` or ``"lcm"``. None
+        is ``"ddim"``, and for models that were distilled to few steps (SD-Turbo) the sampler, the
         steps and the guidance that they were made for.
       num_inference_steps: denoising steps; None is 50.
       guidance_scale: weight of classifier-free guidance, none at 1 or below; None is 7.5.

@@ -90,7 +90,7 @@ def clip_for(given: str | None, backbone: Backbone) -> tuple[str, ClipEmbedder]:
     if given is None and own_clip(backbone.folder) is None:
         raise CatVersionError(
             f"clip: needed, {backbone.name} has no {OWN_CLIP}/ folder of its own. Give a "
-            "transformers CLIPModel folder, such as openai/clip-vit-large-patch14."
+            "transformers CLIPModel folder, such as a download of openai/clip-vit-large-patch14."
         )
     name = given or OWN_CLIP
     return name, ClipEmbedder(_clip_folder(name, backbone))

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 
 from catversion_jax.config import OptimizerOptions, RecordingOptions
-from catversion_jax.methods.learned import Learned
 from catversion_jax.runtime.atomic_files import make_folder
 from catversion_jax.runtime.compilation import watch_compilation
 from catversion_jax.runtime.regular_files import make_way
@@ -26,12 +25,12 @@ from catversion_jax.training.early_stop import should_stop
 from catversion_jax.training.feeder import Feeder
 from catversion_jax.training.preparation import PreparedConcept
 from catversion_jax.training.programs import Programs
-from catversion_jax.training.recorder import Dispatched, Recorder, final_losses, rounded
+from catversion_jax.training.recorder import Dispatched, Recorder, rounded, write_ends
 from catversion_jax.training.rows import Newcomers, Occupant, Rows
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import Checkpoints, SavedRow
 from catversion_jax.training.run.directory import RunDirectory
-from catversion_jax.training.run.summary import finished_state, write_summary
+from catversion_jax.training.run.summary import finished_state
 from catversion_jax.training.validation import SampleGrids
 
 logger = logging.getLogger(__name__)
@@ -166,9 +165,11 @@ class TrainingLoop:
             return
         self._read_pending()
         with self._recorder.timed("export"):
-            for occupant, (learned, failed) in zip(ended, self._rows.exported(ended), strict=True):
+            states = self._rows.exported(ended)
+            written = write_ends(self._out, ended, states)
+            for occupant, (_, failed), summary in zip(ended, states, written, strict=True):
                 del self._rows.occupied[occupant.row]
-                self._finish(occupant, learned, failed)
+                self._end(occupant, failed, summary)
 
     def _has_ended(self, occupant: Occupant) -> bool:
         """Whether a concept has made all its steps, has failed, or is stopped early."""
@@ -180,26 +181,19 @@ class TrainingLoop:
         evaluated_now = bool(losses) and losses[-1][0] == occupant.step
         return evaluated_now and should_stop(losses, self._optimizer)
 
-    def _finish(self, occupant: Occupant, learned: Learned, failed: int) -> None:
-        """Write the file of a concept that has left its row; ``failed`` is -1 or a step."""
-        name, record = occupant.name, occupant.concept.record
+    def _end(self, occupant: Occupant, failed: int, summary: dict[str, float]) -> None:
+        """Note what has become of a concept; ``failed`` is -1 or a step."""
+        name, outcome = occupant.name, "quarantined"
         if failed >= 0:
             file = self._out.concept_file(name, failed)
-            record.save(file, learned, failed)
             self._give_up(
                 name,
                 f"{name}: the loss or the update was not finite at step {failed}. The state before "
                 f"it is kept in {file.name}. Try a lower learning_rate with another output_dir.",
             )
-            self._recorder.end(occupant, "quarantined")
-            return
-        summary: dict[str, float] = final_losses(occupant)
-        if occupant.step < occupant.updates:
-            summary["stopped_early"] = occupant.step
-        write_summary(self._out.concept(name), summary)
-        record.save(self._out.concept_file(name), learned, occupant.step)
-        outcome = finished_state(summary)
-        self._out.set_state(name, outcome, summary=summary)
+        else:
+            outcome = finished_state(summary)
+            self._out.set_state(name, outcome, summary=summary)
         self._recorder.end(occupant, outcome)
 
     def _fill(self) -> bool:

@@ -10,12 +10,14 @@ import io
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from catversion_jax.config import RecordingOptions
+from catversion_jax.methods.learned import Learned
 from catversion_jax.runtime.line_file import LineFile
 from catversion_jax.runtime.regular_files import make_way, read_text
 from catversion_jax.runtime.spreadsheet_cells import harmless_cell
@@ -23,10 +25,13 @@ from catversion_jax.training.rows import Occupant
 from catversion_jax.training.run import names
 from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.run.metrics import ConceptMetrics, RunMetrics
+from catversion_jax.training.run.summary import write_summary
 from catversion_jax.training.step import StepMetrics
 
 logger = logging.getLogger(__name__)
 
+WRITERS = 8
+"""Threads that write the files of concepts that end together."""
 TIMELINE_COLUMNS = ("slot", "concept", "began", "ended", "first_step", "last_step", "outcome")
 
 
@@ -203,6 +208,37 @@ def _line(columns: Sequence[object]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(columns)
     return text.getvalue()
+
+
+def write_ends(
+    out: RunDirectory, ended: Sequence[Occupant], states: Sequence[tuple[Learned, int]]
+) -> list[dict[str, float]]:
+    """Write the files of concepts that leave their rows, several at once: each waits for the disk.
+
+    Args:
+      out: the folder of the run.
+      ended: the concepts.
+      states: what each has learned, and its step that was not finite (-1: none).
+
+    Returns:
+      The summary of each; empty where a step was not finite.
+    """
+
+    def write(occupant: Occupant, state: tuple[Learned, int]) -> dict[str, float]:
+        learned, failed = state
+        name, record = occupant.name, occupant.concept.record
+        if failed >= 0:
+            record.save(out.concept_file(name, failed), learned, failed)
+            return {}
+        summary: dict[str, float] = final_losses(occupant)
+        if occupant.step < occupant.updates:
+            summary["stopped_early"] = occupant.step
+        write_summary(out.concept(name), summary)
+        record.save(out.concept_file(name), learned, occupant.step)
+        return summary
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        return list(pool.map(write, ended, states))
 
 
 def final_losses(occupant: Occupant) -> dict[str, float]:

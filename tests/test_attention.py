@@ -57,6 +57,18 @@ def test_the_kernel_of_the_tpu_equals_torch(positions, head_dim, keys):
     assert_equals_torch(interpreted, positions, head_dim, keys)
 
 
+def test_the_kernel_of_the_tpu_finds_the_largest_logit_where_the_bound_is_far_above():
+    """One key is ten thousand times as long as the others and at right angles to every query."""
+    query, key, value = (draw(1, 128, 2, 8, seed=seed) for seed in range(3))
+    query[..., :4] = 0
+    key[:, 5, :, :4] = 1e4
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.tensor(array).swapaxes(1, 2) for array in (query, key, value))
+    )
+    out = lane_attention(query, key, value, scale=8**-0.5, interpret=True)
+    assert relative_error(out, expected.swapaxes(1, 2).numpy()) < 1e-5
+
+
 def test_the_kernel_of_the_tpu_takes_a_concept_axis_and_bfloat16():
     arrays = [draw(2, 1, 1024, 2, 40, seed=seed) for seed in range(3)]
     kernel = functools.partial(lane_attention, scale=40**-0.5, interpret=True)

@@ -5,12 +5,18 @@ r"""Exact attention of an image's positions on a TPU, with the positions in the 
     (3)  dV = dO P^T,   dK = Q dS^T / log2 e,   dQ = scale K dS
 
 Arrays are ``[heads, head dim, positions]``; Q is multiplied by ``scale log2 e`` beforehand. The
-online softmax and the recomputation of P in the backward pass are flash attention's (arXiv
-2205.14135, 2307.08691). What is different is the layout: with the head dimension in the lanes
-(FlashAttention, splash attention) heads of 40 are padded to 128 in every array of the forward and
-the backward pass, and in the matrix unit. Here the products whose result has the head dimension in
-it (O, dV, dK, dQ) stream 40 rows instead of filling 128 columns, and nothing is stored padded.
-``docs/results/performance.md`` has what the compiler says of both.
+recomputation of P in the backward pass is flash attention's (arXiv 2205.14135, 2307.08691). What is
+different is the layout: with the head dimension in the lanes (FlashAttention, splash attention)
+heads of 40 are padded to 128 in every array of the forward and the backward pass, and in the matrix
+unit. Here the products whose result has the head dimension in it (O, dV, dK, dQ) stream 40 rows
+instead of filling 128 columns, and nothing is stored padded. ``docs/results/performance.md`` has
+what the compiler says of both.
+
+Every m gives the same O and L. The largest logit so far, as in an online softmax, would have to be
+looked for in every block, and what is summed up scaled again whenever it grows. Instead m lies a
+fixed number of powers of two below ``|q| max |k|``, which no logit exceeds (Cauchy-Schwarz). Where
+that bound is so high that all weights of a query are tiny, the block is computed once more with the
+largest logit of each query, found in a pass of its own.
 
 All keys and values of a head stay in the fast memory: 4096 positions of 40 are a third of a MB. The
 programs of the backward pass go over a head's blocks of keys and add up dQ there. A number of keys
@@ -36,6 +42,9 @@ LANES = 128
 BLOCKS = (512, 256, LANES)
 """Positions of a block of queries or keys, the largest that divides. The logits of 512 x 512 are
 1 MB; 1024 is no faster (docs/results/performance.md)."""
+HEADROOM = 64
+"""Weights are at most 2^64, and their sums at least 2^-64: between these and the ends of float32 is
+room for the number of keys and the values, and for the bits of small weights."""
 MAX_RESIDENT = 9216 * 64
 """Positions x head dimension of one head, as far as was compiled: 768 pixels in SD 2.x."""
 
@@ -84,7 +93,8 @@ def _forward(
             jax.ShapeDtypeStruct(query.shape, value.dtype),
             jax.ShapeDtypeStruct((groups, 1, queries), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        scratch_shapes=[pltpu.SMEM((1,), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="transposed_attention_forward",
     )(scaled, keys, values)
@@ -92,32 +102,54 @@ def _forward(
 
 
 def _forward_kernel(
-    q_ref: Ref, k_ref: Ref, v_ref: Ref, out_ref: Ref, log_sum_ref: Ref, *, num_keys: int
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    out_ref: Ref,
+    log_sum_ref: Ref,
+    longest_ref: Ref,
+    *,
+    num_keys: int,
 ) -> None:
     q = q_ref[...]
-    head_dim, block = q.shape
     size = _block(k_ref.shape[1])
+    blocks = k_ref.shape[1] // size
 
-    def add(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        out, largest, total = carry
-        keys = pl.ds(j * size, size)
-        logits = _without_filling(_product(k_ref[:, keys], q, 0, 0), j, num_keys)
-        larger = jnp.maximum(largest, logits.max(axis=0, keepdims=True))
-        weights = jnp.exp2(logits - larger)
-        shrink = jnp.exp2(largest - larger)
-        total = total * shrink + weights.sum(axis=0, keepdims=True)
-        v = v_ref[:, keys]
-        out = out * shrink + _product(v, weights.astype(v.dtype), 1, 0)
-        return out, larger, total
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        longest_ref[0] = jnp.max(_lengths(k_ref[...]))
 
-    start = (
-        jnp.zeros((head_dim, block), jnp.float32),
-        jnp.full((1, block), -jnp.inf, jnp.float32),
-        jnp.zeros((1, block), jnp.float32),
-    )
-    out, largest, total = jax.lax.fori_loop(0, k_ref.shape[1] // size, add, start)
-    out_ref[...] = (out / total).astype(out_ref.dtype)
-    log_sum_ref[...] = largest + jnp.log2(total)
+    def logits(j: Array) -> Array:
+        return _without_filling(_product(k_ref[:, pl.ds(j * size, size)], q, 0, 0), j, num_keys)
+
+    def attend(shift: Array) -> Array:
+        def add(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            out, total = carry
+            weights = jnp.exp2(logits(j) - shift)
+            v = v_ref[:, pl.ds(j * size, size)]
+            out += _product(v, weights.astype(v.dtype), 1, 0)
+            return out, total + weights.sum(axis=0, keepdims=True)
+
+        start = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((1, q.shape[1]), jnp.float32))
+        out, total = jax.lax.fori_loop(0, blocks, add, start)
+        out_ref[...] = (out / total).astype(out_ref.dtype)
+        log_sum_ref[...] = shift + jnp.log2(total)
+        return total
+
+    total = attend(_lengths(q) * longest_ref[0] - HEADROOM)
+
+    @pl.when(jnp.min(total) < 2.0**-HEADROOM)
+    def _() -> None:
+        def larger(j: Array, largest: Array) -> Array:
+            return jnp.maximum(largest, logits(j).max(axis=0, keepdims=True))
+
+        lowest = jnp.full((1, q.shape[1]), -jnp.inf, jnp.float32)
+        attend(jax.lax.fori_loop(0, blocks, larger, lowest))
+
+
+def _lengths(vectors: Float[Array, "H N"]) -> Float[Array, "1 N"]:
+    wide = vectors.astype(jnp.float32)
+    return jnp.sqrt((wide * wide).sum(axis=0, keepdims=True))
 
 
 def _backward(

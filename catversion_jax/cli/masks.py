@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         help="how noisy the image is when the UNet looks at it, from 0 to below 1, a number for "
-        f"each look [{' '.join(map(str, _DEFAULTS['noise_levels']))}]",
+        f"each look [{' '.join(map(str, MaskSettings.noise_levels))}]",
     )
     add(
         "--num_draws",

@@ -1,11 +1,11 @@
 """The report in headless Chromium: clicked through, no console message, no request to anywhere."""
 
 import json
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from browsers import CHROMIUM, start_browser
 from PIL import Image
 
 from catversion_jax.concepts import ImageSource
@@ -18,7 +18,6 @@ from catversion_jax.evaluation.subjects import Subject, read_references
 from catversion_jax.evaluation.tables import Evaluation
 
 EVIL = "<script>document.title='owned'</script> & \"a dog\" <img src=http://example.com/x.png>"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 
 
 def scores(image, copies=0):
@@ -64,16 +63,7 @@ def test_the_file_is_alone(page):
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-    if CHROMIUM is None or shutil.which("chromedriver") is None:
-        pytest.skip("no chromium with chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1250,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
+    driver = start_browser()
     yield driver
     driver.quit()
 

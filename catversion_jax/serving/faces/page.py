@@ -41,7 +41,7 @@ def curve(losses: Sequence[Sequence[float]], updates: int, plain: float | None) 
     values = [loss for _, loss in losses if math.isfinite(loss)]
     levels = values + ([plain] if plain is not None and math.isfinite(plain) else [])
     if not levels:
-        return {"points": "", "plain": None, "low": None, "high": None}
+        return {"points": "", "last": "", "plain": None, "low": None, "high": None}
     low, high = min(levels), max(levels)
     spread = (high - low) or 1.0
 
@@ -54,7 +54,26 @@ def curve(losses: Sequence[Sequence[float]], updates: int, plain: float | None) 
         if math.isfinite(loss)
     ]
     level = None if plain is None or not math.isfinite(plain) else height(plain)
-    return {"points": " ".join(points), "plain": level, "low": low, "high": high}
+    last = points[-1] if points else ""
+    return {"points": " ".join(points), "last": last, "plain": level, "low": low, "high": high}
+
+
+def pairs(jobs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Drawings, newest first, each with the plain model's of the same seed beside it where that was
+    asked for with it.
+    """
+    same = ("prompt", "negative_prompt", "seed", "n", "num_inference_steps")
+    found: list[list[Mapping[str, Any]]] = []
+    for job in jobs:
+        request = job["request"]
+        newer = found[-1] if found else []
+        plain = newer[0]["request"] if len(newer) == 1 else request
+        beside = request.get("concepts") and not plain.get("concepts")
+        if beside and all(plain.get(name) == request.get(name) for name in same):
+            found[-1] = [job, *newer]
+        else:
+            found.append([job])
+    return found
 
 
 def routes(server: Server) -> Any:
@@ -201,7 +220,14 @@ def routes(server: Server) -> Any:
         found = [job for job in core.store.jobs(request.state.owner) if job.kind == "draw"]
         jobs = [job_answer(core, job) for job in found[:12]]
         prompt = f"a photo of a {word} on the beach" if word else ""
-        return shown("draw.html", request, concepts=usable, chosen=chosen, prompt=prompt, jobs=jobs)
+        return shown(
+            "draw.html",
+            request,
+            concepts=usable,
+            chosen=chosen,
+            prompt=prompt,
+            pairs=pairs(jobs),
+        )
 
     @router.post("/draw")
     async def order(request: Request) -> HTMLResponse:

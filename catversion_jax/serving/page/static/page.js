@@ -84,6 +84,13 @@ document.addEventListener("click", async (event) => {
   htmx.trigger(document.body, "photos-changed");
 });
 
+// On a phone the pictures are below the form.
+document.addEventListener("htmx:afterSwap", (event) => {
+  if (event.target.id === "drawn") {
+    event.target.firstElementChild.scrollIntoView({ block: "nearest" });
+  }
+});
+
 document.addEventListener("htmx:sseMessage", (event) => {
   if (event.detail.type === "end") window.location.reload();
 });

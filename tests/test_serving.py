@@ -525,7 +525,9 @@ def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):
     store.begin(lesson.id)
     store.close()
     before = server.worker._config.output_dir
-    Path(before).mkdir()  # of a training with other options: what was under way begins anew
+    kept = Path(before) / "concepts" / lesson.id / "step.safetensors"
+    kept.parent.mkdir(parents=True)  # of a training with other options
+    kept.touch()
     chosen = dataclasses.replace(chosen, updates=3, sizes=("16x16",))
 
     again = Server(chosen, teaching_config(chosen), other.worker.backbone)
@@ -536,7 +538,7 @@ def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):
         assert [one["status"] for one in ended] == ["succeeded", "succeeded", "failed", "succeeded"]
         assert "ended 2 times" in ended[2]["error"]
         assert ended[3]["attempts"] == 1
-        assert not Path(before).exists()
+        assert kept.exists()  # what was under way began anew, and lost nothing
         assert len(ended[0]["images"]) == 2
         waiting = ada.ok("POST", "/v1/jobs", json={"prompt": "a dog", "n": 3, **DRAWING})
         again.drain()  # as SIGTERM does
@@ -545,6 +547,8 @@ def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
             assert int(refused.headers["retry-after"]) == 30
         assert ada.ok("GET", f"/v1/jobs/{waiting['id']}")["concept"] is None  # is still answered
+        assert ada("DELETE", "/v1/concepts/rex").is_success
+        assert not kept.exists()
     after = Server(chosen, teaching_config(chosen))
     assert after.core.store.job(waiting["id"]).state == "succeeded"  # it was drawn before the end
     after.core.store.close()

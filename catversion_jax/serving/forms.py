@@ -52,23 +52,23 @@ class DrawForm(Form):
     """OpenAI's image request, with the extensions of this server."""
 
     prompt: Prompt
-    model: str = Field("base", max_length=100, description='"base", or the id of a concept')
-    n: int = Field(1, ge=1, le=1000)
-    size: str | None = Field(None, max_length=20, description='"WIDTHxHEIGHT" or "auto"')
+    model: str = Field(default="base", max_length=100, description='"base", or the id of a concept')
+    n: int = Field(default=1, ge=1, le=1000)
+    size: str | None = Field(default=None, max_length=20, description='"WIDTHxHEIGHT" or "auto"')
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int = Field(95, ge=0, le=100)
-    user: str | None = Field(None, max_length=200)
+    output_compression: int = Field(default=95, ge=0, le=100)
+    user: str | None = Field(default=None, max_length=200)
     concepts: list[UsedConcept] = Field(default_factory=list, max_length=8)
-    seed: int | None = Field(None, ge=0, lt=2**32)
-    negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
-    num_inference_steps: int | None = Field(None, ge=1, le=1000)
-    guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
-    sampler: str | None = Field(None, max_length=30)
-    quality: str | None = Field(None, max_length=30)
-    style: str | None = Field(None, max_length=30)
-    background: str | None = Field(None, max_length=30)
-    moderation: str | None = Field(None, max_length=30)
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    negative_prompt: str = Field(default="", max_length=LONGEST_PROMPT)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    sampler: str | None = Field(default=None, max_length=30)
+    quality: str | None = Field(default=None, max_length=30)
+    style: str | None = Field(default=None, max_length=30)
+    background: str | None = Field(default=None, max_length=30)
+    moderation: str | None = Field(default=None, max_length=30)
 
 
 class ConceptForm(Form):
@@ -76,11 +76,15 @@ class ConceptForm(Form):
 
     base_class: str = Field(min_length=1, max_length=200, description="such as teapot")
     class_forms: list[Annotated[str, StringConstraints(max_length=202)]] | None = Field(
-        None, max_length=100, description="further forms that call it; its plural by default"
+        default=None,
+        max_length=100,
+        description="further forms that call it; its plural by default",
     )
-    prompts: list[Prompt] | None = Field(None, max_length=100, description="training prompts")
-    seed: int | None = Field(None, ge=0, lt=2**32)
-    when: str | None = Field(None, max_length=20, json_schema_extra={"enum": [*WHEN, None]})
+    prompts: list[Prompt] | None = Field(
+        default=None, max_length=100, description="training prompts"
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    when: str | None = Field(default=None, max_length=20, json_schema_extra={"enum": [*WHEN, None]})
 
 
 class TeachJobForm(Form):
@@ -114,14 +118,14 @@ class Txt2ImgForm(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     prompt: Prompt
-    negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
-    batch_size: int = Field(1, ge=1, le=1000)
-    n_iter: int = Field(1, ge=1, le=1000)
-    steps: int | None = Field(None, ge=1, le=1000)
-    cfg_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
-    width: int | None = Field(None, ge=8, le=8192)
-    height: int | None = Field(None, ge=8, le=8192)
-    seed: int | None = Field(None, ge=-1, lt=2**32)
-    sampler_name: str | None = Field(None, max_length=50)
-    sampler_index: str | None = Field(None, max_length=50)
+    negative_prompt: str = Field(default="", max_length=LONGEST_PROMPT)
+    batch_size: int = Field(default=1, ge=1, le=1000)
+    n_iter: int = Field(default=1, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    cfg_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    width: int | None = Field(default=None, ge=8, le=8192)
+    height: int | None = Field(default=None, ge=8, le=8192)
+    seed: int | None = Field(default=None, ge=-1, lt=2**32)
+    sampler_name: str | None = Field(default=None, max_length=50)
+    sampler_index: str | None = Field(default=None, max_length=50)
     override_settings: dict[str, object] = Field(default_factory=dict)

@@ -58,8 +58,7 @@ class ConceptFolders:
 
     def __init__(self, root: Path, run: Path, data: DataOptions, method: MethodOptions):
         self._photos, self._files = root / "photos", root / "concepts"
-        self._other_runs = [path for path in root.glob("run*") if path != run]
-        self._run = run / names.CONCEPTS_FOLDER
+        self._root, self._run = root, run / names.CONCEPTS_FOLDER
         self._data, self._when = data, method.when
         make_folder(self._photos)
         make_folder(self._files)
@@ -136,19 +135,18 @@ class ConceptFolders:
         return max(steps)[1] if steps else None
 
     def remove(self, folder: str | None, jobs: Sequence[str]) -> None:
-        """Delete a concept's photos and all that jobs of it made."""
+        """Delete a concept's photos and all that jobs of it made, with other options too."""
         if folder is not None:
             shutil.rmtree(self._photos / folder, ignore_errors=True)
         for job in jobs:
-            shutil.rmtree(self._run / job, ignore_errors=True)
+            for made in self._root.glob(f"run*/{names.CONCEPTS_FOLDER}/{job}"):
+                shutil.rmtree(made, ignore_errors=True)
             self.file(job).unlink(missing_ok=True)
 
     def remove_strangers(self, folders: set[str]) -> None:
         """Delete what a killed process left behind: photos of concepts that nobody knows, and
-        files that it had begun; and the training of other options.
+        files that it had begun.
         """
-        for path in self._other_runs:
-            shutil.rmtree(path, ignore_errors=True)
         for begun in (*self._photos.glob("*/.*.tmp"), *self._files.glob(".*.tmp")):
             begun.unlink(missing_ok=True)
         for path in self._photos.iterdir():

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from catversion_jax.serving.errors import ApiError
-from catversion_jax.serving.forms import DrawForm, UsedConcept
+from catversion_jax.serving.forms import DrawForm
 from catversion_jax.serving.server import Server
 from catversion_jax.serving.store import Job, StoredConcept
 from catversion_jax.training.run import names
@@ -55,12 +55,13 @@ class Samples:
         with core.lock:
             drawn = self._drawn.setdefault(lesson.id, {})
             if step not in drawn:
-                form = DrawForm(
-                    prompt=f"a photo of a {concept.fields['base_class']}",
-                    n=min(PICTURES, core.options.max_pictures),
-                    seed=SEED,
-                    concepts=[UsedConcept(id=concept.id)],
-                )
+                asked = {
+                    "prompt": f"a photo of a {concept.fields['base_class']}",
+                    "n": min(PICTURES, core.options.max_pictures),
+                    "seed": SEED,
+                    "concepts": [{"id": concept.id}],
+                }
+                form = DrawForm.model_validate(asked)
                 with contextlib.suppress(ApiError):  # no room, or not compiled: the next look asks
                     drawn[step] = self._server.orders.take(concept.owner, form).id
             while len(self._drawn) > MOST_LESSONS:

@@ -202,15 +202,19 @@ class TrainingLoop:
             return False
         newcomers: dict[int, PreparedConcept] = {}
         with self._recorder.timed("waiting for concepts"):
-            for row in self._rows.free:
-                while (item := self._feeder.next()) is not None:
-                    if item.concept is not None:
-                        newcomers[row] = item.concept
-                        break
+            free = self._rows.free
+            while free and (item := self._feeder.next()) is not None:
+                if item.concept is None:
                     self._give_up(item.name, item.problem)
                     self._recorder.skip()
+                    continue
+                saved = self._saved.get(item.name)
+                row = free[0] if saved is None or saved.row not in free else saved.row
+                free.remove(row)
+                newcomers[row] = item.concept
         if not newcomers:
             return False
+        newcomers = dict(sorted(newcomers.items()))
         self._rows.make_room(newcomers.values())
         for group in self._rows.groups(newcomers):
             self._admit({row: newcomers[row] for row in group})

@@ -292,6 +292,7 @@ class Rows:
                 occupant.concept.record,
                 jax.tree.map(lambda leaf, row=row: leaf[row], state),
                 tuple(occupant.evaluations),
+                row,
             )
             for row, occupant in sorted(self.occupied.items())
         ]

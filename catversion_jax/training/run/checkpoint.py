@@ -46,11 +46,14 @@ class SavedRow:
       record: what its file will say.
       state: its state, numpy, without the concept axis.
       evaluations: (step, evaluation loss), which early stopping goes by.
+      row: index of the row that it had; None in checkpoints of version 0.2 and earlier. It goes on
+        there: a compiler may round the last bits of one row in another way than those of the rest.
     """
 
     record: ConceptRecord
     state: TrainState
     evaluations: tuple[tuple[int, float], ...]
+    row: int | None = None
 
     @property
     def step(self) -> int:
@@ -93,7 +96,8 @@ class Checkpoints:
         described = {
             **settings_of(state.learned),
             "concepts": [
-                {**dataclasses.asdict(row.record), "evaluations": row.evaluations} for row in rows
+                {**dataclasses.asdict(row.record), "evaluations": row.evaluations, "row": row.row}
+                for row in rows
             ],
             "arrays_sha256": {name: _sha256(array) for name, array in arrays.items()},
         }
@@ -224,10 +228,11 @@ def _restore_rows(
         average=None if template.average is None else rebuild_learned(_average(saved), settings),
     )
     rows = []
-    for row, concept in enumerate(described["concepts"]):
+    for place, concept in enumerate(described["concepts"]):
         evaluations = tuple((int(at), float(loss)) for at, loss in concept["evaluations"])
-        one = jax.tree.map(operator.itemgetter(row), state)
-        rows.append(SavedRow(ConceptRecord.from_json(concept), one, evaluations))
+        one = jax.tree.map(operator.itemgetter(place), state)
+        row = concept.get("row")
+        rows.append(SavedRow(ConceptRecord.from_json(concept), one, evaluations, row))
     return rows
 
 

@@ -378,6 +378,7 @@ def test_whoever_watches_a_concept_sees_samples_of_it(serving, ada):
     np.testing.assert_array_equal(pixels(ada("GET", path).content), pixels(same))
     assert ada("GET", "/teach/rex/samples").text == page
     assert sample(serving[0], "pictures_drawn_total") == drawn + 3
+    assert path not in ada("GET", "/draw").text  # nobody ordered it
 
 
 def test_a_concept_that_is_taught_can_be_followed_and_canceled(ada):

@@ -90,10 +90,18 @@ class Orders:
         owner: str,
         form: DrawForm,
         *,
+        is_sample: bool = False,
         idempotency_key: str | None = None,
         body_sha256: str | None = None,
     ) -> Job:
         """Check a request, keep it, and put its pictures into the queue.
+
+        Args:
+          owner: whose pictures they are.
+          form: the request.
+          is_sample: whether a page asks, and not a person.
+          idempotency_key: of the client, which asks once under it.
+          body_sha256: digest of what it asked.
 
         Raises:
           ApiError: it cannot be drawn, there is no room, or the server takes nothing now.
@@ -111,6 +119,7 @@ class Orders:
         request = form.model_dump(exclude={"kind", "user", "quality", "style", "background"})
         if request["seed"] is None:
             request["seed"] = secrets.randbelow(2**32)
+        request["is_sample"] = is_sample
         settings = self.settings(request)
         shown_pictures = self._requests(owner, request)
         request["warnings"] = list(prompt_warnings(self._backbone.tokenizers, shown_pictures[:1]))

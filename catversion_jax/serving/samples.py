@@ -63,7 +63,7 @@ class Samples:
                 }
                 form = DrawForm.model_validate(asked)
                 with contextlib.suppress(ApiError):  # no room, or not compiled: the next look asks
-                    drawn[step] = self._server.orders.take(concept.owner, form).id
+                    drawn[step] = self._server.orders.take(concept.owner, form, is_sample=True).id
             while len(self._drawn) > MOST_LESSONS:
                 self._drawn.popitem(last=False)
             jobs = [(step, core.store.job(id)) for step, id in drawn.items()]

@@ -217,8 +217,9 @@ def routes(server: Server) -> Any:
         usable = [one for one in concepts(request) if one["is_usable"]]
         chosen = request.query_params.get("concept", "")
         word = next((one["base_class"] for one in usable if one["id"] == chosen), "")
-        found = [job for job in core.store.jobs(request.state.owner) if job.kind == "draw"]
-        jobs = [job_answer(core, job) for job in found[:12]]
+        drawn = [job for job in core.store.jobs(request.state.owner) if job.kind == "draw"]
+        asked = [job for job in drawn if not job.request.get("is_sample")]
+        jobs = [job_answer(core, job) for job in asked[:12]]
         prompt = f"a photo of a {word} on the beach" if word else ""
         return shown(
             "draw.html",

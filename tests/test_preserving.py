@@ -53,6 +53,7 @@ def learned_after(
     return jax.tree.map(np.asarray, (state.learned, metrics.losses))
 
 
+@pytest.mark.slow  # half a minute; every run compares the plain objective in test_training_step.py
 def test_neither_company_nor_mesh_changes_what_is_learned(backbone: Backbone) -> None:
     alone, own = learned_after(backbone, slice(5, 6))
     meshed, losses = learned_after(backbone, slice(None), devices=8, data_parallel=2)
@@ -61,9 +62,8 @@ def test_neither_company_nor_mesh_changes_what_is_learned(backbone: Backbone) ->
     assert np.all(meshed.states != draw(8, 3, 32, seed=4))
 
 
-@pytest.mark.parametrize(
-    "method", ["catversion", pytest.param("textual_inversion", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # half a minute; every run resumes one in test_interruptions.py
+@pytest.mark.parametrize("method", ["catversion", "textual_inversion"])
 def test_the_command_resumes_to_the_same_bytes(
     one_block_sd_folder: Path, tmp_path: Path, method: str
 ) -> None:

@@ -223,6 +223,7 @@ def test_push_sends_the_concepts_of_all_shards(divided: Path, capsys) -> None:
     assert "push_to_hub=true: this process trains shard 1/3 only" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a training, an evaluation and three more trainings
 def test_what_fails_the_gate_is_trained_on_in_its_shard(
     divided: Path, one_block_sd_folder: Path, toys: Path, tmp_path: Path, capsys
 ) -> None:

@@ -6,13 +6,16 @@
 The compiler's own count takes the body of a loop once and a Pallas kernel for nothing. Here a scan
 counts as often as it runs, and a kernel as often as its grid has cells. A ``while`` loop counts
 once: the training program's is one over steps. Of the branches of a condition the largest counts,
-so of the kernels for several platforms the one with most recomputation.
+so of the kernels for several platforms the one with most recomputation; within a kernel the
+smallest, so that the way round of the attention kernel, for a bound far above every logit, counts
+as not taken.
 Padding is multiplied like anything else; what is neither product nor convolution is left out.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,11 +27,15 @@ def count_flops(jaxpr: Any) -> float:
     Args:
       jaxpr: a ``Jaxpr`` or ``ClosedJaxpr``, for instance ``jax.jit(f).trace(x).jaxpr``.
     """
+    return _flops(jaxpr, max)
+
+
+def _flops(jaxpr: Any, branch: Callable[[list[float]], float]) -> float:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+    return sum(_equation_flops(equation, branch) for equation in jaxpr.eqns)
 
 
-def _equation_flops(equation: Any) -> float:
+def _equation_flops(equation: Any, branch: Callable[[list[float]], float]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -37,11 +44,14 @@ def _equation_flops(equation: Any) -> float:
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * length
     if name == "conv_general_dilated":
         return _convolution_flops(equation)
-    inner = [count_flops(part) for part in jax.tree.leaves(_programs(params), is_leaf=_is_program)]
+    if name == "pallas_call":
+        branch = min
+    programs = jax.tree.leaves(_programs(params), is_leaf=_is_program)
+    inner = [_flops(part, branch) for part in programs]
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "cond":
-        return max(inner)
+        return branch(inner)
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * sum(inner)
     return sum(inner)

@@ -3,11 +3,13 @@ checkpointing, offloading, other processes, other pipelines.
 """
 
 import concurrent.futures
+import contextlib
 import pickle
 import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,23 @@ def pipe(tiny_sd_folder, files):
     return pipe
 
 
+@contextlib.contextmanager
+def switching_every(seconds: float) -> Iterator[None]:
+    """Threads take turns as often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def in_eight_threads(work: Callable[[int], int]) -> list[int]:
+    """What work gives for 0 to 7, side by side."""
+    with switching_every(1e-4), concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return list(pool.map(work, range(8)))
+
+
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_eight_threads_with_two_concepts(tiny_sd_folder, pipe, count):
     prompts = ("a cat", "a dog", "a cat and a dog", "a house", "")
@@ -74,13 +93,7 @@ def test_eight_threads_with_two_concepts(tiny_sd_folder, pipe, count):
             for prompt in chosen
         )
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            assert sum(pool.map(wrong, range(8))) == 0
-    finally:
-        sys.setswitchinterval(interval)
+    assert sum(in_eight_threads(wrong)) == 0
 
 
 def test_threads_load_and_unload_while_others_encode(tiny_sd_folder, tmp_path):
@@ -121,16 +134,15 @@ def test_threads_load_and_unload_while_others_encode(tiny_sd_folder, tmp_path):
             not (torch.equal(x, plain["cat"]) or torch.equal(x, right["cat"])) for x in found
         )
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(5) as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            looking = pool.submit(odd)
-            assert sum(pool.map(wrong, words)) == 0
-            assert looking.result() == 0
-    finally:
-        sys.setswitchinterval(interval)
+    with (
+        switching_every(1e-5),
+        concurrent.futures.ThreadPoolExecutor(5) as pool,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        looking = pool.submit(odd)
+        assert sum(pool.map(wrong, words)) == 0
+        assert looking.result() == 0
     assert type(pipe) is kind
     assert not pipe.text_encoder._forward_pre_hooks
     assert pipe.text_encoder.config._attn_implementation == "sdpa"
@@ -197,13 +209,7 @@ def test_blocks_choose_concepts_for_their_thread_alone(tiny_sd_folder, pipe, fil
                 count += not torch.equal(found, right[thread % 4])
         return count
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            assert sum(pool.map(wrong, range(8))) == 0
-    finally:
-        sys.setswitchinterval(interval)
+    assert sum(in_eight_threads(wrong)) == 0
     assert torch.equal(encode(pipe, prompt), before)
     with loader.scaled(pipe, 0.3), loader.chosen(pipe, ["rex", "tom"]):
         with loader.scaled(pipe, {"tom": 2.0, "rex": 0.5}):

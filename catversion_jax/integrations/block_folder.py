@@ -13,8 +13,14 @@ from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.integrations.exported_source import with_concepts_at_end
-from catversion_jax.integrations.pipeline_folder import LOADER, joined
-from catversion_jax.methods.concept_file import Concept, write_concepts
+from catversion_jax.integrations.pipeline_folder import (
+    LOADER,
+    check_unused,
+    joined,
+    table_rows,
+    write_concept_files,
+)
+from catversion_jax.methods.concept_file import Concept
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
 
@@ -86,22 +92,15 @@ def export_block(output: str | Path, concepts: Sequence[Concept]) -> Path:
                 "and among the models here diffusers has modular pipelines for Stable Diffusion XL "
                 "only, which has 2. Use --format pipeline."
             )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CatVersionError(
-            f"{output}: exists and is not an empty folder. Give a new folder for the block."
-        )
+    check_unused(output, "block")
     make_folder(output)
-    files = write_concepts(concepts, output / "catversion")
-    data = {concept.name: file.read_bytes() for concept, file in zip(concepts, files, strict=True)}
+    data = write_concept_files(concepts, output)
     code = _HEADER + joined((*LOADER, "modular_block.py"))
     write_atomically(output / "block.py", with_concepts_at_end(code, _CLASS, data).encode())
     first = concepts[0]
     readme = _README.format(
         title=output.name,
-        rows="\n".join(
-            f"| {c.name} | {c.base_class if c.when == 'class_word' else 'every prompt'} |"
-            for c in concepts
-        ),
+        rows=table_rows(concepts),
         # quoted as Python reads it: names may be a stranger's
         model=json.dumps(first.base_model or "stabilityai/stable-diffusion-xl-base-1.0"),
         prompt=json.dumps(f"a photo of a {first.base_class}", ensure_ascii=False),

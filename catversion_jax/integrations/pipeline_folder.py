@@ -132,10 +132,7 @@ def export_pipeline(
             f"{output}: a pipeline folder must lie on this machine, because diffusers reads it as "
             "files. Give a local folder and copy that to the bucket."
         )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CatVersionError(
-            f"{output}: exists and is not an empty folder. Give a new folder for the pipeline."
-        )
+    check_unused(output, "pipeline")
     files = opened(model)
     check_parts(files, concepts)
     existed = output.exists()
@@ -150,6 +147,32 @@ def export_pipeline(
     return output
 
 
+def check_unused(output: Path, what: str) -> None:
+    """Check that a folder for a pipeline, or for ``what`` else is written, is new or empty.
+
+    Raises:
+      CatVersionError: it is not.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CatVersionError(
+            f"{output}: exists and is not an empty folder. Give a new folder for the {what}."
+        )
+
+
+def write_concept_files(concepts: Sequence[Concept], output: Path) -> dict[str, bytes]:
+    """Write the concept files into an exported folder; returns their bytes by name."""
+    files = write_concepts(concepts, output / "catversion")
+    return {concept.name: file.read_bytes() for concept, file in zip(concepts, files, strict=True)}
+
+
+def table_rows(concepts: Sequence[Concept]) -> str:
+    """The rows of an exported folder's README: each concept, and what calls it."""
+    return "\n".join(
+        f"| {c.name} | {c.base_class if c.when == 'class_word' else 'every prompt'} |"
+        for c in concepts
+    )
+
+
 def _write_folder(
     output: Path, files: ModelFiles, concepts: Sequence[Concept], force: bool
 ) -> None:
@@ -162,17 +185,11 @@ def _write_folder(
     index["_class_name"] = ["pipeline", _PIPELINES[num_text_encoders, inpaints][1]]
     if num_text_encoders == 1:
         index["requires_safety_checker"] = bool((index.get("safety_checker") or [None])[0])
-    written = write_concepts(concepts, output / "catversion")
-    data = {
-        concept.name: file.read_bytes() for concept, file in zip(concepts, written, strict=True)
-    }
+    data = write_concept_files(concepts, output)
     write_atomically(
         output / "model_index.json", (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     )
-    rows = "\n".join(
-        f"| {c.name} | {c.base_class if c.when == 'class_word' else 'every prompt'} |"
-        for c in concepts
-    )
+    rows = table_rows(concepts)
     # quoted as Python reads it: the class word may be a stranger's
     prompt = json.dumps(f"a photo of a {concepts[0].base_class}", ensure_ascii=False)
     more = ", image=photo, mask_image=where" if inpaints else ""

@@ -19,6 +19,7 @@ from catversion_jax.cli import main
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import concept_folders, save_concept
 from catversion_jax.methods.residual import KVResidual
+from catversion_jax.runtime.atomic_files import emptied_if_stopped, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
 
 # The server does not speak the protocol of gcsfs' newer kinds of buckets.
@@ -152,3 +153,17 @@ def test_commands_write_into_a_bucket_and_not_into_a_folder_named_gs(
                  "--output_dir", f"{out}/pipeline"]) == 2  # fmt: skip
     assert "must lie on this machine" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_filling_stops_is_left_empty(bucket: str) -> None:
+    folder = as_path(f"{bucket}/stopped")
+
+    def fill() -> None:
+        with emptied_if_stopped(folder):
+            write_atomically(folder / "block.py", b"")
+            write_atomically(folder / "catversion" / "tom.safetensors", b"")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill()
+    assert not folder.exists()

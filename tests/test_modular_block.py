@@ -4,6 +4,8 @@ the ordinary pipeline with the loader.
 
 import ast
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from diffusers import StableDiffusionXLAutoBlocks as AutoBlocks  # noqa: E402
 from tiny_pipelines import make_residual, write  # noqa: E402
 from tiny_xl import load_xl, residuals  # noqa: E402
 
+from catversion_jax import load_concept  # noqa: E402
 from catversion_jax.cli import main  # noqa: E402
 from catversion_jax.integrations import diffusers as loader  # noqa: E402
+from catversion_jax.integrations.block_folder import export_block  # noqa: E402
 from catversion_jax.integrations.modular_block import CatVersionTextEncoderStep  # noqa: E402
 
 SETTINGS = {"num_inference_steps": 2, "output_type": "np"}
@@ -114,6 +118,26 @@ def test_the_folder_is_what_diffusers_writes(block, tmp_path):
     assert "`concepts`" in again.doc or "concepts (" in again.doc
     with pytest.raises(ValueError, match="trust_remote_code"):
         ModularPipelineBlocks.from_pretrained(str(block))
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_what_stops_the_export_leaves_nothing(files, tmp_path, monkeypatch, existed):
+    replace, out = os.replace, tmp_path / "out"
+    concept = load_concept(files["tom"])
+    if existed:
+        out.mkdir()
+
+    def stopped(source, target):
+        if Path(target).name == "README.md":  # the concept and block.py are written
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            export_block(out, [concept])
+    assert [*tmp_path.rglob("*")] == ([out] if existed else [])
+    assert export_block(out, [concept]) == out  # the same command again
 
 
 def test_bad_requests(tiny_xl_folder, block, files, tmp_path, capsys):

@@ -21,7 +21,8 @@ from catversion_jax.integrations.pipeline_folder import (
     write_concept_files,
 )
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.runtime.atomic_files import make_folder, write_atomically
+from catversion_jax.methods.per_encoder import check_num_parts
+from catversion_jax.runtime.atomic_files import emptied_if_stopped, make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
 
 _CLASS = "CatVersionTextEncoderStep"
@@ -78,6 +79,8 @@ def export_block(output: str | Path, concepts: Sequence[Concept]) -> Path:
       output: a new or empty folder on this machine or in a bucket.
       concepts: at least one, of different names, for Stable Diffusion XL.
 
+    What stops it, Ctrl-C included, leaves ``output`` as it was.
+
     Raises:
       CatVersionError: ``output`` is in use or cannot be written, or a concept is for a model of
         another kind.
@@ -86,13 +89,20 @@ def export_block(output: str | Path, concepts: Sequence[Concept]) -> Path:
     if not concepts:
         raise CatVersionError("concepts=[]: must be at least one. Train or give some.")
     for concept in concepts:
-        if (parts := len(concept.learned.parts)) != 2:
-            raise CatVersionError(
-                f"concept {concept.name!r}: was trained for a model with {parts} text encoder(s), "
-                "and among the models here diffusers has modular pipelines for Stable Diffusion XL "
-                "only, which has 2. Use --format pipeline."
-            )
+        check_num_parts(
+            concept.name,
+            concept.learned,
+            2,
+            "Stable Diffusion XL, the only model here of which diffusers has modular pipelines,",
+            "Use --format pipeline.",
+        )
     check_unused(output, "block")
+    with emptied_if_stopped(output):
+        _write_folder(output, concepts)
+    return output
+
+
+def _write_folder(output: Path, concepts: Sequence[Concept]) -> None:
     make_folder(output)
     data = write_concept_files(concepts, output)
     code = _HEADER + joined((*LOADER, "modular_block.py"))
@@ -113,4 +123,3 @@ def export_block(output: str | Path, concepts: Sequence[Concept]) -> Path:
         "requirements": _REQUIREMENTS,
     }
     write_atomically(output / "modular_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    return output

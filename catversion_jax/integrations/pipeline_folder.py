@@ -19,9 +19,10 @@ from pathlib import Path
 from catversion_jax.errors import CatVersionError
 from catversion_jax.integrations.exported_source import with_concepts_at_end
 from catversion_jax.methods.concept_file import Concept, write_concepts
+from catversion_jax.methods.per_encoder import check_num_parts
 from catversion_jax.models.components_fit import inpainting_channels
 from catversion_jax.models.weights.model_files import ModelFiles, opened
-from catversion_jax.runtime.atomic_files import unwritable, write_atomically
+from catversion_jax.runtime.atomic_files import emptied_if_stopped, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
 LOADER = (  # in the order of their imports
@@ -135,15 +136,8 @@ def export_pipeline(
     check_unused(output, "pipeline")
     files = opened(model)
     check_parts(files, concepts)
-    existed = output.exists()
-    try:
+    with emptied_if_stopped(output):
         _write_folder(output, files, concepts, force)
-    except BaseException:  # Ctrl-C or a full disk: the same command can be given again
-        for path in output.iterdir() if output.is_dir() else ():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        if not existed and output.is_dir():
-            output.rmdir()
-        raise
     return output
 
 
@@ -207,15 +201,15 @@ def check_parts(files: ModelFiles, concepts: Sequence[Concept]) -> None:
     Raises:
       CatVersionError: one has another number of parts.
     """
-    number = len(files.text_encoders)
     for concept in concepts:
-        parts = len(concept.learned.parts)
-        if parts != number:
-            raise CatVersionError(
-                f"concept {concept.name!r}: was trained for a model with {parts} text encoder(s), "
-                f"but {files.path} has {number}. Give as --model the one it was trained with: "
-                f"{concept.base_model or 'not stated in the file'}."
-            )
+        check_num_parts(
+            concept.name,
+            concept.learned,
+            len(files.text_encoders),
+            str(files.path),
+            "Give as --model the one it was trained with: "
+            f"{concept.base_model or 'not stated in the file'}.",
+        )
 
 
 def name_for_older_transformers(text_encoder: Path) -> None:

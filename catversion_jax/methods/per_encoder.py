@@ -14,6 +14,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.learned import Learned, LearnedPart, encoder_names, of_encoder
 from catversion_jax.methods.stored_values import check_names
 from catversion_jax.models.weights.variants import TEXT_ENCODERS
@@ -123,6 +124,26 @@ class PerEncoder(Learned):
 def joined(parts: Sequence[LearnedPart]) -> Learned:
     """One concept of what it learned for each text encoder of its model."""
     return parts[0] if len(parts) == 1 else PerEncoder(tuple(parts))
+
+
+def check_num_parts(name: str, learned: Learned, needed: int, model: str, remedy: str) -> None:
+    """Check that a concept has a part for each of a model's text encoders.
+
+    Args:
+      name: of the concept.
+      learned: what it learned.
+      needed: how many text encoders the model has.
+      model: what it is called in the message.
+      remedy: the last sentence of the message.
+
+    Raises:
+      CatVersionError: it has more or fewer.
+    """
+    if (parts := len(learned.parts)) != needed:
+        raise CatVersionError(
+            f"concept {name!r}: was trained for a model with {parts} text encoder(s), but {model} "
+            f"has {needed}. {remedy}"
+        )
 
 
 def num_encoders(version: int, facts: Mapping[str, str]) -> int:

@@ -1,5 +1,5 @@
 """Write a file whole or not at all: a reader, a full disk or a killed process never meets half a
-file.
+file. A new folder is filled, or left as it was.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.bucket_paths import is_in_bucket
@@ -66,6 +68,31 @@ def replaced_when_done(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def emptied_if_stopped(folder: Path) -> Iterator[None]:
+    """Leave ``folder``, which is missing or empty, as it was where the block that fills it does not
+    end well, by Ctrl-C too: the same command can then be given again.
+    """
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            _remove(path)
+        if not existed and folder.is_dir():
+            folder.rmdir()
+        raise
+
+
+def _remove(path: Path) -> None:
+    if is_in_bucket(path):
+        cast(Any, path).rmtree()
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def make_folder(path: Path) -> None:

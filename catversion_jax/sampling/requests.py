@@ -23,6 +23,7 @@ from catversion_jax.concepts.foreign_syntax import foreign_syntax
 from catversion_jax.errors import CatVersionError, encodable, shown
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.learned import Learned, LearnedPart
+from catversion_jax.methods.per_encoder import check_num_parts
 from catversion_jax.models.clip.adaptation import HIDDEN
 from catversion_jax.models.clip.tokenizer import PlacedPrompt, Tokenizer
 from catversion_jax.models.stable_diffusion import Backbone
@@ -272,12 +273,7 @@ def learned_parts(
     Raises:
       CatVersionError: it was trained for a model with another number of text encoders.
     """
-    learned = use.learned.scaled(use.scale)
-    parts = (learned.within_words() if bounded else learned).parts
     needed = len(backbone.text_encoders)
-    if len(parts) != needed:
-        raise CatVersionError(
-            f"concept {use.name!r}: was trained for a model with {len(parts)} text encoder(s), but "
-            f"{backbone.name} has {needed}, all of which read the prompt. {_RIGHT_MODEL}."
-        )
-    return parts
+    check_num_parts(use.name, use.learned, needed, backbone.name, f"{_RIGHT_MODEL}.")
+    learned = use.learned.scaled(use.scale)
+    return (learned.within_words() if bounded else learned).parts

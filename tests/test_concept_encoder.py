@@ -1,5 +1,6 @@
 """The concept encoder: its formula, its fit, its file, and runs that start from its predictions."""
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -15,9 +16,10 @@ from running import final_files, run_here
 
 from catversion_jax import load_concept
 from catversion_jax.assets import embedded_folder
-from catversion_jax.cli import main
+from catversion_jax.cli import fit_start, main
 from catversion_jax.concepts import read_concepts
-from catversion_jax.config import TrainConfig
+from catversion_jax.config import FitOptions, TrainConfig
+from catversion_jax.config.options import statement_of
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_encoder import (
     ConceptEncoder,
@@ -30,7 +32,7 @@ from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.embedders import ClipEmbedder
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.runtime.sharding import make_mesh, replicated
-from catversion_jax.training.fit_start import FitOptions, fit_encoder, is_held_out, read_examples
+from catversion_jax.training.fit_start import fit_encoder, is_held_out, read_examples
 from catversion_jax.training.fit_step import _some_others
 
 torch = pytest.importorskip("torch")
@@ -376,3 +378,30 @@ def test_too_few_concepts_are_refused(one_block_sd_folder, place, tmp_path, caps
     model = f"pretrained_model_name_or_path={one_block_sd_folder}"
     assert main([*command, "--clip", str(place / "clip"), model]) == 2
     assert "concepts to fit on: must be at least 8" in capsys.readouterr().err
+
+
+def test_an_option_of_a_fit_is_stated_once():
+    parser = argparse.ArgumentParser()
+    fit_start.add_arguments(parser)
+    given = parser.parse_args(["concepts", "--out", "start.safetensors"])
+    shown = {action.dest: action.help for action in parser._actions}
+    for field in dataclasses.fields(FitOptions):
+        assert field.name not in given  # so the default is that of the group
+        help = statement_of(FitOptions, field.name).help
+        assert shown[field.name] == f"{help} [{field.default}]"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("num_steps=0", "num_steps=0: must be at least 1."),
+        ("learning_rate=0", "learning_rate=0.0: must be at least 1e-09 and below 1."),
+        ("rank=5000", "rank=5000: must be within 1..4096."),
+        ("held_out=1", "held_out=1.0: must be at least 0 and below 1."),
+        ("seed=2147483648", "seed=2147483648: must be at least 0 and at most 2147483647."),
+    ],
+)
+def test_options_of_a_fit_out_of_range_are_refused(given, message, capsys):
+    name, value = given.split("=")
+    assert main(["fit-start", "x", "--out", "y", f"--{name}", value]) == 2
+    assert message in capsys.readouterr().err

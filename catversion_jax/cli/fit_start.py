@@ -6,9 +6,10 @@ import argparse
 import sys
 import time
 
+from catversion_jax.cli.option_arguments import add_option_arguments, given_options
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.progress import progress
-from catversion_jax.config import load_config
+from catversion_jax.config import FitOptions, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,17 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--config", metavar="FILE", help="YAML file of options")
     add("--clip", metavar="FOLDER", help="CLIPModel that sees the photos [the model's own clip/]")
-    add("--num_steps", type=int, default=1500, help="updates of the concept encoder [1500]")
-    add("--batch_size", type=int, default=16, help="concepts in a step, a photo of each [16]")
-    add("--learning_rate", type=float, default=1e-3, help="of AdamW, before its cosine [0.001]")
-    add("--rank", type=int, default=128, help="directions that predictions have [128]")
-    add(
-        "--held_out",
-        type=float,
-        default=0.1,
-        help="share of the concepts that only judge the result [0.1]",
-    )
-    add("--seed", type=int, default=0, help="of start values, noise and order [0]")
+    add_option_arguments(parser, FitOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.runtime.compilation import use_compilation_cache
     from catversion_jax.runtime.sharding import make_mesh
     from catversion_jax.training.fit_start import (
-        FitOptions,
         fit_encoder,
         held_out_losses,
         is_held_out,
@@ -68,14 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.training.predicted_start import clip_for
     from catversion_jax.training.trainable import check_trainable
 
-    options = FitOptions(
-        num_steps=args.num_steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        rank=args.rank,
-        held_out=args.held_out,
-        seed=args.seed,
-    )
+    options = FitOptions(**given_options(args, FitOptions))
     started = time.monotonic()
     concepts = read_configured_concepts(config.data_options, config.when)
     use_compilation_cache(config.compilation_cache_dir)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import signal
 import sys
@@ -12,15 +11,19 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from catversion_jax.cli.option_arguments import add_option_arguments, given_options
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.teach import UPDATES, own_start, start_options
 from catversion_jax.config import TrainConfig, load_config
-from catversion_jax.config.options import accepted_types, statement_of
 from catversion_jax.config.serving import ServeOptions
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
 _PATHS = ("output_dir", "keys")
+_SPECIAL = {
+    **{name: {"type": path_argument} for name in _PATHS},
+    "sizes": {"nargs": "+", "metavar": "SIZE"},
+}
 ROWS = {"cpu": 1}
 """Concepts that train at once on a device of a kind, where nobody says."""
 USUAL_ROWS = 8
@@ -36,34 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "/v1/jobs) and that of AUTOMATIC1111's web UI (/sdapi/v1); /openapi.json describes all of\n"
         "them. It needs pip install 'catversion-jax[serve]'."
     )
-    for field in dataclasses.fields(ServeOptions):
-        said = statement_of(ServeOptions, field.name).help
-        text = said if field.default in (None, ()) else f"{said} [{field.default}]"
-        kind: Any = {int: int, float: float, str: None}.get(_kind(field.name))
-        if field.name in _PATHS:
-            kind = path_argument
-        several: dict[str, Any] = {"nargs": "+", "metavar": "SIZE"} if field.name == "sizes" else {}
-        parser.add_argument(
-            f"--{field.name}",
-            type=kind,
-            default=argparse.SUPPRESS,
-            help=text.replace("%", "%%"),
-            **several,
-        )
-
-
-def _kind(name: str) -> type:
-    return next(kind for kind in accepted_types(ServeOptions, name) if kind is not type(None))
+    add_option_arguments(parser, ServeOptions, _SPECIAL)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 then, 2 where the model or the folder cannot be used, 1
     after the device has failed.
     """
-    given = {name: value for name, value in vars(args).items()}
+    given = given_options(args, ServeOptions)
     given |= {name: str(given[name]) for name in _PATHS if name in given}
-    if "sizes" in given:
-        given["sizes"] = tuple(given["sizes"])
     options = ServeOptions(**given)
     if is_in_bucket(as_path(options.output_dir)):
         raise CatVersionError(

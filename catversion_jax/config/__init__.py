@@ -1,13 +1,15 @@
 """Every option, each written once, and how options are read.
 
 A file for each group of options (``data``, ``model``, ``method``, ``objective``, ``optimizer``,
-``devices``, ``recording``), all of them together in ``training``, ``sampling``, ``masks`` and
-``gate`` for the other commands. ``options`` says what an option is, ``presets`` names sets of them,
-``reading`` turns YAML and ``key=value`` into a :class:`TrainConfig`.
+``devices``, ``recording``), all of them together in ``training``; ``sampling``, ``masks``,
+``gate``, ``serving`` and ``fit_start`` for the other commands. ``options`` says what an option is,
+``presets`` names sets of them, ``reading`` turns YAML and ``key=value`` into a
+:class:`TrainConfig`.
 """
 
 from catversion_jax.config.data import DataOptions
 from catversion_jax.config.devices import DeviceOptions
+from catversion_jax.config.fit_start import FitOptions
 from catversion_jax.config.gate import GateSettings
 from catversion_jax.config.masks import MaskSettings
 from catversion_jax.config.method import MethodOptions
@@ -37,6 +39,7 @@ __all__ = [
     "PRESETS",
     "DataOptions",
     "DeviceOptions",
+    "FitOptions",
     "GateSettings",
     "MaskSettings",
     "MethodOptions",

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from catversion_jax.array_types import Bool, Float
 from catversion_jax.concepts import ConceptSpec
-from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
+from catversion_jax.config import DataOptions, FitOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.diffusion import noise_schedule
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_encoder import (
@@ -65,40 +65,6 @@ logger = logging.getLogger(__name__)
 
 FEWEST_CONCEPTS = 8
 """Fewer have hardly any principal components, and the encoder would learn them by heart."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FitOptions:
-    """How a concept encoder is fitted.
-
-    Attributes:
-      num_steps: updates of its weights.
-      batch_size: concepts in a step, one image of each.
-      learning_rate: of AdamW, at the top of a cosine.
-      rank: R, the directions that predictions have.
-      held_out: share of the concepts that only judge the result.
-      seed: of start values, noise and order.
-    """
-
-    num_steps: int = 1500
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    rank: int = 128
-    held_out: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        rules = (
-            ("num_steps", self.num_steps >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("learning_rate", 0 < self.learning_rate < 1, "between 0 and 1"),
-            ("rank", 1 <= self.rank <= 4096, "within 1..4096"),
-            ("held_out", 0 <= self.held_out < 1, "at least 0 and below 1"),
-            ("seed", 0 <= self.seed < 2**31, "within 0..2147483647"),
-        )
-        for name, holds, rule in rules:
-            if not holds:
-                raise CatVersionError(f"{name}={getattr(self, name)}: must be {rule}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,17 +4,21 @@ import base64
 import dataclasses
 import io
 import json
+import logging
 import re
 import shutil
+import socket
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import catversion_jax
+from catversion_jax.cli import main
 from catversion_jax.cli.serve import teaching_config
 from catversion_jax.config.serving import ServeOptions
 from catversion_jax.errors import CatVersionError
@@ -475,7 +479,7 @@ def test_a_full_queue_is_429_and_a_wrong_body_422(serving, ada):
     for name in (
         "requests_running",
         "requests_waiting",
-        "slots_used_ratio",
+        "rows_used_ratio",
         "queue_seconds_bucket",
     ):
         assert f"catversion_{name}" in text
@@ -499,6 +503,32 @@ def test_without_keys_only_this_machine_is_answered(tmp_path):
     with pytest.raises(CatVersionError, match="so it needs --keys"):
         options(tmp_path, "tiny-sd", host="0.0.0.0")
     server.core.store.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_address_that_is_told_can_be_opened(tmp_path, monkeypatch, host):
+    """On a free port; an address of IPv6 stands in brackets."""
+    try:
+        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else 2):
+            pass
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    opened = []
+
+    class Opens(logging.Handler):
+        def emit(self, record):
+            if found := re.fullmatch("serving missing at (http:.+)", record.getMessage()):
+                place = urlsplit(found[1])
+                with socket.create_connection((place.hostname, place.port), timeout=10):
+                    opened.append(place)
+
+    logger, handler = logging.getLogger("catversion_jax"), Opens()
+    logger.addHandler(handler)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    command = ["serve", "--model", "missing", "--port", "0", "--host", host]
+    assert main([*command, "--output_dir", str(tmp_path)]) == 2  # it listens before it loads
+    logger.removeHandler(handler)
+    assert [place.hostname for place in opened] == [host]
 
 
 def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):

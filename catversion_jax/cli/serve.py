@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
         exit code is 0 then. Asked again, it waits for no more pictures.
         """
 
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            address = listening_at(options.host, self.servers[0].sockets[0].getsockname()[1])
+            logging.getLogger("catversion_jax").info("serving %s at %s", options.model, address)
+
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             asked = (signal.SIGINT, signal.SIGTERM)
@@ -100,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
             host=options.host,
             port=options.port,
             log_level="warning",
+            log_config=None,  # its messages go where ours do
             timeout_graceful_shutdown=int(options.shutdown_timeout) + 1,
             server_header=False,
         )
@@ -110,8 +116,6 @@ def run(args: argparse.Namespace) -> int:
         web.should_exit = True
 
     server.device.on_failure = broken
-    shown = f"http://{options.host}:{options.port}"
-    logging.getLogger("catversion_jax").info("serving %s at %s", options.model, shown)
     web.run()
     failure = server.device.failure
     if isinstance(failure, CatVersionError):
@@ -120,6 +124,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: the device has failed: {failure}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def listening_at(host: str, port: int) -> str:
+    """The address to open; one of IPv6 stands in brackets (RFC 3986, 3.2.2)."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def teaching_config(options: ServeOptions) -> TrainConfig:

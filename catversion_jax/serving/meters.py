@@ -32,7 +32,7 @@ class Meters:
 
         self.running = gauge("requests_running", "Jobs that the device works on.", "kind")
         self.waiting = gauge("requests_waiting", "Pictures and concepts that wait.", "kind")
-        self.slots_used = gauge("slots_used_ratio", "Share of the training rows with a concept.")
+        self.rows_used = gauge("rows_used_ratio", "Share of the training rows with a concept.")
         self.progress_age = gauge(
             "device_seconds_without_progress",
             "Seconds that a busy device has not moved; 0 while it is idle.",

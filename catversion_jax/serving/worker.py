@@ -270,7 +270,7 @@ class Worker:
                 plain if plain == plain else None,
             )
             core.watchers.tell(occupant.name)
-        core.meters.slots_used.set(len(self._live.under_way) / self._num_rows)
+        core.meters.rows_used.set(len(self._live.under_way) / self._num_rows)
         for news in self._live.news():
             job = core.store.job(news.name)
             if job is None or job.ended:

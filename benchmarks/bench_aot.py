@@ -91,13 +91,13 @@ def row_name(model: str, row: tuple[str, str, int]) -> str:
 
 
 def compile_row(
-    backbone: Backbone, resolution: int, target: str, recompute: str, slots: int
+    backbone: Backbone, resolution: int, target: str, recompute: str, num_concepts: int
 ) -> dict[str, Any]:
     """What the compiler says of one program."""
     chip, mesh = parse_slice(target).chip, tpu_mesh(parse_slice(target))
     started = time.perf_counter()
     if recompute == PLAIN:
-        traced, compiled = compile_plain(backbone, resolution, mesh, slots)
+        traced, compiled = compile_plain(backbone, resolution, mesh, num_concepts)
     else:
         config = make_config(
             {
@@ -109,9 +109,9 @@ def compile_row(
             }
         )
         planned = planned_step(config, backbone)
-        arguments = abstract_arguments(planned, mesh, slots * mesh.devices.shape[0], 5)
+        arguments = abstract_arguments(planned, mesh, num_concepts * mesh.devices.shape[0], 5)
         traced, compiled = compile_program(planned, mesh, arguments)
-    program, memory, samples = compiled.as_text(), compiled.memory_analysis(), 2 * slots
+    program, memory, samples = compiled.as_text(), compiled.memory_analysis(), 2 * num_concepts
     traffic = hbm_bytes(program) / samples
     return {
         "temporary_bytes_per_sample": memory.temp_size_in_bytes / samples,
@@ -125,9 +125,11 @@ def compile_row(
     }
 
 
-def compile_plain(backbone: Backbone, resolution: int, mesh: Mesh, slots: int) -> tuple[Any, Any]:
+def compile_plain(
+    backbone: Backbone, resolution: int, mesh: Mesh, num_concepts: int
+) -> tuple[Any, Any]:
     """The gradient of a UNet's prediction in what it is told of the prompts, two images for each of
-    ``slots`` concepts, for one device; traced and compiled.
+    ``num_concepts`` concepts, for one device; traced and compiled.
     """
     side, everywhere = resolution // backbone.latent_downsampling, replicated(mesh)
     unet = jax.tree.map(
@@ -135,9 +137,9 @@ def compile_plain(backbone: Backbone, resolution: int, mesh: Mesh, slots: int) -
         backbone.unet,
     )
     floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=everywhere)
-    text = floats((slots, 2, 77, 2048))
-    pooled = floats((slots, 2, 1280))
-    latents = floats((slots, 2, side, side, backbone.latent_channels))
+    text = floats((num_concepts, 2, 77, 2048))
+    pooled = floats((num_concepts, 2, 1280))
+    latents = floats((num_concepts, 2, side, side, backbone.latent_channels))
 
     def predicted(conditions: Any, latents: jax.Array, weights: Any) -> jax.Array:
         context, pooled = conditions

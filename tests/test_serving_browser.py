@@ -129,6 +129,10 @@ def test_from_photos_to_a_file_in_diffusers(person, tmp_path):
     person.looks("teaching")
     person.driver.refresh()  # what goes on is the server's
     person.sees(".state.succeeded", seconds=200)
+    loaded = "return [...document.images].every(image => image.complete && image.naturalWidth)"
+    samples = "return [...document.querySelectorAll('figcaption')].map(one => one.textContent)"
+    person.waits_for(lambda driver: "taught" in driver.execute_script(samples), seconds=60)
+    person.waits_for(lambda driver: driver.execute_script(loaded))
     person.looks("taught")
 
     downloads = {"behavior": "allow", "downloadPath": str(tmp_path)}
@@ -141,7 +145,6 @@ def test_from_photos_to_a_file_in_diffusers(person, tmp_path):
     person.clicks("Draw")
     pair = "#drawn .pair:first-child figure img"  # below it are samples of the lesson
     person.sees(pair, seconds=120, count=2)
-    loaded = "return [...document.images].every(image => image.complete && image.naturalWidth)"
     person.waits_for(lambda driver: driver.execute_script(loaded))
     person.looks("drawn")
     drawn = person.driver.find_elements("css selector", pair)

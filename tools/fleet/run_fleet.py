@@ -42,7 +42,7 @@ OPTIONS = {
     "report_to": "none",
 }
 FLEET = {"JAX_NUM_CPU_DEVICES": "2"}
-SLOTS_PER_DEVICE = 3
+CONCEPTS_PER_DEVICE = 3
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
         "concepts": args.concepts,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "options": OPTIONS,
-        "slots": SLOTS_PER_DEVICE * int(FLEET["JAX_NUM_CPU_DEVICES"]),
+        "rows": CONCEPTS_PER_DEVICE * int(FLEET["JAX_NUM_CPU_DEVICES"]),
         "fleet": once(args.output / "fleet-run.json", lambda: fleet(concepts, args.output / "run")),
         "separate": once(
             args.output / "separate.json",
@@ -95,7 +95,7 @@ def fleet(concepts: Path, output: Path) -> dict[str, Any]:
     of concepts that were done.
     """
     began = time.perf_counter()
-    process = start(concepts, output, FLEET, concepts_per_device=SLOTS_PER_DEVICE)
+    process = start(concepts, output, FLEET, concepts_per_device=CONCEPTS_PER_DEVICE)
     memory = []
     while process.poll() is None:
         time.sleep(1)

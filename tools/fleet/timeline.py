@@ -1,4 +1,4 @@
-"""A picture of ``timeline.csv``: slots x time, each concept in its colour, and the memory below."""
+"""A picture of ``timeline.csv``: rows x time, each concept in its colour, and the memory below."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def draw(timeline: Path, memory: Sequence[Sequence[float]], output: Path) -> Non
     """
     with timeline.open() as file:
         rows = list(csv.DictReader(file))
-    slots = 1 + max(int(row["slot"]) for row in rows)
+    num_rows = 1 + max(int(row["slot"]) for row in rows)
     end = max(float(row["ended"]) for row in rows)
-    band = slots * (ROW + GAP)
+    band = num_rows * (ROW + GAP)
     image = Image.new("RGB", (WIDTH, 3 * 34 + 2 * band + 150 + 40), "white")
     pen = ImageDraw.Draw(image)
     early = sum(row["outcome"] == "stopped early" for row in rows)
     top = _title(
-        pen, 6, f"{len(rows)} concepts in {slots} slots, {end:.0f} s (no edge: see the detail)"
+        pen, 6, f"{len(rows)} concepts in {num_rows} rows, {end:.0f} s (no edge: see the detail)"
     )
     _band(pen, rows, top, 0, end, edges=False)
     start, length = 0.5 * end, 40.0
@@ -61,9 +61,9 @@ def _band(
     edges: bool,
 ) -> None:
     scale = (WIDTH - LEFT - 20) / (end - start)
-    for slot in sorted({int(row["slot"]) for row in rows}):
-        y = top + slot * (ROW + GAP)
-        pen.text((6, y + 4), f"slot {slot}", fill="black", font=ImageFont.load_default(14))
+    for place in sorted({int(row["slot"]) for row in rows}):
+        y = top + place * (ROW + GAP)
+        pen.text((6, y + 4), f"row {place}", fill="black", font=ImageFont.load_default(14))
     for number, row in enumerate(rows):
         began, ended = (min(max(float(row[k]), start), end) for k in ("began", "ended"))
         if ended <= began:

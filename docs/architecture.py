@@ -13,7 +13,6 @@ from __future__ import annotations
 import html
 import re
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +29,9 @@ FLOORS = (
 )
 # How people come in, by room: from above with a program, or from Python at the work itself.
 ENTRANCES = {
-    "integrations/": ("load_catversion(pipeline, FILE)",),
-    "cli/": ("catversion COMMAND", "python train_tpu.py"),
+    "integrations/": "load_catversion(pipe, FILE)",
+    "serving/": "a browser, HTTP",
+    "cli/": "catversion, train_tpu.py",
 }
 FUNCTIONS = {
     "sampling/": "cv.generate",
@@ -43,7 +43,7 @@ LINE, TITLE, MARGIN = 17, 26, 8
 GREY = "#808994"
 FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
-GLYPH = 6.6  # mean width of a caption's letter, pixels
+GLYPH, MONO_GLYPH = 6.6, 7.6  # mean width of a caption's letter, and of an entrance's, pixels
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def draw(rooms: list[Room]) -> str:
         )
         for place, (room, lines) in enumerate(zip(cards, captions, strict=True)):
             x = LEFT + place * (width + GAP)
-            parts.append(_entrances(ENTRANCES.get(room.name, ()), x, width))
+            if room.name in ENTRANCES:
+                parts.append(_entrance(ENTRANCES[room.name], x, width))
             parts.append(_card(room.name, lines, x, y, width, height, colour))
         y += height + GAP
     y += 16
@@ -106,19 +107,16 @@ def draw(rooms: list[Room]) -> str:
     )
 
 
-def _entrances(texts: Sequence[str], left: float, room_width: float) -> str:
-    parts = []
-    for place, text in enumerate(texts):
-        width = (room_width - GAP * (len(texts) - 1)) / len(texts)
-        x = left + place * (width + GAP)
-        middle = x + width / 2
-        parts.append(
-            f'<rect x="{x + 0.5:g}" y="{MARGIN}.5" width="{width - 1:g}" height="28" rx="14" '
-            f'fill="none" stroke="{GREY}"/>'
-            f'<text x="{middle:g}" y="{MARGIN + 19}" class="entrance">{text}</text>'
-            f'<path d="M{middle:g} {MARGIN + 29}v13" stroke="{GREY}"/>'
-        )
-    return "".join(parts)
+def _entrance(text: str, x: float, width: float) -> str:
+    if len(text) * MONO_GLYPH > width - 2 * PAD:
+        raise ValueError(f"{text!r} is wider than the card below it")
+    middle = x + width / 2
+    return (
+        f'<rect x="{x + 0.5:g}" y="{MARGIN}.5" width="{width - 1:g}" height="28" rx="14" '
+        f'fill="none" stroke="{GREY}"/>'
+        f'<text x="{middle:g}" y="{MARGIN + 19}" class="entrance">{text}</text>'
+        f'<path d="M{middle:g} {MARGIN + 29}v13" stroke="{GREY}"/>'
+    )
 
 
 def _card(

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from catversion_jax.errors import CatVersionError
@@ -223,7 +224,7 @@ def _as_text(plan: dict[str, Any]) -> str:
     lines = [
         f"{plan['model']} at {plan['resolution']} px, {plan['dtype']}, on {plan['target']} "
         f"({plan['chips']} chips, {plan['devices']} devices)",
-        f"  {plan['estimate']}",
+        textwrap.indent(textwrap.fill(plan["estimate"], 98), "  "),
     ]
     if "memory_bytes" in plan:
         memory = {name: value / GB for name, value in plan["memory_bytes"].items()}

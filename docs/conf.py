@@ -63,6 +63,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False  # axis letters such as *C are no emphasis
 maximum_signature_line_length = 80
+smartquotes_action = "qe"  # two hyphens begin an option's name
 
 copybutton_prompt_text = "$ "
 

@@ -54,8 +54,8 @@ def _option(row: OptionRow) -> str:
     facts.append(_DECIDES[row.decides_result])
     if row.aliases:
         facts.append(f"also called {', '.join(f'`{alias}`' for alias in row.aliases)}")
-    text = row.help.replace("<", "&lt;")
-    return f"```{{confval}} {row.name}\n\n{{.facts}}\n{' · '.join(facts)}\n\n{text}\n```"
+    described = f"{{.facts}}\n{' · '.join(facts)}\n\n{_prose(row.help)}"
+    return f"```{{confval}} {row.name}\n\n{described}\n```"
 
 
 def presets() -> str:
@@ -90,7 +90,7 @@ def _command(name: str) -> str:
             "`--key value`."
         )
     if parser.epilog and name != "train":
-        parts.append(" ".join(parser.epilog.split()))
+        parts.append(_prose(" ".join(parser.epilog.split())))
     options = {row.name for row in option_table()} if name == "train" else set()
     rows = [
         (_invocation(action), _meaning(action, parser))
@@ -107,21 +107,33 @@ def _invocation(action: argparse.Action) -> str:
     """The argument as it is typed."""
     if not action.option_strings:
         metavar = action.metavar or action.dest
-        return f"`{metavar}`" + (" ..." if action.nargs in ("*", "+") else "")
-    names = ", ".join(f"`{name}`" for name in action.option_strings)
+        return _code(metavar) + (" ..." if action.nargs in ("*", "+") else "")
+    names = ", ".join(map(_code, action.option_strings))
     if action.nargs == 0:
         return names
     if action.choices:
-        return f"{names} " + " \\| ".join(f"`{choice}`" for choice in action.choices)
-    metavar = action.metavar or action.dest.upper()
-    return f"{names} `{str(metavar).replace('|', chr(92) + '|')}`"
+        return f"{names} " + " \\| ".join(map(_code, action.choices))
+    return f"{names} {_code(action.metavar or action.dest.upper())}"
 
 
 def _meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     text = (action.help or "") % {**vars(action), "prog": parser.prog}
     if action.required and action.option_strings:
         text += " (required)"
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return _prose(text)
+
+
+def _code(text: object) -> str:
+    """Code in a cell of a table."""
+    return "`" + str(text).replace("|", "\\|") + "`"
+
+
+def _prose(text: str) -> str:
+    """A help text as Markdown, also in a cell: what stands in backticks is code, the rest words."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*_<>|\[\]])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [part.replace("|", "\\|") for part in parts[1::2]]
+    return "`".join(parts)
 
 
 def models() -> str:

@@ -25,6 +25,16 @@ PAGES = sorted(
 )
 
 
+def test_help_texts_are_words_and_not_markup() -> None:
+    """The reference of the commands has two cells in a row, and no tag or emphasis by accident."""
+    page = runpy.run_path(str(DOCS / "generated.py"))["commands"]()
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert any("RUN" in row and "IMAGES" in row for row in rows)
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}
+    without_code = re.sub(r"^```.*?^```|`[^`]*`", "", page, flags=re.M | re.S)
+    assert not re.findall(r"(?<!\\)[*_<]", without_code)
+
+
 def test_commands_in_the_guides_are_seen_whole() -> None:
     """A code block of the site shows about 104 letters of a line; the rest waits behind a bar."""
     guides = [path for path in PAGES if path.is_relative_to(DOCS)]

@@ -533,7 +533,7 @@ def test_the_address_that_is_told_can_be_opened(tmp_path, monkeypatch, host):
 
 def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):
     """What an earlier process had promised when it was killed: a drawing it had begun, one that it
-    had begun twice, and a concept."""
+    had begun twice, a concept that it had begun, and one that it had begun twice."""
     other = serving[0]
     chosen = options(tmp_path, other.options.model, keys=str(keys_file))
     server = Server(chosen, teaching_config(chosen))  # never started
@@ -552,6 +552,11 @@ def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):
         drawings.append(job)
     concept = store.concept("ada", "rex")
     lesson = store.add_job("ada", "teach", {}, concept=concept)
+    ada.ok("PUT", "/v1/concepts/tim", json={"base_class": "cat"})
+    ada.ok("PUT", "/v1/concepts/tim/photos/1", content=photo(2))
+    fatal = store.add_job("ada", "teach", {}, concept=store.concept("ada", "tim"))
+    store.begin(fatal.id)
+    store.begin_again(fatal.id)
     server.core.folders.describe(concept.folder, concept.fields, store.photos(concept.folder))
     store.begin(lesson.id)
     store.close()
@@ -565,10 +570,13 @@ def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):
     with TestClient(make_app(again)) as client:
         ada = Caller(client, "ada")
         wait_until_ready(client)
-        ended = [ada.ended({"id": job.id}) for job in (*drawings, lesson)]
-        assert [one["status"] for one in ended] == ["succeeded", "succeeded", "failed", "succeeded"]
+        ended = [ada.ended({"id": job.id}) for job in (*drawings, lesson, fatal)]
+        states = ["succeeded", "succeeded", "failed", "succeeded", "failed"]
+        assert [one["status"] for one in ended] == states
         assert "ended 2 times" in ended[2]["error"]
-        assert ended[3]["attempts"] == 1
+        assert ended[3]["attempts"] == 1  # of two, but an update was saved in the second
+        assert "ended 2 times while it taught this" in ended[4]["error"]
+        assert ada("GET", "/v1/concepts/tim/photos/1").content == photo(2)
         assert kept.exists()  # what was under way began anew, and lost nothing
         assert len(ended[0]["images"]) == 2
         waiting = ada.ok("POST", "/v1/jobs", json={"prompt": "a dog", "n": 3, **DRAWING})

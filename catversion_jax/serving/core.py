@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 MOST_ATTEMPTS = 2
 """How often a job is begun: the second time after a restart. A job during which the process has
-ended twice is not tried a third time."""
+ended twice is not tried a third time; of a lesson, twice without an update saved in between."""
 
 
 class Core:

@@ -98,7 +98,7 @@ class Job:
       request: what was asked for, as JSON values.
       num_images: pictures that are drawn.
       state: see :data:`State`.
-      attempts: how often it was begun.
+      attempts: how often it was begun; of a lesson since its training was last saved.
       error: why it failed.
       created, started, finished: seconds since 1970.
       body_sha256: of the request, where it came with an idempotency key.
@@ -323,6 +323,20 @@ class Store:
                 (time.time(), id),
             )
 
+    def begin_again(self, id: str) -> None:
+        """Note that a lesson of an earlier process goes on, which counts as one more attempt."""
+        with self._change() as db:
+            db.execute(
+                "UPDATE jobs SET attempts = attempts + 1 WHERE id = ? AND state = 'processing'",
+                (id,),
+            )
+
+    def advanced(self, id: str) -> None:
+        """Note that a lesson has come further for good: attempts before this one count no more."""
+        with self._change() as db:
+            query = "UPDATE jobs SET attempts = 1 WHERE id = ? AND state = 'processing'"
+            db.execute(query, (id,))
+
     def requeue(self, id: str) -> None:
         """Let a job wait again, after a restart."""
         with self._change() as db:
@@ -339,10 +353,14 @@ class Store:
                 db.execute("UPDATE jobs SET request = ? WHERE id = ?", (json.dumps(request), id))
 
     def give_back(self, id: str) -> None:
-        """Let a job wait again because the server ends in order; its attempt does not count."""
+        """Let a job wait again because the server ends in order; its attempt does not count.
+
+        A lesson keeps its state: it goes on from what is saved.
+        """
         with self._change() as db:
             db.execute(
-                "UPDATE jobs SET state = 'queued', attempts = attempts - 1 "
+                "UPDATE jobs SET attempts = attempts - 1, "
+                "state = CASE kind WHEN 'teach' THEN state ELSE 'queued' END "
                 "WHERE id = ? AND state = 'processing'",
                 (id,),
             )

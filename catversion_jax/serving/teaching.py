@@ -123,6 +123,10 @@ class ConceptFolders:
         """The concept file of a finished job."""
         return self._files / f"{job}.safetensors"
 
+    def is_learned(self, job: str) -> bool:
+        """Whether the training of a job had ended, though nobody was told."""
+        return (self._run / job / CONCEPT_FILE_NAME).is_file()
+
     def newest(self, job: str) -> Path | None:
         """The file of a job that is finished, or the newest one of a step; None without any."""
         if self.file(job).is_file():

@@ -56,6 +56,7 @@ class Worker:
         self._shares = Shares(core.options.drawing_share)
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "pictures")
         self._begun: set[str] = set()
+        self._unsaved: set[str] = set()  # lessons begun of which no update is saved since
         self._swept = time.monotonic()
 
     # ------------------------------------------------------------------ begin and end
@@ -74,13 +75,14 @@ class Worker:
         predictor = StartPredictor.of(self._config.method_options, backbone)
         waiting = core.store.open_jobs()
         lessons = [job for job in waiting if job.kind == "teach"]
+        under_way = [job for job in lessons if job.state != "queued" and self._goes_on(job)]
         live = live_training(
             self._config,
             backbone,
             mesh,
             predictor,
             self._spec,
-            [job.id for job in lessons if job.state != "queued"],
+            [job.id for job in under_way],
             max_images=core.options.max_images,
             max_prompts=core.options.max_prompts,
         )
@@ -91,6 +93,10 @@ class Worker:
         orders = Orders(core, backbone)
         sizes = [orders.settings({"size": f"{width}x{height}"}) for width, height in orders.sizes]
         drawing.warm_up(backbone, sizes, concept, core.options.max_concepts)
+        for job in under_way:
+            core.store.begin_again(job.id)
+            self._begun.add(job.id)
+            self._unsaved.add(job.id)
         self._live.resume()
         for job in lessons:
             if job.state == "queued":
@@ -99,6 +105,19 @@ class Worker:
             if job.kind == "draw":
                 self._draw_again(orders, job)
         self.orders = orders
+
+    def _goes_on(self, job: Job) -> bool:
+        """Whether a lesson under way is taken up again; else it has failed."""
+        core = self._core
+        if job.attempts < MOST_ATTEMPTS or core.folders.is_learned(job.id):
+            return True
+        core.end(
+            job,
+            "failed",
+            f"The server ended {job.attempts} times while it taught this, and no update was saved "
+            "in between. The photos are kept: look at them, and teach it again.",
+        )
+        return False
 
     def _draw_again(self, orders: Orders, job: Job) -> None:
         core = self._core
@@ -242,6 +261,7 @@ class Worker:
             canceled, core.canceled = core.canceled, set()
         for id in canceled:
             self._live.withdraw(id)
+            self._forget(id)
             core.folders.remove(None, [id])
         if core.draining:
             return
@@ -252,9 +272,15 @@ class Worker:
                 return
             job = taken[0]
             core.store.begin(job.id)
+            self._begun.add(job.id)
+            self._unsaved.add(job.id)
             core.meters.queue_seconds.labels("teach").observe(time.time() - job.created)
             self._live.add(job.id)
             core.watchers.tell(job.id)
+
+    def _forget(self, lesson: str) -> None:
+        self._begun.discard(lesson)
+        self._unsaved.discard(lesson)
 
     def _teach(self) -> bool:
         core, began = self._core, time.monotonic()
@@ -270,8 +296,13 @@ class Worker:
                 plain if plain == plain else None,
             )
             core.watchers.tell(occupant.name)
+            is_saved = self._live.saved.get(occupant.name, 0) > occupant.first_step
+            if is_saved and occupant.name in self._unsaved:
+                self._unsaved.remove(occupant.name)
+                core.store.advanced(occupant.name)
         core.meters.rows_used.set(len(self._live.under_way) / self._num_rows)
         for news in self._live.news():
+            self._forget(news.name)
             job = core.store.job(news.name)
             if job is None or job.ended:
                 continue

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -156,6 +156,11 @@ class LiveTraining:
     def under_way(self) -> Sequence[Occupant]:
         """The concepts that have a row."""
         return self._loop.under_way
+
+    @property
+    def saved(self) -> Mapping[str, int]:
+        """Updates of concepts that the next process goes on from, as far as this one saved them."""
+        return self._loop.checkpoints.written
 
     @property
     def expects(self) -> int:

@@ -63,6 +63,7 @@ class TrainingLoop:
 
     Attributes:
       failures: reasons of the concepts that were given up, by name.
+      checkpoints: what writes checkpoints.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class TrainingLoop:
         self._saved = dict(saved)  # those that have no row again yet
         self._clock, self._out, self._recorder = clock, run, recorder
         self._first_clock = clock
-        self._checkpoints = checkpoints
+        self.checkpoints = checkpoints
         self._optimizer, self._recording = optimizer, recording
         self._compiled = False
         self._pending: collections.deque[Dispatched] = collections.deque()
@@ -138,6 +139,7 @@ class TrainingLoop:
                 del self._rows.occupied[occupant.row]
                 self._out.forget(name)
                 self._recorder.end(occupant, "withdrawn")
+        self._saved.pop(name, None)
 
     def write_files(self, occupants: Sequence[Occupant]) -> None:
         """Write what concepts have learned so far as the concept files of their steps."""
@@ -393,4 +395,4 @@ class TrainingLoop:
             self._read_pending()  # what a checkpoint has seen is not done again
             self._recorder.flush()
             rows = [*self._rows.saved_rows(), *self._saved.values()]
-            self._checkpoints.save(self._clock, rows)
+            self.checkpoints.save(self._clock, rows)

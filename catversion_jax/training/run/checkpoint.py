@@ -78,6 +78,7 @@ class Checkpoints:
         for path in (folder.parent, folder):
             make_way(path, for_folder=True)
         make_folder(folder)
+        self._begun, self._written = dict[str, int](), dict[str, int]()
         self._manager = _manager(
             folder,
             max_to_keep=keep,
@@ -109,7 +110,13 @@ class Checkpoints:
             }
         )
         with self._writing():
-            self._manager.save(step, args=args)
+            self._manager.save(step, args=args)  # after the one before it
+        self._written, self._begun = self._begun, {row.record.name: row.step for row in rows}
+
+    @property
+    def written(self) -> Mapping[str, int]:
+        """Updates of each concept in the newest checkpoint of this process that is on disk."""
+        return self._written
 
     def __enter__(self) -> Checkpoints:
         return self

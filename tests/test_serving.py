@@ -591,3 +591,15 @@ def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):
     after = Server(chosen, teaching_config(chosen))
     assert after.core.store.job(waiting["id"]).state == "succeeded"  # it was drawn before the end
     after.core.store.close()
+
+    changed = {"text_encoder": "0" * 64}
+    other_model = dataclasses.replace(
+        other.worker.backbone, digests={**other.worker.backbone.digests, **changed}
+    )
+    for updates in (3, 5):  # with the same options, and with others
+        chosen = dataclasses.replace(chosen, updates=updates)
+        refused = Server(chosen, teaching_config(chosen), other_model)
+        refused.start()
+        assert refused.device.stop(60)
+        assert "the model's text encoder has changed), and" in str(refused.device.failure)
+        refused.close()

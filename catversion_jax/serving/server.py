@@ -104,7 +104,8 @@ class Server:
 
 def run_folder(root: Path, config: TrainConfig) -> Path:
     """Where the training of these options has its state. With other options, except those of the
-    model, it is another folder: what was under way begins anew.
+    model, it is another folder: what was under way begins anew. Another model is refused there
+    (:meth:`~catversion_jax.serving.teaching.ConceptFolders.check_model`).
     """
     of_model = {field.name for field in dataclasses.fields(ModelOptions)}
     options = {k: v for k, v in learning_options(config).items() if k not in of_model}

@@ -17,13 +17,16 @@ from PIL import Image
 from catversion_jax.concepts import ConceptSpec, read_concepts
 from catversion_jax.concepts.report import ConceptReport, report_concept
 from catversion_jax.config import DataOptions, MethodOptions
-from catversion_jax.errors import ConceptError
+from catversion_jax.errors import CatVersionError, ConceptError, shown
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
+from catversion_jax.runtime.regular_files import read_json_object
 from catversion_jax.serving.store import Photo, StoredConcept
 from catversion_jax.training.live import LiveTraining
 from catversion_jax.training.run import names
+from catversion_jax.training.run.directory import RunDirectory
+from catversion_jax.training.run.manifest import changed_model
 
 WARM_UP = "warm-up"
 """The concept that compiles everything; no client has it."""
@@ -62,6 +65,27 @@ class ConceptFolders:
         self._data, self._when = data, method.when
         make_folder(self._photos)
         make_folder(self._files)
+
+    def check_model(self, backbone: Backbone) -> None:
+        """Make sure that nothing was taught here with another model, whatever the options were.
+
+        Raises:
+          CatVersionError: something was.
+        """
+        now = {**backbone.fingerprints, "digests": backbone.digests}
+        for folder in sorted(self._root.glob("run-*")):
+            before = read_json_object(folder / names.RUN_FILE)
+            if not before or not RunDirectory(folder).holds_results():
+                continue
+            changed, former = changed_model(before, now), before.get("base_model")
+            if former != backbone.name:
+                changed.insert(0, f"it was {shown(former)} and is {shown(backbone.name)}")
+            if changed:
+                raise CatVersionError(
+                    f"output_dir={self._root}: concepts were taught there with another model "
+                    f"({', '.join(changed)}), and a server's folder is for one. Give another "
+                    "output_dir, or put the former model back."
+                )
 
     def write_photo(self, folder: str, file: str, data: bytes) -> None:
         """Keep a photo or a mask, all or nothing."""

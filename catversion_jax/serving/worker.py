@@ -66,6 +66,7 @@ class Worker:
         core = self._core
         self._config, self._backbone, mesh = with_networks(self._config, self._backbone)
         backbone = self._backbone
+        core.folders.check_model(backbone)
         self._checker, core.safety_checker = safety.find_checker(self._config.model_options)
         logger.info("safety checker: %s", core.safety_checker)
         rows = self._config.concepts_per_device

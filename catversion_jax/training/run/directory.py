@@ -218,7 +218,7 @@ class RunDirectory:
             "digests": dict(digests),
             "options": dict(options),
         }
-        if self._holds_results():
+        if self.holds_results():
             if not may_continue:
                 raise CatVersionError(
                     f"output_dir={self.root}: already holds a run and resume_from_checkpoint=none "
@@ -233,7 +233,7 @@ class RunDirectory:
             make_way(self.root / names.CONFIG_FILE)
             write_atomically(self.root / names.CONFIG_FILE, resolved.encode())
 
-    def _holds_results(self) -> bool:
+    def holds_results(self) -> bool:
         """Whether anything was learned here: a mistyped first attempt leaves the folder free."""
         patterns = (
             f"{names.CONCEPTS_FOLDER}/*/{CONCEPT_FILE_NAME}",

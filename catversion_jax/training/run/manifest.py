@@ -51,11 +51,7 @@ def check_same_run(root: Path, settings: Mapping[str, Any], *, retrains: bool) -
     if not isinstance(options, Mapping) or not _are_options(options):
         logger.warning("%s: is missing or damaged; writing it again", root / names.RUN_FILE)
         old, options = {}, settings["options"]
-    model = changed_networks(old.get("digests"), settings["digests"])
-    for name in TEXT_ENCODERS:
-        key, word = f"{name}_sha256", f"the model's {NETWORKS[name]} has changed"
-        if old.get(key, settings.get(key)) != settings.get(key) and word not in model:
-            model.append(word)
+    model = changed_model(old, settings)
     if model and not retrains:
         raise CatVersionError(
             f"output_dir={root}: {', '.join(model)} since the concepts of this run were trained. "
@@ -70,6 +66,21 @@ def check_same_run(root: Path, settings: Mapping[str, Any], *, retrains: bool) -
             f"({'; '.join(changed)}). Continue it with its own options (config.resolved.yaml) or "
             "give another output_dir."
         )
+
+
+def changed_model(old: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """What of the model is not as the ``run.json`` of then says, in words.
+
+    Args:
+      old: what that file says; what it lacks counts as unchanged.
+      settings: the text encoders' fingerprints and ``digests`` of now.
+    """
+    changed = changed_networks(old.get("digests"), settings["digests"])
+    for name in TEXT_ENCODERS:
+        key, word = f"{name}_sha256", f"the model's {NETWORKS[name]} has changed"
+        if old.get(key, settings.get(key)) != settings.get(key) and word not in changed:
+            changed.append(word)
+    return changed
 
 
 def has_same_settings(root: Path, settings: Mapping[str, Any]) -> bool:

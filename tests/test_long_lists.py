@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from concept_folders import put_images
-from running import final_files, run_here
+from running import final_files, run_here, steps_of
 
 from catversion_jax.cli import main
 from catversion_jax.concepts import read_concepts
@@ -117,3 +117,15 @@ def test_training_it_gives_the_same_files(
     assert run_here(one_block_sd_folder, file, tmp_path / "long", **few) == 3
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
     assert (tmp_path / "long" / "index.csv").read_text() == index
+    if count > 4:
+        return
+    # more updates for one that is finished, and for one that cannot be read
+    gate = tmp_path / "gate.json"
+    gate.write_text('{"failed": {"ball 1": {"updates": 2}, "ball 2": {"updates": 2}}}')
+    again = {**few, "retrain": "failed", "gate_file": gate}
+    assert run_here(one_block_sd_folder, file, tmp_path / "long", **again) == 3
+    assert steps_of(tmp_path / "long") == {"ball 0": 2, "ball 1": 4, "ball 3": 2}
+    now = {path: path.stat().st_mtime_ns for path in stamps}
+    assert {path.parent.name for path in now if now[path] != stamps[path]} == {"ball 1"}
+    assert run_here(one_block_sd_folder, file, tmp_path / "long", **again) == 3
+    assert now == {path: path.stat().st_mtime_ns for path in stamps}  # nothing was left to do

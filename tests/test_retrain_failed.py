@@ -103,16 +103,17 @@ def test_images_from_elsewhere_count_as_the_runs_updates(tmp_path: Path) -> None
     assert failed_concepts(path) == {"rex": None, "fido": 50}
     options = RecordingOptions(retrain="failed", gate_file=str(path))
     assert gate_path(options) == path
-    records = {name: record(name) for name in ("rex", "fido", "tom")}
-    found = larger_budgets(records, options)
-    assert {name: one.updates for name, one in found.items()} == {
-        "rex": 200,
-        "fido": 100,
-        "tom": 100,
+    names = ("rex", "fido", "tom")
+    found = larger_budgets(names, 100, options)
+    assert found == {
+        "rex": {"max_train_steps": 200, "failed_at": 100},
+        "fido": {"max_train_steps": 100, "failed_at": 50},
     }
-    assert not found["tom"].has_larger_budget
+    assert record("rex").with_budget(found["rex"]).has_larger_budget
+    assert not record("tom").with_budget({}).has_larger_budget
     path.write_text('{"failed": {"rex": {"updates": 0}}}')
-    assert larger_budgets(records, options)["rex"].updates == UPDATES_AFTER_PREDICTION
+    found = larger_budgets(names, 100, options)
+    assert found["rex"]["max_train_steps"] == UPDATES_AFTER_PREDICTION
 
 
 def record(name: str) -> ConceptRecord:

@@ -54,7 +54,7 @@ def plan_queue(
       CatVersionError: a concept that is finished or under way was changed since, and ``retrains``
         is off; all are listed.
     """
-    remembered = run.recall(records) if records.believes_index and not retrains else set()
+    remembered = run.recall(records.believed) if records.believed and not retrains else set()
     compared = {
         name: records[name].differences(concept)
         for name, concept in run.read_finals(records, but=remembered)

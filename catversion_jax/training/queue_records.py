@@ -9,13 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from catversion_jax.concepts import ConceptList, ConceptSpec
-from catversion_jax.concepts.long_lists import LONG, LongList
-from catversion_jax.config import DataOptions, MethodOptions, RecordingOptions
-from catversion_jax.errors import CatVersionError
+from catversion_jax.concepts.long_lists import LongList
+from catversion_jax.config import DataOptions, MethodOptions
 from catversion_jax.models.stable_diffusion import Backbone
-from catversion_jax.runtime.shards import Shard
 from catversion_jax.training.preparation import describe_concept, describe_concepts
-from catversion_jax.training.retraining import larger_budgets
 from catversion_jax.training.run.identity import image_digests
 from catversion_jax.training.run.records import ConceptRecord
 
@@ -29,11 +26,11 @@ class AllRecords(dict[str, ConceptRecord]):
     Attributes:
       failures: why further concepts cannot be trained, by name, as far as that is known.
       room: images and prompts of the largest concept; (1, 1) where that is not known.
-      believes_index: whether a concept that ``index.csv`` says is finished is not compared with its
-        file.
+      believed: concepts of which ``index.csv`` is believed that they are finished; the others are
+        compared with their files.
     """
 
-    believes_index = False
+    believed: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -54,9 +51,9 @@ class AllRecords(dict[str, ConceptRecord]):
         """One concept and its record."""
         return self._specs[name], self[name]
 
-    def retrain(self, options: RecordingOptions, shard: Shard) -> None:
-        """Give a larger budget to the concepts that ``retrain=failed`` means."""
-        self.update(larger_budgets(self, options, shard))
+    def retrain(self, budgets: Mapping[str, Mapping[str, int]]) -> None:
+        """Give some concepts the larger budgets of ``retrain=failed``."""
+        self.update({name: self[name].with_budget(own) for name, own in budgets.items()})
 
     def updates(self, names: Iterable[str]) -> int:
         """The updates of all those concepts together."""
@@ -71,12 +68,12 @@ class LongRecords(Mapping[str, ConceptRecord]):
 
     failures: Mapping[str, str] = {}
     room = (1, 1)
-    believes_index = True
 
     def __init__(self, concepts: LongList, describe: Any, max_train_steps: int, *, masked: bool):
         self._concepts, self._describe, self._masked = concepts, describe, masked
         self._names = frozenset(concepts.names)
         self._max_train_steps = max_train_steps
+        self._budgets: Mapping[str, Mapping[str, int]] = {}
 
     def read(self, name: str) -> tuple[ConceptSpec, ConceptRecord]:
         """One concept and its record.
@@ -85,23 +82,22 @@ class LongRecords(Mapping[str, ConceptRecord]):
           ConceptError: it cannot be trained.
         """
         spec = self._concepts.read(name)
-        return spec, self._describe(spec, images=image_digests(spec, masked=self._masked))
+        record = self._describe(spec, images=image_digests(spec, masked=self._masked))
+        return spec, record.with_budget(self._budgets.get(name, {}))
 
-    def retrain(self, options: RecordingOptions, shard: Shard) -> None:
-        """Refuse ``retrain=failed``, which compares every concept with the gate's file.
+    @property
+    def believed(self) -> frozenset[str]:
+        """All but those whose budget may be larger than the one that the index tells of."""
+        return self._names - self._budgets.keys()
 
-        Raises:
-          CatVersionError: that is asked for.
-        """
-        if options.retrain == "failed":
-            raise CatVersionError(
-                f"retrain=failed: the list has {len(self)} concepts, which are read one after the "
-                f"other. Give a list of those that fail, of fewer than {LONG} concepts."
-            )
+    def retrain(self, budgets: Mapping[str, Mapping[str, int]]) -> None:
+        """Give some concepts the larger budgets of ``retrain=failed``, each in its turn."""
+        self._budgets = budgets
 
     def updates(self, names: Iterable[str]) -> int:
         """The updates of all those concepts together."""
-        return sum(1 for _ in names) * self._max_train_steps
+        of_run = {"max_train_steps": self._max_train_steps}
+        return sum(self._budgets.get(name, of_run)["max_train_steps"] for name in names)
 
     def __getitem__(self, name: str) -> ConceptRecord:
         return self.read(name)[1]

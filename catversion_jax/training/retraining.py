@@ -11,10 +11,9 @@ finished. Early stopping, which would end it where it had ended before, is not a
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Container
 from pathlib import Path
 
 from catversion_jax.config import RecordingOptions
@@ -24,41 +23,39 @@ from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.regular_files import read_json_object
 from catversion_jax.runtime.shards import WHOLE, Shard
 from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
-from catversion_jax.training.run.records import FAILED_AT, ConceptRecord
+from catversion_jax.training.run.records import FAILED_AT
 
 logger = logging.getLogger(__name__)
 
 
 def larger_budgets(
-    records: Mapping[str, ConceptRecord], options: RecordingOptions, shard: Shard = WHOLE
-) -> dict[str, ConceptRecord]:
-    """The records, with equation (1) in those of concepts that failed, under ``retrain=failed``.
+    names: Container[str], max_train_steps: int, options: RecordingOptions, shard: Shard = WHOLE
+) -> dict[str, dict[str, int]]:
+    """What changes in the configs of concepts that failed, under ``retrain=failed``: equation (1),
+    by name.
 
     Args:
-      records: every concept of the run.
+      names: of every concept of the run.
+      max_train_steps: the run's own updates.
       options: ``retrain``, and what belongs to it.
-      shard: the part of the list that ``records`` are of.
+      shard: the part of the list that ``names`` are of.
 
     Raises:
       CatVersionError: the gate's file is missing or is none.
     """
     if options.retrain != "failed":
-        return dict(records)
+        return {}
     path = gate_path(options)
-    failed = failed_concepts(path)
-    found = dict(records)
-    said = []
-    for name, known in failed.items():
+    found, said = dict[str, dict[str, int]](), list[str]()
+    for name, known in failed_concepts(path).items():
         if not shard.holds(name):
             continue
-        if name not in records:
+        if name not in names:
             logger.warning(f"{name}: fails the gate of {path}, but is none of this run's concepts")
             continue
-        record = records[name]
-        updates = record.updates if known is None else known
+        updates = max_train_steps if known is None else known
         budget = math.ceil(options.retrain_factor * updates) or UPDATES_AFTER_PREDICTION
-        own = {"max_train_steps": budget, FAILED_AT: updates}
-        found[name] = dataclasses.replace(record, config={**record.config, **own})
+        found[name] = {"max_train_steps": budget, FAILED_AT: updates}
         said.append(f"{name} {updates} -> {budget}")
     logger.info(
         f"retrain=failed: {len(said)} concepts get more updates: "

@@ -40,6 +40,7 @@ from catversion_jax.training.preparation import (
 )
 from catversion_jax.training.queue_plan import QueuePlan, plan_queue
 from catversion_jax.training.queue_records import QueueRecords, queue_records, sample_of
+from catversion_jax.training.retraining import larger_budgets
 from catversion_jax.training.run.directory import RunDirectory, check_outside
 from catversion_jax.training.run.model_card import write_card
 from catversion_jax.training.run.reader import TrainedConcept, read_trained_concept
@@ -275,7 +276,8 @@ def train_concepts(
         )
         failures = dict(records.failures)
         template = abstract_state(config.method_options, config.optimizer_options, backbone)
-        records.retrain(config.recording_options, shard)
+        steps, recording = config.max_train_steps, config.recording_options
+        records.retrain(larger_budgets(records, steps, recording, shard))
         plan = plan_queue(records, run, template, retrains=retrains)
         wait_for_others("every process has read what was done before")
         own = tuple(own_part(plan.names))

@@ -71,6 +71,10 @@ class ConceptRecord:
         """Whether it failed the quality gate and gets more updates than its run."""
         return FAILED_AT in self.config
 
+    def with_budget(self, own: Mapping[str, int]) -> ConceptRecord:
+        """The record with ``max_train_steps`` and :data:`FAILED_AT` of its own."""
+        return dataclasses.replace(self, config={**self.config, **own})
+
     def is_finished(self, concept: Concept, stopped: float | None) -> bool:
         """Whether a concept file is of the last update.
 

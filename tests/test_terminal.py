@@ -138,7 +138,19 @@ def test_status_shows_what_it_was_told_harmlessly(run_folder: Path, capsys) -> N
 # ---- Ctrl-C
 
 
-def test_ctrl_c_while_modules_are_imported_ends_the_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "number", "code"),
+    [
+        ("status nowhere", signal.SIGINT, 130),
+        ("status nowhere", signal.SIGTERM, -signal.SIGTERM),  # as the system has it
+        ("train", signal.SIGTERM, 75),
+        ("teach nowhere --base_class cup", signal.SIGTERM, 75),
+        ("serve", signal.SIGTERM, 0),
+    ],
+)
+def test_a_signal_while_modules_are_imported_ends_the_process(
+    tmp_path: Path, command: str, number: signal.Signals, code: int
+) -> None:
     """Even if a module that is being imported swallows everything, as some of JAX's may."""
     (tmp_path / "stubborn.py").write_text(
         "import time\n"
@@ -151,11 +163,11 @@ def test_ctrl_c_while_modules_are_imported_ends_the_process(tmp_path: Path) -> N
     )
     program = (
         "import sys\n"
-        "import catversion_jax.cli.status as status\n"
-        "status.run = lambda args: __import__('stubborn') and 0\n" + COMMAND
+        f"import catversion_jax.cli.{command.split()[0]} as command\n"
+        "command.run = lambda args: __import__('stubborn') and 0\n" + COMMAND
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "status", "nowhere"],
+        [sys.executable, "-c", program, *command.split()],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -165,12 +177,13 @@ def test_ctrl_c_while_modules_are_imported_ends_the_process(tmp_path: Path) -> N
     )
     assert process.stdout.readline() == "importing\n"
     started = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert time.monotonic() - started < 5
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "swallowed" not in out
-    assert "interrupted; finished files are kept. Run the same command again" in err
+    if code >= 0:
+        assert "interrupted; finished files are kept. Run the same command again" in err
     assert "Traceback" not in err
 
 

@@ -20,6 +20,7 @@ from catversion_jax import __version__
 from catversion_jax.cli.paths import check_values
 from catversion_jax.cli.terminal import (
     INTERRUPTED,
+    SAVED,
     prompt_interrupts,
     safe_terminal,
     say_interrupted,
@@ -53,6 +54,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("import_official", "convert the authors' released adapters"),
     "inspect": ("inspect", "say what a concept file is"),
 }
+_ASKED_TO_STOP = {"train": SAVED, "teach": SAVED, "serve": 0}
+"""Exit codes after SIGTERM of the commands that listen to it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         try:
-            with prompt_interrupts():
-                code = _run(list(sys.argv[1:] if argv is None else argv))
+            given = list(sys.argv[1:] if argv is None else argv)
+            with prompt_interrupts(_ASKED_TO_STOP.get(given[0]) if given else None):
+                code = _run(given)
         except CatVersionError as error:
             print(f"error: {error}", file=sys.stderr)
             code = WRONG

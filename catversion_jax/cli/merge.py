@@ -6,7 +6,7 @@ import argparse
 
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.status import print_counts
-from catversion_jax.cli.train import INTERRUPTED
+from catversion_jax.cli.terminal import SAVED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> int:
     print_counts(args.run, found)
     print(args.run / INDEX_FILE)
     if found["shards"]["ended"] < found["shards"]["expected"]:
-        return INTERRUPTED
+        return SAVED
     return 3 if found["counts"].get("quarantined") else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ from typing import Any, TextIO, cast
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+SAVED = 75
+"""Exit code (EX_TEMPFAIL) of training that was asked to stop: try again, and nothing is lost."""
 
 _UNSHOWN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -141,33 +144,46 @@ def safe_terminal() -> Iterator[SafeStream]:
 
 
 @contextlib.contextmanager
-def prompt_interrupts() -> Iterator[None]:
+def prompt_interrupts(asked_to_stop: int | None = None) -> Iterator[None]:
     """Ctrl-C while modules are imported ends the process at once, within the block.
 
     Python's own way is to raise KeyboardInterrupt, which one of the hundreds of modules of JAX may
     catch, or which its C++ code cannot pass on; the command would go on for hours. While modules
     are imported there is nothing to save.
+
+    Args:
+      asked_to_stop: exit code of a command that SIGTERM asks to save and end. Until the command
+        listens itself, nothing is under way, and SIGTERM ends the process at once with this code.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, _interrupt)
+    handlers: dict[int, tuple[Any, Any]] = {}  # what is there, and what takes its place
+    if threading.current_thread() is threading.main_thread():
+        handlers[signal.SIGINT] = (signal.default_int_handler, _interrupt)
+        if asked_to_stop is not None:
+            ends = functools.partial(_end, asked_to_stop)
+            handlers[signal.SIGTERM] = (signal.SIG_DFL, ends)
+    handlers = {one: pair for one, pair in handlers.items() if signal.getsignal(one) is pair[0]}
+    for number, (_, ours) in handlers.items():
+        signal.signal(number, ours)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, (usual, _) in handlers.items():
+            signal.signal(number, usual)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     above = frame
     while above is not None:
         if above.f_code.co_filename.startswith("<frozen importlib"):
-            say_interrupted()
-            sys.stdout.flush()
-            os._exit(INTERRUPTED)
+            _end(INTERRUPTED)
         above = above.f_back
     signal.default_int_handler(number, frame)
+
+
+def _end(code: int, *_: object) -> None:
+    say_interrupted()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def say_interrupted() -> None:

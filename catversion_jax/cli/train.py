@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from catversion_jax.cli.progress import progress
+from catversion_jax.cli.terminal import SAVED
 from catversion_jax.config import TrainConfig, load_config, option_table, with_shard
 from catversion_jax.config.sampling import grid_settings
 from catversion_jax.errors import CatVersionError
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from catversion_jax.concepts.long_lists import LongList
     from catversion_jax.evaluation.tables import Evaluation
     from catversion_jax.training.start import TrainResult
-
-
-INTERRUPTED = 75
-"""Exit code (EX_TEMPFAIL): try again, and nothing is lost."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +185,7 @@ def _report(result: TrainResult, quarantine_exit_code: int) -> int:
     print(f"{len(result.finished)} concepts in {result.output_dir / 'concepts'}")
     if result.interrupted:
         print("interrupted; what is under way is saved. The same command goes on.")
-        return INTERRUPTED
+        return SAVED
     if not result.failures:
         return 0
     print(f"{len(result.failures)} quarantined (their FAILED.txt says why):", file=sys.stderr)

@@ -11,21 +11,36 @@ from catversion_jax.config.options import Options, option
 class FitOptions(Options):
     """How a concept encoder is fitted."""
 
-    num_steps: int = option(1500, "updates of the concept encoder", decides_result=True, at_least=1)
+    num_steps: int = option(
+        1500, "Number of updates of the concept encoder.", decides_result=True, at_least=1
+    )
     batch_size: int = option(
-        16, "concepts in a step, a photo of each", decides_result=True, at_least=1
+        16,
+        "Number of concepts in one update, with a photo of each.",
+        decides_result=True,
+        at_least=1,
     )
     learning_rate: float = option(
-        1e-3, "of AdamW, before its cosine", decides_result=True, at_least=1e-9, below=1
+        1e-3,
+        "Largest learning rate of AdamW, which falls to 0 along a cosine after a warm-up.",
+        decides_result=True,
+        at_least=1e-9,
+        below=1,
     )
     rank: int = option(
-        128, "directions that predictions have", decides_result=True, at_least=1, at_most=4096
+        128,
+        "Number of directions in which predictions differ; more make the file larger.",
+        decides_result=True,
+        at_least=1,
+        at_most=4096,
     )
     held_out: float = option(
         0.1,
-        "share of the concepts that only judge the result",
+        "Share of the concepts that are kept from the fit, to judge it.",
         decides_result=True,
         at_least=0,
         below=1,
     )
-    seed: int = option(0, "of start values, noise and order", decides_result=True, at_least=0)
+    seed: int = option(
+        0, "Seed of start values, noise and the order of concepts.", decides_result=True, at_least=0
+    )

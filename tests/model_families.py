@@ -7,7 +7,7 @@ every test that is named here is one that CI runs. So a cell that says yes is a 
 QUESTIONS = ("loads", "equals PyTorch", "draws", "trains", "exports", "is planned")
 
 UNET = "test_unet.py::test_whole_network_and_text_gradient_equal_diffusers"
-DEPTHS = "test_unet.py::test_distilled_models_have_the_tensors_that_diffusers_has"
+DEPTHS = "test_unet_config.py::test_distilled_models_have_the_tensors_that_diffusers_has"
 OTHER_UNETS = "test_unet.py::test_other_configurations_equal_diffusers"
 TRAINS = "test_train_cli.py::test_a_run_writes_what_the_readme_says"
 TRAINS_XL = "test_training_xl.py::test_losses_and_gradients_equal_torch_autograd"
@@ -29,7 +29,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "test_plan.py::test_a_plan_needs_no_weights",
     ),
     "Stable Diffusion 2.x": (
-        "test_unet.py::test_published_configs_make_the_published_number_of_parameters",
+        "test_unet_config.py::test_published_configs_make_the_published_number_of_parameters",
         UNET,
         "test_samplers.py::test_trajectory_equals_diffusers",
         "as 1.x",

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,30 @@ def write(folder: Path, name: str, base_class: str, residual: KVResidual, **kwar
         name=name,
         **kwargs,
     )
+
+
+def write_cat_and_dog(folder: Path) -> dict[str, Path]:
+    """The files of two concepts by their names, ``tom`` and ``rex``."""
+    words = {"tom": "cat", "rex": "dog"}
+    return {
+        name: write(folder, name, word, make_residual(i, bias=1.0))
+        for i, (name, word) in enumerate(words.items())
+    }
+
+
+def token_ids(pipe, *prompts: str) -> torch.Tensor:
+    length = pipe.tokenizer.model_max_length
+    return pipe.tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@torch.no_grad()
+def encode(pipe, *prompts: str, **kwargs) -> torch.Tensor:
+    """The last states of the pipeline's text encoder, whatever the loader warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pipe.text_encoder(token_ids(pipe, *prompts), **kwargs).last_hidden_state
 
 
 def save_clip(folder, tokenizer):

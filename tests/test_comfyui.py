@@ -9,50 +9,38 @@ to float16, in which ComfyUI keeps text encoders.
 
 import contextlib
 import dataclasses
-import importlib.util
-import json
 import logging
-import os
-import socket
-import subprocess
-import sys
-import time
-import types
-import urllib.request
 import warnings
-from pathlib import Path
 
-import numpy as np
 import pytest
-from torch_reference import SDXL_TEXT_ENCODER_2, TEXT_ENCODERS, draw, randomise, relative_error
-
-if "COMFYUI_PATH" not in os.environ:
-    pytest.skip(
-        "needs the real ComfyUI: COMFYUI_PATH is not set to a clone of it", allow_module_level=True
-    )
-
 import torch
+from comfyui_nodes import (
+    SMALL,
+    Both,
+    comfy_clip,
+    comfyui_here,
+    encoded,
+    learned,
+    load_both,
+    loaded,
+    of_diffusers,
+    tokenizer,
+    write,
+)
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
+from torch_reference import SDXL_TEXT_ENCODER_2, TEXT_ENCODERS, draw, randomise, relative_error
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
 )
 
 from catversion_jax.integrations import diffusers as loader
-from catversion_jax.methods.concept_file import save_concept
 from catversion_jax.methods.per_encoder import PerEncoder
-from catversion_jax.methods.residual import KVResidual
 from catversion_jax.methods.token_embeddings import TokenEmbeddings
-from catversion_jax.models.clip.vocabulary import write_clip_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-NODES = ROOT / "integrations" / "comfyui"
-COMFYUI = Path(os.environ["COMFYUI_PATH"])
 TOLERANCE = 2e-6
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 PROMPTS = [
     "a teapot on a snowy mountain",
     "a stuffed animal beside two teapots, photo",
@@ -64,74 +52,11 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory):
-    """ComfyUI's modules and our nodes in this process, with models in a folder of their own."""
-    sys.path.append(str(COMFYUI))
-    from comfy.cli_args import args
-
-    args.cpu, args.base_directory = True, str(tmp_path_factory.mktemp("comfyui"))
-    import comfy.lora
-    import comfy.sd
-    import comfy.sdxl_clip
-    import comfy.text_encoders.sd2_clip
-    import folder_paths
-
-    spec = importlib.util.spec_from_file_location("comfyui_nodes_of_ours", NODES / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return types.SimpleNamespace(
-        comfy=comfy, folder=Path(folder_paths.models_dir), nodes=module.NODE_CLASS_MAPPINGS
-    )
-
-
-@dataclasses.dataclass
-class Both:
-    """One random model in diffusers and in ComfyUI."""
-
-    pipe: object
-    clip: object
+    return comfyui_here(tmp_path_factory.mktemp("comfyui"))
 
 
 def rounded(model):
     return randomise(model).half().float()
-
-
-def tokenizer(folder: Path, pad: str):
-    folder.mkdir(parents=True)
-    write_clip_tokenizer(folder, pad, 77)
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def comfy_clip(comfy, kind: str, models: dict, **options):
-    """A CLIP as ComfyUI's checkpoint loader makes it, with weights of transformers."""
-    sd1, xl = comfy.comfy.sd1_clip, comfy.comfy.sdxl_clip
-    sd2 = comfy.comfy.text_encoders.sd2_clip
-    classes = {
-        "SD 1.5": (sd1.SD1ClipModel, sd1.SD1Tokenizer),
-        "SD 2.x": (sd2.SD2ClipModel, sd2.SD2Tokenizer),
-        "SDXL": (xl.SDXLClipModel, xl.SDXLTokenizer),
-    }
-    for name, model in models.items():
-        sizes = {key: getattr(model.config, key) for key in SMALL}
-        sizes["num_hidden_layers"] = model.config.num_hidden_layers + (name == "clip_h")
-        options[f"{name}_model_config"] = sizes
-    target = types.SimpleNamespace(params={}, clip=classes[kind][0], tokenizer=classes[kind][1])
-    embeddings = str(comfy.folder / "embeddings")
-    clip = comfy.comfy.sd.CLIP(target, embedding_directory=embeddings, model_options=options)
-    for name, model in models.items():
-        state = {k.removeprefix("text_model."): v for k, v in model.state_dict().items()}
-        if name == "clip_h":  # the layer behind the one that feeds the UNet
-            last = {k: v for k, v in state.items() if "layers.22." in k}
-            state |= {k.replace("layers.22.", "layers.23."): v for k, v in last.items()}
-        apart = {k: state.pop(k) for k in list(state) if k == "text_projection.weight"}
-        state = {f"text_model.{k}": v for k, v in state.items()} | apart
-        transformer = getattr(clip.cond_stage_model, name).transformer
-        missing, unexpected = transformer.load_state_dict(state, strict=False)
-        assert not unexpected
-        assert set(missing) <= {"text_projection.weight"}
-        if missing:
-            torch.nn.init.eye_(transformer.text_projection.weight)
-    return clip
 
 
 @pytest.fixture(scope="module")
@@ -177,61 +102,6 @@ def both(comfy, models, tmp_path_factory):
 
     cache: dict[str, Both] = {}
     return lambda kind: cache.setdefault(kind, made(kind))
-
-
-def residual(seed: int, heads: int, width: int, layers, **settings) -> KVResidual:
-    shape = (len(layers), settings.pop("positions", 1), heads, width)
-    return KVResidual(
-        draw(*shape, seed=seed), draw(*shape, seed=seed + 1), tuple(layers), **settings
-    )
-
-
-def learned(kind: str, seed: int, **settings):
-    if kind == "SD 1.5":
-        return residual(seed, 12, 64, (9, 10, 11), **settings)
-    if kind == "SD 2.x":
-        return residual(seed, 4, 16, (20, 22), **settings)
-    return PerEncoder((
-        residual(seed, 4, 16, (8, 10), **settings), residual(seed + 5, 4, 16, (28, 30), **settings)
-    ))  # fmt: skip
-
-
-def write(comfy, name: str, base_class: str, what, **settings) -> str:
-    """A concept in ``models/catversion``, as the node lists it."""
-    path = comfy.folder / "catversion" / name / "catversion.safetensors"
-    save_concept(path, what, base_class=base_class, name=name, **settings)
-    return f"{name}/catversion.safetensors"
-
-
-def loaded(comfy, clip, file: str, scale: float = 1.0, when: str = "as trained", **switches):
-    return comfy.nodes["LoadCatVersionConcept"]().load(clip, file, scale, when, **switches)[0]
-
-
-def load_both(comfy, pair: Both, files: dict[str, float]):
-    """The patched CLIP; the pipeline has the same concepts."""
-    clip = pair.clip
-    with contextlib.suppress(loader.CatVersionLoadError):
-        loader.unload_catversion(pair.pipe)
-    names = []
-    for file, scale in files.items():
-        clip = loaded(comfy, clip, file, scale)
-        names.append(loader.load_catversion(pair.pipe, comfy.folder / "catversion" / file))
-    loader.set_catversion(pair.pipe, names, list(files.values()))
-    return clip
-
-
-@torch.no_grad()
-def encoded(clip, prompt: str):
-    return clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
-
-
-@torch.no_grad()
-def of_diffusers(pipe, prompt: str, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        out = pipe.encode_prompt(prompt, device="cpu", num_images_per_prompt=1,
-                                 do_classifier_free_guidance=False, **options)  # fmt: skip
-    return out[0], (out[2] if len(out) > 2 else None)
 
 
 @pytest.mark.parametrize("scope", ["all", "from_class_word", "class_word"])
@@ -506,118 +376,3 @@ def test_our_file_in_another_folder(comfy, both, models, caplog):
         _, clip = comfy.comfy.sd.load_lora_for_models(None, pair.clip, load_file(file), 1.0, 1.0)
     assert "lora key not loaded: layers.9.key" in caplog.text
     assert torch.equal(encoded(clip, PROMPTS[0])[0], encoded(pair.clip, PROMPTS[0])[0])
-
-
-def api_form(workflow: dict) -> dict:
-    """What the page makes of a workflow when it is queued."""
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    widgets = {
-        "CheckpointLoaderSimple": ["ckpt_name"],
-        "LoadCatVersionConcept": ["concept", "scale", "when", "force", "keep_apart"],
-        "CLIPTextEncode": ["text"],
-        "EmptyLatentImage": ["width", "height", "batch_size"],
-        "KSampler": ["seed", None, "steps", "cfg", "sampler_name", "scheduler", "denoise"],
-        "VAEDecode": [],
-        "SaveImage": ["filename_prefix"],
-    }
-    prompt = {}
-    for node in workflow["nodes"]:
-        named = zip(widgets[node["type"]], node["widgets_values"], strict=True)
-        inputs = {name: value for name, value in named if name}
-        inputs |= {one["name"]: links[one["link"]] for one in node["inputs"]}
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return prompt
-
-
-def write_checkpoint(path: Path) -> None:
-    """A file of Stable Diffusion 1.5's form: its text encoder and VAE, a shallow UNet."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from single_files import original_state_dict
-    from torch_reference import SD15_UNET, SD15_VAE
-
-    from catversion_jax.models.weights.families import SD1
-
-    shallow = SD15_UNET | {
-        "block_out_channels": [320, 640],
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "layers_per_block": 1,
-    }
-    family = dataclasses.replace(SD1, configs=SD1.configs | {"unet": shallow, "vae": SD15_VAE})
-    torch.manual_seed(0)
-    parts = types.SimpleNamespace(
-        unet=UNet2DConditionModel.from_config(shallow),
-        vae=AutoencoderKL.from_config(SD15_VAE),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODERS["SD 1.5"])),
-    )
-    state = original_state_dict(parts, family)
-    save_file({name: tensor.half() for name, tensor in state.items()}, path)
-
-
-@pytest.mark.slow  # starts the whole program and makes a checkpoint of 600 MB: a minute
-def test_the_example_workflow_runs_in_the_whole_program(tmp_path):
-    """Headless on the CPU, the workflow as it is shipped but for size and steps; the concept is
-    seen.
-    """
-    models = tmp_path / "models"
-    (models / "checkpoints").mkdir(parents=True)
-    (tmp_path / "custom_nodes").mkdir()
-    (tmp_path / "user").mkdir()
-    (tmp_path / "custom_nodes" / "catversion").symlink_to(NODES)
-    what = learned("SD 1.5", 0, logit_bias=3.0)
-    save_concept(models / "catversion" / "catversion.safetensors", what, base_class="teapot")
-    write_checkpoint(models / "checkpoints" / "v1-5-pruned-emaonly.safetensors")
-    prompt = api_form(
-        json.loads((NODES / "example_workflows" / "catversion_sd15.json").read_text())
-    )
-    prompt["5"]["inputs"] |= {"width": 64, "height": 64}
-    prompt["6"]["inputs"]["steps"] = 2
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["main.py", "--cpu", "--disable-api-nodes", "--disable-auto-launch"]
-    command += ["--base-directory", str(tmp_path), "--port", str(port)]
-    address = f"http://127.0.0.1:{port}"
-    with (
-        (tmp_path / "log").open("w") as log,
-        subprocess.Popen([sys.executable, *command], cwd=COMFYUI, stdout=log, stderr=log) as server,
-    ):
-        try:
-            pictures = []
-            for scale in (1.0, 0.0):
-                prompt["2"]["inputs"]["scale"] = scale
-                pictures.append(drawn(address, prompt, tmp_path, server))
-        finally:
-            server.terminate()
-    assert pictures[0].shape == (64, 64, 3)
-    assert not np.array_equal(*pictures)
-
-
-def drawn(address: str, prompt: dict, folder: Path, server) -> np.ndarray:
-    from PIL import Image
-
-    def ask(path: str, data: dict | None = None) -> dict:
-        body = None if data is None else json.dumps(data).encode()
-        request = urllib.request.Request(address + path, body)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    end = time.monotonic() + 240
-    while True:
-        try:
-            ask("/system_stats")
-            break
-        except OSError:
-            assert server.poll() is None, (folder / "log").read_text()[-3000:]
-            assert time.monotonic() < end, "ComfyUI did not start"
-            time.sleep(1)
-    accepted = ask("/prompt", {"prompt": prompt})
-    assert not accepted["node_errors"]
-    while not (done := ask(f"/history/{accepted['prompt_id']}")):
-        assert time.monotonic() < end, (folder / "log").read_text()[-3000:]
-        time.sleep(1)
-    (result,) = done.values()
-    assert result["status"]["status_str"] == "success", result["status"]
-    (image,) = result["outputs"]["8"]["images"]
-    with Image.open(folder / "output" / image["filename"]) as picture:
-        return np.asarray(picture.convert("RGB"))

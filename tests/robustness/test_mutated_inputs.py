@@ -16,9 +16,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 from bounds import contents, within_bounds
+from concept_inputs import CONCEPTS
 from hypothesis import HealthCheck, Phase
-from inputs import INPUTS, SUCCEEDED, Input
+from inputs import SUCCEEDED, Input
+from learned_inputs import LEARNED, RUNS
+from model_inputs import MODELS
+from request_inputs import ASKED
 
+INPUTS = [*CONCEPTS, *LEARNED, *RUNS, *MODELS, *ASKED]
 EXAMPLES = 50  # of one seed
 SETTINGS = hypothesis.settings(
     max_examples=EXAMPLES,

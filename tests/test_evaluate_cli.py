@@ -1,6 +1,4 @@
-"""``catversion evaluate`` end to end on a random model, scored again with torch and looked at in
-Chromium.
-"""
+"""``catversion evaluate`` end to end on a random model, scored again with torch."""
 
 import csv
 import json
@@ -9,104 +7,42 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 import transformers
+from evaluating import (
+    NAMES,
+    PROMPTS,
+    TorchClip,
+    dino_vectors,
+    evaluate,
+    evaluate_fully,
+    pictures_of,
+    scores_of,
+    write_world,
+)
 from PIL import Image
-from random_model import write_random_model, write_toy_concepts
-from tiny_pipelines import save_clip, save_vit
 from torch_reference import randomise
 
 from catversion_jax.cli import main
-from catversion_jax.concepts import ImageSource, read_concepts
-from catversion_jax.config import TrainConfig, dump_config
-from catversion_jax.errors import CatVersionError
+from catversion_jax.concepts import ImageSource
 from catversion_jax.evaluation import load_prompt_set
 from catversion_jax.evaluation.masked_crops import masked_crop
 from catversion_jax.evaluation.scoring import Scorer
-from catversion_jax.evaluation.subjects import Subject, read_references, subjects_of_images
-from catversion_jax.methods.concept_file import save_concept
-from catversion_jax.methods.residual import KVResidual
+from catversion_jax.evaluation.subjects import Subject, read_references
 from catversion_jax.models.embedders import CLIP_MEAN, ClipEmbedder
 from catversion_jax.sampling.png import read_metadata
 
-PROMPTS = ["a {} in the snow", "a wet {} & <script>document.title = 'owned'</script>"]
-NAMES = {"striped_ball": "ball", "teal_cup": "cup"}
 WITHOUT_MASKS = shutil.ignore_patterns("*.mask.png")
-QUICK = ["--num_inference_steps", "2", "--num_images_per_prompt", "2", "--num_prior_images", "2"]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A model, a CLIP, a DINO, toy concepts and a run that learned two of them (random numbers)."""
-    root = tmp_path_factory.mktemp("world")
-    write_random_model(root / "model")
-    write_toy_concepts(root / "concepts")
-    save_clip(root / "clip", root / "model" / "tokenizer")
-    save_vit(root / "dino")
-    run = root / "run"
-    for seed, (name, word) in enumerate(NAMES.items()):
-        for file, step in (("catversion-000010", 10), ("catversion", 20)):
-            rng = np.random.default_rng(seed + step)
-            key, value = rng.normal(size=(2, 3, 1, 4, 16)).astype(np.float32)
-            residual = KVResidual(key, value, (3, 4, 5))
-            path = run / "concepts" / name / f"{file}.safetensors"
-            save_concept(path, residual, base_class=word, name=name, step=step)
-        rows = "step,loss,eval_loss\n0,,0.9\n10,0.5,0.8\n20,0.4,0.7\n"
-        (run / "concepts" / name / "metrics.csv").write_text(rows)
-    config = TrainConfig(concepts=str(root / "concepts"), output_dir=str(run))
-    (run / "config.resolved.yaml").write_text(dump_config(config))
-    (run / "run.json").write_text(json.dumps({"base_model": str(root / "model")}))
-    (root / "prompts.txt").write_text("\n".join(PROMPTS))
-    return root
-
-
-def evaluate(world, source, output, *more):
-    given = {"--clip": world / "clip", "--output_dir": output, "--prompts": world / "prompts.txt"}
-    options = [str(word) for pair in given.items() for word in pair]
-    return main(["evaluate", str(source), *options, *QUICK, *map(str, more)])
+def world(made_once):
+    return made_once("evaluation-world", write_world)
 
 
 @pytest.fixture(scope="module")
-def output(world):
+def output(made_once, world):
     """Everything the command can do, once."""
-    more = ["--plain", "--all_steps", "--dino", world / "dino"]
-    assert evaluate(world, world / "run", world / "out", *more) == 0
-    return world / "out"
-
-
-def scores_of(output):
-    return json.loads((output / "scores.json").read_text())
-
-
-def pictures(folder):
-    return [np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))]
-
-
-class TorchClip:
-    """The same scores from transformers in torch."""
-
-    def __init__(self, folder):
-        self.model = transformers.CLIPModel.from_pretrained(folder)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.processor = transformers.CLIPImageProcessor(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-        )
-
-    @torch.no_grad()
-    def images(self, arrays):
-        pixels = [
-            self.processor(Image.fromarray(a), return_tensors="pt")["pixel_values"] for a in arrays
-        ]
-        pooled = self.model.vision_model(torch.cat(pixels)).pooler_output
-        return torch.nn.functional.normalize(self.model.visual_projection(pooled)).numpy()
-
-    @torch.no_grad()
-    def texts(self, prompts):
-        ids = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=48, return_tensors="pt"
-        )["input_ids"]
-        pooled = self.model.text_model(ids).pooler_output
-        return torch.nn.functional.normalize(self.model.text_projection(pooled)).numpy()
+    return made_once("evaluated", lambda folder: evaluate_fully(world, folder))
 
 
 def test_scores_equal_transformers(world, output):
@@ -145,10 +81,6 @@ def test_scores_equal_transformers(world, output):
         )
         assert concept["masks"] == 4  # made from the model's attention, kept beside the images
         assert concept["dino"] is not None
-
-
-def pictures_of(folder, key):
-    return [np.asarray(Image.open(p)) for p in sorted(folder.glob(f"*{key}*_?.png"))]
 
 
 def test_masked_scores_and_empty_masks(world, output, tmp_path):
@@ -278,24 +210,9 @@ def test_gate_scales_and_dreambench_plus(world, output, tmp_path, capsys):
     assert evaluate(world, world / "run", tmp_path / "o", "--scales", "half") == 2
 
 
-@torch.no_grad()
-def dino_vectors(model, arrays):
-    processor = transformers.BitImageProcessor(
-        size={"shortest_edge": 28},
-        crop_size={"height": 28, "width": 28},
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-        resample=3,
-    )
-    pixels = [processor(Image.fromarray(a), return_tensors="pt")["pixel_values"] for a in arrays]
-    states = model(torch.cat(pixels)).last_hidden_state[:, 0]
-    return torch.nn.functional.normalize(states).numpy()
-
-
 @pytest.mark.slow
 def test_the_same_command_gives_the_same_digits(world, output, tmp_path):
-    more = ["--plain", "--all_steps", "--dino", world / "dino"]
-    assert evaluate(world, world / "run", tmp_path, *more) == 0
+    evaluate_fully(world, tmp_path)
     for name in ("scores.csv", "scores.json", "report.html"):
         assert (tmp_path / name).read_bytes() == (output / name).read_bytes()
 
@@ -338,8 +255,7 @@ def test_an_interrupted_evaluation_continues(world, output, tmp_path, capsys):
     lost = next((tmp_path / "out" / "images" / "teal_cup").glob("*snow_?.png"))
     bits = lost.read_bytes()
     lost.unlink()
-    more = ["--plain", "--all_steps", "--dino", world / "dino"]
-    assert evaluate(world, world / "run", tmp_path / "out", *more) == 0
+    evaluate_fully(world, tmp_path / "out")
     total, kept = map(
         int, re.search(r"(\d+) images, (\d+) of them", capsys.readouterr().out).groups()
     )
@@ -438,119 +354,3 @@ def test_protocol(world, output):
     assert "sha256" in protocol["clip"]
     assert "10 % margin" in protocol["masks"]
     assert "catversion_jax" in protocol["software"]
-
-
-@pytest.mark.parametrize(
-    ("source", "more", "message"),
-    [
-        ("nowhere", [], r"nowhere: is no folder"),
-        ("concepts", [], r"holds no trained concept.*--concepts"),
-        ("run", ["--prompts", "dreambnech"], r"dreambnech: is no shipped set"),
-        ("run", ["--num_images_per_prompt", "0"], r"num_images_per_prompt=0: must be at least 1"),
-        ("run", ["--num_prior_images", "-1"], r"num_prior_images=-1"),
-        ("run", ["--clip", "model/text_encoder"], r"clip_text_model"),
-        ("run", ["--dino", "clip"], r"is a 'clip', the DINO score needs a ViTModel folder"),
-        ("run", ["--batch_size", "0"], r"batch_size=0"),
-        ("model", ["--concepts", "concepts"], r"neither a run .*<concept>/<prompt>_<seed>.png"),
-    ],
-)
-def test_wrong_input_says_what_to_do(world, tmp_path, capsys, source, more, message):
-    given = [str(world / word) if (world / word).exists() else word for word in more]
-    assert evaluate(world, world / source, tmp_path / "out", *given) == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_a_moved_run_asks_for_concepts_and_model(world, tmp_path, capsys):
-    moved = tmp_path / "run"
-    shutil.copytree(world / "run", moved)
-    config = TrainConfig(concepts="gone/photos")
-    (moved / "config.resolved.yaml").write_text(dump_config(config))
-    assert evaluate(world, moved, tmp_path / "out") == 2
-    assert re.search(r"names 'gone/photos'.*--concepts", capsys.readouterr().err)
-    (moved / "run.json").unlink()
-    assert evaluate(world, moved, tmp_path / "out", "--concepts", world / "concepts") == 2
-    assert re.search(r"which model it was trained on.*--model", capsys.readouterr().err)
-
-
-def test_a_quarantined_concept_is_named(world, output, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(world / "run", run)
-    (run / "concepts" / "broken").mkdir()
-    (run / "concepts" / "broken" / "FAILED.txt").write_text("an image cannot be read")
-    shutil.copytree(output, tmp_path / "out")
-    assert evaluate(world, run, tmp_path / "out") == 3
-    assert "broken: left out, its training failed" in capsys.readouterr().err
-
-
-def test_one_damaged_concept_leaves_the_others_their_scores(world, output, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(world / "run", run)
-    shutil.copytree(run / "concepts" / "teal_cup", run / "concepts" / "unknown")
-    (run / "concepts" / "unknown" / "catversion.safetensors").write_bytes(b"nothing")
-    shutil.copytree(output, tmp_path / "out")
-    shutil.copytree(world / "concepts", tmp_path / "photos")
-    (tmp_path / "photos" / "striped_ball" / "2.png").write_bytes(b"no image")
-    code = evaluate(world, run, tmp_path / "out", "--concepts", tmp_path / "photos")
-    assert code == 3
-    shown = capsys.readouterr().err
-    assert re.search(r"unknown: left out: .*unknown.catversion.safetensors", shown)
-    assert re.search(r"striped_ball: left out: .*2.png", shown)
-    found = scores_of(tmp_path / "out")
-    assert list(found["left_out"]) == ["unknown", "striped_ball"]
-    before = scores_of(output)["methods"]["CatVersion"]["concepts"][1]
-    (cup,) = found["methods"]["CatVersion"]["concepts"]
-    for key in ("name", "image_alignment_masked", "text_alignment_edit", "overall", "copies"):
-        assert cup[key] == before[key]
-
-    shutil.rmtree(tmp_path / "photos" / "striped_ball")
-    assert evaluate(world, run, tmp_path / "out", "--concepts", tmp_path / "photos") == 3
-    assert re.search(r"no training images of striped_ball.*--concepts", capsys.readouterr().err)
-
-    assert main(["export", str(run), "--output_dir", str(tmp_path / "files")]) == 3
-    assert "unknown: left out: " in capsys.readouterr().err
-    assert len([*(tmp_path / "files").rglob("*.safetensors")]) == 2
-
-
-def test_images_whose_concept_cannot_be_read_are_named(tmp_path, caplog):
-    write_toy_concepts(tmp_path / "concepts")
-    (tmp_path / "concepts" / "teal_cup" / "concept.json").write_text("{")
-    for name in ("striped_ball", "teal_cup", "stranger"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0_0.png")
-    concepts = read_concepts(str(tmp_path / "concepts"))
-    subjects, left_out = subjects_of_images(tmp_path / "images", concepts)
-    assert [subject.name for subject in subjects] == ["striped_ball"]
-    assert list(left_out) == ["teal_cup"]
-    assert re.search(r"concept.json: .*JSON", left_out["teal_cup"])
-    assert re.search(r"not scored, .*: 'stranger'", caplog.text)
-    shutil.rmtree(tmp_path / "images" / "striped_ball")
-    with pytest.raises(CatVersionError, match=r"concept\.json"):
-        subjects_of_images(tmp_path / "images", concepts)
-
-
-def test_two_images_of_one_prompt_and_seed(world, output, tmp_path, capsys):
-    folder = tmp_path / "images" / "teal_cup"
-    shutil.copytree(output / "images" / "teal_cup", folder)
-    shutil.copy(next(folder.glob("*snow_0.png")), folder / "0_0.png")
-    code = evaluate(world, tmp_path / "images", tmp_path / "o", "--concepts", world / "concepts")
-    assert code == 2
-    assert re.search(r"in the snow' with seed 0, and so does", capsys.readouterr().err)
-
-
-def test_no_image_of_the_prompts(world, tmp_path, capsys):
-    folder = tmp_path / "images" / "teal_cup"
-    folder.mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save(folder / "sunset_0.png")
-    code = evaluate(world, tmp_path / "images", tmp_path / "o", "--concepts", world / "concepts")
-    assert code == 2
-    assert re.search(r"'a-cup-in-the-snow_0.png' or '0_0.png'.*sunset", capsys.readouterr().err)
-
-
-def test_a_mask_of_another_size(world, output, tmp_path, capsys):
-    folder = tmp_path / "images" / "teal_cup"
-    shutil.copytree(output / "images" / "teal_cup", folder)
-    image = next(folder.glob("*snow_0.png"))
-    Image.new("L", (32, 64)).save(image.with_suffix(".mask.png"))
-    code = evaluate(world, tmp_path / "images", tmp_path / "o", "--concepts", world / "concepts")
-    assert code == 2
-    assert "is 32 x 64 but its image 64 x 64" in capsys.readouterr().err

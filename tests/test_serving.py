@@ -4,101 +4,41 @@ import base64
 import dataclasses
 import io
 import json
-import logging
 import re
 import shutil
-import socket
 import time
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import catversion_jax
-from catversion_jax.cli import main
 from catversion_jax.cli.serve import teaching_config
-from catversion_jax.config.serving import ServeOptions
-from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.compilation import watch_compilation
 
 pytest.importorskip("fastapi", reason="the server needs pip install '.[serve]'")
 openai = pytest.importorskip("openai", reason="the client of OpenAI: pip install '.[test]'")
 
+from serving_here import (  # noqa: E402
+    DRAWING,
+    KEYS,
+    Caller,
+    options,
+    photo,
+    pixels,
+    sample,
+    wait_until_ready,
+    write_keys,
+)
 from starlette.testclient import TestClient  # noqa: E402
 
 from catversion_jax.serving.app import make_app  # noqa: E402
 from catversion_jax.serving.server import Server  # noqa: E402
 
-KEYS = {"ada": "ada-0123456789abcdef", "bo": "bo-0123456789abcdef"}
-DRAWING = {"num_inference_steps": 2, "guidance_scale": 3.0}
-
-
-def options(folder, model, **given):
-    usual = {"updates": 4, "rows": 1, "max_wait_ms": 300.0, "shutdown_timeout": 5.0}
-    return ServeOptions(model=str(model), output_dir=str(folder), **{**usual, **given})
-
-
-def photo(seed, size=80, format="PNG"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=format)
-    return buffer.getvalue()
-
-
-class Caller:
-    """Requests of one key."""
-
-    def __init__(self, client, name):
-        self.client, self.headers = client, {"Authorization": f"Bearer {KEYS[name]}"}
-
-    def __call__(self, method, path, **more):
-        headers = {**self.headers, **more.pop("headers", {})}
-        return self.client.request(method, path, headers=headers, **more)
-
-    def ok(self, method, path, **more):
-        answer = self(method, path, **more)
-        assert answer.status_code in (200, 202), answer.text
-        return answer.json()
-
-    def ended(self, job, seconds=120):
-        for _ in range(int(seconds / 0.02)):
-            now = self.ok("GET", f"/v1/jobs/{job['id']}")
-            if now["status"] in ("succeeded", "failed", "canceled"):
-                return now
-            time.sleep(0.02)
-        raise AssertionError(now)
-
-    def teach(self, id, word, photos=3, **fields):
-        self.ok("PUT", f"/v1/concepts/{id}", json={"base_class": word, **fields})
-        for number in range(photos):
-            name = f"/v1/concepts/{id}/photos/{number}.png"
-            self.ok("PUT", name, content=photo(len(id) + 100 * number))
-        return self.ok("POST", "/v1/jobs", json={"kind": "teach", "concept": id})
-
-
-def wait_until_ready(client):
-    headers = {"Authorization": f"Bearer {KEYS['ada']}"}
-    for _ in range(6000):
-        answer = client.get("/ready", headers=headers)
-        if answer.status_code == 200:
-            return
-        assert answer.status_code == 503
-        time.sleep(0.05)
-    raise AssertionError(answer.text)
-
 
 @pytest.fixture(scope="module")
-def keys_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("keys") / "keys"
-    path.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
-    return path
-
-
-@pytest.fixture(scope="module")
-def serving(one_block_sd_folder, keys_file, tmp_path_factory):
+def serving(one_block_sd_folder, tmp_path_factory):
     """A server under way, and a client of it; ``ada`` has taught ``rex``, a dog. The model has a
     safety checker that flags nothing."""
     from tiny_pipelines import add_safety_checker
@@ -106,7 +46,7 @@ def serving(one_block_sd_folder, keys_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     model = shutil.copytree(one_block_sd_folder, folder / "model")
     add_safety_checker(model)
-    chosen = options(folder, model, keys=str(keys_file))
+    chosen = options(folder, model, keys=str(write_keys(folder)))
     server = Server(chosen, teaching_config(chosen))
     with TestClient(make_app(server)) as client:
         answer = client.get("/v1/models", headers={"Authorization": f"Bearer {KEYS['ada']}"})
@@ -125,15 +65,6 @@ def ada(serving):
 @pytest.fixture
 def bo(serving):
     return Caller(serving[1], "bo")
-
-
-def sample(server, name, **labels):
-    return server.core.meters.registry.get_sample_value(f"catversion_{name}", labels) or 0.0
-
-
-def pixels(data):
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.asarray(picture)
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -403,27 +334,6 @@ def test_a_concept_that_is_taught_can_be_followed_and_canceled(ada):
 # ---- who may do what -----------------------------------------------------------------------------
 
 
-def every_route(client):
-    schema = client.app.openapi()
-    return [(method, path) for path, ways in schema["paths"].items() for method in ways]
-
-
-def test_every_route_but_health_needs_a_key(serving):
-    _, client = serving
-    assert client.get("/health").json() == {"status": "ok"}
-    routes = every_route(client)
-    assert len(routes) > 20
-    for method, path in [*routes, ("get", "/openapi.json"), ("get", "/nothing"), ("get", "/")]:
-        if path == "/health":
-            continue
-        for headers in ({}, {"Authorization": "Bearer wrong-0123456789abcdef"}):
-            answer = client.request(
-                method.upper(), path.replace("{", "").replace("}", ""), headers=headers
-            )
-            assert answer.status_code == 401, path
-            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-
-
 def test_what_is_anothers_is_not_there(ada, bo):
     job = ada.ok("POST", "/v1/jobs", json={"prompt": "a dog", **DRAWING})
     ada.ended(job)
@@ -483,123 +393,3 @@ def test_a_full_queue_is_429_and_a_wrong_body_422(serving, ada):
         "queue_seconds_bucket",
     ):
         assert f"catversion_{name}" in text
-
-
-# ---- ends and starts -----------------------------------------------------------------------------
-
-
-def test_without_keys_only_this_machine_is_answered(tmp_path):
-    chosen = options(tmp_path, "tiny-sd")
-    server = Server(chosen, teaching_config(chosen))
-    client = TestClient(make_app(server), base_url="http://127.0.0.1:8188")  # never started
-    assert client.get("/v1/concepts").status_code == 200
-    assert client.post("/v1/jobs", json={"prompt": "a cup"}).status_code == 503
-    for headers in (
-        {"Host": "evil.example"},
-        {"Origin": "https://evil.example"},
-        {"Origin": "null"},
-    ):
-        assert client.get("/v1/concepts", headers=headers).status_code == 403
-    with pytest.raises(CatVersionError, match="so it needs --keys"):
-        options(tmp_path, "tiny-sd", host="0.0.0.0")
-    server.core.store.close()
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_the_address_that_is_told_can_be_opened(tmp_path, monkeypatch, host):
-    """On a free port; an address of IPv6 stands in brackets."""
-    try:
-        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else 2):
-            pass
-    except OSError:
-        pytest.skip(f"this machine has no {host}")
-    opened = []
-
-    class Opens(logging.Handler):
-        def emit(self, record):
-            if found := re.fullmatch("serving missing at (http:.+)", record.getMessage()):
-                place = urlsplit(found[1])
-                with socket.create_connection((place.hostname, place.port), timeout=10):
-                    opened.append(place)
-
-    logger, handler = logging.getLogger("catversion_jax"), Opens()
-    logger.addHandler(handler)
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    command = ["serve", "--model", "missing", "--port", "0", "--host", host]
-    assert main([*command, "--output_dir", str(tmp_path)]) == 2  # it listens before it loads
-    logger.removeHandler(handler)
-    assert [place.hostname for place in opened] == [host]
-
-
-def test_a_restart_goes_on_with_what_was_promised(serving, keys_file, tmp_path):
-    """What an earlier process had promised when it was killed: a drawing it had begun, one that it
-    had begun twice, a concept that it had begun, and one that it had begun twice."""
-    other = serving[0]
-    chosen = options(tmp_path, other.options.model, keys=str(keys_file))
-    server = Server(chosen, teaching_config(chosen))  # never started
-    client = TestClient(make_app(server))
-    ada = Caller(client, "ada")
-    ada.ok("PUT", "/v1/concepts/rex", json={"base_class": "dog"})
-    ada.ok("PUT", "/v1/concepts/rex/photos/1", content=photo(1))
-    request = {"prompt": "a dog", "model": "base", "n": 2, "seed": 1, "concepts": []}
-    request |= {"negative_prompt": "", "output_format": "png", "output_compression": 95}
-    store, drawings = server.core.store, []
-    for attempts in range(3):
-        job = store.add_job("ada", "draw", {**request, **DRAWING, "warnings": []}, num_images=2)
-        for _ in range(attempts):
-            store.begin(job.id)
-            store.requeue(job.id)
-        drawings.append(job)
-    concept = store.concept("ada", "rex")
-    lesson = store.add_job("ada", "teach", {}, concept=concept)
-    ada.ok("PUT", "/v1/concepts/tim", json={"base_class": "cat"})
-    ada.ok("PUT", "/v1/concepts/tim/photos/1", content=photo(2))
-    fatal = store.add_job("ada", "teach", {}, concept=store.concept("ada", "tim"))
-    store.begin(fatal.id)
-    store.begin_again(fatal.id)
-    server.core.folders.describe(concept.folder, concept.fields, store.photos(concept.folder))
-    store.begin(lesson.id)
-    store.close()
-    before = server.worker._config.output_dir
-    kept = Path(before) / "concepts" / lesson.id / "step.safetensors"
-    kept.parent.mkdir(parents=True)  # of a training with other options
-    kept.touch()
-    chosen = dataclasses.replace(chosen, updates=3, sizes=("16x16",))
-
-    again = Server(chosen, teaching_config(chosen), other.worker.backbone)
-    with TestClient(make_app(again)) as client:
-        ada = Caller(client, "ada")
-        wait_until_ready(client)
-        ended = [ada.ended({"id": job.id}) for job in (*drawings, lesson, fatal)]
-        states = ["succeeded", "succeeded", "failed", "succeeded", "failed"]
-        assert [one["status"] for one in ended] == states
-        assert "ended 2 times" in ended[2]["error"]
-        assert ended[3]["attempts"] == 1  # of two, but an update was saved in the second
-        assert "ended 2 times while it taught this" in ended[4]["error"]
-        assert ada("GET", "/v1/concepts/tim/photos/1").content == photo(2)
-        assert kept.exists()  # what was under way began anew, and lost nothing
-        assert len(ended[0]["images"]) == 2
-        waiting = ada.ok("POST", "/v1/jobs", json={"prompt": "a dog", "n": 3, **DRAWING})
-        again.drain()  # as SIGTERM does
-        for ask in (("POST", "/v1/jobs", {"prompt": "a dog"}), ("GET", "/ready", None)):
-            refused = ada(*ask[:2], json=ask[2])
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-            assert int(refused.headers["retry-after"]) == 30
-        assert ada.ok("GET", f"/v1/jobs/{waiting['id']}")["concept"] is None  # is still answered
-        assert ada("DELETE", "/v1/concepts/rex").is_success
-        assert not kept.exists()
-    after = Server(chosen, teaching_config(chosen))
-    assert after.core.store.job(waiting["id"]).state == "succeeded"  # it was drawn before the end
-    after.core.store.close()
-
-    changed = {"text_encoder": "0" * 64}
-    other_model = dataclasses.replace(
-        other.worker.backbone, digests={**other.worker.backbone.digests, **changed}
-    )
-    for updates in (3, 5):  # with the same options, and with others
-        chosen = dataclasses.replace(chosen, updates=updates)
-        refused = Server(chosen, teaching_config(chosen), other_model)
-        refused.start()
-        assert refused.device.stop(60)
-        assert "the model's text encoder has changed), and" in str(refused.device.failure)
-        refused.close()

@@ -1,0 +1,142 @@
+"""What ``catversion evaluate`` refuses or leaves out, and what it says of it."""
+
+import re
+import shutil
+
+import pytest
+from evaluating import evaluate, evaluate_fully, scores_of, write_world
+from PIL import Image
+from random_model import write_toy_concepts
+
+from catversion_jax.cli import main
+from catversion_jax.concepts import read_concepts
+from catversion_jax.config import TrainConfig, dump_config
+from catversion_jax.errors import CatVersionError
+from catversion_jax.evaluation.subjects import subjects_of_images
+
+
+@pytest.fixture(scope="module")
+def world(made_once):
+    return made_once("evaluation-world", write_world)
+
+
+@pytest.fixture(scope="module")
+def output(made_once, world):
+    """Everything the command can do, once."""
+    return made_once("evaluated", lambda folder: evaluate_fully(world, folder))
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "message"),
+    [
+        ("nowhere", [], r"nowhere: is no folder"),
+        ("concepts", [], r"holds no trained concept.*--concepts"),
+        ("run", ["--prompts", "dreambnech"], r"dreambnech: is no shipped set"),
+        ("run", ["--num_images_per_prompt", "0"], r"num_images_per_prompt=0: must be at least 1"),
+        ("run", ["--num_prior_images", "-1"], r"num_prior_images=-1"),
+        ("run", ["--clip", "model/text_encoder"], r"clip_text_model"),
+        ("run", ["--dino", "clip"], r"is a 'clip', the DINO score needs a ViTModel folder"),
+        ("run", ["--batch_size", "0"], r"batch_size=0"),
+        ("model", ["--concepts", "concepts"], r"neither a run .*<concept>/<prompt>_<seed>.png"),
+    ],
+)
+def test_wrong_input_says_what_to_do(world, tmp_path, capsys, source, more, message):
+    given = [str(world / word) if (world / word).exists() else word for word in more]
+    assert evaluate(world, world / source, tmp_path / "out", *given) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_moved_run_asks_for_concepts_and_model(world, tmp_path, capsys):
+    moved = tmp_path / "run"
+    shutil.copytree(world / "run", moved)
+    config = TrainConfig(concepts="gone/photos")
+    (moved / "config.resolved.yaml").write_text(dump_config(config))
+    assert evaluate(world, moved, tmp_path / "out") == 2
+    assert re.search(r"names 'gone/photos'.*--concepts", capsys.readouterr().err)
+    (moved / "run.json").unlink()
+    assert evaluate(world, moved, tmp_path / "out", "--concepts", world / "concepts") == 2
+    assert re.search(r"which model it was trained on.*--model", capsys.readouterr().err)
+
+
+def test_a_quarantined_concept_is_named(world, output, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    (run / "concepts" / "broken").mkdir()
+    (run / "concepts" / "broken" / "FAILED.txt").write_text("an image cannot be read")
+    shutil.copytree(output, tmp_path / "out")
+    assert evaluate(world, run, tmp_path / "out") == 3
+    assert "broken: left out, its training failed" in capsys.readouterr().err
+
+
+def test_one_damaged_concept_leaves_the_others_their_scores(world, output, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    shutil.copytree(run / "concepts" / "teal_cup", run / "concepts" / "unknown")
+    (run / "concepts" / "unknown" / "catversion.safetensors").write_bytes(b"nothing")
+    shutil.copytree(output, tmp_path / "out")
+    shutil.copytree(world / "concepts", tmp_path / "photos")
+    (tmp_path / "photos" / "striped_ball" / "2.png").write_bytes(b"no image")
+    code = evaluate(world, run, tmp_path / "out", "--concepts", tmp_path / "photos")
+    assert code == 3
+    shown = capsys.readouterr().err
+    assert re.search(r"unknown: left out: .*unknown.catversion.safetensors", shown)
+    assert re.search(r"striped_ball: left out: .*2.png", shown)
+    found = scores_of(tmp_path / "out")
+    assert list(found["left_out"]) == ["unknown", "striped_ball"]
+    before = scores_of(output)["methods"]["CatVersion"]["concepts"][1]
+    (cup,) = found["methods"]["CatVersion"]["concepts"]
+    for key in ("name", "image_alignment_masked", "text_alignment_edit", "overall", "copies"):
+        assert cup[key] == before[key]
+
+    shutil.rmtree(tmp_path / "photos" / "striped_ball")
+    assert evaluate(world, run, tmp_path / "out", "--concepts", tmp_path / "photos") == 3
+    assert re.search(r"no training images of striped_ball.*--concepts", capsys.readouterr().err)
+
+    assert main(["export", str(run), "--output_dir", str(tmp_path / "files")]) == 3
+    assert "unknown: left out: " in capsys.readouterr().err
+    assert len([*(tmp_path / "files").rglob("*.safetensors")]) == 2
+
+
+def test_images_whose_concept_cannot_be_read_are_named(tmp_path, caplog):
+    write_toy_concepts(tmp_path / "concepts")
+    (tmp_path / "concepts" / "teal_cup" / "concept.json").write_text("{")
+    for name in ("striped_ball", "teal_cup", "stranger"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0_0.png")
+    concepts = read_concepts(str(tmp_path / "concepts"))
+    subjects, left_out = subjects_of_images(tmp_path / "images", concepts)
+    assert [subject.name for subject in subjects] == ["striped_ball"]
+    assert list(left_out) == ["teal_cup"]
+    assert re.search(r"concept.json: .*JSON", left_out["teal_cup"])
+    assert re.search(r"not scored, .*: 'stranger'", caplog.text)
+    shutil.rmtree(tmp_path / "images" / "striped_ball")
+    with pytest.raises(CatVersionError, match=r"concept\.json"):
+        subjects_of_images(tmp_path / "images", concepts)
+
+
+def test_two_images_of_one_prompt_and_seed(world, output, tmp_path, capsys):
+    folder = tmp_path / "images" / "teal_cup"
+    shutil.copytree(output / "images" / "teal_cup", folder)
+    shutil.copy(next(folder.glob("*snow_0.png")), folder / "0_0.png")
+    code = evaluate(world, tmp_path / "images", tmp_path / "o", "--concepts", world / "concepts")
+    assert code == 2
+    assert re.search(r"in the snow' with seed 0, and so does", capsys.readouterr().err)
+
+
+def test_no_image_of_the_prompts(world, tmp_path, capsys):
+    folder = tmp_path / "images" / "teal_cup"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(folder / "sunset_0.png")
+    code = evaluate(world, tmp_path / "images", tmp_path / "o", "--concepts", world / "concepts")
+    assert code == 2
+    assert re.search(r"'a-cup-in-the-snow_0.png' or '0_0.png'.*sunset", capsys.readouterr().err)
+
+
+def test_a_mask_of_another_size(world, output, tmp_path, capsys):
+    folder = tmp_path / "images" / "teal_cup"
+    shutil.copytree(output / "images" / "teal_cup", folder)
+    image = next(folder.glob("*snow_0.png"))
+    Image.new("L", (32, 64)).save(image.with_suffix(".mask.png"))
+    code = evaluate(world, tmp_path / "images", tmp_path / "o", "--concepts", world / "concepts")
+    assert code == 2
+    assert "is 32 x 64 but its image 64 x 64" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from catversion_jax.sampling.png import read_metadata, save_png
 
 
 def a_million(unit):
-    return (unit * 1_000_000)[:1_000_000]
+    return (unit * (1_000_000 // len(unit) + 1))[:1_000_000]
 
 
 def image(value, height=64, width=64):

@@ -65,8 +65,10 @@ def test_a_job_ends_once(tmp_path):
     assert (store.job(job.id).state, store.job(job.id).attempts) == ("canceled", 1)
     assert (store.job(other.id).state, store.job(other.id).attempts) == ("queued", 0)
     lesson = store.add_job("ada", "teach", {})
-    store.begin(lesson.id)
-    store.begin_again(lesson.id)  # it was killed
+    store.take_lesson(lesson.id)
+    assert (store.job(lesson.id).state, store.job(lesson.id).attempts) == ("processing", 0)
+    store.attempt(lesson.id)
+    store.attempt(lesson.id)  # it was killed
     assert (store.job(lesson.id).state, store.job(lesson.id).attempts) == ("processing", 2)
     store.advanced(lesson.id)
     store.give_back(lesson.id)

@@ -323,13 +323,17 @@ class Store:
                 (time.time(), id),
             )
 
-    def begin_again(self, id: str) -> None:
-        """Note that a lesson of an earlier process goes on, which counts as one more attempt."""
+    def take_lesson(self, id: str) -> None:
+        """Note that the training has a lesson in its queue; that counts as no attempt yet."""
         with self._change() as db:
-            db.execute(
-                "UPDATE jobs SET attempts = attempts + 1 WHERE id = ? AND state = 'processing'",
-                (id,),
-            )
+            query = "UPDATE jobs SET state = 'processing', started = ? WHERE id = ? "
+            db.execute(query + "AND state = 'queued'", (time.time(), id))
+
+    def attempt(self, id: str) -> None:
+        """Note that the training touches a lesson that it has in its queue."""
+        with self._change() as db:
+            query = "UPDATE jobs SET attempts = attempts + 1 WHERE id = ? AND state = 'processing'"
+            db.execute(query, (id,))
 
     def advanced(self, id: str) -> None:
         """Note that a lesson has come further for good: attempts before this one count no more."""
@@ -355,7 +359,7 @@ class Store:
     def give_back(self, id: str) -> None:
         """Let a job wait again because the server ends in order; its attempt does not count.
 
-        A lesson keeps its state: it goes on from what is saved.
+        A lesson keeps its state: it stays in the queue of the training.
         """
         with self._change() as db:
             db.execute(

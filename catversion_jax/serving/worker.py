@@ -56,7 +56,7 @@ class Worker:
         self._shares = Shares(core.options.drawing_share)
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "pictures")
         self._begun: set[str] = set()
-        self._unsaved: set[str] = set()  # lessons begun of which no update is saved since
+        self._lessons: dict[str, bool] = {}  # being prepared or in a row, and whether saved since
         self._swept = time.monotonic()
 
     # ------------------------------------------------------------------ begin and end
@@ -84,6 +84,8 @@ class Worker:
             predictor,
             self._spec,
             [job.id for job in under_way],
+            begins=self._begins,
+            rests=self._rests,
             max_images=core.options.max_images,
             max_prompts=core.options.max_prompts,
         )
@@ -94,10 +96,6 @@ class Worker:
         orders = Orders(core, backbone)
         sizes = [orders.settings({"size": f"{width}x{height}"}) for width, height in orders.sizes]
         drawing.warm_up(backbone, sizes, concept, core.options.max_concepts)
-        for job in under_way:
-            core.store.begin_again(job.id)
-            self._begun.add(job.id)
-            self._unsaved.add(job.id)
         self._live.resume()
         for job in lessons:
             if job.state == "queued":
@@ -161,6 +159,9 @@ class Worker:
             for id in self._begun:
                 self._core.store.give_back(id)
         self._stack.close()
+        if self._core.device.failure is None:
+            for id in self._lessons:
+                self._core.store.give_back(id)
 
     # ------------------------------------------------------------------ one piece of work
 
@@ -262,7 +263,7 @@ class Worker:
             canceled, core.canceled = core.canceled, set()
         for id in canceled:
             self._live.withdraw(id)
-            self._forget(id)
+            self._lessons.pop(id, None)
             core.folders.remove(None, [id])
         if core.draining:
             return
@@ -272,16 +273,20 @@ class Worker:
             if not taken:
                 return
             job = taken[0]
-            core.store.begin(job.id)
-            self._begun.add(job.id)
-            self._unsaved.add(job.id)
+            core.store.take_lesson(job.id)
             core.meters.queue_seconds.labels("teach").observe(time.time() - job.created)
             self._live.add(job.id)
             core.watchers.tell(job.id)
 
-    def _forget(self, lesson: str) -> None:
-        self._begun.discard(lesson)
-        self._unsaved.discard(lesson)
+    def _begins(self, name: str) -> None:
+        """A lesson is prepared, or gets a row: where the process ends now, it may be the reason."""
+        self._core.store.attempt(name)
+        self._lessons[name] = False
+
+    def _rests(self, name: str) -> None:
+        """A lesson is prepared and waits for a row, which harms nobody."""
+        self._core.store.give_back(name)
+        self._lessons.pop(name, None)
 
     def _teach(self) -> bool:
         core, began = self._core, time.monotonic()
@@ -298,12 +303,12 @@ class Worker:
             )
             core.watchers.tell(occupant.name)
             is_saved = self._live.saved.get(occupant.name, 0) > occupant.first_step
-            if is_saved and occupant.name in self._unsaved:
-                self._unsaved.remove(occupant.name)
+            if is_saved and not self._lessons.get(occupant.name, True):
+                self._lessons[occupant.name] = True
                 core.store.advanced(occupant.name)
         core.meters.rows_used.set(len(self._live.under_way) / self._num_rows)
         for news in self._live.news():
-            self._forget(news.name)
+            self._lessons.pop(news.name, None)
             job = core.store.job(news.name)
             if job is None or job.ended:
                 continue

@@ -47,7 +47,8 @@ T = TypeVar("T")
 class LiveFeeder(Feeder[T]):
     """A feeder whose names go on arriving, and that never waits for one."""
 
-    def __init__(self, prepare: Callable[[str], T], ahead: int):
+    def __init__(self, prepare: Callable[[str], T], ahead: int, on_next: Callable[[T], None]):
+        self._on_next = on_next
         self._arrivals: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         super().__init__(iter(self._arrivals.get, None), prepare, ahead)
 
@@ -57,7 +58,10 @@ class LiveFeeder(Feeder[T]):
 
     def next(self) -> T | None:
         """The next prepared concept; None where none is ready now."""
-        return self._taken(wait=False)
+        item = self._taken(wait=False)
+        if item is not None:
+            self._on_next(item)
+        return item
 
     def __exit__(self, *error: object) -> None:
         self._arrivals.put(None)
@@ -177,6 +181,8 @@ def live_training(
     read: Callable[[str], ConceptSpec],
     waiting: Sequence[str],
     *,
+    begins: Callable[[str], None],
+    rests: Callable[[str], None],
     max_images: int,
     max_prompts: int,
 ) -> Iterator[LiveTraining]:
@@ -193,6 +199,8 @@ def live_training(
       read: gives a concept by its name, or raises ``ConceptError``; any thread may call it.
       waiting: concepts of an earlier process that had not ended, in order; those that are finished
         are told by the first :meth:`LiveTraining.news` after :meth:`LiveTraining.resume`.
+      begins: is told the name of a concept before it is prepared, and before it gets a row.
+      rests: is told the name once it is prepared; it waits for a row then. Any thread calls both.
       max_images: most images that a concept may have.
       max_prompts: most training prompts.
 
@@ -227,6 +235,7 @@ def live_training(
         return spec, record
 
     def prepared(name: str) -> Prepared:  # in the feeder's thread
+        begins(name)
         try:
             if name in withdrawn:
                 raise ConceptError(f"{name}: was withdrawn.")
@@ -243,6 +252,8 @@ def live_training(
             return Prepared(name, concept)
         except Exception as error:
             return Prepared(name, None, concept_failure(name, error))
+        finally:
+            rests(name)
 
     with run.lock():
         run.open(
@@ -266,7 +277,7 @@ def live_training(
         if config.concepts_per_device == "auto":
             raise ValueError("concepts_per_device=auto: a server says how many")
         num_rows = config.concepts_per_device * mesh.shape[CONCEPT_AXIS]
-        feeder = LiveFeeder(prepared, ahead=num_rows)
+        feeder = LiveFeeder(prepared, num_rows, lambda item: begins(item.name))
         with (
             tqdm(disable=True) as bar,
             opened_loop(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from catversion_jax.concepts import ConceptList, ConceptSpec
-from catversion_jax.config import TrainConfig, dump_config, learning_options
+from catversion_jax.config import TrainConfig, learning_options
 from catversion_jax.errors import ConceptError
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import CONCEPT_AXIS
@@ -39,6 +39,7 @@ from catversion_jax.training.run.directory import RunDirectory
 from catversion_jax.training.run.identity import image_digests
 from catversion_jax.training.run.index import FINISHED
 from catversion_jax.training.run.records import ConceptRecord
+from catversion_jax.training.start import open_run
 from catversion_jax.training.start_values import abstract_state
 
 T = TypeVar("T")
@@ -256,16 +257,7 @@ def live_training(
             rests(name)
 
     with run.lock():
-        run.open(
-            backbone.name,
-            backbone.fingerprints,
-            options=recorded,
-            resolved=dump_config(config),
-            digests=networks,
-            may_continue=True,
-            retrains=False,
-        )
-        run.clear_leftovers()
+        open_run(run, config, backbone, networks)
         for name in waiting:
             with contextlib.suppress(Exception):  # the feeder will say why
                 known.append(described(name))

@@ -251,18 +251,8 @@ def train_concepts(
     shard = find_shard(config.shard, os.environ)
     run = RunDirectory(shard_root(as_path(config.output_dir), shard))
     with run.lock():
-        recorded, retrains = learning_options(config), config.retrain == "changed"
-        networks = network_digests(backbone, predictor)
-        run.open(
-            backbone.name,
-            backbone.fingerprints,
-            options=recorded,
-            resolved=dump_config(config),
-            digests=networks,
-            may_continue=config.resume_from_checkpoint == "latest",
-            retrains=retrains,
-        )
-        run.clear_leftovers()
+        recorded, networks = learning_options(config), network_digests(backbone, predictor)
+        open_run(run, config, backbone, networks)
         records = queue_records(
             concepts,
             backbone,
@@ -278,7 +268,7 @@ def train_concepts(
         template = abstract_state(config.method_options, config.optimizer_options, backbone)
         steps, recording = config.max_train_steps, config.recording_options
         records.retrain(larger_budgets(records, steps, recording, shard))
-        plan = plan_queue(records, run, template, retrains=retrains)
+        plan = plan_queue(records, run, template, retrains=config.retrain == "changed")
         wait_for_others("every process has read what was done before")
         own = tuple(own_part(plan.names))
         if run.process == 0:
@@ -307,6 +297,33 @@ def train_concepts(
             write_card(run.root)
     failures |= given_up
     return RunOutcome(tuple(run.finished), {**run.quarantined, **failures}, interrupted)
+
+
+def open_run(
+    run: RunDirectory, config: TrainConfig, backbone: Backbone, networks: Mapping[str, str]
+) -> None:
+    """Begin or continue the run in a folder as the config says; what its last processes told each
+    other is forgotten.
+
+    Args:
+      run: the folder, locked.
+      config: all options.
+      backbone: the frozen networks.
+      networks: digests of all that decide the result.
+
+    Raises:
+      CatVersionError: see :meth:`~catversion_jax.training.run.directory.RunDirectory.open`.
+    """
+    run.open(
+        backbone.name,
+        backbone.fingerprints,
+        options=learning_options(config),
+        resolved=dump_config(config),
+        digests=networks,
+        may_continue=config.resume_from_checkpoint == "latest",
+        retrains=config.retrain == "changed",
+    )
+    run.clear_leftovers()
 
 
 def _run_queue(

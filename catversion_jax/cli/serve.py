@@ -20,7 +20,7 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
 _PATHS = ("output_dir", "keys")
-_SPECIAL = {
+_SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"type": path_argument} for name in _PATHS},
     "sizes": {"nargs": "+", "metavar": "SIZE"},
 }

@@ -40,16 +40,13 @@ def test_random_kills_lose_nothing(one_block_sd_folder, tmp_path, record_propert
         stop.set()
         for thread in threads:
             thread.join()
-    outcomes, lessons = ({"succeeded": 0, "failed": 0} for _ in range(2))
+    outcomes = {"succeeded": 0, "failed": 0}
     with begin() as process:
         for id, data in client.photos.items():
             assert client("GET", f"/v1/concepts/{id}/photos/1") == data
         for id, lesson in client.lessons.items():
             job = client.ended(lesson)
-            lessons[job["status"]] += 1
-            if job["status"] == "failed":
-                assert "ended 2 times" in job["error"]
-                continue
+            assert job["status"] == "succeeded", job["error"]  # five times in one is not by chance
             (tmp_path / "file").write_bytes(client("GET", f"/v1/concepts/{id}/file"))
             concept = load_concept(tmp_path / "file")
             assert (concept.name, concept.step) == (id, 12)
@@ -66,7 +63,7 @@ def test_random_kills_lose_nothing(one_block_sd_folder, tmp_path, record_propert
         assert "Traceback" not in (tmp_path / "out" / "log.txt").read_text()
     left = [path for path in (tmp_path / "out").rglob("*.tmp") if "/run-" not in str(path)]
     assert not left
-    counts = {"kills": KILLS, "concepts": lessons, "drawings": outcomes}
+    counts = {"kills": KILLS, "concepts": len(client.lessons), "drawings": outcomes}
     record_property("serving", counts)
     sys.stdout.write(f"{counts}\n")
     assert client.lessons

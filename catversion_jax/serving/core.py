@@ -31,9 +31,10 @@ from catversion_jax.serving.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 
-MOST_ATTEMPTS = 2
-"""How often a job is begun: the second time after a restart. A job during which the process has
-ended twice is not tried a third time; of a lesson, twice without an update saved in between."""
+MOST_ATTEMPTS = {"draw": 2, "teach": 5}
+"""How often a job is begun, each time but the first after the process has ended in it; of a lesson
+since an update was last saved. One that ends the process fails in the end, and a machine that is
+taken away time and again costs nobody a concept."""
 
 
 class Core:

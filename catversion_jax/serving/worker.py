@@ -108,7 +108,7 @@ class Worker:
     def _goes_on(self, job: Job) -> bool:
         """Whether a lesson under way is taken up again; else it has failed."""
         core = self._core
-        if job.attempts < MOST_ATTEMPTS or core.folders.is_learned(job.id):
+        if job.attempts < MOST_ATTEMPTS["teach"] or core.folders.is_learned(job.id):
             return True
         core.end(
             job,
@@ -120,7 +120,7 @@ class Worker:
 
     def _draw_again(self, orders: Orders, job: Job) -> None:
         core = self._core
-        if job.attempts >= MOST_ATTEMPTS:
+        if job.attempts >= MOST_ATTEMPTS["draw"]:
             core.end(
                 job,
                 "failed",

@@ -21,6 +21,7 @@ from catversion_jax.methods.concept_file import concept_folders, save_concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.runtime.atomic_files import emptied_if_stopped, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.training.run.index import Index, index_row, read_index
 
 # The server does not speak the protocol of gcsfs' newer kinds of buckets.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -78,6 +79,17 @@ def test_a_run_in_a_bucket_survives_kills_and_gives_the_same_bytes(
     assert list(as_path(f"{remote}/logs/teal_cup").glob("events*"))
     assert load_concept(f"{remote}/concepts/teal_cup").step == 12
     assert main(["inspect", f"{remote}/concepts/teal_cup"]) == 0
+
+
+def test_states_arrive_when_a_run_saves(bucket: str) -> None:
+    """A bucket gets the changes of ``index.csv`` with each checkpoint, not only twice a minute."""
+    path = as_path(f"{bucket}/states/index.csv")
+    index = Index(path)
+    index.set(index_row("teal_cup", "queued"))
+    index.write()
+    index.change(index_row("teal_cup", "running"))
+    index.flush()
+    assert [row["state"] for row in read_index(path)] == ["running"]
 
 
 def _final(folder: Path) -> bytes:

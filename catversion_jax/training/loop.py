@@ -394,5 +394,6 @@ class TrainingLoop:
         with self._recorder.timed("checkpoints"):
             self._read_pending()  # what a checkpoint has seen is not done again
             self._recorder.flush()
+            self._out.flush_index()
             rows = [*self._rows.saved_rows(), *self._saved.values()]
             self.checkpoints.save(self._clock, rows)

@@ -156,9 +156,7 @@ class RunDirectory:
         write_atomically(self._stop_file, b"")
 
     def clear_leftovers(self) -> None:
-        """Forget what the processes of an earlier run told each other; by process 0, at the
-        start.
-        """
+        """Forget what an earlier run's processes told each other; by process 0, at the start."""
         if self.process == 0:
             make_way(self._stop_file)
             self._stop_file.unlink(missing_ok=True)
@@ -298,6 +296,7 @@ class RunDirectory:
         file stays until the new one is there.
         """
         self._done.discard(name)
+        self._recalled.pop(name, None)
         for path in self.concept(name).glob(names.STEP_FILES):
             path.unlink(missing_ok=True)
 
@@ -347,14 +346,11 @@ class RunDirectory:
         for name, reason in failures.items():
             self._index.set(index_row(name, "quarantined", reason=reason))
         for name in concepts:
-            if not self.is_done(name):
-                self._index.set(index_row(name, "queued"))
-                continue
-            if name in self._recalled:
-                self._index.set(self._recalled[name])
-                continue
-            summary = self.summary(name)
-            self._index.set(index_row(name, finished_state(summary), summary))
+            row = self._recalled.get(name)
+            if row is None and self.is_done(name):
+                summary = self.summary(name)
+                row = index_row(name, finished_state(summary), summary)
+            self._index.set(row or index_row(name, "queued"))
         self._recalled.clear()
         self.write_index()
 
@@ -381,6 +377,10 @@ class RunDirectory:
         """Write ``index.csv`` as a whole, unless that was done a while ago or nothing happened."""
         if (self._stale or self._others) and time.monotonic() > self._next_index:
             self.write_index()
+
+    def flush_index(self) -> None:
+        """Write the changes that are held back where the folder is in a bucket."""
+        self._index.flush()
 
     def write_index(self) -> None:
         """``index.csv``, a line for each concept, and the counts in ``run.json``, by process 0; the

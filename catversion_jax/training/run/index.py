@@ -69,6 +69,11 @@ class Index:
         if self._changes is not None:
             self._changes.write(self._lines[row["name"]])
 
+    def flush(self) -> None:
+        """Write the changes that a bucket has not yet."""
+        if self._changes is not None:
+            self._changes.flush()
+
     def set(self, row: Mapping[str, str]) -> None:
         """Note the state of a concept; the next :meth:`write` will write it."""
         name = row["name"]

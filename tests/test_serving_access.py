@@ -85,3 +85,14 @@ def test_the_address_that_is_told_can_be_opened(tmp_path, monkeypatch, host):
     assert main([*command, "--output_dir", str(tmp_path)]) == 2  # it listens before it loads
     logger.removeHandler(handler)
     assert [place.hostname for place in opened] == [host]
+
+
+def test_an_address_that_is_taken_is_an_error(tmp_path, capsys):
+    """Found before anything is loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = ["serve", "--port", str(taken.getsockname()[1])]
+        assert main([*command, "--output_dir", str(tmp_path)]) == 2
+    assert "no other process has" in capsys.readouterr().err
+    command = ["serve", "--host", "192.0.2.1", "--keys", str(write_keys(tmp_path))]  # RFC 5737
+    assert main([*command, "--output_dir", str(tmp_path)]) == 2
+    assert "an address of this machine" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.teach import UPDATES, own_start, start_options
 from catversion_jax.config import TrainConfig, load_config
 from catversion_jax.config.serving import ServeOptions
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
 _PATHS = ("output_dir", "keys")
@@ -43,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C; 0 then, 2 where the model or the folder cannot be used, 1
-    after the device has failed.
+    """Serve until SIGTERM or Ctrl-C; 0 then, 2 where the model, the folder or the port cannot be
+    used, 1 after the device has failed.
     """
     given = given_options(args, ServeOptions)
     given |= {name: str(given[name]) for name in _PATHS if name in given}
@@ -61,6 +62,11 @@ def run(args: argparse.Namespace) -> int:
     from catversion_jax.serving.keys import Keys
 
     Keys.read(None if options.keys is None else args.keys)  # before anything is loaded
+    with listening_socket(options.host, options.port) as listener:
+        return _serve(options, config, listener)
+
+
+def _serve(options: ServeOptions, config: TrainConfig, listener: socket.socket) -> int:
     import uvicorn
 
     from catversion_jax.serving.app import make_app
@@ -72,11 +78,6 @@ def run(args: argparse.Namespace) -> int:
         """Takes nothing new as soon as it is asked to end, and answers until the work is done; the
         exit code is 0 then. Asked again, it waits for no more pictures.
         """
-
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            address = listening_at(options.host, self.servers[0].sockets[0].getsockname()[1])
-            logging.getLogger("catversion_jax").info("serving %s at %s", options.model, address)
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -102,8 +103,6 @@ def run(args: argparse.Namespace) -> int:
     web = Web(
         uvicorn.Config(
             make_app(server),
-            host=options.host,
-            port=options.port,
             log_level="warning",
             log_config=None,  # its messages go where ours do
             timeout_graceful_shutdown=int(options.shutdown_timeout) + 1,
@@ -116,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
         web.should_exit = True
 
     server.device.on_failure = broken
-    web.run()
+    address = listening_at(options.host, listener.getsockname()[1])
+    logging.getLogger("catversion_jax").info("serving %s at %s", options.model, address)
+    web.run(sockets=[listener])
     failure = server.device.failure
     if isinstance(failure, CatVersionError):
         return WRONG_INPUT
@@ -124,6 +125,23 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: the device has failed: {failure}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+      CatVersionError: another process has the port, or the address is none of this machine.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise CatVersionError(
+            f"--host {shown(host)} --port {port}: nothing can listen there ({error.strerror}). "
+            "Give a port that no other process has (0 takes a free one), and an address of this "
+            "machine."
+        ) from error
 
 
 def listening_at(host: str, port: int) -> str:

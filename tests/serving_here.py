@@ -13,7 +13,8 @@ DRAWING = {"num_inference_steps": 2, "guidance_scale": 3.0}
 
 
 def options(folder, model, **given):
-    usual = {"updates": 4, "rows": 1, "max_wait_ms": 300.0, "shutdown_timeout": 5.0}
+    # evaluated every second update, so for the first time after the one that compiles everything
+    usual = {"updates": 10, "rows": 1, "max_wait_ms": 300.0, "shutdown_timeout": 5.0}
     return ServeOptions(model=str(model), output_dir=str(folder), **{**usual, **given})
 
 

@@ -205,7 +205,7 @@ def warm_up(live: LiveTraining, folders: ConceptFolders, resolution: int) -> Con
                 raise ConceptError(news.reason)
             time.sleep(0.01)
         mine = [one for one in live.under_way if one.name == WARM_UP]
-        if mine and mine[0].evaluations[-1][0] > 0:
+        if mine and mine[0].step > 0:
             break
     concept = load_concept(live.written(mine[0]))
     live.withdraw(WARM_UP)

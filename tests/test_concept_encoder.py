@@ -138,6 +138,7 @@ def test_no_updates_write_the_prediction_or_the_class_word(
     assert outcomes  # both kinds need not occur on noise
 
 
+@pytest.mark.slow  # test_teach_is_one_command and test_no_updates... run the same path each time
 def test_a_run_starts_from_the_prediction_and_repeats_itself(
     one_block_sd_folder, place, fitted, tmp_path, caplog
 ):

@@ -52,7 +52,11 @@ def torch_text_states(
 
 @pytest.mark.parametrize(
     ("snr_gamma", "preserved", "num_states"),
-    [(None, 0.0, 0), pytest.param(5.0, 0.0, 0, marks=pytest.mark.slow), (None, 0.7, 3)],
+    [
+        pytest.param(None, 0.0, 0, marks=pytest.mark.slow),
+        pytest.param(5.0, 0.0, 0, marks=pytest.mark.slow),
+        (None, 0.7, 3),  # all terms at once
+    ],
 )
 def test_losses_and_gradients_of_two_concepts_equal_torch(
     one_block_sd_folder: Path, snr_gamma: float | None, preserved: float, num_states: int

@@ -16,6 +16,7 @@ from catversion_jax.serving.app import make_app
 from catversion_jax.serving.server import Server
 
 
+@pytest.mark.slow  # a server of its own, half a minute; test_serving_store.py has the bookkeeping
 def test_a_restart_goes_on_with_what_was_promised(one_block_sd_folder, tmp_path):
     """What an earlier process had promised when it was killed: a drawing it had begun, one that it
     had begun twice, a concept that it had begun, and one that it had begun five times."""

@@ -191,6 +191,7 @@ def start(backbone: Backbone, prompt: str, **options: object):
     return init_learned(config.method_options, *networks, ids, words, seed=7), words
 
 
+@pytest.mark.slow  # it compiles the encoders of both kinds of model for start values alone
 def test_start_values_are_the_encoders_own(backbone, one_block_sd_folder, tiny_xl_folder) -> None:
     """Of the class word's tokens in turn, in each encoder of XL; keys and values stay the same."""
     prompt = "so, a cat"

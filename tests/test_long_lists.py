@@ -78,7 +78,7 @@ def test_check_reads_it_in_blocks(folder: Path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("count", "larger_from", "again"),
     [
-        (4, 0, False),
+        pytest.param(4, 0, False, marks=pytest.mark.slow),
         pytest.param(4, 0, True, marks=pytest.mark.slow),
         # the ninth, on eight devices, needs room for more pictures and prompts: compiled twice
         pytest.param(10, 9, False, marks=pytest.mark.slow),

@@ -33,6 +33,7 @@ def stamps(output: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in files}
 
 
+@pytest.mark.slow  # five trainings; test_shards.py has the same way through shards
 def test_a_larger_budget_for_exactly_those(
     one_block_sd_folder: Path, toys: Path, tmp_path: Path, capsys, caplog
 ) -> None:

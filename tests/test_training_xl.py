@@ -61,7 +61,7 @@ def lower_text(backbone: Backbone, prompts: list[str]) -> tuple[LowerStates, ...
     )
 
 
-@pytest.mark.parametrize("num_states", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("num_states", [0, 2])
 def test_losses_and_gradients_equal_torch_autograd(one_block_xl_folder, backbone, num_states):
     """Of two concepts with two images each, to both residuals and to what stands behind both
     encoders, through context and pooled; with such states outside a mask the plain model is

@@ -32,9 +32,7 @@ def add_option_arguments(
             "default": argparse.SUPPRESS,
             "help": text.replace("%", "%%"),
         }
-        parser.add_argument(
-            f"--{field.name}", **keywords | dict((special or {}).get(field.name, {}))
-        )
+        parser.add_argument(f"--{field.name}", **keywords | dict(special.get(field.name, {})))
 
 
 def given_options(args: argparse.Namespace, group: type[Options]) -> dict[str, Any]:

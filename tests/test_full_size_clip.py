@@ -1,12 +1,6 @@
 """Full-size text encoders with random weights against transformers: ``pytest -m slow -s``.
 
-Measured with jax 0.10.2 and torch 2.13 on a CPU in float32, max |ours - torch| / max |torch|:
-
-    |               | worst layer | last    | penultimate |
-    |---------------|-------------|---------|-------------|
-    | SD 1.5        | 7.1e-07     | 1.0e-06 | 1.0e-06     |
-    | SD 2.1        | 9.2e-07     | 1.1e-06 | 9.5e-07     |
-    | ViT-B/32      |             | 5.0e-07 |             |
+The figures are in docs/results/parity.md.
 """
 
 import jax

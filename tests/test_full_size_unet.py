@@ -4,17 +4,7 @@ diffusers.
 By hand, ``pytest -m slow -s tests/test_full_size_unet.py``: twelve minutes on two shared cores and
 11 GB of memory. Torch is gone before jax starts, so the weights pass through a folder.
 
-Measured with jax 0.10.2 and torch 2.13 on a CPU in float32, max |ours - torch| / max |torch|:
-
-    | UNet, 64x64 latents | prediction | gradient in the text |
-    |---------------------|------------|----------------------|
-    | SD 1.5              | 2.2e-06    | 2.4e-06              |
-    | SD 2.1              | 2.7e-06    | 2.4e-06              |
-
-    | VAE of both | mean    | std     | image   |
-    |-------------|---------|---------|---------|
-    | 256 px      | 1.3e-06 | 1.1e-06 | 1.8e-06 |
-    | 512 px      | 1.2e-06 | 1.5e-06 | 2.0e-06 |
+The figures are in docs/results/parity.md.
 """
 
 import gc

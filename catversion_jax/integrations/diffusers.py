@@ -192,8 +192,7 @@ def set_catversion(
     if plain_prompts is not None:
         given = _texts("plain_prompts", plain_prompts)
         for state, encoder in zip(states, encoders_of(pipe), strict=True):
-            limit = encoder.tokenizer.model_max_length - 2  # begin-of-text and end-of-text
-            state.plain = {encoder.word_ids(prompt)[:limit] for prompt in given}
+            state.plain = set(map(encoder.word_ids, given))
 
 
 @contextlib.contextmanager

@@ -20,8 +20,6 @@ from catversion_jax.integrations.loaded_concept import (
 
 _TOKENIZERS = dict(zip(PAIR, ("tokenizer", "tokenizer_2"), strict=True))
 
-_LONGEST = 10_000  # tokens; transformers has 10^30 where nothing is said
-
 
 @dataclasses.dataclass(frozen=True)
 class PipelineEncoder:
@@ -43,16 +41,14 @@ class PipelineEncoder:
     def word_ids(self, text: str) -> tuple[int, ...]:
         """The token ids of some words, as many as the model reads.
 
-        The tokenizer is asked as pipelines ask it, because a fast one keeps how it pads and cuts
-        off: another question would meet the prompts that other threads encode at the same time.
+        A fast tokenizer keeps how it pads and cuts off, and each of its calls sets that first. So
+        its backend is asked, which sets nothing: a call would meet the prompts that other threads
+        encode at the same time ("Already borrowed", tokenizers 0.22).
         """
-        length = self.tokenizer.model_max_length
-        if length > _LONGEST:  # its folder does not say
-            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
-        ids = self.tokenizer(
-            text, padding="max_length", max_length=length, truncation=True
-        ).input_ids
-        return content(ids, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        ids = self.tokenizer(text).input_ids if backend is None else backend.encode(text).ids
+        found = content(ids, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return found[: self.tokenizer.model_max_length - 2]  # begin-of-text and end-of-text
 
 
 def encoders_of(pipe: Any) -> tuple[PipelineEncoder, ...]:

@@ -33,8 +33,8 @@ from catversion_jax.methods.concept_file import Concept  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["tom", "rex"]
-# diffusers 0.35 and 0.36 run a local folder's code without asking
-ASKS_FOR_TRUST = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
+# diffusers 0.35 to 0.37 run a local folder's code without asking
+ASKS_FOR_TRUST = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 38)
 UGLY = {"negative_prompt": "an ugly cat"}
 
 

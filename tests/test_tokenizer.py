@@ -105,9 +105,9 @@ def test_what_was_cut_off(tokenizer, prompt, expected):
     assert tokenizer.cut_off(prompt) == expected
 
 
-def test_folder_without_a_length_takes_the_encoders(tokenizer, tmp_path):
-    saved = transformers.CLIPTokenizer(vocab=tokenizer._tokenizer.get_vocab(), merges=[])
-    saved.model_max_length = transformers.tokenization_utils_base.VERY_LARGE_INTEGER
+def test_folder_without_a_length_takes_the_encoders(folder, tmp_path):
+    unsaid = transformers.tokenization_utils_base.VERY_LARGE_INTEGER
+    saved = transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=unsaid)
     saved.save_pretrained(tmp_path)
     assert Tokenizer.from_folder(tmp_path, context=77)(["a cat"]).shape == (1, 77)
     with pytest.raises(CatVersionError, match="gives no model_max_length"):

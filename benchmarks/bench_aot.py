@@ -55,8 +55,12 @@ MINIMUM = 1670e9 + 6.5e9
 PEER_CLASSIC_STEP = 5.965e12 / 2
 """FLOPs of a sample of diffusers 0.35.2's textual_inversion_flax step, compiled the same way."""
 PLAIN = "plain"
-SD15_ROWS = (
+Row = tuple[str, str, int] | tuple[str, str, int, int]
+"""Chip, recomputation, concepts, and the images of a concept's step where they are not two."""
+SD15_ROWS: tuple[Row, ...] = (
     ("v5e:1x1", "none", 4),
+    ("v5e:1x1", "none", 1),
+    ("v5e:1x1", "none", 1, 8),
     ("v5e:1x1", "none", 5),
     ("v5e:1x1", "none", 8),
     ("v5e:1x1", "none", 10),
@@ -68,7 +72,7 @@ SD15_ROWS = (
     ("v6e:1x1", "none", 4),
     ("tpu7x:2x2x1", "none", 4),
 )
-SDXL_ROWS = (
+SDXL_ROWS: tuple[Row, ...] = (
     ("v5e:1x1", "none", 1),
     ("v5e:1x1", "attention", 1),
     ("v5e:1x1", "blocks", 1),
@@ -85,13 +89,19 @@ MODELS = {
 }
 
 
-def row_name(model: str, row: tuple[str, str, int]) -> str:
+def row_name(model: str, row: Row) -> str:
     """As it stands in the results; rows of Stable Diffusion 1.5 came first and name no model."""
-    return " ".join(map(str, row if model == "sd15" else (model, *row)))
+    words = [*row[:3], *(f"batch {size}" for size in row[3:])]
+    return " ".join(map(str, words if model == "sd15" else (model, *words)))
 
 
 def compile_row(
-    backbone: Backbone, resolution: int, target: str, recompute: str, num_concepts: int
+    backbone: Backbone,
+    resolution: int,
+    target: str,
+    recompute: str,
+    num_concepts: int,
+    batch_size: int = 2,
 ) -> dict[str, Any]:
     """What the compiler says of one program."""
     chip, mesh = parse_slice(target).chip, tpu_mesh(parse_slice(target))
@@ -103,7 +113,7 @@ def compile_row(
             {
                 "concepts": "planned",
                 "resolution": resolution,
-                "train_batch_size": 2,
+                "train_batch_size": batch_size,
                 "steps_per_dispatch": 10,
                 "gradient_checkpointing": recompute,
             }
@@ -111,7 +121,8 @@ def compile_row(
         planned = planned_step(config, backbone)
         arguments = abstract_arguments(planned, mesh, num_concepts * mesh.devices.shape[0], 5)
         traced, compiled = compile_program(planned, mesh, arguments)
-    program, memory, samples = compiled.as_text(), compiled.memory_analysis(), 2 * num_concepts
+    program, memory = compiled.as_text(), compiled.memory_analysis()
+    samples = batch_size * num_concepts
     traffic = hbm_bytes(program) / samples
     return {
         "temporary_bytes_per_sample": memory.temp_size_in_bytes / samples,
@@ -245,7 +256,7 @@ def main() -> None:
         backbone = abstract_backbone(write_configurations(Path(folder) / "model"), dtype="bfloat16")
         for row in rows:
             name = row_name(args.model, row)
-            if name in known or not " ".join(map(str, row)).startswith(args.only):
+            if name in known or not row_name("sd15", row).startswith(args.only):
                 continue
             try:
                 known[name] = compile_row(backbone, resolution, *row)

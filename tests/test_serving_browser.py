@@ -1,12 +1,18 @@
 """The page in headless Chromium, from the photos of a shipped example to its file in diffusers:
 teach, wait, draw, look, download.
+
+With ``AXE=package/axe.min.js``, of ``npm pack axe-core``, axe looks at every page too, and what it
+calls serious fails.
 """
 
 import contextlib
 import io
+import os
 import socket
 import time
 import urllib.request
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +95,24 @@ class Person:
         self.pictures += 1
         self.driver.save_screenshot(str(self.folder / f"{self.pictures}-{name}.png"))
         self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert self.finds_barriers() == [], name
+
+    def finds_barriers(self):
+        """What axe calls serious or critical on the page."""
+        if "AXE" not in os.environ:
+            warnings.warn("AXE names no axe.min.js: axe looked at no page", stacklevel=3)
+            return []
+        self.driver.execute_script(Path(os.environ["AXE"]).read_text())
+        found = self.driver.execute_async_script(
+            "const done = arguments[0]; axe.run().then(({violations, passes}) => "
+            "done({violations, passes: passes.length}));"
+        )
+        assert found["passes"] > 0
+        return [
+            (one["id"], [node["html"] for node in one["nodes"]])
+            for one in found["violations"]
+            if one["impact"] in ("serious", "critical")
+        ]
 
     def has_window(self, size):
         """Pages get this size; a window of headless Chromium has a smallest width."""

@@ -19,7 +19,7 @@ from catversion_jax.models.weights.safetensors_files import read_header
 from catversion_jax.runtime.sharding import make_mesh, place_by_device, replicated
 from catversion_jax.sampling import denoising as sampling
 from catversion_jax.sampling.denoising import draw_requests, latent_shape
-from catversion_jax.sampling.encoding import encode_prompt
+from catversion_jax.sampling.encoding import KnownTexts, encode_prompt
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, check_concept
 from catversion_jax.training.planning.compiled import count_collectives
 
@@ -226,6 +226,20 @@ def test_progress_counts_every_step(backbone):
         backbone, requests, settings, on_step=lambda done, total: seen.append((done, total))
     )
     assert seen == [(step, 6) for step in range(1, 7)]
+
+
+def test_texts_that_come_again_are_not_encoded_again(backbone):
+    known, dog = KnownTexts(3), random_concept(backbone, "dog")
+    other = dataclasses.replace(dog, learned=random_concept(backbone, "dog", seed=1).learned)
+    for uses in ((dog,), (other,), (dog,)):
+        request = ImageRequest("a dog", uses)
+        drawn = draw_requests(backbone, [request], QUICK, known=known)
+        assert np.array_equal(drawn.pixels, draw_requests(backbone, [request], QUICK).pixels)
+    states = known.encoded(backbone, "a dog", (other,))
+    assert known.encoded(backbone, "a dog", (other,)) is states
+    for number in range(3):  # no more than three are kept
+        known.encoded(backbone, f"a cat {number}", ())
+    assert known.encoded(backbone, "a dog", (other,)) is not states
 
 
 def test_warnings_name_what_was_cut_and_who_was_not_called(backbone, caplog):

@@ -45,6 +45,7 @@ from catversion_jax.runtime.sharding import (
 )
 from catversion_jax.sampling.encoding import (
     Conditions,
+    KnownTexts,
     conditions,
     encode_requests,
     stack_conditions,
@@ -96,6 +97,7 @@ def draw_requests(
     *,
     latents: Float[np.ndarray, "n channels h w"] | None = None,
     picture: KeptPicture | None = None,
+    known: KnownTexts | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> GeneratedImages:
     """Draw every request.
@@ -107,6 +109,7 @@ def draw_requests(
       latents: standard-normal initial latents in diffusers' NCHW layout, one per request, instead
         of the seeds'.
       picture: what an inpainting model keeps a part of; None paints everything anew.
+      known: text states of earlier calls with this model, which are not made again.
       on_step: called with (steps done, steps in all) of the whole call.
 
     Raises:
@@ -125,7 +128,8 @@ def draw_requests(
     kept = inpainting_input(backbone, picture, *shape[:2])
     guidance_scale = cast(float, settings.guidance_scale)
     # A UNet that takes the scale as an input gives the guided output by itself.
-    texts = encode_requests(backbone, requests, 1.0 if backbone.takes_guidance else guidance_scale)
+    encoded_scale = 1.0 if backbone.takes_guidance else guidance_scale
+    texts = encode_requests(backbone, requests, encoded_scale, known)
     factor = backbone.latent_downsampling
     branches = [
         [conditions(states, shape[0] * factor, shape[1] * factor) for states in branch]
@@ -241,9 +245,12 @@ def _denoise(
     )
     x, x0 = _first_state(noise, sigma)
     for step, row in enumerate(sampler.rows):
+        before = x
         row, number = jax.device_put((row, np.uint32(step)), replicated(mesh))
         x, x0 = _denoise_step(mesh, unet, row, guidance, x, x0, inputs, keys, number)
-        report(x)
+        if step > 0:
+            report(before)  # while the device works on this step
+    report(x)
     return jax.device_get(x)
 
 

@@ -6,6 +6,7 @@ else is drawn.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -82,13 +83,25 @@ def encode_prompt(
     return np.asarray(states.context)
 
 
-def encode_requests(
-    backbone: Backbone, requests: Sequence[ImageRequest], guidance_scale: float
-) -> list[list[TextStates]]:
-    """Text states of every prompt and, where guidance needs them, of every negative prompt."""
-    known: dict[tuple[object, ...], TextStates] = {}
+class KnownTexts:
+    """Encodes prompts of one model and keeps the states of the last ones, since many come again:
+    negative prompts above all.
 
-    def encoded(prompt: str, concepts: tuple[ConceptUse, ...]) -> TextStates:
+    Args:
+      most: how many are kept; None keeps all.
+    """
+
+    def __init__(self, most: int | None = None):
+        self._most = most
+        # with the concepts, so that no other gets the id of one of them
+        self._known: collections.OrderedDict[
+            tuple[object, ...], tuple[TextStates, tuple[ConceptUse, ...]]
+        ] = collections.OrderedDict()
+
+    def encoded(
+        self, backbone: Backbone, prompt: str, concepts: tuple[ConceptUse, ...]
+    ) -> TextStates:
+        """As :func:`encode_text`."""
         key = (
             prompt,
             *(
@@ -96,17 +109,32 @@ def encode_requests(
                 for use in concepts
             ),
         )
-        if key not in known:
-            known[key] = encode_text(backbone, prompt, concepts)
-        return known[key]
+        if key not in self._known:
+            self._known[key] = encode_text(backbone, prompt, concepts), concepts
+        self._known.move_to_end(key)
+        if self._most is not None and len(self._known) > self._most:
+            self._known.popitem(last=False)
+        return self._known[key][0]
 
-    prompted = [encoded(request.prompt, request.concepts) for request in requests]
+
+def encode_requests(
+    backbone: Backbone,
+    requests: Sequence[ImageRequest],
+    guidance_scale: float,
+    known: KnownTexts | None = None,
+) -> list[list[TextStates]]:
+    """Text states of every prompt and, where guidance needs them, of every negative prompt.
+
+    ``known`` has those of earlier calls with this model; by default nothing is known.
+    """
+    known = known or KnownTexts()
+    prompted = [known.encoded(backbone, one.prompt, one.concepts) for one in requests]
     if guidance_scale <= 1:
         return [prompted]
     plain = [
         jax.tree.map(np.zeros_like, states)
         if backbone.zeros_for_empty_prompt and not request.negative_prompt
-        else encoded(request.negative_prompt, ())
+        else known.encoded(backbone, request.negative_prompt, ())
         for request, states in zip(requests, prompted, strict=True)
     ]
     return [prompted, plain]

@@ -22,6 +22,7 @@ from catversion_jax.methods.concept_file import Concept
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.sampling.denoising import draw_requests
+from catversion_jax.sampling.encoding import KnownTexts
 from catversion_jax.sampling.pages import ImageMetadata
 from catversion_jax.sampling.png import PictureFormat, picture_bytes
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest
@@ -67,13 +68,17 @@ class DrawnBatch:
 
 
 def draw(
-    backbone: Backbone, pictures: Sequence[Picture], on_step: Callable[[], None]
+    backbone: Backbone,
+    pictures: Sequence[Picture],
+    known: KnownTexts,
+    on_step: Callable[[], None],
 ) -> DrawnBatch:
     """Draw pictures of one setting; fewer than the batch holds are filled up.
 
     Args:
       backbone: the frozen networks.
       pictures: what is drawn, all with the settings of the first.
+      known: text states of earlier pictures.
       on_step: is called after every denoising step.
 
     Raises:
@@ -84,6 +89,7 @@ def draw(
         backbone,
         [picture.request for picture in pictures],
         pictures[0].settings,
+        known=known,
         on_step=lambda done, total: on_step(),
     )
     return DrawnBatch(pictures, drawn.images, time.monotonic() - began)

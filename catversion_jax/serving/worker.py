@@ -15,6 +15,7 @@ from catversion_jax.config import TrainConfig
 from catversion_jax.errors import CatVersionError, ConceptError, shown
 from catversion_jax.models.stable_diffusion import Backbone
 from catversion_jax.runtime.sharding import CONCEPT_AXIS
+from catversion_jax.sampling.encoding import KnownTexts
 from catversion_jax.serving import drawing, safety, teaching
 from catversion_jax.serving.core import MOST_ATTEMPTS, Core
 from catversion_jax.serving.drawing import DrawnBatch, Picture, draw, picture_path, write_picture
@@ -30,6 +31,7 @@ from catversion_jax.training.start import with_networks
 logger = logging.getLogger(__name__)
 
 FEEDER_SECONDS, IDLE_SECONDS, SWEEP_SECONDS = 0.02, 1.0, 600.0
+MOST_KNOWN_TEXTS = 64
 
 
 class Worker:
@@ -54,6 +56,7 @@ class Worker:
         self._core, self._config, self._backbone = core, config, backbone
         self._stack = contextlib.ExitStack()
         self._shares = Shares(core.options.drawing_share)
+        self._texts = KnownTexts(MOST_KNOWN_TEXTS)
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "pictures")
         self._begun: set[str] = set()
         self._lessons: dict[str, bool] = {}  # being prepared or in a row, and whether saved since
@@ -206,7 +209,7 @@ class Worker:
         assert self._backbone is not None
         assert core.device is not None
         try:
-            drawn = draw(self._backbone, batch, core.device.progressed)
+            drawn = draw(self._backbone, batch, self._texts, core.device.progressed)
         except Exception as error:
             if len(batch) > 1:  # whose fault it is shows when each is drawn alone
                 for picture in batch:

@@ -11,7 +11,9 @@ from catversion_jax.serving.server import Server
 from catversion_jax.serving.store import Job
 
 LOOK_SECONDS = 5.0
-"""How often a job is looked at though nobody told of it."""
+"""How often the place in the queue of a job is looked at for who follows it."""
+UNTOLD_SECONDS = 60.0
+"""How often a job is looked at though nobody told of it; hundreds may wait."""
 
 
 async def taken(server: Server, form: DrawForm, request: Any) -> Job:
@@ -55,7 +57,7 @@ async def until_ended(core: Core, job: Job) -> Job:
                     retry_after=30,
                 )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(event.wait(), LOOK_SECONDS)
+                await asyncio.wait_for(event.wait(), UNTOLD_SECONDS)
             event.clear()
     if now.state == "canceled":
         raise unprocessable("canceled", f"job {now.id}: was canceled.")

@@ -95,3 +95,20 @@ def test_who_was_idle_has_saved_nothing_up():
         shares.spent(turns[-1], 1.0)
     assert turns.count("draw") == 5
     assert shares.turn(draws=False, teaches=False) is None
+
+
+def test_who_comes_after_a_rest_owes_and_gets_nothing_for_the_time_before():
+    shares = Shares(0.75)
+    for _ in range(100):  # drawing alone, then nothing, then teaching alone
+        assert shares.turn(draws=True, teaches=False) == "draw"
+        shares.spent("draw", 1.0)
+    shares.turn(draws=False, teaches=False)
+    for _ in range(3):
+        assert shares.turn(draws=False, teaches=True) == "teach"
+        shares.spent("teach", 1.0)
+    used = {"draw": 0, "teach": 0}
+    for _ in range(40):
+        work = shares.turn(draws=True, teaches=True)
+        used[work] += 1
+        shares.spent(work, 1.0)
+    assert used == {"draw": 30, "teach": 10}

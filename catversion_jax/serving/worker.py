@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ class Worker:
             [job.id for job in under_way],
             begins=self._begins,
             rests=self._rests,
+            encoded=functools.partial(self._shares.spent, "teach"),
             max_images=core.options.max_images,
             max_prompts=core.options.max_prompts,
         )
@@ -182,14 +184,16 @@ class Worker:
         teaches = bool(self._live.expects) and not core.draining
         turn = self._shares.turn(draws=draws, teaches=teaches)
         began = time.monotonic()
+        if turn == "teach" and not self._teach():  # its photos are still being encoded
+            if not draws:
+                return min(wait, FEEDER_SECONDS)
+            turn = "draw"
+        elif turn == "teach" and ready:
+            self._live.wait()  # else the next pictures would pay for this dispatch
         if turn == "draw":
             with core.lock:
                 batch = core.pictures.take(batch_size, drawing.together)
             self._draw(batch)
-        elif turn == "teach" and not self._teach():
-            return min(wait, FEEDER_SECONDS)
-        if turn == "teach" and ready:
-            self._live.wait()  # else the next pictures would pay for this dispatch
         if turn is not None:
             self._shares.spent(turn, time.monotonic() - began)
             return 0.0

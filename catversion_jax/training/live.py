@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +32,7 @@ from catversion_jax.training.preparation import (
     concept_failure,
     describe_concept,
     prepare_concept,
+    training_images,
 )
 from catversion_jax.training.queue_plan import plan_queue
 from catversion_jax.training.queue_records import AllRecords
@@ -184,6 +186,7 @@ def live_training(
     *,
     begins: Callable[[str], None],
     rests: Callable[[str], None],
+    encoded: Callable[[float], None],
     max_images: int,
     max_prompts: int,
 ) -> Iterator[LiveTraining]:
@@ -201,7 +204,9 @@ def live_training(
       waiting: concepts of an earlier process that had not ended, in order; those that are finished
         are told by the first :meth:`LiveTraining.news` after :meth:`LiveTraining.resume`.
       begins: is told the name of a concept before it is prepared, and before it gets a row.
-      rests: is told the name once it is prepared; it waits for a row then. Any thread calls both.
+      rests: is told the name once it is prepared; it waits for a row then.
+      encoded: is told for how many seconds the networks encoded a concept, beside whatever else the
+        device does. Any thread calls these three.
       max_images: most images that a concept may have.
       max_prompts: most training prompts.
 
@@ -241,6 +246,8 @@ def live_training(
             if name in withdrawn:
                 raise ConceptError(f"{name}: was withdrawn.")
             spec, record = described(name)
+            images = training_images(spec, backbone, config.data_options)
+            began = time.monotonic()
             concept = prepare_concept(
                 spec,
                 record,
@@ -249,7 +256,9 @@ def live_training(
                 config.method_options,
                 config.objective_options,
                 predictor,
+                images=images,
             )
+            encoded(time.monotonic() - began)
             return Prepared(name, concept)
         except Exception as error:
             return Prepared(name, None, concept_failure(name, error))

@@ -314,13 +314,13 @@ class Store:
         rows = self._rows(f"SELECT {_JOB_COLUMNS} FROM jobs {where}", folder)
         return _job(rows[0]) if rows else None
 
-    def begin(self, id: str) -> None:
-        """Note that the device begins a job, which counts as one more attempt."""
+    def begin(self, *ids: str) -> None:
+        """Note that the device begins some jobs, which counts as one more attempt of each."""
         with self._change() as db:
-            db.execute(
+            db.executemany(
                 "UPDATE jobs SET state = 'processing', attempts = attempts + 1, started = ? "
                 "WHERE id = ? AND state IN ('queued', 'starting')",
-                (time.time(), id),
+                [(time.time(), id) for id in ids],
             )
 
     def take_lesson(self, id: str) -> None:

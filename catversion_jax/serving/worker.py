@@ -206,10 +206,12 @@ class Worker:
         core, now = self._core, time.monotonic()
         for picture in batch:
             core.meters.queue_seconds.labels("draw").observe(now - picture.arrived)
-            if picture.job not in self._begun:
-                self._begun.add(picture.job)
-                core.store.begin(picture.job)
-                core.watchers.tell(picture.job)
+        begun = list(dict.fromkeys(one.job for one in batch if one.job not in self._begun))
+        if begun:
+            self._begun.update(begun)
+            core.store.begin(*begun)
+            for id in begun:
+                core.watchers.tell(id)
         assert self._backbone is not None
         assert core.device is not None
         try:

@@ -5,8 +5,9 @@ many clients that draw, each with its own key, then the same while concepts are 
 bare sampler again, since other jobs of the machine come and go. Latency is what a client waits for
 one picture, waiting in the queue included. A client has one picture in the queue at a time and the
 keys take turns, so none may wait for more than one of every other and the picture under way, drawn
-at the rate of drawing alone in the drawing's share of the device: ``bound_seconds``. The photos of
-the concepts are encoded beside that, which the share does not count.
+at the rate of drawing alone in the drawing's share of the device: ``bound_seconds``. What drawing
+has of its own rate while concepts are taught is ``share_while_teaching``. The clients run on the
+same cores: ``seconds_of_clients`` is the processor time that a picture costs them.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def teach(port: int, number: int) -> str:
 
 
 def draw_all(port: int, clients: int, images: int, steps: int) -> dict[str, float]:
-    """Pictures of so many clients at once: how long each waited, and how many per second."""
+    """Pictures of so many clients at once: how long each waited, how many per second, and what a
+    picture costs the clients.
+    """
 
     def one(number: int) -> list[float]:
         client, waited = Client(port, number), []
@@ -106,15 +109,16 @@ def draw_all(port: int, clients: int, images: int, steps: int) -> dict[str, floa
             waited.append(time.perf_counter() - began)
         return waited
 
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         waited = sorted(w for found in pool.map(one, range(clients)) for w in found)
-    seconds = time.perf_counter() - began
+    seconds, used = time.perf_counter() - began, time.process_time() - used
     return {
         "images_per_second": round(images / seconds, 3),
         "p50_seconds": round(statistics.median(waited), 2),
         "p95_seconds": round(waited[int(0.95 * len(waited))], 2),
         "longest_seconds": round(waited[-1], 2),
+        "seconds_of_clients": round(used / images, 4),
     }
 
 
@@ -200,6 +204,7 @@ def main() -> None:
         "drawing": drawings,
         "share_of_bare": round(served / rate, 3),
         "drawing_while_teaching": both,
+        "share_while_teaching": round(both["images_per_second"] / served, 3),
         "bound_seconds": round((args.clients + 1) / served / ServeOptions.drawing_share, 1),
         "taught": taught.count("succeeded"),
         "seconds_until_all_taught": seconds_until_all_taught,

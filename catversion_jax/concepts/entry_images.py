@@ -14,6 +14,7 @@ from catversion_jax.concepts.folders import (
     ImageSource,
     eval_folder_of,
     is_hidden,
+    is_mask_name,
     list_images,
     mask_folder_of,
 )
@@ -49,9 +50,43 @@ def images_of(
             f"{entry.folders[0]}: no image in it{_what_was_there(found.skipped)}. Put 3 to 10 "
             "photos of the concept there."
         )
-    held_out = _held_out(entry, fields, found.images, list_folder)
-    left = without(found.images, held_out, entry.where)
-    return dataclasses.replace(found, images=left, held_out=held_out)
+    images, of_training = _without_masks(found.images, entry)
+    held_out, of_held_out = _without_masks(_held_out(entry, fields, images, list_folder), entry)
+    left = without(images, held_out, entry.where)
+    warnings = (*found.warnings, *of_training, *of_held_out)
+    return dataclasses.replace(found, images=left, warnings=warnings, held_out=held_out)
+
+
+def _without_masks(
+    images: tuple[ImageSource, ...], entry: Entry
+) -> tuple[tuple[ImageSource, ...], tuple[str, ...]]:
+    """The photos among ``images``, and a warning where a list names masks too, as ``*.png`` does.
+
+    Raises:
+      ConceptError: no photo is left, or one is its own mask.
+    """
+    for source in images:
+        if source.path and source.mask and os.path.samefile(source.path, source.mask):
+            raise ConceptError(
+                f"{entry.where}: {source.label}: is given as its own mask. Give the file of its "
+                "mask, or none."
+            )
+    masks = {source.mask.resolve() for source in images if source.mask is not None}
+    left = tuple(
+        source
+        for source in images
+        if source.path is None
+        or not (is_mask_name(source.path) or (masks and source.path.resolve() in masks))
+    )
+    if len(left) == len(images):
+        return images, ()
+    names = ", ".join(listed([source.label for source in images if source not in left]))
+    if not left:
+        raise ConceptError(
+            f"{entry.where}: {names}: by their names these are masks, and no photo is listed. Name "
+            "the photos, or rename these."
+        )
+    return left, (f"not used as photos, since they are masks by their names: {names}",)
 
 
 def _held_out(

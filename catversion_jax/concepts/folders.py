@@ -98,6 +98,11 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name)
 
 
+def is_mask_name(path: Path) -> bool:
+    """Whether a file of that name is a mask, whatever lies beside it."""
+    return _MASK_STEM.match(path.stem) is not None
+
+
 def children(folder: Path) -> list[Path]:
     """Entries of ``folder`` in natural order.
 
@@ -116,7 +121,7 @@ def children(folder: Path) -> list[Path]:
 def holds_images(folder: Path) -> bool:
     """Whether a training image (not only masks) lies directly in ``folder``."""
     return any(
-        path.is_file() and is_image_name(path) and not _MASK_STEM.match(path.stem)
+        path.is_file() and is_image_name(path) and not is_mask_name(path)
         for path in children(folder)
     )
 

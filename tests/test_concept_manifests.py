@@ -161,3 +161,57 @@ def test_duplicate_names(tmp_path: Path) -> None:
         read_concepts(tmp_path / "m.json")
     assert "'cup': appears twice (as 'Cup'" in str(caught.value)
     assert "'bowl': appears twice." in str(caught.value)
+
+
+def test_a_list_and_the_concept_file_of_its_folder(tmp_path: Path) -> None:
+    """What ``concept.json`` says counts where the list says nothing of it: above all which photos
+    are held out."""
+    put_images(tmp_path / "red", "1.png", "2.png", "3.png")
+    own = {"base_class": "mug", "prompts": ["my {}"], "eval_images": ["2.png"], "seed": 7}
+    (tmp_path / "red" / "concept.json").write_text(json.dumps({"name": "x", **own}))
+    entries = [
+        {"path": "red", "name": "a"},
+        {"path": "red", "name": "b", "base_class": "cup", "prompt": "a {}", "seed": 3},
+        {"path": "red", "name": "c", "eval_images": ["red/3.png"]},
+        {"path": "red", "name": "d", "images": ["1.png", "2.png"]},
+        {"instance_data_dir": "red", "name": "e", "class_prompt": "cup"},
+    ]
+    for name, listed in (("ours.json", entries[:4]), ("custom.json", entries[4:])):
+        (tmp_path / name).write_text(json.dumps(listed))
+    a, b, c, d = read_concepts(tmp_path / "ours.json").concepts
+    (e,) = read_concepts(tmp_path / "custom.json").concepts
+    assert [one.base_class for one in (a, b, c, d, e)] == ["mug", "cup", "mug", "mug", "cup"]
+    assert [one.prompts for one in (a, b, c)] == [("my {}",), ("a {}",), ("my {}",)]
+    assert [one.seed for one in (a, b, e)] == [7, 3, 7]
+    assert [labels(one) for one in (a, b, c, d, e)] == [
+        ["1.png", "3.png"],
+        ["1.png", "3.png"],
+        ["1.png", "2.png"],
+        ["1.png"],
+        ["1.png", "3.png"],
+    ]
+
+
+def test_a_list_that_names_masks_trains_on_none(tmp_path: Path) -> None:
+    """``*.png`` in a folder with masks: a file that is a mask by its name is never a photo."""
+    put_images(tmp_path, "1.png", "1.mask.png", "2.png", "2_mask.png", "3.mask.png")
+    entries = [
+        {"name": "all", "images": sorted(path.name for path in tmp_path.glob("*.png"))},
+        {"name": "held out", "images": ["1.png"], "eval_images": ["2.png", "1.mask.png"]},
+        {"name": "only masks", "images": ["1.mask.png"]},
+        {"name": "its own", "images": ["1.png"], "masks": ["1.png"]},
+    ]
+    listed = [{"base_class": "cup", **entry} for entry in entries]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    found = read_concepts(tmp_path / "list.json")
+    every, held_out = found.concepts
+    assert labels(every) == ["1.png", "2.png"]
+    assert [source.mask.name for source in every.images] == ["1.mask.png", "2_mask.png"]
+    (warning,) = every.warnings
+    assert warning.endswith("by their names: 1.mask.png, 2_mask.png, 3.mask.png")
+    assert [source.label for source in held_out.eval_images] == ["2.png"]
+    messages = [problem.message for problem in found.problems]
+    assert "no photo is listed" in messages[0] and "its own mask" in messages[1]
+    (tmp_path / "metadata.csv").write_text("file_name\n1.png\n1.mask.png\n")
+    (listed_here,) = read_concepts(tmp_path, base_class="cup").concepts
+    assert labels(listed_here) == ["1.png"] and "1.mask.png" in listed_here.warnings[0]

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts.entries import CONCEPT_FILE, Entry, quarantined_entry
-from catversion_jax.concepts.user_paths import is_there
+from catversion_jax.concepts.user_paths import is_there, user_path
 from catversion_jax.config.documents import parse_json, read_text
 from catversion_jax.errors import ConceptError, encodable, shown
 
 _MAX_BYTES = 2**20
+_PATHS = ("images", "masks", "eval_images")
+_PROMPTS = ("prompts", "prompt", "instance_prompt", "templates")
 
 
 def folder_entry(folder: Path, given: Mapping[str, Any], *, home: str) -> Entry:
@@ -22,6 +24,39 @@ def folder_entry(folder: Path, given: Mapping[str, Any], *, home: str) -> Entry:
     name = folder.resolve().name
     entry = Entry(name, encodable(str(folder)), given, folder, (folder,), base_class_home=home)
     return with_concept_file(entry, folder)
+
+
+def listed_entry(entry: Entry, folder: Path) -> Entry:
+    """``entry`` of a list, with what the ``concept.json`` of its folder says beside it; where both
+    say something, the list wins.
+    """
+    own = with_concept_file(dataclasses.replace(entry, fields={}), folder)
+    if own.problem is not None or not own.fields:
+        return entry if own.problem is None else own
+    given = {key: value for key, value in entry.fields.items() if value not in (None, "")}
+    given |= {key: _complete(given[key], entry.root) for key in _PATHS if key in given}
+    beside = {
+        key: value
+        for key, value in own.fields.items()
+        if not (key in _PROMPTS and any(one in given for one in _PROMPTS))
+    }
+    return dataclasses.replace(
+        own,
+        name=entry.name,
+        where=f"{entry.where}, {own.where}",
+        fields={**beside, **given},
+        folders=() if "images" in given else own.folders,
+        base_class_home=f"{entry.base_class_home} or {own.where}",
+    )
+
+
+def _complete(value: Any, root: Path) -> Any:
+    """A path of a list, or several, that means the same from any folder."""
+    if isinstance(value, list):
+        return [_complete(one, root) for one in value]
+    if not isinstance(value, str):
+        return value
+    return "|".join(str(user_path(one.strip(), root).absolute()) for one in value.split("|"))
 
 
 def with_concept_file(entry: Entry, folder: Path) -> Entry:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts.entries import Entry, Layout, quarantined_entry
+from catversion_jax.concepts.folder_entries import listed_entry
 from catversion_jax.concepts.names import with_sound_names
 from catversion_jax.concepts.onetrainer import is_onetrainer, read_onetrainer
 from catversion_jax.concepts.tables import Row, Table, read_rows
@@ -168,7 +169,7 @@ def _plain_entry(path: Path, row: Row) -> Entry:
         raise ConceptError(f"{where}: path={shown(folder_text)}: must be text.")
     folder = user_path(folder_text, path.parent)
     if files:
-        return Entry(name, where, values, folder, base_class_home=home)
+        return listed_entry(Entry(name, where, values, folder, base_class_home=home), folder)
     if folder.is_file():
         values["images"] = [folder_text]
         return Entry(name, where, values, path.parent, base_class_home=home)
@@ -177,7 +178,8 @@ def _plain_entry(path: Path, row: Row) -> Entry:
             f"{where}: path {shown(folder_text)} not found. It is looked for relative to "
             f"{path.parent}."
         )
-    return Entry(name, where, values, path.parent, (folder,), base_class_home=home)
+    entry = Entry(name, where, values, path.parent, (folder,), base_class_home=home)
+    return listed_entry(entry, folder)
 
 
 def _custom_diffusion_entry(path: Path, row: Row) -> Entry:
@@ -210,7 +212,8 @@ def _custom_diffusion_entry(path: Path, row: Row) -> Entry:
         )
     folder = folder_of(folder_text, path.parent)
     home = f"{path} as class_prompt"
-    return Entry(name, where, values, path.parent, (folder,), base_class_home=home)
+    entry = Entry(name, where, values, path.parent, (folder,), base_class_home=home)
+    return listed_entry(entry, folder)
 
 
 def _without_new_tokens(text: Any) -> Any:

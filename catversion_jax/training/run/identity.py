@@ -73,13 +73,16 @@ def changed_networks(before: object, now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def changed_content(before: object, now: Mapping[str, Any], images: Sequence[str]) -> list[str]:
+def changed_content(
+    before: object, now: Mapping[str, Any], images: Sequence[str], *, same_prompts: bool = True
+) -> list[str]:
     """What was trained on and is not what it was, in words.
 
     Args:
       before: the digests of then; anything but a mapping says nothing.
       now: the digests of now.
       images: names of the images of now.
+      same_prompts: whether the prompts are those of then, so that their tokens should be too.
     """
     if not isinstance(before, Mapping):
         return []
@@ -93,7 +96,12 @@ def changed_content(before: object, now: Mapping[str, Any], images: Sequence[str
             for name, one, other in zip(images, old, new, strict=True)
             if one != other
         ]
-    if "tokens" in before and "tokens" in now and before["tokens"] != now["tokens"]:
+    if (
+        same_prompts
+        and "tokens" in before
+        and "tokens" in now
+        and before["tokens"] != now["tokens"]
+    ):
         found.append("the model's tokenizer reads its prompts otherwise")
     return [*found, *changed_networks(before, now)]
 

@@ -125,7 +125,8 @@ class ConceptRecord:
     def _changes(self, before: Mapping[str, Any]) -> list[str]:
         now = self._decisive()
         digests = before.get("digests")
-        content = changed_content(digests, self.digests, self.images)
+        same_prompts = before.get("prompts") == now["prompts"]
+        content = changed_content(digests, self.digests, self.images, same_prompts=same_prompts)
         left_out = {"digests", FAILED_AT}
         if same_images(digests, self.digests):
             left_out.add("images")  # renamed at most

@@ -6,10 +6,14 @@ import argparse
 import sys
 import time
 
-from catversion_jax.cli.option_arguments import add_option_arguments, given_options
+from catversion_jax.cli.option_arguments import (
+    add_option_arguments,
+    given_options,
+    refuse_own_options,
+)
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.progress import progress
-from catversion_jax.config import FitOptions, load_config
+from catversion_jax.config import FitOptions, as_override, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fit; 0, or 3 when some concepts could not be used."""
-    given = [f"concepts={args.concepts}", *args.overrides]
+    refuse_own_options(args.overrides, {"concepts": "CONCEPTS", "init": None})
+    given = [as_override("concepts", args.concepts), *args.overrides]
     if args.config is None and not any(one.startswith("preset=") for one in given):
         given.insert(0, "preset=fast")
     config = load_config(args.config, [*given, "init=class_word"])

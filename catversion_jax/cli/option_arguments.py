@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from catversion_jax.config import ALIASES
 from catversion_jax.config.options import Options, accepted_types, statement_of
+from catversion_jax.errors import CatVersionError, shown
 
 
 def add_option_arguments(
@@ -39,3 +41,22 @@ def given_options(args: argparse.Namespace, group: type[Options]) -> dict[str, A
     """The options of ``group`` that the command was given, as its attributes take them."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(group) if f.name in args}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+
+
+def refuse_own_options(overrides: Sequence[str], own: Mapping[str, str | None]) -> None:
+    """Make sure that no ``key=value`` says again what a command has an argument for: one of both
+    would have no effect.
+
+    Args:
+      overrides: the texts.
+      own: by option the argument that stands for it; None where the command decides it.
+
+    Raises:
+      CatVersionError: one does.
+    """
+    for text in overrides:
+        key = text.partition("=")[0]
+        option = ALIASES.get(key, key)
+        if option in own:
+            remedy = f"Say it with {own[option]}." if own[option] else "Leave it out."
+            raise CatVersionError(f"{shown(text)}: this command gives {option} itself. {remedy}")

@@ -15,7 +15,7 @@ from typing import Any
 from catversion_jax.cli.option_arguments import add_option_arguments, given_options
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.teach import UPDATES, own_start, start_options
-from catversion_jax.config import TrainConfig, load_config
+from catversion_jax.config import TrainConfig, as_override, load_config
 from catversion_jax.config.serving import ServeOptions
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
@@ -161,9 +161,9 @@ def teaching_config(options: ServeOptions) -> TrainConfig:
         None,
         [
             "preset=fast",
-            f"pretrained_model_name_or_path={options.model}",
-            f"concepts={root}/photos",
-            f"output_dir={root}/run",
+            as_override("pretrained_model_name_or_path", options.model),
+            as_override("concepts", f"{root}/photos"),
+            as_override("output_dir", f"{root}/run"),
             f"max_train_steps={updates}",
             f"eval_steps={max(1, updates // 5)}",
             f"checkpointing_steps={max(1, min(25, updates // 2))}",

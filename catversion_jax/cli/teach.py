@@ -9,16 +9,32 @@ from pathlib import Path
 
 from catversion_jax.assets import embedded_folder
 from catversion_jax.cli import train
+from catversion_jax.cli.option_arguments import refuse_own_options
 from catversion_jax.cli.paths import path_argument
+from catversion_jax.concepts.class_words import LONGEST_WORDS, are_plain_words
+from catversion_jax.concepts.layouts import read_entries
+from catversion_jax.concepts.names import check_concept_name
+from catversion_jax.config import DataOptions, as_override
 from catversion_jax.config.method import START_FILE, UPDATES_AFTER_PREDICTION
 from catversion_jax.config.presets import PRESETS
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, listed, shown
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.runtime.shards import WHOLE
 
 UPDATES = {True: UPDATES_AFTER_PREDICTION, False: PRESETS["fast"]["max_train_steps"]}
 """Usual updates of a concept, by whether it starts from a prediction."""
+
+
+_ARGUMENTS = {
+    "concepts": "PHOTOS",
+    "base_class": "--base_class",
+    "pretrained_model_name_or_path": "--model",
+    "output_dir": "--output_dir",
+    "max_train_steps": "--updates",
+    "shard": None,
+}
+"""Options that the command gives, with its own argument of each."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,31 +69,40 @@ def run(args: argparse.Namespace) -> int:
     """Train; the exit codes are those of ``catversion train``."""
     photos = [one for one in args.photos if "=" not in one or Path(one).exists()]
     options = [one for one in args.photos if one not in photos]
+    refuse_own_options(options, _ARGUMENTS)
     if not photos:
         raise CatVersionError("PHOTOS: none given. Give 3 to 10 photos, or the folder they are in.")
-    folder = Path(photos[0]) if len(photos) == 1 and Path(photos[0]).is_dir() else None
-    name = args.name or (folder.resolve().name if folder else args.base_class.replace(" ", "_"))
+    words = " ".join(args.base_class.split())
+    if not are_plain_words(words, LONGEST_WORDS):
+        raise CatVersionError(
+            f"--base_class {shown(args.base_class)}: must be plain words such as 'teapot'."
+        )
+    folder = _folder(photos)
+    known = None if folder is None else _name_of(folder)
+    name = args.name or known or words.replace(" ", "_")
+    if mistake := check_concept_name(name, "Give another --name."):
+        raise CatVersionError(mistake)
     output = as_path(args.output_dir or Path("taught") / name)
     start = as_path(args.start) if args.start else own_start(args.model)
     updates = UPDATES[start is not None] if args.updates is None else args.updates
     given = [
         "preset=fast",
         f"shard={WHOLE}",
-        f"pretrained_model_name_or_path={args.model}",
-        f"output_dir={output}",
+        as_override("pretrained_model_name_or_path", args.model),
+        as_override("output_dir", str(output)),
         f"max_train_steps={updates}",
         f"validation_steps={updates or 'null'}",
         f"eval_steps={max(1, updates)}",
-        *_concepts(photos, folder, name, args.base_class, output),
+        *_concepts(photos, folder, name, words, output, is_known=name == known),
         *(start_options(start) if start else []),
         *options,
     ]
     code = train.run(argparse.Namespace(config=None, overrides=given))
     if code == 0:
         file = output / "concepts" / name / "catversion.safetensors"
-        article = "an" if args.base_class[:1].lower() in tuple("aeiou") else "a"
+        article = "an" if words[:1].lower() in tuple("aeiou") else "a"
         command = ("catversion", "generate", "--model", args.model, "--concept", str(file))
-        prompt = ("--prompt", f"{article} {args.base_class} on the beach")
+        prompt = ("--prompt", f"{article} {words} on the beach")
         print(f"{file}\nDraw it: {shlex.join((*command, *prompt))}")
     return code
 
@@ -98,21 +123,68 @@ def start_options(file: Path) -> list[str]:
     from catversion_jax.methods.concept_encoder import load_concept_encoder
 
     fitted = load_concept_encoder(file).options
-    return ["init=predicted", f"start={file}", *(f"{k}={v}" for k, v in fitted.items())]
+    return [
+        "init=predicted",
+        as_override("start", str(file)),
+        *(f"{k}={v}" for k, v in fitted.items()),
+    ]
+
+
+def _folder(photos: list[str]) -> Path | None:
+    """The one folder that was given; None where photos were.
+
+    Raises:
+      CatVersionError: a folder stands beside something else.
+    """
+    folders = [photo for photo in photos if Path(photo).is_dir()]
+    if folders and len(photos) > 1:
+        raise CatVersionError(
+            f"PHOTOS {shown(folders[0])}: is a folder. Give one folder, or photos alone."
+        )
+    return Path(folders[0]) if folders else None
+
+
+def _name_of(folder: Path) -> str:
+    """What the concept of a folder is called.
+
+    Raises:
+      CatVersionError: it holds several, or none.
+    """
+    entries = read_entries(
+        folder,
+        dataset_split=DataOptions.dataset_split,
+        image_column=DataOptions.image_column,
+        concept_column=None,
+        base_class_column=None,
+    ).entries
+    if len(entries) == 1:
+        return entries[0].name
+    names = ", ".join(listed([shown(entry.name)[1:-1] for entry in entries]))
+    raise CatVersionError(
+        f"PHOTOS {shown(str(folder))}: holds {len(entries)} concepts ({names}). Give the folder of "
+        f"one, or teach all of them: catversion train preset=fast concepts={folder}"
+    )
 
 
 def _concepts(
-    photos: list[str], folder: Path | None, name: str, base_class: str, output: Path
+    photos: list[str],
+    folder: Path | None,
+    name: str,
+    base_class: str,
+    output: Path,
+    *,
+    is_known: bool,
 ) -> list[str]:
-    """The options that name the photos: through a list of them that lies beside the result."""
-    if folder is not None and folder.resolve().name == name:
-        return [f"concepts={folder}", f"base_class={base_class}"]
-    images = sorted(map(str, folder.iterdir())) if folder is not None else photos
-    entry = {
-        "name": name,
-        "base_class": base_class,
-        "images": [str(Path(image).absolute()) for image in images],
-    }
+    """The options that name the photos: through a list of them that lies beside the result, unless
+    the concept of the folder ``is_known`` by this name.
+    """
+    if folder is not None and is_known:
+        return [as_override("concepts", str(folder)), as_override("base_class", base_class)]
+    entry: dict[str, object] = {"name": name, "base_class": base_class}
+    if folder is not None:
+        entry["path"] = str(folder.absolute())
+    else:
+        entry["images"] = [str(Path(image).absolute()) for image in photos]
     make_folder(output)
     write_atomically(output / "photos.json", (json.dumps([entry], indent=2) + "\n").encode())
-    return [f"concepts={output / 'photos.json'}"]
+    return [as_override("concepts", str(output / "photos.json"))]

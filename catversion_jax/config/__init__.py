@@ -19,6 +19,7 @@ from catversion_jax.config.optimizer import OptimizerOptions
 from catversion_jax.config.presets import PRESETS
 from catversion_jax.config.reading import (
     ALIASES,
+    as_override,
     dump_config,
     load_config,
     make_config,
@@ -49,6 +50,7 @@ __all__ = [
     "RecordingOptions",
     "SamplingSettings",
     "TrainConfig",
+    "as_override",
     "dump_config",
     "learning_options",
     "load_config",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import json
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,6 +87,11 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         raise CatVersionError(f"preset={shown(preset)}: must be one of {', '.join(PRESETS)}.")
     merged = {**PRESETS[preset], **values, "preset": preset}
     return TrainConfig(**{key: _coerce(key, value) for key, value in merged.items()})
+
+
+def as_override(name: str, text: str) -> str:
+    """``name=text`` of which :func:`load_config` reads this very text, be it "null" or "[1] a"."""
+    return f"{name}={json.dumps(text, ensure_ascii=False)}"
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -177,9 +184,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse_value(name: str, text: str) -> Any:
     """The value of ``name=text``; ``name`` may be unknown."""
     accepted = accepted_types(TrainConfig, name) if name in OPTION_NAMES else ()
-    is_text = str in accepted or tuple[str, ...] in accepted
-    if is_text and text not in ("", "null") and text[0] not in "['\"":
-        return text  # prompts and paths such as "a {x}: y" need no quoting
+    is_list = tuple[str, ...] in accepted
+    if (str in accepted or is_list) and text not in ("", "null"):
+        if text[0] not in "['\"":
+            return text  # prompts and paths such as "a {x}: y" need no quoting
+        if not is_list:
+            with contextlib.suppress(CatVersionError):  # of "[1] cats" and "'90s" no YAML either
+                return parse_yaml(text, name)
+            return text
     return parse_yaml(text, f"{name}={shown(text)}") if text else None
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from catversion_jax.cli import main
 from catversion_jax.concepts import ConceptSpec, ImageSource, read_concepts
+from catversion_jax.concepts.images import decode_upright
 from catversion_jax.concepts.latents import load_concept_images
 from catversion_jax.concepts.mask_files import mask_paths
 from catversion_jax.errors import ConceptError
@@ -177,3 +178,69 @@ def test_rows_of_a_dataset_have_no_place_for_masks() -> None:
     spec = ConceptSpec("cups", "cup", (ImageSource("row 0", data=b"..."),))
     with pytest.raises(ConceptError, match=r"cups: its images are rows of a dataset.*Save them"):
         mask_paths(spec)
+
+
+def _read_masks(source: Path, **options: object) -> dict[str, np.ndarray]:
+    """By image what is object in its mask, as training reads it."""
+    read = read_concepts(source, **options).concepts
+    images = [(spec.name, image) for spec in read for image in spec.images]
+    return {
+        f"{name}/{image.label}": np.asarray(decode_upright(image).mask) >= 128
+        for name, image in images
+    }
+
+
+def test_masks_are_made_in_the_colour_of_those_that_were_given(
+    concepts: Path, one_block_sd_folder: Path
+) -> None:
+    masks(one_block_sd_folder, concepts, "--overwrite")
+    white = _read_masks(concepts)
+    for path in concepts.rglob("*mask*.png"):
+        path.unlink()
+    masks(one_block_sd_folder, concepts, "--overwrite", "--mask_polarity", "black")
+    black = _read_masks(concepts, mask_polarity="black")
+    assert black.keys() == white.keys()
+    for name, mask in black.items():
+        np.testing.assert_array_equal(mask, white[name], name)
+
+
+def test_a_mask_that_two_photos_share_is_replaced_by_two(
+    concepts: Path, one_block_sd_folder: Path
+) -> None:
+    dog = concepts / "dog"
+    Image.fromarray(np.eye(24, 40, dtype=np.uint8) * 255).save(dog / "photo.mask.png")
+    Image.fromarray(noise(9, 24, 40, 3)).save(dog / "photo.png")
+    (_, spec) = read_concepts(concepts).concepts
+    assert "photo.jpg and photo.png have one mask: photo.mask.png" in spec.warnings
+    assert masks(one_block_sd_folder, concepts, "--overwrite") == 0
+    (_, spec) = read_concepts(concepts).concepts
+    names = [image.mask.name for image in spec.images if image.mask is not None]
+    assert names == ["alpha.mask.png", "photo.jpg.mask.png", "photo.png.mask.png"]
+
+
+def test_one_photo_of_two_things_has_one_mask(
+    concepts: Path, one_block_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = [
+        {"name": word, "base_class": word, "images": ["cup/0.png"]} for word in ("cup", "table")
+    ]
+    (concepts / "both.json").write_text(json.dumps([*listed, {**listed[0], "name": "again"}]))
+    assert masks(one_block_sd_folder, concepts / "both.json") == 3
+    said = capsys.readouterr().err
+    assert "table: left out" in said
+    assert "is the mask of 'cup' in that photo, for concept cup" in said
+    assert "again" not in said
+
+
+def test_contact_sheets_are_no_photos(
+    concepts: Path, one_block_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (concepts / "list.json").write_text(
+        json.dumps([{"path": "cup", "base_class": "cup", "name": "cup"}])
+    )
+    before = sorted(concepts.rglob("*"))
+    for source, output in ((concepts, concepts / "cup"), (concepts, concepts / "new")):
+        assert masks(one_block_sd_folder, source, "--output_dir", output) == 2
+    assert masks(one_block_sd_folder, concepts / "list.json", "--output_dir", concepts / "cup") == 2
+    assert "would be taken for photos" in capsys.readouterr().err
+    assert sorted(concepts.rglob("*")) == before

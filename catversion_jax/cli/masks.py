@@ -18,7 +18,7 @@ from catversion_jax.concepts.fields import MASK_POLARITIES, WHEN
 from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.config import TrainConfig
 from catversion_jax.config.masks import MaskSettings
-from catversion_jax.errors import CatVersionError, ConceptError
+from catversion_jax.errors import CatVersionError, ConceptError, shown
 from catversion_jax.runtime.columns import aligned
 
 if TYPE_CHECKING:
@@ -188,8 +188,10 @@ def _write(
     from catversion_jax.concepts.mask_files import mask_paths, object_masks, write_mask
     from catversion_jax.runtime.atomic_files import check_writable
 
+    _check_outside(args.output_dir, args.concepts, concepts)
     check_writable(args.output_dir)
     rows, sheet_rows = [], []
+    made: dict[Path, tuple[str, str]] = {}
     for spec in concepts:
         try:
             with concept_errors(f"{spec.name}: its masks cannot be made"):
@@ -197,7 +199,8 @@ def _write(
                 masks = object_masks(spec, make, resolution=resolution, replace=args.overwrite)
                 for path, mask in zip(paths, masks, strict=True):
                     if mask.origin != "given":
-                        write_mask(path, mask.mask)
+                        _check_one_class(made, path, spec)
+                        write_mask(path, mask.mask, mask.source.mask_polarity)
         except ConceptError as error:
             failures[spec.name] = str(error)
             continue
@@ -206,6 +209,42 @@ def _write(
     print("\n".join(aligned([_COLUMNS, *rows], left=(0, 1))))
     for path in _write_sheets(args.output_dir, sheet_rows):
         print(path)
+
+
+def _check_outside(output: Path, source: str, concepts: Sequence[ConceptSpec]) -> None:
+    """Make sure that the next reader of the photos takes no contact sheet for one of them.
+
+    Raises:
+      CatVersionError: they would lie beside photos.
+    """
+    from catversion_jax.training.run.directory import check_outside
+
+    check_outside(output, source)
+    images = [image.path for spec in concepts for image in spec.images if image.path is not None]
+    if output.resolve() in {path.parent.resolve() for path in images}:
+        raise CatVersionError(
+            f"--output_dir {output}: holds the photos, and the contact sheets would be taken for "
+            "photos. Give another folder."
+        )
+
+
+def _check_one_class(made: dict[Path, tuple[str, str]], path: Path, spec: ConceptSpec) -> None:
+    """Make sure that no mask is made twice, of different things in one photo.
+
+    Args:
+      made: what was made so far: the first concept's name and base class by file.
+      path: the file to write.
+      spec: the concept.
+
+    Raises:
+      ConceptError: the file is another thing's mask already.
+    """
+    first, base_class = made.setdefault(path.resolve(), (spec.name, spec.base_class))
+    if base_class != spec.base_class:
+        raise ConceptError(
+            f"{path}: is the mask of {shown(base_class)} in that photo, for concept {first}. Give "
+            f"concept {spec.name} a copy of the photo, or list its `masks`."
+        )
 
 
 def _row(spec: ConceptSpec, masks: Sequence[ObjectMask]) -> tuple[str, ...]:

@@ -275,6 +275,15 @@ def _pair(
         sources.append(
             ImageSource(encodable(path.name), path, mask=mask_of[targets[0]] if targets else None)
         )
+    users: dict[Path, list[str]] = {}
+    for source in sources:
+        if source.mask is not None:
+            users.setdefault(source.mask, []).append(source.label)
+    warnings += [
+        f"{' and '.join(labels)} have one mask: {path.name}"
+        for path, labels in users.items()
+        if len(labels) > 1
+    ]
     warnings += [
         f"mask {path.name} has no image" for target, path in mask_of.items() if target not in used
     ]

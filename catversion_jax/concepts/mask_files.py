@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from catversion_jax.array_types import Int
 from catversion_jax.concepts import ConceptSpec, ImageSource
+from catversion_jax.concepts.folders import MaskPolarity
 from catversion_jax.concepts.images import decode_upright
 from catversion_jax.concepts.mask_values import INSIDE
 from catversion_jax.concepts.quarantine import concept_errors
@@ -114,7 +115,8 @@ def _fitted(mask: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Image.Image:
 
 def mask_paths(spec: ConceptSpec, *, replace: bool = False) -> list[Path]:
     """Where each image's mask is or belongs: the file that is there, else ``1.mask.png`` beside
-    ``1.png`` (``1.png.mask.png`` where ``1.jpg`` lies there too).
+    ``1.png``; ``1.png.mask.png`` where ``1.jpg`` lies there too, or several images share a mask
+    that is replaced.
 
     Raises:
       ConceptError: images that are no files, or, to ``replace`` them, masks that are no PNG files.
@@ -126,7 +128,8 @@ def mask_paths(spec: ConceptSpec, *, replace: bool = False) -> list[Path]:
                 f"{spec.name}: its images are rows of a dataset, with no folder for masks. Save "
                 "them as files, or give each image its alpha channel."
             )
-        if source.mask is not None:
+        shared = sum(other.mask == source.mask for other in spec.images) > 1
+        if source.mask is not None and not (replace and shared):
             if replace and source.mask.suffix.lower() != ".png":
                 raise ConceptError(
                     f"{source.mask}: masks are written as PNG only. Remove this mask, then make "
@@ -136,19 +139,24 @@ def mask_paths(spec: ConceptSpec, *, replace: bool = False) -> list[Path]:
             continue
         stem = source.path.with_suffix("")
         twins = [s for s in spec.images if s.path is not None and s.path.with_suffix("") == stem]
-        named_after = stem if len(twins) == 1 else source.path
+        named_after = stem if len(twins) == 1 and source.mask is None else source.path
         paths.append(named_after.with_name(f"{named_after.name}.mask.png"))
     return paths
 
 
-def write_mask(path: Path, mask: Image.Image) -> None:
+def write_mask(path: Path, mask: Image.Image, polarity: MaskPolarity | None = None) -> None:
     """Write one mask atomically.
+
+    Args:
+      path: the file.
+      mask: white on the object.
+      polarity: what the object is in the file, as its reader will be told; None for white.
 
     Raises:
       CatVersionError: the file cannot be written.
     """
     buffer = io.BytesIO()
-    mask.save(buffer, format="PNG")
+    (ImageOps.invert(mask) if polarity == "black" else mask).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
 
 

@@ -26,10 +26,12 @@ from diffusers import (  # noqa: E402
 )
 from tiny_pipelines import load_pipe, make_residual, write  # noqa: E402
 
+from catversion_jax.errors import CatVersionError  # noqa: E402
 from catversion_jax.integrations import diffusers as loader  # noqa: E402
 from catversion_jax.integrations import pipeline_folder  # noqa: E402
 from catversion_jax.integrations.pipeline_folder import export_pipeline  # noqa: E402
-from catversion_jax.methods.concept_file import Concept  # noqa: E402
+from catversion_jax.methods.concept_file import Concept, load_concept  # noqa: E402
+from catversion_jax.models.weights.model_files import open_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["tom", "rex"]
@@ -153,6 +155,16 @@ def test_it_loads_with_its_concepts_or_not_at_all(exported, expected, kind):
     for automatic in (AutoPipelineForText2Image, AutoPipelineForImage2Image):
         with pytest.raises(ValueError, match="CatVersionPipeline"):
             automatic.from_pretrained(exported)
+
+
+def test_where_a_model_is_wanted_its_concepts_are_said_not_to_act(exported, caplog):
+    """Given as the model it is the plain one; given as a concept it is said which to give."""
+    open_model(exported)
+    (said,) = caplog.messages
+    assert "only the plain model is used here" in said
+    assert str(exported / "catversion" / "rex.safetensors") in said
+    with pytest.raises(CatVersionError, match=r"Give one of its concepts, such as .*rex"):
+        load_concept(exported)
 
 
 def test_save_and_load_again(exported, expected, tmp_path):

@@ -22,6 +22,7 @@ from catversion_jax.methods.concept_file import Concept, write_concepts
 from catversion_jax.methods.per_encoder import check_num_parts
 from catversion_jax.models.components_fit import inpainting_channels
 from catversion_jax.models.weights.model_files import ModelFiles, opened
+from catversion_jax.models.weights.model_index import EXPORTED_CONCEPTS
 from catversion_jax.runtime.atomic_files import emptied_if_stopped, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
@@ -155,7 +156,7 @@ def check_unused(output: Path, what: str) -> None:
 
 def write_concept_files(concepts: Sequence[Concept], output: Path) -> dict[str, bytes]:
     """Write the concept files into an exported folder; returns their bytes by name."""
-    files = write_concepts(concepts, output / "catversion")
+    files = write_concepts(concepts, output / EXPORTED_CONCEPTS)
     return {concept.name: file.read_bytes() for concept, file in zip(concepts, files, strict=True)}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from catversion_jax.methods.official_adapter import ADAPTER_FILE_NAME
+from catversion_jax.models.weights.model_index import exported_concepts
 
 _TEXTUAL_INVERSION_KEYS = {"emb_params", "emp_params", "string_to_param", "clip_l", "clip_g"}
 
@@ -41,6 +42,8 @@ def describe_folder(folder: Path) -> str | None:
             f"an adapter of the authors' code ({ADAPTER_FILE_NAME}); convert it with `catversion "
             f"import {folder} --base_class WORD`."
         )
+    if (inside := exported_concepts(folder)) and (folder / "model_index.json").is_file():
+        return f"an exported pipeline. Give one of its concepts, such as {inside[0]}."
     if (folder / "model_index.json").is_file():
         return "a whole diffusers model. Give it as the model, not as a concept."
     return None

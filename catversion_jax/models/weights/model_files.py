@@ -5,18 +5,22 @@ single-file checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from catversion_jax.assets import embedded_folder
-from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.errors import CatVersionError, listed, shown
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vocabulary import says_pad_token, trained_pad_token
 from catversion_jax.models.weights.folder_copies import copy_components
 from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.hub import locate_model
-from catversion_jax.models.weights.model_index import zeros_for_empty_prompt
+from catversion_jax.models.weights.model_index import (
+    exported_concepts,
+    zeros_for_empty_prompt,
+)
 from catversion_jax.models.weights.safetensors_files import StoredTensor, open_checkpoint
 from catversion_jax.models.weights.single_file import SingleFile
 from catversion_jax.models.weights.variants import (
@@ -26,6 +30,8 @@ from catversion_jax.models.weights.variants import (
     components_of,
 )
 from catversion_jax.runtime.bucket_paths import home_expanded
+
+logger = logging.getLogger(__name__)
 
 
 class ModelFiles(Protocol):
@@ -185,6 +191,13 @@ def open_model(
         return _open_file(home_expanded(model), revision, variant, prediction_type)
     folder = locate_model(model, revision=revision, variant=variant, weights=weights)
     files = ModelFolder(folder, component_variants(folder, variant) if weights else {})
+    if inside := exported_concepts(folder):
+        logger.warning(
+            "%s: is an exported pipeline, of which only the plain model is used here. Its concepts "
+            "act when they are given as such: %s",
+            folder,
+            ", ".join(listed([str(path) for path in inside])),
+        )
     if prediction_type is not None:
         stated = files.scheduler_config().get("prediction_type", "epsilon")
         if stated != prediction_type:

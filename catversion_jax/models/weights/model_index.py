@@ -15,6 +15,8 @@ from catversion_jax.models.weights.hf_config import read_config
 
 MODEL_INDEX = "model_index.json"
 ZEROS_FOR_EMPTY = "force_zeros_for_empty_prompt"
+EXPORTED_CONCEPTS = "catversion"
+"""The folder of the concepts in an exported pipeline."""
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")  # diffusers hands them to a constructor
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,199}")
 
@@ -78,3 +80,8 @@ def _is_component(value: list[Any]) -> bool:
     return len(value) == 2 and all(
         part is None or (isinstance(part, str) and _CLASS.fullmatch(part)) for part in value
     )
+
+
+def exported_concepts(folder: Path) -> list[Path]:
+    """The concept files of an exported pipeline; none of any other folder."""
+    return sorted((folder / EXPORTED_CONCEPTS).glob("*.safetensors"))

@@ -133,6 +133,43 @@ def test_a_concept_is_begun_with_a_form(client):
     assert client.get("/teach/joe").status_code == 404
 
 
+def test_a_form_that_no_page_sends(client):
+    """Numbers are not cut to whole ones, and nothing is an error of the server's."""
+    for data, message in (
+        (b"prompt=a+cup&n=1.9", "n=1.9: must be whole"),
+        (b"prompt=a+cup&seed=1.5", "seed=1.5: must be whole"),
+        (b"prompt=a+cup&use:x=on&scale:x=nan", "must be a number"),
+        (b"&".join(b"a%d=1" % number for number in range(600)), "The form cannot be read"),
+        (b"prompt=a+cup&seed=1e3", "being loaded"),
+    ):
+        answer = client.post("/draw", content=data)
+        assert answer.status_code == 200
+        assert message in answer.text
+    assert client.post("/teach", content=b"&".join([b"a=1"] * 600)).status_code == 422
+
+
+def test_no_concept_is_called_as_the_plain_model(client):
+    answer = client.put("/v1/concepts/base", json={"base_class": "cup"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_id")
+    assert (
+        "model without a concept"
+        in client.post("/teach", data={"id": "base", "base_class": "cup"}).text
+    )
+
+
+def test_what_a1111_calls_a_network_with_is_understood_or_refused(client):
+    """A call that no concept is meant by would be read as words, and the plain model would draw."""
+    for call in (
+        "<lora:rex:-1>", "<lora:rex:1.>", "<lora:rex:1e0>", "<lora:rex:1,0>", "<lora:rex:0.5:1>",
+        "<lora:rex:te=1>", "< lora:rex:1>", "<LORA:rex:1>", "<lyco:rex:1>", "<hypernet:rex:1>",
+        "<lora:rex:1",
+    ):  # fmt: skip
+        answer = client.post("/sdapi/v1/txt2img", json={"prompt": f"a dog {call}", "steps": 1})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_lora"), call
+    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a dog <lora:rex:1>"})
+    assert answer.json()["error"]["code"] == "loading"
+
+
 def test_the_page_is_its_users_and_other_sites_cannot_use_it(client):
     client.put("/v1/concepts/my-cup", json={"base_class": "cup"})
     client.auth = ("bo", "bo-0123456789abcdef")

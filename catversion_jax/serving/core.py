@@ -31,6 +31,9 @@ from catversion_jax.serving.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 
+BASE = "base"
+"""What clients call the model without a concept."""
+
 MOST_ATTEMPTS = {"draw": 2, "teach": 5}
 """How often a job is begun, each time but the first after the process has ended in it; of a lesson
 since an update was last saved. One that ends the process fails in the end, and a machine that is
@@ -176,8 +179,13 @@ class Core:
         """Make a concept, or say anew what it is.
 
         Raises:
-          ApiError: it is being taught as something else, or the key has too many.
+          ApiError: it is being taught as something else, has the name of the plain model, or the
+            key has too many.
         """
+        if id == BASE:
+            raise unprocessable(
+                "invalid_id", f"concept {id!r}: is the model without a concept. Give another name."
+            )
         with self.lock:
             before = self.store.concept(owner, id)
             if before is not None and dict(before.fields) == dict(fields):

@@ -19,14 +19,11 @@ from catversion_jax.sampling.requests import (
     check_concept,
     prompt_warnings,
 )
-from catversion_jax.serving.core import Core
+from catversion_jax.serving.core import BASE, Core
 from catversion_jax.serving.drawing import Picture, usual_batch_size
 from catversion_jax.serving.errors import unprocessable
 from catversion_jax.serving.forms import DrawForm
 from catversion_jax.serving.store import Job
-
-BASE = "base"
-"""The model without a concept."""
 
 
 class Orders:

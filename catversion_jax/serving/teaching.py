@@ -98,6 +98,10 @@ class ConceptFolders:
             if file is not None:
                 (self._photos / folder / file).unlink(missing_ok=True)
 
+    def photos_of(self, folder: str) -> Path:
+        """Where the photos of a concept lie."""
+        return self._photos / folder
+
     def photo(self, folder: str, file: str) -> bytes:
         """The contents of a photo."""
         return (self._photos / folder / file).read_bytes()

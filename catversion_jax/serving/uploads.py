@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -192,18 +193,22 @@ def checked(core: Core, worker: Worker, concept: StoredConcept) -> dict[str, Any
             "notes": [],
         }
     core.folders.describe(concept.folder, concept.fields, photos)
+    named = {photo.file: photo.name for photo in photos}
+    named |= {photo.mask: f"mask of {photo.name}" for photo in photos if photo.mask}
+    folder = core.folders.photos_of(concept.folder)
+
+    def said(texts: tuple[str, ...]) -> list[str]:
+        """In the client's names: where the files lie here is nobody's business."""
+        texts = tuple(text.replace(f"{folder}{os.sep}", "") for text in texts)
+        for file, name in named.items():
+            texts = tuple(text.replace(file, name) for text in texts)
+        texts = tuple(text.replace(str(folder), concept.id) for text in texts)
+        return [text.replace(concept.folder, concept.id) for text in texts]
+
     try:
         report = core.folders.report(concept.folder, worker.backbone)
     except ConceptError as error:
-        return {"problems": [str(error)], "warnings": [], "notes": []}
-    named = {photo.file: photo.name for photo in photos}
-    named |= {photo.mask: f"mask of {photo.name}" for photo in photos if photo.mask}
-
-    def said(texts: tuple[str, ...]) -> list[str]:
-        for file, name in named.items():
-            texts = tuple(text.replace(file, name) for text in texts)
-        return [text.replace(concept.folder, concept.id) for text in texts]
-
+        return {"problems": said((str(error),)), "warnings": [], "notes": []}
     return {
         "problems": said(report.problems),
         "warnings": said(report.warnings),

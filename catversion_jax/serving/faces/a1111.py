@@ -11,10 +11,10 @@ from typing import Any
 
 from catversion_jax.config.sampling import SAMPLERS
 from catversion_jax.errors import shown
+from catversion_jax.serving.core import BASE
 from catversion_jax.serving.errors import unprocessable
 from catversion_jax.serving.faces.waiting import taken, until_ended
 from catversion_jax.serving.forms import DrawForm, Txt2ImgForm
-from catversion_jax.serving.ordering import BASE
 from catversion_jax.serving.server import Server
 
 SAMPLER_NAMES = {
@@ -25,6 +25,8 @@ SAMPLER_NAMES = {
     "lcm": "LCM",
 }
 _LORA = re.compile(r"<lora:([^:<>]{1,64})(?::([0-9]*\.?[0-9]+))?>")
+_CALL = re.compile(r"<\s*(?:lora|lyco|lycoris|hypernet)\s*:[^<>]{0,80}>?", re.IGNORECASE)
+"""What calls a network in A1111's prompts, also where no concept is called by it here."""
 
 
 def routes(server: Server) -> Any:
@@ -102,10 +104,18 @@ def routes(server: Server) -> Any:
             {"id": name, "scale": float(scale or 1)} for name, scale in _LORA.findall(form.prompt)
         ]
         prompt = " ".join(_LORA.sub("", form.prompt).split())
+        if (other := _CALL.search(prompt)) is not None:
+            raise unprocessable(
+                "invalid_lora",
+                f"prompt: {shown(other[0])}: a concept is called by <lora:NAME> or "
+                "<lora:NAME:0.8>, with a name of /sdapi/v1/loras and a number from 0 to 10.",
+                "prompt",
+            )
         if not prompt:
             raise unprocessable("invalid_request", "prompt: has no words.", "prompt")
         model = form.override_settings.get("sd_model_checkpoint")
-        size = f"{form.width}x{form.height}" if form.width and form.height else None
+        width, height = server.orders.sizes[0]
+        size = f"{form.width or width}x{form.height or height}"
         drawing: dict[str, Any] = {
             "prompt": prompt,
             "model": model or chosen.get(request.state.owner, BASE),
@@ -137,6 +147,7 @@ def routes(server: Server) -> Any:
             "all_seeds": [(job.request["seed"] + i) % 2**32 for i in range(job.num_images)],
             "sd_model_name": drawing["model"],
             "job": job.id,
+            "warnings": job.request["warnings"],
         }
         return {"images": images, "parameters": form.model_dump(), "info": json.dumps(info)}
 

@@ -5,10 +5,10 @@ import time
 from typing import Any
 
 from catversion_jax.serving.answers import job_answer, openai_model
+from catversion_jax.serving.core import BASE
 from catversion_jax.serving.errors import not_found
 from catversion_jax.serving.faces.waiting import taken, until_ended
 from catversion_jax.serving.forms import DrawForm
-from catversion_jax.serving.ordering import BASE
 from catversion_jax.serving.server import Server
 
 

@@ -13,10 +13,10 @@ import jinja2
 
 from catversion_jax.serving import uploads
 from catversion_jax.serving.answers import concept_answer, job_answer
+from catversion_jax.serving.core import BASE
 from catversion_jax.serving.errors import ApiError
 from catversion_jax.serving.faces.waiting import LOOK_SECONDS
 from catversion_jax.serving.forms import ConceptForm, DrawForm, UsedConcept
-from catversion_jax.serving.ordering import BASE
 from catversion_jax.serving.samples import Samples
 from catversion_jax.serving.server import Server
 
@@ -232,24 +232,13 @@ def routes(server: Server) -> Any:
 
     @router.post("/draw")
     async def order(request: Request) -> HTMLResponse:
-        given = _fields(await request.body())
-        used = [
-            {"id": name.removeprefix("use:"), "scale": _number(given, f"scale:{name[4:]}", 1.0)}
-            for name in given
-            if name.startswith("use:")
-        ]
-        body: dict[str, Any] = {
-            "prompt": given.get("prompt", ""),
-            "negative_prompt": given.get("negative_prompt", ""),
-            "n": int(_number(given, "n", 1)),
-            "num_inference_steps": int(_number(given, "steps", 25)),
-        }
-        if given.get("seed", "").strip():
-            body["seed"] = int(_number(given, "seed", 0))
+        data = await request.body()
         jobs: list[dict[str, Any]] = []
         error = None
 
         def take() -> None:
+            given = _fields(data)
+            body, used = _drawing(given), _used(given)
             form = _checked(DrawForm, **body, concepts=used)
             first = server.orders.take(request.state.owner, form)
             jobs.append(job_answer(core, first))
@@ -290,9 +279,39 @@ def routes(server: Server) -> Any:
 
 
 def _fields(body: bytes) -> dict[str, str]:
-    """A form as browsers send it."""
-    pairs = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=500)
+    """A form as browsers send it.
+
+    Raises:
+      ApiError: it has more fields than any of the page's.
+    """
+    try:
+        text = body.decode("utf-8", "replace")
+        pairs = parse_qs(text, keep_blank_values=True, max_num_fields=500)
+    except ValueError as error:
+        raise ApiError(422, "invalid_request", f"The form cannot be read: {error}.") from error
     return {name: values[-1] for name, values in pairs.items()}
+
+
+def _drawing(given: Mapping[str, str]) -> dict[str, Any]:
+    """What the form says of a drawing, but for its concepts."""
+    body: dict[str, Any] = {
+        "prompt": given.get("prompt", ""),
+        "negative_prompt": given.get("negative_prompt", ""),
+        "n": _whole(given, "n", 1),
+        "num_inference_steps": _whole(given, "steps", 25),
+    }
+    if given.get("seed", "").strip():
+        body["seed"] = _whole(given, "seed", 0)
+    return body
+
+
+def _used(given: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The concepts that are ticked in the form."""
+    return [
+        {"id": name.removeprefix("use:"), "scale": _number(given, f"scale:{name[4:]}", 1.0)}
+        for name in given
+        if name.startswith("use:")
+    ]
 
 
 def _number(given: Mapping[str, str], name: str, usual: float) -> float:
@@ -304,6 +323,13 @@ def _number(given: Mapping[str, str], name: str, usual: float) -> float:
     if not math.isfinite(number):
         raise ApiError(422, "invalid_request", f"{name}={text[:40]!r}: must be a number.")
     return number
+
+
+def _whole(given: Mapping[str, str], name: str, usual: int) -> int:
+    number = _number(given, name, usual)
+    if number != int(number):
+        raise ApiError(422, "invalid_request", f"{name}={given[name][:40]}: must be whole.")
+    return int(number)
 
 
 def _checked(form: Any, **values: Any) -> Any:

@@ -15,6 +15,7 @@ from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.runtime.concept_packs import ConceptPack, PackError, split_packed
 from catversion_jax.sampling.concept_shelf import ConceptShelf
+from catversion_jax.training.run.index import COLUMNS, Index
 
 # in the order of their UTF-8 bytes
 NAMES = ["B", "a", "a b", "a.arrow", "a.arrow#b", "aa", "rex#2", "Ä", "茶壶", "🫖"]
@@ -180,3 +181,23 @@ def test_a_damaged_pack_gives_one_line(pack: Path, tmp_path: Path) -> None:
         else:
             np.testing.assert_equal(concept.step, 3)
     assert refused > 100
+
+
+def test_concepts_of_an_earlier_list_are_not_taken_along_in_silence(tmp_path, caplog) -> None:
+    """``pack``, ``export`` and ``push`` read the folders; the list may have changed since."""
+    for name in ("kept", "renamed", "spoilt"):
+        write_concept(tmp_path / "run" / "concepts" / name / "catversion.safetensors", name)
+    index = Index(tmp_path / "run" / "index.csv")
+    for name, state in (("kept", "done"), ("spoilt", "quarantined")):
+        index.set({**dict.fromkeys(COLUMNS, ""), "name": name, "state": state})
+    index.write()
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    for command in (
+        ["pack", run, "--out", f"{out}.arrow"],
+        ["export", run, "--output_dir", out],
+        ["push", run, "--repo_id", "me/them", "--dry_run"],
+    ):
+        caplog.clear()
+        assert main(command) == 0
+        (said,) = caplog.messages
+        assert "no longer in the run's list or were given up since: renamed, spoilt." in said

@@ -24,6 +24,7 @@ from catversion_jax.training.run.model_card import (
     card_text,
     picture_files,
 )
+from catversion_jax.training.run.reader import note_strangers
 from catversion_jax.training.run.shards import run_roots
 
 
@@ -126,4 +127,5 @@ def _concept_files(root: Path) -> list[Path]:
     folders = [one / names.CONCEPTS_FOLDER for one in run_roots(root)]  # of each shard, or its own
     found = [folder for folder in folders if folder.is_dir()] or [root]
     files = [file for folder in found for file in folder.glob(f"*/{CONCEPT_FILE_NAME}")]
+    note_strangers(root, files)
     return sorted(files, key=lambda file: file.parent.name)

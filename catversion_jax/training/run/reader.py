@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 from catversion_jax.concepts import ConceptList, read_configured_concepts
 from catversion_jax.config import load_config
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, listed
 from catversion_jax.methods.concept_file import (
     CONCEPT_FILE_NAME,
     Concept,
@@ -36,6 +37,8 @@ from catversion_jax.training.run.index import index_of_folders, indices_of_other
 from catversion_jax.training.run.metrics import read_evaluations, read_metric_rows
 from catversion_jax.training.run.shards import run_roots, shard_folders
 from catversion_jax.training.run.summary import finished_state, read_summary
+
+logger = logging.getLogger(__name__)
 
 _CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete step
 
@@ -250,6 +253,7 @@ def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
     files = files or [file for folder in folders for file in folder.glob("*.safetensors")]
     files.sort(key=lambda file: (file.parent.name, file.name))
     if files:
+        note_strangers(source, files)
         concepts, damaged = readable_concepts(files)
         if not concepts:
             raise CatVersionError(next(iter(damaged.values())))
@@ -268,6 +272,24 @@ def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
         f"{source}: no finished concept in it (looked for {folders[0] / '*' / CONCEPT_FILE_NAME})."
         f"{hint or ' Give a run directory.'}"
     )
+
+
+def note_strangers(root: Path, files: Sequence[Path]) -> None:
+    """Say which of a run's concept files its index does not call finished: they are of an earlier
+    list, or of photos that cannot be read any more.
+    """
+    for folder in run_roots(root):
+        states = {row["name"]: row["state"] for row in read_index(folder / names.INDEX_FILE)}
+        own = folder / names.CONCEPTS_FOLDER
+        here = sorted(one.parent.name for one in files if one.parent.parent == own)
+        odd = [name for name in here if states.get(name, "quarantined") == "quarantined"]
+        if states and odd:
+            logger.warning(
+                "%s: taken along, though they are no longer in the run's list or were given up "
+                "since: %s. Delete their folders if they should not be.",
+                folder,
+                ", ".join(listed(odd)),
+            )
 
 
 def readable_concepts(

@@ -317,3 +317,12 @@ def test_a_choice_of_the_concept_is_not_hidden_by_the_run_s_option(
     for found in (other.differences(finished), other.changes_since(record)):
         (line,) = found
         assert line.startswith(words)
+
+
+def test_changed_prompts_are_not_put_down_to_the_tokenizer() -> None:
+    one = ConceptRecord("rex", "dog", "class_word", "m", "0", ("1.png",), ("dog",), 0.0, 1, {})
+    one = dataclasses.replace(one, digests={"tokens": "a"})
+    other = dataclasses.replace(one, prompts=("a dog",), digests={"tokens": "b"})
+    assert other.changes_since(one) == ["prompts: ['dog'] -> ['a dog']"]
+    (tokens,) = dataclasses.replace(one, digests={"tokens": "b"}).changes_since(one)
+    assert "the model's tokenizer reads its prompts otherwise" in tokens

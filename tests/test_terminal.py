@@ -240,3 +240,12 @@ def test_a_locale_that_is_not_utf_8_is_named(capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
     assert main(["--version"]) == 0
     assert "names of files as ascii. Set PYTHONUTF8=1" in capsys.readouterr().err
+
+
+def test_a_platform_that_is_not_here_is_named(toys: Path, tmp_path: Path) -> None:
+    """``JAX_PLATFORMS=tpu`` in a shell that was set up for another machine."""
+    command = ["fit-start", toys, "--out", tmp_path / "start.safetensors"]
+    ended = run_command(*command, JAX_PLATFORMS="nowhere")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: JAX_PLATFORMS=nowhere: Unable to initialize backend")
+    assert "unset the variable" in ended.stderr

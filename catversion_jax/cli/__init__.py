@@ -58,6 +58,10 @@ _ASKED_TO_STOP = {"train": SAVED, "teach": SAVED, "serve": 0}
 """Exit codes after SIGTERM of the commands that listen to it."""
 
 
+_NO_BACKEND = "Unable to initialize backend"
+"""How jax begins to say that there is no such device, or that another process has it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     with safe_terminal() as output:
@@ -86,6 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 f"error: out of memory ({shown(error)}). Ask for less at once: a smaller "
                 "resolution or batch_size, fewer images.",
+                file=sys.stderr,
+            )
+            code = WRONG
+        except RuntimeError as error:
+            if not str(error).startswith(_NO_BACKEND):
+                raise
+            print(
+                f"error: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {shown(error)}. "
+                "Name a platform that this machine has and no other process holds, or unset the "
+                "variable.",
                 file=sys.stderr,
             )
             code = WRONG

@@ -166,7 +166,11 @@ def test_what_a1111_calls_a_network_with_is_understood_or_refused(client):
     ):  # fmt: skip
         answer = client.post("/sdapi/v1/txt2img", json={"prompt": f"a dog {call}", "steps": 1})
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_lora"), call
-    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a dog <lora:rex:1>"})
+    for numbers in ({"steps": True}, {"steps": "2"}, {"steps": 2.5}, {"cfg_scale": False}):
+        answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a dog", **numbers})
+        assert answer.status_code == 422, numbers
+    asked = {"prompt": "a dog <lora:rex:1>", "steps": 2.0, "cfg_scale": 3}
+    answer = client.post("/sdapi/v1/txt2img", json=asked)
     assert answer.json()["error"]["code"] == "loading"
 
 

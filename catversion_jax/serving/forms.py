@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+)
 
 from catversion_jax.concepts.fields import WHEN
 
@@ -113,9 +121,11 @@ JobForm = Annotated[
 
 
 class Txt2ImgForm(BaseModel):
-    """A1111's request; unknown fields have no effect, since its clients send many."""
+    """A1111's request; unknown fields have no effect, since its clients send many, and a whole
+    number may be written as ``20.0``.
+    """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     prompt: Prompt
     negative_prompt: str = Field(default="", max_length=LONGEST_PROMPT)
@@ -129,3 +139,8 @@ class Txt2ImgForm(BaseModel):
     sampler_name: str | None = Field(default=None, max_length=50)
     sampler_index: str | None = Field(default=None, max_length=50)
     override_settings: dict[str, object] = Field(default_factory=dict)
+
+    @field_validator("batch_size", "n_iter", "steps", "width", "height", "seed", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        return int(value) if isinstance(value, float) and value.is_integer() else value

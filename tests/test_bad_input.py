@@ -140,8 +140,9 @@ def test_duplicate_names(said, tmp_path: Path) -> None:
     rows = [{"path": f"{path}", "base_class": "cup"} for path in ("a/cup", "b/cup", "c/CUP")]
     (tmp_path / "list.yaml").write_text(json.dumps(rows))
     words = [
-        "entry 2 (cup): concept name 'cup': appears twice. Rename one",
-        "entry 3 (CUP): concept name 'CUP': appears twice (as 'cup', one folder on some systems)",
+        "entry 2 (cup), b/cup/concept.json: concept name 'cup': appears twice. Rename one",
+        "entry 3 (CUP), c/CUP/concept.json: concept name 'CUP': appears twice (as 'cup', one "
+        "folder on some systems)",
     ]
     said(2, "check", "list.yaml", words=words)
     said(2, *train("nowhere", "list.yaml", "out"), words=words)

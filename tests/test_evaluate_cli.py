@@ -153,9 +153,10 @@ def test_gallery_and_dinov2_equal_transformers(world, output, tmp_path):
             Image.fromarray(picture).save(folder / f"0_{seed}.png")
         photos = [Image.open(world / "concepts" / name / f"{i}.png") for i in range(1, 5)]
         vectors[name] = [dino_vectors(model, part) for part in (drawn, map(np.asarray, photos))]
-        entries.append({"name": name, "path": str(world / "concepts" / name)})
+        path = str(world / "concepts" / name)  # whose concept.json calls it something else
+        entries.append({"name": name, "path": path, "base_class": "toy"})
     (tmp_path / "list.json").write_text(json.dumps(entries))
-    given = ["--concepts", tmp_path / "list.json", "--base_class", "toy"]
+    given = ["--concepts", tmp_path / "list.json"]
     more = ["--gallery", "--dino", tmp_path / "dinov2"]
     assert evaluate(world, tmp_path / "images", tmp_path / "out", *given, *more) == 0
     found = scores_of(tmp_path / "out")

@@ -19,11 +19,13 @@ from catversion_jax.errors import ConceptError, shown
 
 WHEN = ("class_word", "always")
 MASK_POLARITIES: tuple[MaskPolarity, ...] = typing.get_args(MaskPolarity)
+PROMPT_KEYS = ("prompts", "prompt", "instance_prompt", "templates")
+"""Under which of these the layouts have a concept's own prompts."""
 
 
 def prompts_field(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The concept's own prompts or templates, from whichever key the layout uses."""
-    given = [key for key in ("prompts", "prompt", "instance_prompt", "templates") if key in fields]
+    given = [key for key in PROMPT_KEYS if key in fields]
     if len(given) > 1:
         raise ConceptError(
             f"{where}: {' and '.join(given)} are one and the same thing; keep one of them."

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.concepts.entries import CONCEPT_FILE, Entry, quarantined_entry
+from catversion_jax.concepts.fields import PROMPT_KEYS
 from catversion_jax.concepts.user_paths import is_there, user_path
 from catversion_jax.config.documents import parse_json, read_text
 from catversion_jax.errors import ConceptError, encodable, shown
 
 _MAX_BYTES = 2**20
 _PATHS = ("images", "masks", "eval_images")
-_PROMPTS = ("prompts", "prompt", "instance_prompt", "templates")
 
 
 def folder_entry(folder: Path, given: Mapping[str, Any], *, home: str) -> Entry:
@@ -38,7 +38,7 @@ def listed_entry(entry: Entry, folder: Path) -> Entry:
     beside = {
         key: value
         for key, value in own.fields.items()
-        if not (key in _PROMPTS and any(one in given for one in _PROMPTS))
+        if not (key in PROMPT_KEYS and any(one in given for one in PROMPT_KEYS))
     }
     return dataclasses.replace(
         own,

@@ -20,6 +20,7 @@ from catversion_jax.concepts.class_words import LONGEST_WORDS, are_plain_words
 from catversion_jax.concepts.entries import Entry
 from catversion_jax.concepts.entry_images import images_of
 from catversion_jax.concepts.fields import (
+    PROMPT_KEYS,
     class_forms_field,
     mask_polarity_field,
     prompts_field,
@@ -42,10 +43,7 @@ KNOWN_KEYS = (
     "path",
     "base_class",
     "class_forms",
-    "prompt",
-    "prompts",
-    "instance_prompt",
-    "templates",
+    *PROMPT_KEYS,
     "seed",
     "random_flip",
     "when",

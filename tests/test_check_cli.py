@@ -1,6 +1,7 @@
 """``catversion check`` from the outside: its table, its warnings, its exit codes."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from PIL import Image, ImageOps
 
 from catversion_jax.cli import main
@@ -154,7 +156,7 @@ def test_usage_errors_give_exit_code_two(
     assert "not found" in text
     code, text = check(capsys, concept(tmp_path / "cup"), "--model", tmp_path / "no_model")
     assert code == 2
-    assert "Give a model folder or file on disk" in text
+    assert "no_model: the folder does not exist, and this is not a hub id" in text
 
 
 def test_resolution_zero_is_not_the_model_s_own(
@@ -171,6 +173,24 @@ def test_resolution_zero_is_not_the_model_s_own(
         assert "scaled up" not in text
     code, text = check(capsys, folder, "--model", tiny_sd_folder)
     assert "smaller than 16, will be scaled up" in text  # the tiny model's own
+
+
+def test_a_model_of_the_hub_says_how_it_reads_the_words(
+    tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    """From the hub's cache, which holds no weights."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository, weights = tmp_path / "hub" / "models--someone--tiny", "*.safetensors"
+    shutil.copytree(
+        tiny_sd_folder, repository / "snapshots" / "0", ignore=shutil.ignore_patterns(weights)
+    )
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0")
+    concept(tmp_path / "cup", base_class="b" * 23)
+    code, text = check(capsys, tmp_path / "cup", "--model", "someone/tiny")
+    assert code == 0
+    assert "the model reads only 22" in text
 
 
 def test_words_longer_than_the_context(

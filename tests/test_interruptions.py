@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_without_a_concept_that_was_taken_out(
     assert run_here(one_block_sd_folder, concepts, output) == 0
     assert "resumed 1 concepts at step" in caplog.text
     assert steps_of(output) == {"striped_ball": 12, "teal_cup": 12}
-    rows = {line["concept"]: line["slot"] for line in timeline(output)}
+    rows = {line["concept"]: line["row"] for line in timeline(output)}
     assert rows == {"striped_ball": "1", "teal_cup": "0"}  # the former goes on where it was
     assert_close(output, finished, leave_out="purple_kite")
 

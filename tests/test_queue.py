@@ -57,7 +57,7 @@ def test_an_early_stop_is_what_the_rule_says_and_frees_the_row(stopped_early: Pa
         assert load_concept(folder).step == last
     # the third concept took the row that was free first, at that very moment
     third = max(rows, key=lambda row: float(row["began"]))
-    before = [row for row in rows if row["slot"] == third["slot"] and row is not third]
+    before = [row for row in rows if row["row"] == third["row"] and row is not third]
     assert [float(row["ended"]) <= float(third["began"]) for row in before] == [True]
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from running import final_files, metrics, run_here, steps_of
 from safetensors import safe_open
+from tiny_pipelines import save_clip
 
 from catversion_jax import load_concept
 
@@ -54,6 +55,29 @@ def test_a_run_writes_what_the_readme_says(finished: Path, toys: Path) -> None:
     with Image.open(folder / "samples" / "000012.png") as grid:
         assert json.loads(grid.info["parameters"])["concept"] == "purple_kite"
         assert grid.width > 3 * 128  # references and two prompts
+
+
+def test_a_run_is_scored_by_the_clip_that_it_names(
+    finished: Path, toys: Path, one_block_sd_folder: Path, tmp_path: Path, capsys
+) -> None:
+    """The model has none of its own; that is said before anything is trained."""
+    new, done, clip = (tmp_path / name for name in ("new", "done", "clip"))
+    shutil.copytree(finished, done)
+    save_clip(clip, one_block_sd_folder / "tokenizer")
+    (tmp_path / "prompts.txt").write_text("a {} in the snow")
+    options = {
+        "evaluate_after": True,
+        "evaluation_prompts": tmp_path / "prompts.txt",
+        "validation_inference_steps": 2,
+    }
+    assert run_here(one_block_sd_folder, toys, new, **options) == 2
+    assert "has no clip/ folder of its own to score with" in capsys.readouterr().err
+    assert run_here(one_block_sd_folder, toys, new, evaluation_clip=toys, **options) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+    assert not new.exists()
+    assert run_here(one_block_sd_folder, toys, done, evaluation_clip=clip, **options) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(done / "report.html")
+    assert "in the snow" in (done / "report.html").read_text()
 
 
 def test_tensorboard_holds_the_losses_of_the_csv(finished: Path) -> None:

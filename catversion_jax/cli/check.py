@@ -9,10 +9,8 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from catversion_jax.assets import embedded_folder
 from catversion_jax.cli.model_arguments import add_prediction_type_argument
 from catversion_jax.concepts import ConceptList, ConceptSpec, read_concepts
 from catversion_jax.concepts.fields import MASK_POLARITIES, WHEN
@@ -21,7 +19,7 @@ from catversion_jax.concepts.report import ConceptReport, report_concept
 from catversion_jax.config import TrainConfig
 from catversion_jax.config.data import DataOptions
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.weights.model_files import opened
+from catversion_jax.models.weights.model_files import open_model
 from catversion_jax.runtime.columns import aligned
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -41,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_class", help="base class of concepts that do not name their own")
     parser.add_argument(
         "--model",
-        metavar="PATH",
-        help="model folder or file: also check words and prompts with its tokenizer",
+        metavar="MODEL",
+        help="model folder, file or hub id: also check words and prompts with its tokenizer",
     )
     add_prediction_type_argument(parser)
     parser.add_argument(
@@ -115,13 +113,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = None
     resolution = _SD_RESOLUTION if args.resolution is None else args.resolution
     if args.model is not None:
-        path = embedded_folder(args.model) or Path(args.model)
-        if not path.is_file() and not path.is_dir():
-            raise CatVersionError(
-                f"--model {args.model}: neither a folder nor a file. Give a model folder or file "
-                "on disk, or leave it out."
-            )
-        files = opened(path, prediction_type=args.prediction_type)
+        files = open_model(args.model, prediction_type=args.prediction_type, weights=False)
         tokenizer = files.tokenizer()
         if args.resolution is None:
             # imports jax, which the rest of this command does without

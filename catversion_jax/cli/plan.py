@@ -142,9 +142,9 @@ def _tpu_plan(args: argparse.Namespace, planned: PlannedStep) -> dict[str, Any]:
         "memory_bytes": {
             "device": device_memory,
             "weights": memory.weights,
-            "state_per_slot": memory.state_per_row,
+            "state_per_row": memory.state_per_row,
             "temporaries": memory.temporary_once,
-            "temporaries_per_slot": memory.temporary_per_row,
+            "temporaries_per_row": memory.temporary_per_row,
             "with_concepts_per_device": memory.bytes_of(wanted),
         },
         "concepts_per_device": wanted,
@@ -234,9 +234,9 @@ def _as_text(plan: dict[str, Any]) -> str:
             f"gradient_checkpointing={plan['gradient_checkpointing']})",
             f"memory per device {memory['device']:.0f} GB",
             f"  weights        {memory['weights']:.3f} GB",
-            f"  state          {memory['state_per_slot']:.4f} GB per row",
+            f"  state          {memory['state_per_row']:.4f} GB per row",
             f"  temporaries    {memory['temporaries']:.3f} GB + "
-            f"{memory['temporaries_per_slot']:.3f} GB per row",
+            f"{memory['temporaries_per_row']:.3f} GB per row",
             f"  together       {memory['with_concepts_per_device']:.2f} GB with "
             f"concepts_per_device={plan['concepts_per_device']}; at most "
             f"{plan['largest_concepts_per_device']} fit",

@@ -11,12 +11,14 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from catversion_jax.assets import embedded_folder
 from catversion_jax.cli.progress import progress
 from catversion_jax.cli.terminal import SAVED
 from catversion_jax.config import TrainConfig, load_config, option_table, with_shard
 from catversion_jax.config.sampling import grid_settings
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.weights.hub_concept import check_repo_id
+from catversion_jax.runtime.bucket_paths import home_expanded
 from catversion_jax.runtime.shards import WHOLE
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
     from catversion_jax.training.start import train
 
+    if config.evaluate_after:
+        _check_clip(config)
     with _stop_signals() as stop:
         result = train(config, concepts=concepts, stop=stop)
     code = _report(result, config.quarantine_exit_code)
@@ -90,6 +94,26 @@ def _push(repo_id: str, private: bool, result: TrainResult) -> None:
         print(f"trained, but not pushed: {error}\nTry `{again}`.", file=sys.stderr)
 
 
+def _check_clip(config: TrainConfig) -> None:
+    """That there is something to score with, before anything is trained."""
+    from catversion_jax.models.embedders import own_clip
+
+    model, clip = config.pretrained_model_name_or_path, config.evaluation_clip
+    if clip is not None:
+        if not (home_expanded(clip) / "config.json").is_file():
+            raise CatVersionError(
+                f"evaluation_clip={clip}: holds no config.json, must be the folder of a "
+                "transformers CLIPModel. Check the path."
+            )
+    elif own_clip(embedded_folder(model) or home_expanded(model)) is None:
+        raise CatVersionError(
+            f"evaluate_after=true: {model} has no clip/ folder of its own to score with. Give "
+            "evaluation_clip=FOLDER of a transformers CLIPModel (hf download "
+            "openai/clip-vit-base-patch32 --local-dir FOLDER), or leave evaluate_after out and "
+            f"evaluate later: catversion evaluate {config.output_dir} --clip FOLDER"
+        )
+
+
 def _evaluate(config: TrainConfig, result: TrainResult) -> None:
     """Draw and score what was learned, with the networks that are loaded already.
 
@@ -98,6 +122,7 @@ def _evaluate(config: TrainConfig, result: TrainResult) -> None:
     import jax
 
     again = f"catversion evaluate {result.output_dir}"
+    again += f" --clip {config.evaluation_clip}" if config.evaluation_clip else ""
     if jax.process_count() > 1:  # the others would wait, and give up, at the end
         print(f"several processes trained this run: `{again}` evaluates it", file=sys.stderr)
         return
@@ -121,6 +146,7 @@ def _evaluated(config: TrainConfig, result: TrainResult) -> Evaluation:
     with progress("drawing", "image") as advance:
         return evaluate(
             result.output_dir,
+            clip=config.evaluation_clip and home_expanded(config.evaluation_clip),
             prompts=config.evaluation_prompts,
             model=result.backbone,
             num_images_per_prompt=1,

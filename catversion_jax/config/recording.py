@@ -139,6 +139,12 @@ class RecordingOptions(Options):
         "catversion evaluate takes it.",
         decides_result=False,
     )
+    evaluation_clip: str | None = option(
+        None,
+        "Folder of the transformers CLIPModel that evaluate_after scores with; null is the model's "
+        "own clip/ folder, which Stable Diffusion's models have not.",
+        decides_result=False,
+    )
     push_to_hub: bool = option(
         False,
         "Whether the finished concepts and their model card are sent to the Hugging Face hub when "

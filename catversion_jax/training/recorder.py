@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 WRITERS = 8
 """Threads that write the files of concepts that end together."""
-TIMELINE_COLUMNS = ("slot", "concept", "began", "ended", "first_step", "last_step", "outcome")
+TIMELINE_COLUMNS = ("row", "concept", "began", "ended", "first_step", "last_step", "outcome")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ def draw(timeline: Path, memory: Sequence[Sequence[float]], output: Path) -> Non
     """
     with timeline.open() as file:
         rows = list(csv.DictReader(file))
-    num_rows = 1 + max(int(row["slot"]) for row in rows)
+    num_rows = 1 + max(int(row["row"]) for row in rows)
     end = max(float(row["ended"]) for row in rows)
     band = num_rows * (ROW + GAP)
     image = Image.new("RGB", (WIDTH, 3 * 34 + 2 * band + 150 + 40), "white")
@@ -61,7 +61,7 @@ def _band(
     edges: bool,
 ) -> None:
     scale = (WIDTH - LEFT - 20) / (end - start)
-    for place in sorted({int(row["slot"]) for row in rows}):
+    for place in sorted({int(row["row"]) for row in rows}):
         y = top + place * (ROW + GAP)
         pen.text((6, y + 4), f"row {place}", fill="black", font=ImageFont.load_default(14))
     for number, row in enumerate(rows):
@@ -69,7 +69,7 @@ def _band(
         if ended <= began:
             continue
         x0, x1 = (LEFT + (moment - start) * scale for moment in (began, ended))
-        y = top + int(row["slot"]) * (ROW + GAP)
+        y = top + int(row["row"]) * (ROW + GAP)
         hue = number * 0.618 % 1
         colour = tuple(round(255 * c) for c in colorsys.hls_to_rgb(hue, 0.6, 0.65))
         pen.rectangle((x0, y, x1, y + ROW), fill=colour)

@@ -173,9 +173,9 @@ def _recipe(arms: Mapping[str, Any]) -> list[str]:
     text = (
         "What *ours* changes in the official settings. It was chosen on eight other concepts "
         "(`tools/tiny_sd/concepts.py --development`); the tables below say what each change is "
-        "worth on the held-out ones. The trainer's defaults stay the official ones, which were "
-        "made for Stable Diffusion 1.5; `configs/quickstart.yaml` leaves out what makes no "
-        "measurable difference."
+        "worth on the held-out ones. The trainer's defaults for what is learned, how fast and how "
+        "long stay the official ones, which were made for Stable Diffusion 1.5; "
+        "`configs/quickstart.yaml` leaves out what makes no measurable difference."
     )
     return ["### The recipe", text, table(["option", "official", "ours"], rows)]
 

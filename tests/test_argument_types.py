@@ -28,6 +28,7 @@ def backbone(one_block_sd_folder):
     + [({"concepts": value}, "concepts=") for value in (5, b"x", object())]
     + [({"concepts": value}, "is no path") for value in ([None], [5], (None, "a"), "a\0b")]
     + [({"concepts": [(1, 2, 3)]}, "a concept and its scale")]
+    + [({"prompts": Prompt("a", concepts="rex")}, "concepts='rex' of a prompt row: must be a list")]
     + [
         ({name: value}, f"{name}=.*must be a whole number")
         for name in ("num_inference_steps", "height", "width", "batch_size")
@@ -45,6 +46,23 @@ def backbone(one_block_sd_folder):
 def test_generate(backbone, arguments, words) -> None:
     with pytest.raises(CatVersionError, match=words):
         cv.generate(**{"prompts": "a cat", "model": backbone, **arguments})
+
+
+@pytest.mark.parametrize("value", ["x" * 300, f"{'x' * 300}/y", "é" * 128, "ab/" * 1400])
+def test_paths_that_no_file_system_takes(backbone, value) -> None:
+    for function in (cv.load_concept, cv.load_backbone, cv.load_text_encoder, cv.evaluate):
+        with pytest.raises(CatVersionError, match="is too long for a path"):
+            function(value)
+    with pytest.raises(CatVersionError, match="is too long for a path"):
+        cv.load_config(value)
+    with pytest.raises(CatVersionError, match="is too long for a path"):
+        cv.generate("a cat", value, model=backbone)
+
+
+@pytest.mark.parametrize("value", [[3], [None], [("seed", 3)], 3, None, "seed=3"])
+def test_overrides(value) -> None:
+    with pytest.raises(CatVersionError, match="key=value"):
+        cv.load_config("quickstart", value)
 
 
 @pytest.mark.parametrize("value", [None, 5, b"x", [], {}, object(), "a\0b"])

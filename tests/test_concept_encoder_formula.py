@@ -112,6 +112,10 @@ def test_a_file_comes_back_and_damage_is_named(tmp_path):
         load_concept_encoder(concept)
     with pytest.raises(CatVersionError, match="cannot be read"):
         load_concept_encoder(tmp_path / "none.safetensors")
+    for length in (0, 7, 8, 100):
+        (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:length])
+        with pytest.raises(CatVersionError, match=r"start=/.*Give the file that catversion fit-st"):
+            load_concept_encoder(tmp_path / "cut.safetensors")
 
 
 def test_what_the_encoder_sees_is_never_the_target():

@@ -79,10 +79,29 @@ def test_the_official_preset_is_the_released_code() -> None:
         ("max_grad_norm=null", "max_grad_norm", None),
         ("variant=", "variant", None),
         ("num_embeddings=4", "num_positions", 4),
+        ("seed=1_000", "seed", 1000),
+        ("seed=0", "seed", 0),
+        ("learning_rate=0.010", "learning_rate", 0.01),
+        ("output_dir=007", "output_dir", "007"),
     ],
 )
 def test_spellings(text: str, name: str, value: object) -> None:
     assert getattr(load_config(None, ["concepts=a", text]), name) == value
+
+
+def test_one_option_under_two_names(tmp_path: Path) -> None:
+    """The last word counts, whichever name it uses; in one file there is one."""
+    file = tmp_path / "config.yaml"
+    file.write_text("concepts: a\nnum_vectors: 2\n")
+    assert load_config(file, ["num_positions=4"]).num_positions == 4
+    given = ["concepts=a", "num_positions=4", "num_vectors=2"]
+    assert load_config(None, given).num_positions == 2
+    file.write_text("concepts: a\nnum_positions: 4\nnum_vectors: 2\n")
+    with pytest.raises(CatVersionError, match=r"num_vectors: .* both mean num_positions"):
+        load_config(file)
+    for text in ("seed=0200", "seed=1:30", "max_train_steps=010"):
+        with pytest.raises(CatVersionError, match="to the base 8"):
+            load_config(None, ["concepts=a", text])
 
 
 def test_a_written_config_reads_back() -> None:

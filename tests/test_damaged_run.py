@@ -15,11 +15,11 @@ from catversion_jax.methods.concept_file import load_concept
 from catversion_jax.training.run.index import REASON_LENGTH, index_of_folders, one_line, read_index
 from catversion_jax.training.run.metrics import read_evaluations
 from catversion_jax.training.run.reader import (
-    read_status,
     read_trained_concept,
     recorded_concepts,
     recorded_model,
 )
+from catversion_jax.training.run.status import read_status
 from catversion_jax.training.run.summary import read_summary, restored_summary
 
 OF_RUN = ("run.json", "index.csv", "timeline.csv", "metrics.jsonl", "config.resolved.yaml")

@@ -194,6 +194,36 @@ def test_what_the_hub_refuses_and_what_cannot_be_pushed(hub, run, tmp_path, caps
         make_config({"concepts": "x", "push_to_hub": True})
 
 
+@pytest.mark.parametrize(
+    "repo_id", ["a/-b", "a/b..c", "a/b.git", "é/b", f"a/{'b' * 100}", "pets", "a/b/c", "a/b-"]
+)
+def test_ids_that_the_hub_never_takes(run, repo_id):
+    with pytest.raises(CatVersionError, match="must be USER/NAME, as the hub calls a repository"):
+        plan_push(run, repo_id)
+
+
+def test_what_would_be_pushed_wrongly_is_refused(run, tmp_path):
+    rex = run / "concepts" / "rex"
+    assert main(["pack", str(run), "--out", str(tmp_path / "p.arrow")]) == 0
+    for source in (f"{tmp_path}/p.arrow", f"{tmp_path}/p.arrow#rex"):
+        with pytest.raises(CatVersionError, match=r"is a pack.*export .*p\.arrow --concept NAME"):
+            plan_push(source, "ada/pets")
+    shutil.copytree(rex, run / "concepts" / "README.md")
+    with pytest.raises(CatVersionError, match=r"would take the model card's place"):
+        plan_push(run, "ada/pets")
+    shutil.rmtree(run / "concepts" / "README.md")
+    (run / "README.md").write_text("---\nlicense: mit\n---\n\nmy own card\n")
+    assert b"my own card" in plan_push(run, "ada/pets").files["README.md"]
+    with pytest.raises(CatVersionError, match=r"README\.md is your own.*`license: cc0-1\.0`"):
+        plan_push(run, "ada/pets", "cc0-1.0")
+    save_concept(
+        rex / "catversion.safetensors", residual(0), base_class="dog", name="rex",
+        base_model="stabilityai/stable-diffusion-2-1",
+    )  # fmt: skip
+    with pytest.raises(CatVersionError, match="were trained on 2 models"):
+        plan_push(run, "ada/pets")
+
+
 def test_the_card_of_a_textual_inversion(tmp_path):
     """diffusers' own loader takes it; of a model in a folder no address is made up."""
     what = TokenEmbeddings(np.ones((1, 768), np.float32))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from catversion_jax.training.run.index import Index, changes_file, read_index
-from catversion_jax.training.run.reader import read_status
+from catversion_jax.training.run.status import read_status
 
 NAMES = [f"concept_{i}" for i in range(50)]
 

@@ -166,6 +166,18 @@ def test_bad_requests(tiny_sd_folder, tmp_path):
         loader.set_catversion(pipe, ["tom"], [1, 2])
 
 
+def test_what_is_loaded_while_all_rests(tiny_sd_folder, tmp_path):
+    pipe = load_pipe(tiny_sd_folder)
+    loader.load_catversion(pipe, write(tmp_path, "tom", "cat", make_residual(18)))
+    loader.disable_catversion(pipe)
+    rex = write(tmp_path, "rex", "dog", make_residual(19))
+    with pytest.warns(UserWarning, match="'rex' rests like all.*enable_catversion"):
+        loader.load_catversion(pipe, rex)
+    assert [one["active"] for one in loader.list_catversion(pipe)] == [False, False]
+    loader.enable_catversion(pipe)
+    assert [one["active"] for one in loader.list_catversion(pipe)] == [True, True]
+
+
 @pytest.mark.parametrize(
     "source", [None, 5, b"x", [], ("a", "b"), object(), "x" * 5000, "a\0b", {1: 2}, {"a": "b"}]
 )

@@ -163,6 +163,26 @@ def test_blocks_hold_for_their_thread_alone(tiny_sd_folder, pipe):
             loader.scaled(pipe, wrong).__enter__()
 
 
+@pytest.mark.parametrize("block", ["scaled", "chosen"])
+def test_blocks_of_generators_end_in_any_order(pipe, block):
+    """They share their caller's context; the last one to begin counts, and nothing is left over."""
+    full = encode(pipe, "a cat")
+
+    def asked(scale: float) -> Iterator[torch.Tensor]:
+        names = () if block == "scaled" else (["tom", "rex"],)
+        with getattr(loader, block)(pipe, *names, *([scale] if not names else [[scale, 1.0]])):
+            yield encode(pipe, "a cat")
+            yield encode(pipe, "a cat")
+
+    one, other = asked(0.5), asked(0.2)
+    half, fifth = next(one), next(other)
+    assert not torch.equal(half, fifth)
+    one.close()
+    assert torch.equal(next(other), fifth)
+    other.close()
+    assert torch.equal(encode(pipe, "a cat"), full)
+
+
 def test_blocks_choose_concepts_for_their_thread_alone(tiny_sd_folder, pipe, files, tmp_path):
     """Eight threads, each with concepts and scales of its own, two of them of one base class,
     against pipelines that have only these.

@@ -16,6 +16,7 @@ from catversion_jax.methods.residual import KVResidual
 from catversion_jax.runtime.concept_packs import ConceptPack, PackError, split_packed
 from catversion_jax.sampling.concept_shelf import ConceptShelf
 from catversion_jax.training.run.index import COLUMNS, Index
+from catversion_jax.training.run.packing import write_rows
 
 # in the order of their UTF-8 bytes
 NAMES = ["B", "a", "a b", "a.arrow", "a.arrow#b", "aa", "rex#2", "Ä", "茶壶", "🫖"]
@@ -181,6 +182,39 @@ def test_a_damaged_pack_gives_one_line(pack: Path, tmp_path: Path) -> None:
         else:
             np.testing.assert_equal(concept.step, 3)
     assert refused > 100
+
+
+def test_a_row_holds_the_concept_that_it_names(tmp_path: Path) -> None:
+    """Packs that the pack command would not write."""
+    paths = [tmp_path / name / "catversion.safetensors" for name in ("a", "b")]
+    for path in paths:
+        write_concept(path, path.parent.name)
+    one, other = map(load_concept, paths)
+    data = [path.read_bytes() for path in paths]
+    write_rows(tmp_path / "x.arrow", iter([(one, data[1]), (other, data[0])]))
+    with pytest.raises(CatVersionError, match="the row 'a' holds concept 'b'"):
+        load_concept(f"{tmp_path}/x.arrow#a")
+    write_rows(tmp_path / "y.arrow", iter([(one, data[0]), (one, data[0]), (other, data[1])]))
+    with pytest.raises(CatVersionError, match="two rows are called 'a'"):
+        load_concept(f"{tmp_path}/y.arrow#a")
+    assert load_concept(f"{tmp_path}/y.arrow#b").name == "b"
+
+
+def test_accents_may_be_typed_either_way(pack: Path) -> None:
+    assert load_concept(f"{pack}#A\u0308").name == "\u00c4"
+
+
+def test_a_missing_shard_is_said(run: Path, tmp_path: Path, caplog) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "shards" / "00001-of-00002")
+    source, out = str(tmp_path / "run"), str(tmp_path / "out")
+    for command in (
+        ["pack", source, "--out", f"{out}.arrow"],
+        ["export", source, "--output_dir", out],
+    ):
+        caplog.clear()
+        assert main(command) == 0
+        assert "1 of its 2 shards are missing" in caplog.text
 
 
 def test_concepts_of_an_earlier_list_are_not_taken_along_in_silence(tmp_path, caplog) -> None:

@@ -112,6 +112,14 @@ def test_images_from_elsewhere_count_as_the_runs_updates(tmp_path: Path) -> None
     }
     assert record("rex").with_budget(found["rex"]).has_larger_budget
     assert not record("tom").with_budget({}).has_larger_budget
+    path.write_text(json.dumps({"failed": {"cafe\u0301": {"updates": 3}, "na\u00efve": {}}}))
+    assert list(larger_budgets(("caf\u00e9", "nai\u0308ve"), 100, options)) == [
+        "caf\u00e9",
+        "nai\u0308ve",
+    ]
+    path.write_text(json.dumps({"failed": {"rex": {"updates": 2**31 - 1}}}))
+    with pytest.raises(CatVersionError, match=r"2\.0 x 2147483647 updates are more than"):
+        larger_budgets(names, 100, options)
     path.write_text('{"failed": {"rex": {"updates": 0}}}')
     found = larger_budgets(names, 100, options)
     assert found["rex"]["max_train_steps"] == UPDATES_AFTER_PREDICTION

@@ -12,14 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from catversion_jax.config.sampling import SamplingSettings
 from catversion_jax.errors import CatVersionError
+from catversion_jax.methods.concept_file import Concept, save_concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.models.weights.fingerprint import encoder_hashes
 from catversion_jax.models.weights.safetensors_files import read_header
 from catversion_jax.runtime.sharding import make_mesh, place_by_device, replicated
 from catversion_jax.sampling import denoising as sampling
+from catversion_jax.sampling.concept_shelf import ConceptShelf
 from catversion_jax.sampling.denoising import draw_requests, latent_shape
 from catversion_jax.sampling.encoding import KnownTexts, encode_prompt
+from catversion_jax.sampling.prompts import Prompt
 from catversion_jax.sampling.requests import ConceptUse, ImageRequest, check_concept
 from catversion_jax.training.planning.compiled import count_collectives
 
@@ -172,6 +175,8 @@ def test_a_concept_acts_where_its_word_is(backbone):
     )
     assert np.abs(drawn("a dog", dog) - drawn("a dog")).max() > 1e-3
     np.testing.assert_array_equal(drawn("a dog", dog), drawn("a dog", always))
+    for empty in ("", "  "):  # as in PyTorch
+        np.testing.assert_array_equal(drawn(empty, always), drawn(empty))
     assert np.abs(drawn("a cat", always) - drawn("a cat")).max() > 1e-3
 
 
@@ -308,6 +313,19 @@ def test_impossible_requests(backbone):
         random_concept(backbone, "dog", when="sometimes")
     with pytest.raises(CatVersionError, match=f"seed={2**32}"):
         ImageRequest("a cat", seed=2**32)
+
+
+def test_a_row_names_each_concept_once(backbone, tmp_path):
+    """Twice would be twice the odds."""
+    dog = Concept(random_concept(backbone, "dog").learned, "dog", "rex")
+    shelf = ConceptShelf(dog)
+    file = save_concept(tmp_path / "rex.safetensors", dog.learned, base_class="dog", name="rex")
+    for names in (["rex", "rex"], ["rex", "rex:0.5"], ["rex", str(file)]):
+        with pytest.raises(CatVersionError, match=r"'a dog': names concept 'rex' twice"):
+            shelf.requests([Prompt("a dog", concepts=names)], [0])
+    with pytest.raises(CatVersionError, match="concept rex: another concept of this call") as said:
+        ConceptShelf([dog, dog])
+    assert len(str(said.value)) < 200
 
 
 def test_a_concept_of_another_model(backbone):

@@ -17,8 +17,9 @@ from catversion_jax.config import load_config, make_config
 from catversion_jax.errors import CatVersionError, ConceptError
 from catversion_jax.evaluation.subjects import read_run
 from catversion_jax.runtime.shards import MOST_SHARDS, Shard, find_shard
-from catversion_jax.training.run.reader import read_status, recorded_concepts, recorded_model
+from catversion_jax.training.run.reader import recorded_concepts, recorded_model
 from catversion_jax.training.run.shards import check_same_shards
+from catversion_jax.training.run.status import read_status
 
 # ---- which shard
 
@@ -289,6 +290,18 @@ def test_shards_that_do_not_belong_together(divided: Path, tmp_path: Path, capsy
     shutil.copytree(folder, copy / "shards" / Shard(0, 2).folder)
     assert main(["merge", str(copy)]) == 2
     assert "holds shards of 2 and of 3" in capsys.readouterr().err
+
+
+def test_a_shard_counts_once_whatever_leads_to_it(divided: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(divided, copy)
+    (copy / "shards" / Shard(0, 4).folder).symlink_to(copy, target_is_directory=True)
+    first = copy / "shards" / Shard(0, COUNT).folder
+    (copy / "shards" / Shard(1, 4).folder).symlink_to(first, target_is_directory=True)
+    shutil.copytree(first, first / "shards" / Shard(0, COUNT).folder)
+    assert main(["status", str(copy)]) == 0
+    assert "3 done" in capsys.readouterr().out
+    assert main(["merge", str(copy)]) == 0
 
 
 def test_a_run_keeps_its_division(divided: Path, finished: Path, toys: Path, capsys) -> None:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print counts, what is under way, and the reasons of what was given up."""
-    from catversion_jax.training.run.reader import read_status
+    from catversion_jax.training.run.status import read_status
 
     found = read_status(args.run)
     if args.json:

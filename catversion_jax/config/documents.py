@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import collections
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 100
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NOT_DECIMAL = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_.]+)+)")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -131,7 +133,16 @@ def _no_constant(name: str) -> Any:
 
 
 class _StrictLoader(_Loader):  # type: ignore[misc]  # PyYAML has no types
-    """``yaml.SafeLoader`` without merge keys and repeated keys."""
+    """``yaml.SafeLoader`` without merge keys, repeated keys, and numbers to the base 8 or 60."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and _NOT_DECIMAL.fullmatch(str(node.value)):
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: {shown(node.value)} is a number to the base 8 "
+                "or 60 in YAML. Write it without leading zeros or colons, or quote it if it is text"
+            )
+        return super().construct_object(node, deep=deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Hashable] = set()

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,20 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values.update(_read_yaml(_config_path(path)))
+        values = _by_name(_read_yaml(_config_path(path)))
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+        raise CatVersionError(
+            f"overrides={shown(overrides)}: must be a list of texts key=value, for example "
+            "['learning_rate=5e-3']."
+        )
     for item in overrides:
-        key, sep, text = item.partition("=")
+        key, sep, text = item.partition("=") if isinstance(item, str) else ("", "", "")
         if not sep:
             raise CatVersionError(
                 f"{shown(item)}: an override is key=value, for example learning_rate=5e-3."
             )
-        values[key] = _parse_value(ALIASES.get(key, key), text)
+        name = ALIASES.get(key, key)
+        values[name] = _parse_value(name, text)
     return make_config(values)
 
 
@@ -68,7 +74,7 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
       CatVersionError: unknown key (with the nearest known one), wrong type or range.
     """
-    values = {ALIASES.get(key, key): value for key, value in values.items()}
+    values = _by_name(values)
     if values.get("concepts", "") is None:
         del values["concepts"]
     unknown = [
@@ -87,6 +93,23 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         raise CatVersionError(f"preset={shown(preset)}: must be one of {', '.join(PRESETS)}.")
     merged = {**PRESETS[preset], **values, "preset": preset}
     return TrainConfig(**{key: _coerce(key, value) for key, value in merged.items()})
+
+
+def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the options' own names in place of those of other trainers.
+
+    Raises:
+      CatVersionError: one option under two names.
+    """
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = ALIASES.get(key, key)
+        if name in named:
+            raise CatVersionError(
+                f"{key}: is given under another name too, and both mean {name}. Give it once."
+            )
+        named[name] = value
+    return named
 
 
 def as_override(name: str, text: str) -> str:

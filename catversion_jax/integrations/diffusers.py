@@ -39,10 +39,12 @@ which then needs no package of ours.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from catversion_jax.integrations.asked_here import asking
 from catversion_jax.integrations.concept_source import read_concept
 from catversion_jax.integrations.encoder_fingerprint import (
     check_shape,
@@ -50,7 +52,6 @@ from catversion_jax.integrations.encoder_fingerprint import (
     text_encoder_sha256,
 )
 from catversion_jax.integrations.encoder_state import (
-    ASKED_HERE,
     CHOSEN_WHEN_COMPILED,
     SWITCHING,
     EncoderState,
@@ -112,10 +113,12 @@ def load_catversion(
     """Load a concept and make it active at scale 1, beside the active concepts of other base
     classes.
 
-    An active concept of the same base class is set aside, and a loaded one of the same name is
-    replaced; both cost no more than the few kB of the new one. Use :func:`set_catversion` for any
-    other choice. A text encoder that carries a LoRA or is compiled is taken as it is; one that is a
-    fine-tune of the one the concept was trained with is taken with a warning.
+    After :func:`disable_catversion` it rests like the others until :func:`enable_catversion`, and a
+    warning says so. An active concept of the same base class is set aside, and a loaded one of the
+    same name is replaced; both cost no more than the few kB of the new one. Use
+    :func:`set_catversion` for any other choice. A text encoder that carries a LoRA or is compiled
+    is taken as it is; one that is a fine-tune of the one the concept was trained with is taken with
+    a warning.
 
     Args:
       pipe: a pipeline with ``text_encoder`` (CLIP) and ``tokenizer``, and for a concept of Stable
@@ -238,11 +241,8 @@ def chosen(
             )
             for state in states
         )
-    token = ASKED_HERE.set((*ASKED_HERE.get(), *choices))
-    try:
+    with asking(choices):
         yield
-    finally:
-        ASKED_HERE.reset(token)
 
 
 @one_at_a_time
@@ -270,7 +270,7 @@ def enable_catversion(pipe: Any) -> None:
 @one_at_a_time
 def unload_catversion(pipe: Any, name: str | None = None) -> None:
     """Forget one concept, or all; with the last one the hook and the attention implementation are
-    undone.
+    undone. A block of :func:`chosen` that has begun keeps what it chose to its end.
 
     Raises:
       CatVersionLoadError: ``name`` is not loaded.
@@ -378,6 +378,12 @@ def load_parts(
         if activate:
             state.active[name] = 1.0
         state.select()
+    if activate and not states[0].enabled:
+        warnings.warn(
+            f"concept {name!r} rests like all of this pipeline, because disable_catversion was "
+            "called: enable_catversion(pipe) lets them act.",
+            stacklevel=4,
+        )
     return name
 
 

@@ -26,6 +26,7 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
 
+from catversion_jax.integrations.asked_here import asked_of
 from catversion_jax.integrations.concept_attention import (
     ATTENTION_PREFIX,
     CALLED_HERE,
@@ -50,11 +51,6 @@ CHOSEN_WHEN_COMPILED = (
 )
 _LACKS_STATES = " The concept's context states, which encode_prompt adds, are missing here."
 
-# What blocks of one thread or task ask for, the innermost last: a choice of concepts, or scales.
-ASKED_HERE: contextvars.ContextVar[
-    tuple[tuple[EncoderState, Selection | Mapping[str, float] | float], ...]
-]
-ASKED_HERE = contextvars.ContextVar("catversion_asked", default=())
 SWITCHING = threading.RLock()  # held while what is loaded into any text encoder changes
 # Calls that were told of concepts, while their layers may still ask: in which encoder and thread.
 _CALLS: weakref.WeakKeyDictionary[Marks, tuple[EncoderState, int]]
@@ -253,8 +249,7 @@ class EncoderState:
 
     def chosen_here(self) -> Selection | None:
         """What the innermost block of this thread or task that chooses concepts has chosen."""
-        asked = (asked for state, asked in reversed(ASKED_HERE.get()) if state is self)
-        return next((one for one in asked if is_choice(one)), None)
+        return next((one for one in asked_of(self) if is_choice(one)), None)
 
     def _scales_here(self, selection: Selection, chosen: Selection) -> Mapping[str, float]:
         """The scales of the concepts of ``selection``, which in a compiled graph is that of the
@@ -262,7 +257,7 @@ class EncoderState:
         """
         if missing := sorted(set(chosen.scales) - set(selection.scales)):
             raise CatVersionLoadError(CHOSEN_WHEN_COMPILED.format(", ".join(missing)))
-        asked = next((one for state, one in reversed(ASKED_HERE.get()) if state is self), chosen)
+        asked = next(iter(asked_of(self)), chosen)
         scales = chosen.scales
         if isinstance(asked, Mapping):
             scales = {name: asked.get(name, scale) for name, scale in scales.items()}

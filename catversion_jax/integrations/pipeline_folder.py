@@ -33,6 +33,7 @@ LOADER = (  # in the order of their imports
     "concept_attention.py",
     "encoder_wrapping.py",
     "word_places.py",
+    "asked_here.py",
     "encoder_state.py",
     "weights_sha256.py",
     "encoder_fingerprint.py",

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from catversion_jax.integrations.asked_here import asking
 from catversion_jax.integrations.context_states import (
     collected,
     has_states,
@@ -27,7 +28,6 @@ from catversion_jax.integrations.context_states import (
     with_states,
 )
 from catversion_jax.integrations.encoder_state import (
-    ASKED_HERE,
     SWITCHING,
     TOLD_HERE,
     EncoderState,
@@ -64,7 +64,8 @@ def scaled(pipe: Any, scale: float | Mapping[str, float]) -> Iterator[None]:
     """A block in which active concepts have other scales, as ``set_catversion`` knows them.
 
     It holds for the thread or task that opened it, so calls side by side may have different scales.
-    Of blocks within each other the innermost counts.
+    Of blocks within each other the innermost counts. (Generators that take turns share the context
+    of their caller: of their blocks the one that began last counts.)
 
     Args:
       pipe: the pipeline.
@@ -86,11 +87,8 @@ def scaled(pipe: Any, scale: float | Mapping[str, float]) -> Iterator[None]:
                     f"{name!r} is not active; active: {', '.join(active) or 'none'}. Use "
                     "set_catversion first."
                 )
-    token = ASKED_HERE.set((*ASKED_HERE.get(), *((state, scale) for state in states)))
-    try:
+    with asking([(state, scale) for state in states]):
         yield
-    finally:
-        ASKED_HERE.reset(token)
 
 
 def own_states(states: Sequence[EncoderState]) -> Sequence[EncoderState]:

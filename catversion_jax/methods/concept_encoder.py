@@ -26,7 +26,7 @@ import numpy as np
 
 from catversion_jax.array_types import Array, Float
 from catversion_jax.config import MethodOptions
-from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import read_safetensors
 from catversion_jax.methods.learned import Learned
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
@@ -251,16 +251,20 @@ def load_concept_encoder(path: str | Path) -> ConceptEncoder:
     """
     path = as_path(path)
     try:
-        data = path.read_bytes()
+        metadata, tensors = read_safetensors(path.read_bytes(), path)
     except OSError as error:
         raise CatVersionError(
-            f"start={shown(path)}: cannot be read ({error.strerror or error}). Give the file that "
+            f"start={path}: cannot be read ({error.strerror or error}). Give the file that "
             "catversion fit-start wrote."
         ) from error
-    metadata, tensors = read_safetensors(data, path)
+    except CatVersionError as error:
+        raise CatVersionError(
+            f"start={path}: is no safetensors file, or a damaged one. Give the file that "
+            "catversion fit-start wrote, or copy it again."
+        ) from error
     if metadata.get(FORMAT) != str(FORMAT_VERSION):
         raise CatVersionError(
-            f"start={shown(path)}: is no start file of version {FORMAT_VERSION} ({FORMAT}="
+            f"start={path}: is no start file of version {FORMAT_VERSION} ({FORMAT}="
             f"{metadata.get(FORMAT, 'missing')!s:.40}). Give the file that catversion fit-start "
             "wrote."
         )
@@ -287,7 +291,7 @@ def load_concept_encoder(path: str | Path) -> ConceptEncoder:
         _check_shapes(found)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CatVersionError(
-            f"start={shown(path)}: the file is damaged ({type(error).__name__}: {error!s:.200}). "
+            f"start={path}: the file is damaged ({type(error).__name__}: {error!s:.200}). "
             "Copy or fit it again."
         ) from error
     return found

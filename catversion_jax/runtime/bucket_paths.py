@@ -25,6 +25,12 @@ def path_text(path: object) -> str:
     """
     if not isinstance(path, str | os.PathLike) or "\0" in (text := os.fspath(path)):
         raise CatVersionError(f"{shown(path)}: is no path. Give text without NUL, or a Path.")
+    data = text.encode(errors="surrogatepass")
+    if "://" not in text and (len(data) >= 4096 or max(map(len, data.split(b"/"))) > 255):
+        raise CatVersionError(
+            f"{shown(path)}: is too long for a path, of which each part has at most 255 bytes and "
+            "all together 4,095. Shorten it."
+        )
     return text
 
 

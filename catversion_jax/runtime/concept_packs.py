@@ -12,9 +12,11 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import json
 import mmap
 import os
 import struct
+import unicodedata
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -53,7 +55,10 @@ def read_packed(path: str | os.PathLike[str]) -> bytes | None:
         )
     if packed is None or os.path.lexists(path):
         return None
-    return ConceptPack(packed[0])[packed[1]]
+    pack, name = ConceptPack(packed[0]), packed[1]
+    # Composed and decomposed letters look alike: whoever typed it may have meant the other form.
+    forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    return pack[next((form for form in forms if form in pack), name)]
 
 
 class ConceptPack:
@@ -104,7 +109,11 @@ class ConceptPack:
             for row in range(len(self._batch(i)[0])):
                 yield self._name(i, row)
 
-    def __getitem__(self, name: str) -> bytes:
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def _find(self, name: str) -> tuple[int, int] | None:
+        """Batch and row of a name."""
         key = _key(name)
         batches = range(len(self._places))
         batch = bisect.bisect_right(batches, key, key=lambda i: _key(self._name(i, 0))) - 1
@@ -112,7 +121,20 @@ class ConceptPack:
             rows = range(len(self._batch(batch)[0]))
             row = bisect.bisect_left(rows, key, key=lambda row: _key(self._name(batch, row)))
             if row < len(rows) and self._name(batch, row) == name:
-                return bytes(self._cell(self._batch(batch)[1], row))
+                return batch, row
+        return None
+
+    def __getitem__(self, name: str) -> bytes:
+        if (place := self._find(name)) is not None:
+            batch, row = place
+            last = row + 1 == len(self._batch(batch)[0])
+            after = (batch + 1, 0) if last else (batch, row + 1)
+            if after[0] < len(self._places) and self._name(*after) == name:
+                raise self._damaged(f"two rows are called {name!r:.120}")
+            file = bytes(self._cell(self._batch(batch)[1], row))
+            if (own := _own_name(file)) not in (None, name):
+                raise self._damaged(f"the row {name!r:.120} holds concept {own!r:.120}")
+            return file
         near = [*itertools.islice(self, 3)]
         raise PackError(
             f"{self.path}: has no concept {name!r:.120}; there are {', '.join(near)} and so on. "
@@ -154,6 +176,16 @@ class ConceptPack:
             f"{self.path}: is no pack of concepts, or damaged ({reason:.200}). Pack the run again: "
             f"catversion pack RUN --out {os.path.basename(self.path)}."
         )
+
+
+def _own_name(file: bytes) -> str | None:
+    """What a concept file calls itself; None where it says nothing that can be read."""
+    try:
+        (size,) = struct.unpack("<Q", file[:8])
+        name = json.loads(file[8 : 8 + size])["__metadata__"]["catversion.name"]
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError):
+        return None  # whoever reads the file says what is wrong
+    return name if isinstance(name, str) else None
 
 
 def _messages(file: BinaryIO, end: int) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,8 +60,9 @@ class ConceptShelf:
         for source, own_scale in _pairs(concepts):
             concept, scale = self._concept(source, own_scale)
             if concept.name in self._by_name:
+                given = concept.name if isinstance(source, Concept) else source
                 raise CatVersionError(
-                    f"concept {source}: another concept of this call is called "
+                    f"concept {given}: another concept of this call is called "
                     f"{concept.name!r} too. Give each once."
                 )
             self._by_name[concept.name] = (concept, scale)
@@ -108,7 +110,18 @@ class ConceptShelf:
         """The concepts of one prompt; where it names none, all of the call."""
         if row.concepts is None:
             return self._all
-        return tuple(self._find(text) for text in row.concepts)
+        if isinstance(row.concepts, str):
+            raise CatVersionError(
+                f"concepts={shown(row.concepts)} of a prompt row: must be a list of names or files."
+            )
+        uses = tuple(self._find(text) for text in row.concepts)
+        counts = collections.Counter(use.name for use in uses)
+        if twice := next((name for name, count in counts.items() if count > 1), None):
+            raise CatVersionError(
+                f"prompt row {shown(row.prompt)}: names concept {twice!r} twice. Give each once, "
+                "with the scale it should have."
+            )
+        return uses
 
     def _find(self, text: str) -> ConceptUse:
         name, scale = _split_scale(text)

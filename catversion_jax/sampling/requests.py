@@ -1,8 +1,8 @@
 """Which concept acts on which prompt.
 
-Rules: a concept acts on the prompts that contain its base-class words
-(``when="class_word"``) or on every prompt (``"always"``); a concept of scale 0 is left out. What
-the model reads decides: words that are cut off call nothing.
+Rules: a concept acts on the prompts that contain its base-class words (``when="class_word"``) or on
+every prompt but an empty one (``"always"``); one of scale 0 is left out. What the model reads
+decides: words that are cut off call nothing.
 """
 
 from __future__ import annotations
@@ -131,7 +131,12 @@ def active_concepts(
     acting = tuple(
         use
         for use in concepts
-        if use.scale > 0 and (use.when == "always" or tokenizer.contains(prompt, use.class_words))
+        if use.scale > 0
+        and (
+            bool(tokenizer.word_ids(prompt))
+            if use.when == "always"
+            else tokenizer.contains(prompt, use.class_words)
+        )
     )
     replaced: dict[tuple[int, ...], str] = {}
     for use in acting:
@@ -203,6 +208,11 @@ def prompt_warnings(
 
 def _uncalled(prompt: str, use: ConceptUse) -> str:
     """What to say of a prompt that does not call a concept."""
+    if use.when == "always":
+        return (
+            f"prompt {prompt!r}: is empty, on which no concept acts, so the plain model draws it; "
+            f"write {use.base_class!r} for concept {use.name!r}"
+        )
     if contains_inside(prompt, use.base_class):
         return (
             f"prompt {prompt!r}: {use.base_class!r}, which calls concept {use.name!r}, is in it "

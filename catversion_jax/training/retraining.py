@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import unicodedata
 from collections.abc import Container
 from pathlib import Path
 
@@ -50,12 +51,20 @@ def larger_budgets(
     for name, known in failed_concepts(path).items():
         if not shard.holds(name):
             continue
-        if name not in names:
+        # Composed and decomposed letters look alike, and files travel between systems.
+        forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+        if (own := next((form for form in forms if form in names), None)) is None:
             logger.warning(f"{name}: fails the gate of {path}, but is none of this run's concepts")
             continue
         updates = max_train_steps if known is None else known
         budget = math.ceil(options.retrain_factor * updates) or UPDATES_AFTER_PREDICTION
-        found[name] = {"max_train_steps": budget, FAILED_AT: updates}
+        if budget >= 2**31:
+            raise CatVersionError(
+                f"retrain=failed: {path}: {name!r}: {options.retrain_factor} x {updates} updates "
+                f"are more than {2**31 - 1}. Give a smaller retrain_factor, or run catversion "
+                "evaluate RUN --gate again."
+            )
+        found[own] = {"max_train_steps": budget, FAILED_AT: updates}
         said.append(f"{name} {updates} -> {budget}")
     logger.info(
         f"retrain=failed: {len(said)} concepts get more updates: "

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 from catversion_jax.errors import CatVersionError, shown
-from catversion_jax.models.weights.hub import HUB_ID
 
 ADDRESS = "hf://"
 _PARTS = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+?))?/?")
@@ -69,8 +68,16 @@ def check_repo_id(repo_id: str) -> None:
     Raises:
       CatVersionError: it cannot.
     """
-    if not HUB_ID.fullmatch(repo_id):
+    from huggingface_hub import errors, utils
+
+    try:
+        utils.validate_repo_id(repo_id)
+        valid = "/" in repo_id
+    except errors.HFValidationError:
+        valid = False
+    if not valid:
         raise CatVersionError(
-            f"{shown(repo_id)}: must be USER/NAME, as the hub calls a repository: letters, digits, "
-            "'-', '_' and '.'."
+            f"{shown(repo_id)}: must be USER/NAME, as the hub calls a repository: at most 96 "
+            "letters, digits, '-', '_' and '.', none of these three at an end, and no '--', '..' "
+            "or '.git'."
         )

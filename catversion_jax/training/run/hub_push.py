@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.errors import CatVersionError, listed, shown
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, load_concept
 from catversion_jax.models.weights.hub_concept import check_repo_id
 from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.runtime.concept_packs import SUFFIX, split_packed
 from catversion_jax.runtime.regular_files import read_text
 from catversion_jax.training.run import names
 from catversion_jax.training.run.model_card import (
@@ -24,7 +25,7 @@ from catversion_jax.training.run.model_card import (
     card_text,
     picture_files,
 )
-from catversion_jax.training.run.reader import note_strangers
+from catversion_jax.training.run.reader import note_oddities
 from catversion_jax.training.run.shards import run_roots
 
 
@@ -89,6 +90,12 @@ def plan_push(source: str | Path, repo_id: str, license_id: str | None = None) -
     """
     check_repo_id(repo_id)
     root = as_path(source)
+    pack = (split_packed(root) or (str(root), ""))[0]
+    if pack.endswith(SUFFIX) and Path(pack).is_file():
+        raise CatVersionError(
+            f"{root}: is a pack of concepts, or one of it. Write files first, `catversion export "
+            f"{pack} --concept NAME`, and push one of them."
+        )
     concepts, damaged = [], {}
     for file in _concept_files(root):
         try:
@@ -101,8 +108,20 @@ def plan_push(source: str | Path, repo_id: str, license_id: str | None = None) -
             or f"{root}: no finished concept in it. Give the output_dir of a run, a concept's "
             "folder or a concept file."
         )
+    models = sorted({one.concept.base_model for one in concepts})
+    if len(models) > 1:
+        raise CatVersionError(
+            f"{root}: its concepts were trained on {len(models)} models "
+            f"({', '.join(listed(models))}), and a model card names one. Push those of "
+            "each model to a repository of their own."
+        )
     files: dict[str, bytes] = {}
     for one in concepts:
+        if one.name == CARD_FILE:
+            raise CatVersionError(
+                f"{one.folder}: a concept called {CARD_FILE} would take the model card's place. "
+                "Rename its folder."
+            )
         if f"{one.name}/{CONCEPT_FILE_NAME}" in files:
             raise CatVersionError(f"{root}: two concepts are called {one.name!r}. Rename a folder.")
         files[f"{one.name}/{CONCEPT_FILE_NAME}"] = one.file.read_bytes()
@@ -112,7 +131,13 @@ def plan_push(source: str | Path, repo_id: str, license_id: str | None = None) -
                 one.folder / names.SUMMARY_FILE
             ).read_bytes()
     own = read_text(root / CARD_FILE) if root.is_dir() else None
-    if own is None or MARK in own or license_id:
+    is_yours = own is not None and MARK not in own
+    if is_yours and license_id:
+        raise CatVersionError(
+            f"--license {license_id}: {root / CARD_FILE} is your own and is pushed as it is. Write "
+            f"`license: {license_id}` between its first two lines `---`, and leave --license out."
+        )
+    if own is None or not is_yours:
         title = repo_id.split("/")[1]
         own = card_text(concepts[:LISTED], len(concepts), title, license_id)
     files[CARD_FILE] = own.replace(PLACEHOLDER, repo_id).encode()
@@ -127,5 +152,5 @@ def _concept_files(root: Path) -> list[Path]:
     folders = [one / names.CONCEPTS_FOLDER for one in run_roots(root)]  # of each shard, or its own
     found = [folder for folder in folders if folder.is_dir()] or [root]
     files = [file for folder in found for file in folder.glob(f"*/{CONCEPT_FILE_NAME}")]
-    note_strangers(root, files)
+    note_oddities(root, files)
     return sorted(files, key=lambda file: file.parent.name)

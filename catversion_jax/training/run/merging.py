@@ -16,8 +16,8 @@ from catversion_jax.runtime.shards import Shard
 from catversion_jax.training.run import names
 from catversion_jax.training.run.index import Index, changes_file
 from catversion_jax.training.run.manifest import write_manifest
-from catversion_jax.training.run.reader import read_status
 from catversion_jax.training.run.shards import shard_folders
+from catversion_jax.training.run.status import read_status
 
 _OWN = ("catversion_jax", "concepts")
 """What ``run.json`` says beside the settings: the version that wrote it, and counts."""
@@ -30,7 +30,7 @@ def merge_shards(root: Path) -> dict[str, Any]:
       root: ``output_dir`` of the run.
 
     Returns:
-      What :func:`~catversion_jax.training.run.reader.read_status` says of the run.
+      What :func:`~catversion_jax.training.run.status.read_status` says of the run.
 
     Raises:
       CatVersionError: there are no shards, they are of two divisions, learn with different options

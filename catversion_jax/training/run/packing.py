@@ -12,7 +12,7 @@ from catversion_jax.runtime.atomic_files import replaced_when_done
 from catversion_jax.runtime.bucket_paths import is_in_bucket
 from catversion_jax.runtime.concept_packs import FILE_COLUMN, NAME_COLUMN, SUFFIX
 from catversion_jax.training.run import names
-from catversion_jax.training.run.reader import note_strangers
+from catversion_jax.training.run.reader import note_oddities
 from catversion_jax.training.run.shards import run_roots
 
 _BATCH_BYTES = 64 * 2**20
@@ -45,7 +45,7 @@ def write_pack(
             f"concepts{SUFFIX}."
         )
     files = _sorted_files(root)
-    note_strangers(root, files)
+    note_oddities(root, files)
     left_out: dict[str, str] = {}
 
     def rows() -> Iterator[tuple[Concept, bytes]]:

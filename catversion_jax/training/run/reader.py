@@ -1,20 +1,15 @@
-"""Reading a run folder: its state, its losses, its concepts, and what it was trained on.
+"""Reading a run folder: its losses, its concepts, and what it was trained on.
 
-The commands status, evaluate, export and inspect ask here. Nothing in this module writes.
+The commands evaluate, export and inspect ask here. Nothing in this module writes.
 """
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
-import json
 import logging
-import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from catversion_jax.concepts import ConceptList, read_configured_concepts
 from catversion_jax.config import load_config
@@ -28,13 +23,12 @@ from catversion_jax.methods.concept_file import (
 from catversion_jax.methods.foreign_files import describe_folder
 from catversion_jax.runtime.bucket_paths import absolute, as_path
 from catversion_jax.runtime.concept_packs import SUFFIX, ConceptPack, PackError, split_packed
-from catversion_jax.runtime.regular_files import read_json_object, read_text
-from catversion_jax.runtime.shards import WHOLE, Shard
+from catversion_jax.runtime.regular_files import read_json_object
+from catversion_jax.runtime.shards import WHOLE
 from catversion_jax.training.run import names
 from catversion_jax.training.run.checkpoint import concepts_from_checkpoint
-from catversion_jax.training.run.directory import READERS, is_locked
-from catversion_jax.training.run.index import index_of_folders, indices_of_others, read_index
-from catversion_jax.training.run.metrics import read_evaluations, read_metric_rows
+from catversion_jax.training.run.index import read_index
+from catversion_jax.training.run.metrics import read_evaluations
 from catversion_jax.training.run.shards import run_roots, shard_folders
 from catversion_jax.training.run.summary import finished_state, read_summary
 
@@ -46,114 +40,6 @@ _CHECKPOINT_MARK = "_CHECKPOINT_METADATA"  # orbax writes it into every complete
 def is_run(folder: Path) -> bool:
     """Whether ``folder`` holds trained concepts: a run, or the folder of one concept."""
     return bool(concept_folders(folder))
-
-
-# ---- what is under way ---------------------------------------------------------------------------
-
-
-def read_status(root: Path) -> dict[str, Any]:
-    """How far a run is; readable while it goes on.
-
-    Returns:
-      ``counts`` of concepts by state, ``locked`` (whether a process is training there; None where
-      that cannot be known), ``max_train_steps``, ``concepts_per_hour``, ``concepts``: the rows
-      of ``index.csv``, those that are running with their ``step``, and ``shards``: how many of
-      them are ``expected``, have ``begun`` and ``ended``, and are ``locked``; {} for an undivided
-      run.
-
-    Raises:
-      CatVersionError: the folder is no run.
-    """
-    if shards := shard_folders(root):
-        return _status_of_shards(shards)
-    index, manifest = root / names.INDEX_FILE, root / names.RUN_FILE
-    if not any(path.exists() for path in (index, manifest)):
-        raise CatVersionError(
-            f"{root}: is not a training run: it has no {names.INDEX_FILE}. Give the output_dir of "
-            "one."
-        )
-    known = {row["name"]: row for row in read_index(index)}
-    for path in indices_of_others(index) if known else ():
-        known |= {row["name"]: row for row in read_index(path) if row["name"] in known}
-    rows: list[dict[str, Any]] = [*(known.values() or index_of_folders(root))]
-    for row in rows:
-        if row["state"] == "running":
-            row["step"] = _last_step(root / names.CONCEPTS_FOLDER / row["name"])
-    options = read_json_object(manifest).get("options")
-    steps = options.get("max_train_steps") if isinstance(options, dict) else None
-    return {
-        "counts": dict(collections.Counter(row["state"] for row in rows)),
-        "locked": is_locked(root),
-        "max_train_steps": steps if isinstance(steps, int) else None,
-        "concepts_per_hour": _rate(root / names.RUN_METRICS_FILE),
-        "concepts": rows,
-        "shards": {},
-    }
-
-
-def _status_of_shards(shards: Mapping[Shard, Path]) -> dict[str, Any]:
-    """:func:`read_status` of a run that is divided; a shard without an index has just begun."""
-    rows: list[dict[str, Any]] = []
-    steps, rate, begun, ended, locks = None, 0.0, 0, 0, []
-    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        states = list(pool.map(_status_or_none, shards.values()))
-    for folder, found in zip(shards.values(), states, strict=True):
-        if found is None:
-            locks.append(is_locked(folder))
-            continue
-        begun += 1
-        unfinished = {"queued", "running"} & found["counts"].keys()
-        ended += not unfinished and (folder / names.INDEX_FILE).is_file()
-        locks.append(found["locked"])
-        # what a process that has ended did in an hour, nobody does now
-        rate += found["concepts_per_hour"] if unfinished and found["locked"] is not False else 0.0
-        steps = found["max_train_steps"] if steps is None else steps
-        place = f"{names.SHARDS_FOLDER}/{folder.name}"
-        rows += [
-            {**row, "file": f"{place}/{row['file']}" if row["file"] else ""}
-            for row in found["concepts"]
-        ]
-    rows.sort(key=lambda row: row["name"])
-    unknown = None if None in locks else False
-    return {
-        "counts": dict(collections.Counter(row["state"] for row in rows)),
-        "locked": True if True in locks else unknown,
-        "max_train_steps": steps,
-        "concepts_per_hour": rate,
-        "concepts": rows,
-        "shards": {
-            "expected": max(shard.count for shard in shards),
-            "begun": begun,
-            "ended": ended,
-            "locked": locks.count(True),
-        },
-    }
-
-
-def _status_or_none(folder: Path) -> dict[str, Any] | None:
-    try:
-        return read_status(folder)
-    except CatVersionError:
-        return None
-
-
-def _last_step(folder: Path) -> int:
-    """The step of the last row of a concept's losses; 0 where there is none yet."""
-    rows = read_metric_rows(folder / names.METRICS_FILE)
-    return rows[-1][0] if rows else 0
-
-
-def _rate(path: Path) -> float:
-    """Concepts per hour, as the newest line that has the number says."""
-    for line in reversed((read_text(path) or "").splitlines()):
-        if '"concepts_per_hour"' in line:
-            try:
-                rate = float(json.loads(line)["concepts_per_hour"])
-            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                continue  # half a line, still being written, or damaged
-            if 0 <= rate < math.inf:
-                return rate
-    return 0.0
 
 
 # ---- one concept ---------------------------------------------------------------------------------
@@ -253,7 +139,7 @@ def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
     files = files or [file for folder in folders for file in folder.glob("*.safetensors")]
     files.sort(key=lambda file: (file.parent.name, file.name))
     if files:
-        note_strangers(source, files)
+        note_oddities(source, files)
         concepts, damaged = readable_concepts(files)
         if not concepts:
             raise CatVersionError(next(iter(damaged.values())))
@@ -274,10 +160,20 @@ def read_trained(source: str | Path) -> tuple[list[Concept], dict[str, str]]:
     )
 
 
-def note_strangers(root: Path, files: Sequence[Path]) -> None:
-    """Say which of a run's concept files its index does not call finished: they are of an earlier
-    list, or of photos that cannot be read any more.
+def note_oddities(root: Path, files: Sequence[Path]) -> None:
+    """Say which shards of a run are missing, and which of its concept files its index does not call
+    finished: they are of an earlier list, or of photos that cannot be read any more.
     """
+    shards = shard_folders(root)
+    expected = max((shard.count for shard in shards), default=0)
+    if missing := expected - len(shards):
+        logger.warning(
+            "%s: %d of its %d shards are missing, and their concepts with them; catversion status "
+            "says what there is.",
+            root,
+            missing,
+            expected,
+        )
     for folder in run_roots(root):
         states = {row["name"]: row["state"] for row in read_index(folder / names.INDEX_FILE)}
         own = folder / names.CONCEPTS_FOLDER

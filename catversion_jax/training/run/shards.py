@@ -6,6 +6,7 @@ from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME
+from catversion_jax.runtime.bucket_paths import is_in_bucket
 from catversion_jax.runtime.shards import Shard
 from catversion_jax.training.run import names
 
@@ -17,10 +18,16 @@ def shard_root(root: Path, shard: Shard) -> Path:
 
 def shard_folders(root: Path) -> dict[Shard, Path]:
     """The folders of the shards that have begun, in their order; empty for an undivided run."""
-    found = {}
+    found = dict[Shard, Path]()
+    places = set[Path]()
     for path in sorted((root / names.SHARDS_FOLDER).glob("[0-9]*-of-[0-9]*")):
-        if (shard := Shard.of_folder(path.name)) is not None:
-            found[shard] = path
+        if (shard := Shard.of_folder(path.name)) is None:
+            continue
+        place = path if is_in_bucket(path) else path.resolve()
+        if place in places or (not is_in_bucket(root) and root.resolve().is_relative_to(place)):
+            continue  # a link to another shard, or around to the run itself
+        places.add(place)
+        found[shard] = path
     return found
 
 

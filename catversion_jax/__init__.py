@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from catversion_jax.methods.concept_file import load_concept, save_concept
     from catversion_jax.methods.official_adapter import import_official_concept
     from catversion_jax.methods.residual import KVResidual
-    from catversion_jax.models.stable_diffusion import load_backbone, load_text_encoder
+    from catversion_jax.models.lone_text_encoder import load_text_encoder
+    from catversion_jax.models.stable_diffusion import load_backbone
     from catversion_jax.sampling.generate import generate
     from catversion_jax.training.start import train
 
@@ -23,7 +24,7 @@ __version__ = "0.2.0"
 _HOME = {
     "KVResidual": "catversion_jax.methods.residual",
     "load_backbone": "catversion_jax.models.stable_diffusion",
-    "load_text_encoder": "catversion_jax.models.stable_diffusion",
+    "load_text_encoder": "catversion_jax.models.lone_text_encoder",
     "load_concept": "catversion_jax.methods.concept_file",
     "save_concept": "catversion_jax.methods.concept_file",
     "import_official_concept": "catversion_jax.methods.official_adapter",

@@ -22,6 +22,7 @@ from evaluating import (
 from PIL import Image
 from torch_reference import randomise
 
+from catversion_jax import load_concept, save_concept
 from catversion_jax.cli import main
 from catversion_jax.concepts import ImageSource
 from catversion_jax.evaluation import load_prompt_set
@@ -262,6 +263,48 @@ def test_an_interrupted_evaluation_continues(world, output, tmp_path, capsys):
     )
     assert total - kept == 1
     assert lost.read_bytes() == bits
+
+
+def test_what_an_earlier_evaluation_drew_is_not_scored(world, output, tmp_path):
+    """Fewer images, another seed, no plain model: as in a folder where nothing was drawn before."""
+    shutil.copytree(output, tmp_path / "again")
+    for seed in ("0", "1"):
+        fewer = ["--num_images_per_prompt", "1", "--num_prior_images", "0", "--seed", seed]
+        for folder in ("again", seed):
+            assert evaluate(world, world / "run", tmp_path / folder, *fewer) == 0
+        again, fresh = scores_of(tmp_path / "again"), scores_of(tmp_path / seed)
+        assert again["protocol"] == fresh["protocol"]
+        assert again["protocol"]["seeds"] == [int(seed)]
+        assert again["prior_preservation"] == fresh["prior_preservation"] == {}
+        pairs = zip(
+            *(one["methods"]["CatVersion"]["concepts"] for one in (again, fresh)), strict=True
+        )
+        for one, other in pairs:
+            assert one.pop("ignored_files")
+            assert other.pop("ignored_files") == []
+            assert one == other
+
+
+def test_class_words_of_any_script_and_in_capitals(world, tmp_path):
+    """Each has files of its own; "Cup" and "cup" are one class."""
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    words = {"striped_ball": "犬", "teal_cup": "猫"}
+    for name, word in words.items():
+        file = run / "concepts" / name / "catversion.safetensors"
+        save_concept(
+            file, load_concept(file).learned, base_class=word, name=name, when="always", step=20
+        )
+    classes = ["--classes", "cup,Cup", "--num_images_per_prompt", "1"]
+    assert evaluate(world, run, tmp_path / "out", *classes) == 0
+    found = scores_of(tmp_path / "out")
+    assert found["protocol"]["classes for zero-shot"] == ["cup", "犬", "猫"]
+    for name in words:
+        prior = found["prior_preservation"][name]
+        assert prior["off_identical"]
+        assert prior["images"] == 2
+    plain = {path.name.partition("--")[0] for path in (tmp_path / "out/images/_plain").iterdir()}
+    assert plain == {"cup", "犬", "猫"}
 
 
 def test_what_generate_writes_is_recognised(world, tmp_path):

@@ -46,6 +46,20 @@ def test_wrong_input_says_what_to_do(world, tmp_path, capsys, source, more, mess
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_prompts_that_would_get_one_file(world, tmp_path, capsys):
+    (tmp_path / "same.txt").write_text("a red {}\na red, {}\n")
+    assert evaluate(world, world / "run", tmp_path / "o", "--prompts", tmp_path / "same.txt") == 2
+    said = capsys.readouterr().err
+    assert "would get this file: 'a red ball' and 'a red, ball'" in said
+
+
+@pytest.mark.parametrize("more", [["--plain"], ["--all_steps"], ["--scales", "0.5"]])
+def test_images_from_elsewhere_are_not_drawn(world, output, tmp_path, capsys, more):
+    images = ["--concepts", world / "concepts", *more]
+    assert evaluate(world, output / "images", tmp_path / "out", *images) == 2
+    assert "is a folder of images; plain, all_steps and scales draw" in capsys.readouterr().err
+
+
 def test_a_moved_run_asks_for_concepts_and_model(world, tmp_path, capsys):
     moved = tmp_path / "run"
     shutil.copytree(world / "run", moved)

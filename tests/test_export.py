@@ -335,3 +335,5 @@ def test_write_concepts_names_files_safely(tmp_path: Path) -> None:
     assert [load_concept(file).name for file in files] == ["tom", "../up one", "käse"]
     with pytest.raises(CatVersionError, match="would hold both 'a b' and 'a/b'"):
         write_concepts([Concept(make_residual(), "cat", name) for name in ("a b", "a/b")], tmp_path)
+    with pytest.raises(CatVersionError, match="'Rex' and 'rex', at least where file names ignore"):
+        write_concepts([Concept(make_residual(), "dog", name) for name in ("Rex", "rex")], tmp_path)

@@ -6,10 +6,13 @@ import ast
 import configparser
 import hashlib
 import re
+import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch", reason="the folder is for PyTorch: pip install '.[torch]'")
 diffusers = pytest.importorskip(
@@ -26,6 +29,7 @@ from diffusers import (  # noqa: E402
 )
 from tiny_pipelines import load_pipe, make_residual, write  # noqa: E402
 
+from catversion_jax.cli import main  # noqa: E402
 from catversion_jax.errors import CatVersionError  # noqa: E402
 from catversion_jax.integrations import diffusers as loader  # noqa: E402
 from catversion_jax.integrations import pipeline_folder  # noqa: E402
@@ -117,6 +121,37 @@ def test_what_stops_the_export_leaves_nothing(tiny_sd_folder, tmp_path, monkeypa
     assert [*tmp_path.iterdir()] == ([output] if existed else [])
     assert not existed or not [*output.iterdir()]
     assert export_pipeline(output, tiny_sd_folder, concepts) == output  # the same command again
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("conv_in.weight"), r"1 missing:\n +conv_in\.weight"),
+        (
+            lambda tensors: tensors.update({"conv_in.bias": np.zeros(3, np.float32)}),
+            r"1 misshaped:\n +conv_in\.bias",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {"conv_in.bias": tensors["conv_in.bias"].astype(np.uint8)}
+            ),
+            "conv_in.bias holds uint8",
+        ),
+    ],
+)
+def test_a_model_that_could_not_be_loaded_is_not_exported(
+    tiny_sd_folder, tmp_path, capsys, change, message
+):
+    shutil.copytree(tiny_sd_folder, tmp_path / "model")
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights)
+    file = Concept(make_residual(0), "cat", "x").save(tmp_path / "x.safetensors")
+    command = ["export", str(file), "--format", "pipeline", "--model", str(tmp_path / "model")]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_readme_s_code_runs_no_class_word(tiny_sd_folder, tmp_path):

@@ -24,7 +24,8 @@ from catversion_jax.models.clip.text import CLIPTextConfig
 from catversion_jax.models.clip.text_projection import CLIPTextWithProjectionConfig
 from catversion_jax.models.clip.tokenizer import Tokenizer
 from catversion_jax.models.clip.vision import CLIPConfig
-from catversion_jax.models.stable_diffusion import abstract_backbone, load_text_encoder
+from catversion_jax.models.lone_text_encoder import load_text_encoder
+from catversion_jax.models.stable_diffusion import abstract_backbone
 from catversion_jax.models.unet.config import UNetConfig
 from catversion_jax.models.vae import VAEConfig
 from catversion_jax.models.vit import ViTConfig

@@ -34,6 +34,18 @@ def test_import_an_official_adapter(tmp_path: Path, tiny_sd_folder: Path, capsys
         draw_with_loader(tiny_sd_folder, tmp_path / "out" / "my_teapot", "a teapot")
 
 
+def test_import_for_a_model_that_it_does_not_fit(tmp_path, tiny_sd_folder, capsys) -> None:
+    write_official(tmp_path / "my_teapot")
+    arguments = ["--base_class", "teapot", "--output_dir", tmp_path / "out"]
+    code, text = catversion(
+        capsys, "import", tmp_path / "my_teapot", *arguments, "--num_heads", 2, "--model",
+        tiny_sd_folder,
+    )  # fmt: skip
+    assert code == 2
+    assert "its text encoder has 4 heads x 8 and layers 0..3" in text
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "rule"),
     [("a/b", "path separators"), ("a:b", "':'"), ("", "no name"), ("nul", "device name")],

@@ -292,7 +292,7 @@ def test_saved_pipeline_is_the_plain_one(tiny_sd_folder, tmp_path):
 def test_equals_our_own_encoder(tiny_sd_folder, tmp_path, implementation):
     import jax.numpy as jnp
 
-    from catversion_jax.models.stable_diffusion import load_text_encoder
+    from catversion_jax.models.lone_text_encoder import load_text_encoder
 
     residual = make_residual(21, positions=2, bias=1.0)
     pipe = load_pipe(tiny_sd_folder, implementation)

@@ -21,7 +21,8 @@ from huggingface_hub import constants
 from torch_reference import draw, nchw, nhwc, relative_error
 
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.stable_diffusion import load_backbone, load_text_encoder
+from catversion_jax.models.lone_text_encoder import load_text_encoder
+from catversion_jax.models.stable_diffusion import load_backbone
 from catversion_jax.models.weights.hub import locate_model
 from catversion_jax.models.weights.network import Network
 

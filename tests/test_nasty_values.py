@@ -285,6 +285,10 @@ def test_any_metadata_in_a_picture(text: str, tmp_path: Path) -> None:
     found, others = find_images(tmp_path, [EvaluationPrompt("a {}", "")], "cup")
     assert [(image.prompt, image.seed) for image in found] == [(0, 3)]  # as its name says
     assert others == []
+    for name in ("\u00b2_0", "\u0660_\u0663", "0_\u0663"):  # digits, and no numbers here
+        (tmp_path / f"{name}.png").write_bytes(path.read_bytes())
+    found, others = find_images(tmp_path, [EvaluationPrompt("a {}", "")], "cup")
+    assert (len(found), len(others)) == (1, 3)
 
 
 def damaged(data: bytes) -> list[bytes]:

@@ -257,7 +257,8 @@ def test_layers_as_users_write_them(layers, count, expected):
 
 
 @pytest.mark.parametrize(
-    "layers", ["last0", "last13", "12", "-1", "1,1", "", "first3", [], [12], [1, 1], ["1"]]
+    "layers",
+    ["last0", "last13", "last\u00b2", "12", "-1", "1,1", "", "first3", [], [12], [1, 1], ["1"]],
 )
 def test_layers_that_do_not_exist(layers):
     with pytest.raises(CatVersionError, match=r"layers=.*must be 'all', 'last<k>'.*0\.\.11"):

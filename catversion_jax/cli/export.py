@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,13 +99,18 @@ def run(args: argparse.Namespace) -> int:
 def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: Path) -> list[Concept]:
     if names is None:
         return concepts
-    by_name = {concept.name: concept for concept in concepts}
+    by_name = {_composed(concept.name): concept for concept in concepts}
     for name in names:
-        if name not in by_name:
+        if _composed(name) not in by_name:
             raise CatVersionError(
                 f"--concept {name}: not in {source}, which holds {', '.join(by_name)}."
             )
-    return [by_name[name] for name in dict.fromkeys(names)]
+    return [by_name[name] for name in dict.fromkeys(map(_composed, names))]
+
+
+def _composed(name: str) -> str:
+    """A name whose accents are stored in one way; composed and decomposed ones look alike."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], path: Path) -> Path:
@@ -122,6 +128,7 @@ def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], 
 
 def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], output: Path) -> Path:
     from catversion_jax.integrations.pipeline_folder import check_parts, export_pipeline
+    from catversion_jax.models.stable_diffusion import check_weights
     from catversion_jax.models.weights.fingerprint import encoder_hashes
     from catversion_jax.models.weights.model_files import open_model
 
@@ -133,6 +140,7 @@ def _write_pipeline(args: argparse.Namespace, concepts: Sequence[Concept], outpu
         prediction_type=args.prediction_type,
     )
     check_parts(files, concepts)
+    check_weights(files)
     for name in files.text_encoders:
         ours = encoder_hashes(files.tensors(name))
         for concept in concepts:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.concepts import check_concept_name
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.errors import CatVersionError
 from catversion_jax.runtime.bucket_paths import absolute
+
+if TYPE_CHECKING:
+    from catversion_jax.methods.residual import KVResidual
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         name=name,
         when=args.when,
         base_model=args.model,
-        text_encoder_sha256=_fingerprint(args.model, args.variant),
+        text_encoder_sha256=_fingerprint(args.model, args.variant, residual),
         config={"imported_from": "RoyZhao926/CatVersion"},
     )
     print(
@@ -87,8 +91,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fingerprint(model: str, variant: str | None) -> str:
-    """A local text encoder's fingerprint; empty, with a warning, where it is not known."""
+def _fingerprint(model: str, variant: str | None, residual: KVResidual) -> str:
+    """The fingerprint of a local text encoder, which ``residual`` must fit; empty, with a warning,
+    where it is not known.
+    """
     path = Path(model).expanduser()
     if not model or not path.exists():
         what = f"--model {model}: not here" if model else "no --model"
@@ -99,10 +105,22 @@ def _fingerprint(model: str, variant: str | None) -> str:
             what,
         )
         return ""
+    from catversion_jax.models.text_encoders import read_text_encoders
     from catversion_jax.models.weights.fingerprint import text_encoder_sha256
+    from catversion_jax.models.weights.model_files import opened
     from catversion_jax.models.weights.safetensors_files import open_checkpoint
-    from catversion_jax.models.weights.single_file import SingleFile
 
+    files = opened(path)
+    first, *others = read_text_encoders(files)
+    facts = first.facts(of_two=bool(others))
+    try:
+        residual.check_fits(facts.num_heads, facts.head_dim, range(facts.num_reaching_layers))
+    except CatVersionError as error:
+        raise CatVersionError(
+            f"--model {model}: its text encoder has {facts.num_heads} heads x {facts.head_dim} and "
+            f"layers 0..{facts.num_reaching_layers - 1}, the adapter {residual.shape_text}. Give "
+            "the model that it was trained on, and as --num_heads the number of that model's heads."
+        ) from error
     if path.is_file():
-        return text_encoder_sha256(SingleFile(path).tensors("text_encoder"))
+        return text_encoder_sha256(files.tensors("text_encoder"))
     return text_encoder_sha256(open_checkpoint(path / "text_encoder", variant=variant))

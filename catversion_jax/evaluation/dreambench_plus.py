@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import collections
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ def export_dreambench_plus(
     subjects: Sequence[Subject],
     references: Mapping[str, References],
     prompt_set: PromptSet,
+    only: Container[Path] | None = None,
 ) -> int:
     """Write the images of every concept that was evaluated.
 
@@ -46,6 +47,7 @@ def export_dreambench_plus(
       subjects: the concepts.
       references: their photos; of held-out ones these are written. Concepts without are left out.
       prompt_set: the prompts.
+      only: the images that are written; None is all.
 
     Returns:
       The number of drawn pictures.
@@ -64,7 +66,7 @@ def export_dreambench_plus(
             continue
         photos = references[subject.name].judged_by.pictures
         prompts = prompt_set.of(subject.base_class)
-        found, _ = find_images(images / subject.name, prompts, subject.base_class)
+        found, _ = find_images(images / subject.name, prompts, subject.base_class, only)
         turns: collections.Counter[int] = collections.Counter()
         folders = {kind: output / kind / subject.name for kind in _KINDS}
         for folder in folders.values():

@@ -20,7 +20,7 @@ from catversion_jax.evaluation.frontier import check_scales
 from catversion_jax.evaluation.gate import GateResult, judge, write_gate
 from catversion_jax.evaluation.job import EvaluationJob
 from catversion_jax.evaluation.page import PageMaterial, write_evaluation_page
-from catversion_jax.evaluation.prompts import load_prompt_set
+from catversion_jax.evaluation.prompts import class_key, load_prompt_set
 from catversion_jax.evaluation.scoring import Scorer
 from catversion_jax.evaluation.subjects import (
     Subject,
@@ -174,6 +174,7 @@ def evaluate(
     gate_settings = GateSettings() if gate is True else gate or None
     if gate_settings is not None and not isinstance(gate_settings, GateSettings):
         raise CatVersionError(f"gate={shown(gate)}: must be true, false or GateSettings(...).")
+    plain_asked = plain
     if gate_settings is not None:
         plain = gallery = True
     folder = as_path(source)
@@ -181,7 +182,13 @@ def evaluate(
         held = recorded_holdout(folder) if holdout is None else holdout
         concepts = read_concepts(concepts, base_class=base_class, holdout=held)
     subjects, left_out, draws = _subjects(folder, concepts, holdout)
-    words = {word.strip() for word in classes} - {""}
+    if not draws and (plain_asked or all_steps or scales):
+        raise CatVersionError(
+            f"{folder}: is a folder of images; plain, all_steps and scales draw more of them, for "
+            "which the output folder of training is needed. Leave them out, or give that."
+        )
+    words = sorted({word.strip() for word in classes} - {""})
+    words += [subject.base_class for subject in subjects]
     job = EvaluationJob(
         source=folder,
         output=folder / EVALUATION_FOLDER if output_dir is None else as_path(output_dir),
@@ -191,7 +198,7 @@ def evaluate(
         prompt_set=prompt_set,
         settings=settings,
         seeds=range(seed, seed + count),
-        classes=sorted(words | {subject.base_class for subject in subjects}),
+        classes=sorted({class_key(word): word for word in words}.values()),
         plain=plain,
         all_steps=all_steps,
         num_prior_images=num_prior_images,
@@ -232,7 +239,9 @@ def evaluate(
         files.append(write_gate(job.output / GATE_FILE, evaluation.gate))
     if dreambench_plus is not None:
         out = as_path(dreambench_plus)
-        export_dreambench_plus(out, job.images, subjects, references, prompt_set)
+        export_dreambench_plus(
+            out, job.images, subjects, references, prompt_set, only=job.scored_files
+        )
         files.append(out)
     return dataclasses.replace(evaluation, files=tuple(files), num_images=planned, num_drawn=drawn)
 

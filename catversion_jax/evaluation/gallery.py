@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from catversion_jax.array_types import Float
+from catversion_jax.evaluation.prompts import class_key
 from catversion_jax.evaluation.scores import SubjectScores
 from catversion_jax.evaluation.vectors import View
 
@@ -111,10 +112,10 @@ def rank_galleries(
     by_class: dict[str, list[SubjectScores]] = collections.defaultdict(list)
     for subject in subjects:
         if subject.judged is not None:
-            by_class[subject.base_class].append(subject)
+            by_class[class_key(subject.base_class)].append(subject)
     galleries = [
-        _gallery(base_class, members)
-        for base_class, members in sorted(by_class.items())
+        _gallery(members[0].base_class, members)
+        for _, members in sorted(by_class.items())
         if len(members) > 1
     ]
     found = {name: ranks for gallery in galleries for name, ranks in gallery.concepts.items()}

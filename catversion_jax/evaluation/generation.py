@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.config.sampling import SamplingSettings
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.evaluation.image_folders import image_name, mask_path, read_pixels
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.subjects import Subject
@@ -94,12 +94,14 @@ def draw_missing(
     Raises:
       CatVersionError: an image cannot be written.
     """
-    by_path = {image.path: image for image in planned}
-    if len(by_path) != len(planned):
-        raise CatVersionError(
-            "two images of this evaluation would get the same file: prompts of the set that differ "
-            "only in punctuation, or a repeated seed. Keep one of them."
-        )
+    by_path = dict[Path, PlannedImage]()
+    for image in planned:
+        if (first := by_path.setdefault(image.path, image)) is not image:
+            raise CatVersionError(
+                f"{image.path}: two images of this evaluation would get this file: "
+                f"{shown(first.request.prompt)} and {shown(image.request.prompt)}. Prompts and "
+                "class words must differ in a letter or digit, prompts in their first 150 bytes."
+            )
     describe = ImageMetadata(backbone, settings)
     wanted = [(image, describe(image.request)) for image in planned]
     todo = [(image, metadata) for image, metadata in wanted if not _is_there(image.path, metadata)]

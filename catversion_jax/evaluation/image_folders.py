@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from catversion_jax.evaluation.prompts import EvaluationPrompt
 from catversion_jax.sampling.png import read_metadata, slug
 
 PLAIN_FOLDER = "_plain"
-_SEEDED = re.compile(r"^(?P<prompt>.+)_(?P<seed>\d+)$")
+_SEEDED = re.compile(r"^(?P<prompt>.+)_(?P<seed>[0-9]+)$")
 _MASK_SUFFIX = ".mask.png"
 
 
@@ -83,10 +83,14 @@ def read_mask(image: Path) -> Int[np.ndarray, "H W"] | None:
 
 
 def find_images(
-    folder: Path, prompts: Sequence[EvaluationPrompt], base_class: str
+    folder: Path,
+    prompts: Sequence[EvaluationPrompt],
+    base_class: str,
+    only: Container[Path] | None = None,
 ) -> tuple[list[GeneratedImage], list[str]]:
     """The images of one concept in order of prompt and seed, and the names of those that show none
-    of the prompts.
+    of the prompts, or are not among ``only``, which an evaluation draws: others are of an earlier
+    one with other options.
 
     Raises:
       CatVersionError: no image of any prompt, or two images of one prompt and seed.
@@ -100,7 +104,7 @@ def find_images(
         if not is_picture or path.name.endswith(_MASK_SUFFIX) or path.stem.startswith("grid-"):
             continue
         where = _recorded(path, filled) or _named(path, by_name)
-        if where is None:
+        if where is None or (only is not None and path not in only):
             others.append(path.name)
         elif where in found:
             raise CatVersionError(
@@ -145,5 +149,6 @@ def _named(path: Path, by_name: dict[str, int]) -> tuple[int, int] | None:
     if match is None:
         return None
     name = match["prompt"]
-    number = by_name.get(str(int(name)) if name.isdigit() else name)
+    is_number = name.isascii() and name.isdigit()
+    number = by_name.get(str(int(name)) if is_number else name)
     return None if number is None else (number, int(match["seed"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,8 @@ class EvaluationJob:
         return self.output / "steps" / f"{step:06d}"
 
     def _scale_folder(self, scale: float) -> Path:
-        return self.output / "scales" / f"{scale:g}"
+        short = f"{scale:g}"
+        return self.output / "scales" / (short if float(short) == scale else repr(scale))
 
     @property
     def _other_scales(self) -> list[float]:
@@ -107,10 +109,9 @@ class EvaluationJob:
 
     # ------------------------------------------------------------------ drawing
 
-    def draw(
-        self, backbone: Backbone, on_image: Callable[[int, int], None] | None
-    ) -> tuple[int, int]:
-        """Draw what is missing through one program; (images drawn, images in all)."""
+    @functools.cached_property
+    def _planned(self) -> tuple[list[PlannedImage], list[PlannedImage]]:
+        """The images of the method under evaluation, and all, in the order of drawing."""
         subjects, prompt_set = self.subjects, self.prompt_set
         scored: list[PlannedImage] = plan_images(self.images, subjects, prompt_set, self.seeds)
         planned = list(scored)
@@ -132,6 +133,20 @@ class EvaluationJob:
                 self.seeds[0],
                 self.num_prior_images,
             )
+        return scored, planned
+
+    @functools.cached_property
+    def scored_files(self) -> frozenset[Path] | None:
+        """What is scored of the images that lie there; None is all, where others have drawn them.
+        An earlier evaluation with other options may have left more.
+        """
+        return frozenset(image.path for image in self._planned[1]) if self.draws else None
+
+    def draw(
+        self, backbone: Backbone, on_image: Callable[[int, int], None] | None
+    ) -> tuple[int, int]:
+        """Draw what is missing through one program; (images drawn, images in all)."""
+        scored, planned = self._planned
         # asked once about the set, not page by page: prior images name no concept on purpose
         for message in prompt_warnings(backbone.tokenizers, [image.request for image in scored]):
             logger.warning(message)
@@ -191,17 +206,15 @@ class EvaluationJob:
 
     def _score(self, scorer: Scorer, subject: Subject, references: References) -> _Scored:
         """One concept."""
-        final = scorer.score(subject, references, self.images)
+        score = functools.partial(scorer.score, subject, references, only=self.scored_files)
+        final = score(self.images)
         methods = {"CatVersion" if self.draws else self.source.name: final}
         if self.draws and self.plain:
             folder = self.output / "plain_images"
-            methods["plain model"] = scorer.score(subject, references, folder)
-        prior = score_prior(self.images, subject, self.classes, scorer.clip)
-        curve = self._curve(scorer, subject, references, final)
-        scales = {
-            scale: scorer.score(subject, references, self._scale_folder(scale))
-            for scale in self._other_scales
-        }
+            methods["plain model"] = score(folder)
+        prior = score_prior(self.images, subject, self.classes, scorer.clip, only=self.scored_files)
+        curve = self._curve(score, subject, final)
+        scales = {scale: score(self._scale_folder(scale)) for scale in self._other_scales}
         return _Scored(references, methods, prior, curve, scales)
 
     def _frontier(
@@ -220,15 +233,12 @@ class EvaluationJob:
         return frontier_points(by_scale)
 
     def _curve(
-        self, scorer: Scorer, subject: Subject, references: References, final: SubjectScores
+        self, score: Callable[[Path], SubjectScores], subject: Subject, final: SubjectScores
     ) -> list[tuple[int, Scores]]:
         """Scores of the first seed over the training step."""
         if not self.all_steps or subject.concept is None:
             return []
-        points = [
-            (step, scorer.score(subject, references, self._step_folder(step)).total)
-            for step in subject.steps()
-        ]
+        points = [(step, score(self._step_folder(step)).total) for step in subject.steps()]
         return [*points, (subject.concept.step, final.first_seed)] if points else []
 
     def _protocol(

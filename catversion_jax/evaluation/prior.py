@@ -15,7 +15,7 @@ Inversion's vectors stand for the class word and cannot be forced, so it has no 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from catversion_jax.concepts.prompts import with_class_word
 from catversion_jax.evaluation.alignment import matched_cosines
 from catversion_jax.evaluation.generation import PlannedImage
 from catversion_jax.evaluation.image_folders import PLAIN_FOLDER, image_name, read_pixels
-from catversion_jax.evaluation.prompts import PromptSet
+from catversion_jax.evaluation.prompts import PromptSet, class_key
 from catversion_jax.evaluation.subjects import Subject
 from catversion_jax.models.embedders import ClipEmbedder
 from catversion_jax.sampling.png import slug
@@ -90,7 +90,9 @@ def plan_prior(
             continue  # it stands for its class word, so it cannot act where that is not written
         forced = ConceptUse.of(subject.concept, when="always")
         planned += plan_drift(folder, subject, prompt_set, classes, seed, num_images, forced)
-    return list({image.path: image for image in planned}.values())
+    # concepts share plain images; what has one path and is not the same is refused when it is drawn
+    unique = {(one.path, one.request.prompt, one.request.seed): one for one in planned}
+    return list(unique.values())
 
 
 def plan_drift(
@@ -120,9 +122,10 @@ def plan_drift(
 
 def _others(classes: Sequence[str], base_class: str) -> list[str]:
     """All but one, beginning after it."""
-    start = classes.index(base_class) + 1 if base_class in classes else 0
+    keys, own = list(map(class_key, classes)), class_key(base_class)
+    start = keys.index(own) + 1 if own in keys else 0
     turned = [*classes[start:], *classes[:start]]
-    return [word for word in turned if word != base_class]
+    return [word for word in turned if class_key(word) != own]
 
 
 def _with_plain(
@@ -146,12 +149,18 @@ def _with_plain(
 
 
 def score_prior(
-    folder: Path, subject: Subject, classes: Sequence[str], clip: ClipEmbedder
+    folder: Path,
+    subject: Subject,
+    classes: Sequence[str],
+    clip: ClipEmbedder,
+    only: Container[Path] | None = None,
 ) -> PriorScores | None:
-    """Compare a concept's images with the plain model's of the same name; None without any."""
+    """Compare a concept's images, or those among ``only``, with the plain model's of the same name;
+    None without any.
+    """
     own = folder / subject.name
-    pairs = _pairs(folder, own / "prior", classes)
-    off, other = _identical(folder, own / "off"), _identical(folder, own / "other")
+    pairs = _pairs(folder, own / "prior", classes, only)
+    off, other = _identical(folder, own / "off", only), _identical(folder, own / "other", only)
     if not pairs:
         if off is None and other is None:
             return None
@@ -170,25 +179,31 @@ def score_prior(
     )
 
 
-def _pairs(folder: Path, kind: Path, classes: Sequence[str]) -> list[tuple[Path, Path, int]]:
+def _pairs(
+    folder: Path, kind: Path, classes: Sequence[str], only: Container[Path] | None
+) -> list[tuple[Path, Path, int]]:
     """(image, plain image, number of the class) of every image that has its counterpart."""
-    numbers = {slug(word): number for number, word in enumerate(classes)}
+    names = list(map(slug, classes))
+    numbers = {name: i for i, name in enumerate(names) if names.count(name) == 1}
     return [
         (path, plain, numbers[word])
-        for path, plain in _counterparts(folder, kind)
+        for path, plain in _counterparts(folder, kind, only)
         if (word := path.name.partition("--")[0]) in numbers
     ]
 
 
-def _identical(folder: Path, kind: Path) -> bool | None:
-    pairs = _counterparts(folder, kind)
+def _identical(folder: Path, kind: Path, only: Container[Path] | None) -> bool | None:
+    pairs = _counterparts(folder, kind, only)
     if not pairs:
         return None
     return all(np.array_equal(read_pixels(path), read_pixels(plain)) for path, plain in pairs)
 
 
-def _counterparts(folder: Path, kind: Path) -> list[tuple[Path, Path]]:
+def _counterparts(
+    folder: Path, kind: Path, only: Container[Path] | None
+) -> list[tuple[Path, Path]]:
     if not kind.is_dir():
         return []
-    pairs = [(path, folder / PLAIN_FOLDER / path.name) for path in children(kind)]
+    drawn = [path for path in children(kind) if only is None or path in only]
+    pairs = [(path, folder / PLAIN_FOLDER / path.name) for path in drawn]
     return [(path, plain) for path, plain in pairs if plain.is_file()]

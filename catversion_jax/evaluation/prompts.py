@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,13 @@ class PromptSet:
 
     def of(self, base_class: str) -> tuple[EvaluationPrompt, ...]:
         """The prompts of one class."""
-        return self.live_prompts if base_class in self.live_classes else self.prompts
+        is_live = class_key(base_class) in map(class_key, self.live_classes)
+        return self.live_prompts if is_live else self.prompts
+
+
+def class_key(base_class: str) -> str:
+    """What two classes have in common that are one: prompts do not tell "Cup" from "cup"."""
+    return unicodedata.normalize("NFC", " ".join(base_class.split())).casefold()
 
 
 def shipped_prompt_sets() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +50,20 @@ class Scorer:
         self.clip, self.dino, self.masker = clip, dino, masker
         self.prompt_set = prompt_set
 
-    def score(self, subject: Subject, references: References, folder: Path) -> SubjectScores:
-        """Score the images in ``folder/<concept>``.
+    def score(
+        self,
+        subject: Subject,
+        references: References,
+        folder: Path,
+        only: Container[Path] | None = None,
+    ) -> SubjectScores:
+        """Score the images in ``folder/<concept>``, or those of them that are among ``only``.
 
         Raises:
           CatVersionError: no image there, or one that cannot be read.
         """
         prompts = self.prompt_set.of(subject.base_class)
-        found, ignored = find_images(folder / subject.name, prompts, subject.base_class)
+        found, ignored = find_images(folder / subject.name, prompts, subject.base_class, only)
         filled = [prompt.filled(subject.base_class) for prompt in prompts]
         vectors = self._vectors(subject, found, references, [p.edit for p in prompts], filled)
         number = np.array([image.prompt for image in found])

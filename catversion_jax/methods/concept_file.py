@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import struct
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,13 +218,15 @@ def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path
       CatVersionError: two concepts would get the same file, or a file cannot be written.
     """
     files: dict[Path, Concept] = {}
+    taken: dict[str, Concept] = {}  # as file systems compare names that ignore case
     for concept in concepts:
         stem = re.sub(r"[^\w.-]+", "_", concept.name).strip("._") or "concept"
         path = as_path(folder) / f"{stem}.safetensors"
-        if path in files:
+        key = unicodedata.normalize("NFC", stem).casefold()
+        if (first := taken.setdefault(key, concept)) is not concept:
             raise CatVersionError(
-                f"{path}: would hold both {files[path].name!r} and {concept.name!r}. Export them "
-                "into two folders."
+                f"{path}: would hold both {first.name!r} and {concept.name!r}, at least where file "
+                "names ignore case. Export them into two folders."
             )
         files[path] = concept
     return [concept.save(path) for path, concept in files.items()]

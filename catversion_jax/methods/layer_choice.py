@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from catversion_jax.errors import CatVersionError
@@ -46,7 +47,7 @@ def resolve_layers(
         text = layers.strip()
         if text == "all":
             return tuple(range(num_layers))
-        if text.startswith("last") and text[4:].isdigit():
+        if re.fullmatch(r"last[0-9]{1,9}", text):
             count = int(text[4:])
             if not 1 <= count <= num_layers:
                 raise CatVersionError(

@@ -16,9 +16,7 @@ from flax import nnx
 from catversion_jax.config.sampling import DrawingDefaults
 from catversion_jax.diffusion import NoiseScheduleConfig, drawing_defaults
 from catversion_jax.errors import CatVersionError
-from catversion_jax.models.clip.text import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.clip.tokenizer import Tokenizer
-from catversion_jax.models.clip.vision import sub_config
 from catversion_jax.models.components_fit import check_components_fit, inpainting_channels
 from catversion_jax.models.layers.resnet import LayerFactory
 from catversion_jax.models.text_encoders import (
@@ -30,19 +28,17 @@ from catversion_jax.models.unet.config import UNetConfig
 from catversion_jax.models.unet.unet import UNet2DConditionModel
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.models.weights.content_digest import ContentDigest
-from catversion_jax.models.weights.convert import convert_state_dict, load_network
+from catversion_jax.models.weights.convert import convert_state_dict, stored_names
 from catversion_jax.models.weights.fingerprint import encoder_hashes, fingerprints_by_name
-from catversion_jax.models.weights.hf_config import read_config
 from catversion_jax.models.weights.model_files import ModelFiles, open_model
-from catversion_jax.models.weights.network import Network, abstract_network
-from catversion_jax.runtime.bucket_paths import home_expanded, path_text
+from catversion_jax.models.weights.network import Network, abstract_network, named_dtype
+from catversion_jax.runtime.bucket_paths import path_text
 from catversion_jax.runtime.precision import use_full_float32
 from catversion_jax.runtime.sharding import make_mesh, replicated
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +194,7 @@ def load_backbone(
         name = str(files.path)
     digests = dict[str, str]()
     load = functools.partial(_load_component, files, sharding=sharding, digests=digests)
-    backbone = _assemble(name, files, _dtype(dtype), load)
+    backbone = _assemble(name, files, named_dtype(dtype), load)
     digests["scheduler"] = ContentDigest().hexdigest(files.scheduler_config())
     facts = tuple(
         dataclasses.replace(fact, hashes=encoder_hashes(files.tensors(component)))
@@ -271,7 +267,23 @@ def abstract_backbone(
         del name, weights
         return abstract_network(module_fn)
 
-    return _assemble(str(model), files, _dtype(dtype), shapes)
+    return _assemble(str(model), files, named_dtype(dtype), shapes)
+
+
+def check_weights(files: ModelFiles) -> None:
+    """Make sure that weights fit the configurations beside them, from the files' headers alone.
+
+    Raises:
+      CatVersionError: as :func:`load_backbone`.
+    """
+
+    def checked(name: str, module_fn: Callable[[nnx.Rngs], nnx.Module], weights: Any) -> Network:
+        del weights
+        network = abstract_network(module_fn)
+        stored_names(files.tensors(name), network, source=files.source(name))
+        return network
+
+    _assemble(str(files.path), files, jnp.bfloat16, checked)
 
 
 def _assemble(name: str, files: ModelFiles, weights: Any, load: Callable[..., Network]) -> Backbone:
@@ -353,42 +365,3 @@ def _load_component(
 def default_dtype() -> str:
     """``float32`` on CPUs, where bfloat16 is emulated and slow; ``bfloat16`` on accelerators."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Network:
-    """Load the text encoder alone, from a transformers folder (``config.json`` and safetensors).
-
-    Returns:
-      A callable ``(token_ids [B T], learned=None) -> [B T D]``; the final layer norm is applied.
-
-    Raises:
-      CatVersionError: the folder is not a CLIP's, or its weights do not fit.
-    """
-    folder = home_expanded(folder)
-    if (folder / "model_index.json").is_file():
-        raise CatVersionError(
-            f"{folder}: is a whole diffusers folder. Give {folder / 'text_encoder'} instead, or "
-            "use load_backbone."
-        )
-    config = read_config(folder)
-    ignore: tuple[str, ...] = ()
-    if config.get("architectures") == ["CLIPTextModelWithProjection"]:
-        ignore = (r"^text_projection\.",)
-    if config.get("model_type") == "clip":
-        source = str(folder / "config.json")
-        config = dict(sub_config(config, "text_config", source=source))
-        ignore = (r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$")
-    weights = _dtype(dtype)
-    text_config = CLIPTextConfig.from_hf(config, source=str(folder / "config.json"))
-    return load_network(
-        lambda rngs: CLIPTextModel(text_config, dtype=weights, param_dtype=weights, rngs=rngs),
-        folder,
-        dtype=weights,
-        ignore=ignore,
-    )
-
-
-def _dtype(name: str) -> Any:
-    if name not in DTYPES:
-        raise CatVersionError(f"dtype={name!r}: must be one of {', '.join(DTYPES)}.")
-    return DTYPES[name]

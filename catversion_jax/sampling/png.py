@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +42,11 @@ PictureFormat = Literal["png", "jpeg", "webp"]
 
 
 def slug(text: str, max_length: int = 150) -> str:
-    """A text as part of a file name: "A dog, in snow" is ``a-dog-in-snow``."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:max_length].strip("-") or "image"
+    """A text as part of a file name, of at most so many bytes: "A dog, in snow" is
+    ``a-dog-in-snow``; letters of every script stay.
+    """
+    letters = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", text.lower())).strip("-")
+    return letters.encode()[:max_length].decode(errors="ignore").strip("-") or "image"
 
 
 def picture_bytes(

@@ -124,7 +124,39 @@ def convert_state_dict(
       CatVersionError: missing, unexpected or misshaped tensors, of which one error lists all; or
         one that holds no floating-point numbers.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(target.params)
+    treedef = jax.tree_util.tree_structure(target.params)
+    parameters, found = stored_names(tensors, target, source=source, ignore=ignore)
+    placed: list[jax.Array] = []
+    under_way: list[jax.Array] = []
+    for name, parameter in parameters.items():
+        stored = np.asarray(tensors[found[name]])
+        _check_floating(stored.dtype, found[name], source)
+        if on_weight is not None:
+            on_weight(name, stored)
+        array = parameter.from_torch(stored)
+        placed.append(jax.device_put(np.ascontiguousarray(array, dtype=dtype), sharding))
+        under_way.append(placed[-1])
+        if sum(array.nbytes for array in under_way) > PENDING_BYTES:
+            jax.block_until_ready(under_way)
+            under_way.clear()
+    jax.block_until_ready(under_way)
+    return Network(jax.tree_util.tree_unflatten(treedef, placed), target.graphdef)
+
+
+def stored_names(
+    tensors: Mapping[str, TensorLike],
+    target: Network,
+    *,
+    source: str,
+    ignore: Sequence[str] = (),
+) -> tuple[dict[str, Parameter], dict[str, str]]:
+    """The parameters of ``target``, and which stored name serves each; the numbers are not read.
+
+    Raises:
+      CatVersionError: as :func:`convert_state_dict`; of the type of numbers where ``tensors`` say
+        it.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(target.params)
     made = (Parameter.of(path, leaf.shape) for path, leaf in leaves)
     parameters = {parameter.name: parameter for parameter in made}
     found, unexpected = _match_names(tensors, parameters, (*IGNORED, *ignore))
@@ -136,26 +168,17 @@ def convert_state_dict(
     ]
     if missing or unexpected or misshaped:
         raise CatVersionError(_mismatch(source, missing, unexpected, misshaped))
+    for stored in found.values():
+        _check_floating(getattr(tensors[stored], "dtype", np.dtype(np.float32)), stored, source)
+    return parameters, found
 
-    placed: list[jax.Array] = []
-    under_way: list[jax.Array] = []
-    for name, parameter in parameters.items():
-        stored = np.asarray(tensors[found[name]])
-        if not jnp.issubdtype(stored.dtype, jnp.floating):
-            raise CatVersionError(
-                f"{source}: {found[name]} holds {stored.dtype}, must be floating-point numbers. "
-                "Use the model's unquantized weights."
-            )
-        if on_weight is not None:
-            on_weight(name, stored)
-        array = parameter.from_torch(stored)
-        placed.append(jax.device_put(np.ascontiguousarray(array, dtype=dtype), sharding))
-        under_way.append(placed[-1])
-        if sum(array.nbytes for array in under_way) > PENDING_BYTES:
-            jax.block_until_ready(under_way)
-            under_way.clear()
-    jax.block_until_ready(under_way)
-    return Network(jax.tree_util.tree_unflatten(treedef, placed), target.graphdef)
+
+def _check_floating(dtype: Any, name: str, source: str) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise CatVersionError(
+            f"{source}: {name} holds {dtype}, must be floating-point numbers. Use the model's "
+            "unquantized weights."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

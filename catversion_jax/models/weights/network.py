@@ -14,8 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from catversion_jax.errors import CatVersionError
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @jax.tree_util.register_dataclass
@@ -67,3 +72,14 @@ def random_network(module_fn: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -
         return jax.device_put(values.astype(leaf.dtype))
 
     return Network(jax.tree_util.tree_map_with_path(drawn, abstract.params), abstract.graphdef)
+
+
+def named_dtype(name: str) -> Any:
+    """``jnp.float32`` or ``jnp.bfloat16`` by its name.
+
+    Raises:
+      CatVersionError: another name.
+    """
+    if name not in DTYPES:
+        raise CatVersionError(f"dtype={name!r}: must be one of {', '.join(DTYPES)}.")
+    return DTYPES[name]

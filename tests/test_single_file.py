@@ -28,16 +28,19 @@ from single_files import (
 from catversion_jax.cli import main
 from catversion_jax.errors import CatVersionError
 from catversion_jax.integrations.diffusers import load_catversion
+from catversion_jax.integrations.pipeline_folder import export_pipeline
 from catversion_jax.methods.concept_file import load_concept, save_concept
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.stable_diffusion import (
     abstract_backbone,
+    check_weights,
     load_backbone,
     model_resolution,
 )
 from catversion_jax.models.weights.families import FAMILIES, SD1, SD2, SDXL
 from catversion_jax.models.weights.fingerprint import text_encoder_sha256
 from catversion_jax.models.weights.model_files import open_model
+from catversion_jax.models.weights.safetensors_files import open_checkpoint
 from catversion_jax.models.weights.single_file import SingleFile
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -197,15 +200,13 @@ def test_check_reads_words_and_resolution_of_a_file(made, tmp_path, capsys):
 
 
 def test_an_imported_concept_states_the_fingerprint_of_a_file(made, tmp_path):
+    """The file holds a small model, but no configuration says so: it counts as a usual one."""
     _, _, folder, file = made(SD1.name)
-    found = []
-    for model in (folder, file):
-        adapter = Path(__file__).parent / "data" / "official_adapters" / "teddybear"
-        output = tmp_path / model.name
-        arguments = ("--base_class", "bear", "--model", str(model), "--output_dir", str(output))
-        assert main(["import", str(adapter), *arguments]) == 0
-        found.append(load_concept(output / "teddybear").text_encoder_sha256)
-    assert found[0] == found[1] != ""
+    adapter = Path(__file__).parent / "data" / "official_adapters" / "teddybear"
+    arguments = ("--base_class", "bear", "--model", str(file), "--output_dir", str(tmp_path))
+    assert main(["import", str(adapter), *arguments]) == 0
+    expected = text_encoder_sha256(open_checkpoint(folder / "text_encoder"))
+    assert load_concept(tmp_path / "teddybear").text_encoder_sha256 == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -234,7 +235,7 @@ def test_diffusers_draws_the_same_from_the_folder_that_is_written(made, tmp_path
 
 
 def test_a_pipeline_with_concepts_is_exported_from_a_file(made, tmp_path, capsys):
-    _, pipe, _, file = made(SD1.name)
+    family, pipe, _, file = made(SD1.name)
     numbers = np.random.default_rng(0).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
     sha256 = text_encoder_sha256(SingleFile(file).tensors("text_encoder"))
     concept = save_concept(
@@ -247,8 +248,11 @@ def test_a_pipeline_with_concepts_is_exported_from_a_file(made, tmp_path, capsys
     )
     output = tmp_path / "out"
     arguments = ("--format", "pipeline", "--output_dir", str(output))
-    assert main(["export", str(concept), *arguments]) == 0
-    assert capsys.readouterr().out.strip() == str(output)
+    assert main(["export", str(concept), *arguments]) == 2  # too small for what the file counts as
+    assert "the weights do not fit the configuration" in capsys.readouterr().err
+    small = SingleFile(file, family=family)
+    check_weights(small)
+    assert export_pipeline(output, small, [load_concept(concept)]) == output
     index = json.loads((output / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "CatVersionPipeline"]
     assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]

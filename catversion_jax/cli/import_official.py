@@ -105,22 +105,24 @@ def _fingerprint(model: str, variant: str | None, residual: KVResidual) -> str:
             what,
         )
         return ""
-    from catversion_jax.models.text_encoders import read_text_encoders
+    from catversion_jax.models.clip.text import CLIPTextConfig
     from catversion_jax.models.weights.fingerprint import text_encoder_sha256
     from catversion_jax.models.weights.model_files import opened
     from catversion_jax.models.weights.safetensors_files import open_checkpoint
 
-    files = opened(path)
-    first, *others = read_text_encoders(files)
-    facts = first.facts(of_two=bool(others))
-    try:
-        residual.check_fits(facts.num_heads, facts.head_dim, range(facts.num_reaching_layers))
-    except CatVersionError as error:
-        raise CatVersionError(
-            f"--model {model}: its text encoder has {facts.num_heads} heads x {facts.head_dim} and "
-            f"layers 0..{facts.num_reaching_layers - 1}, the adapter {residual.shape_text}. Give "
-            "the model that it was trained on, and as --num_heads the number of that model's heads."
-        ) from error
+    files, name = opened(path), "text_encoder"
+    if path.is_file() or (path / name / "config.json").is_file():
+        config = CLIPTextConfig.from_hf(files.config(name), source=files.config_source(name))
+        heads, layers = config.num_attention_heads, config.num_hidden_layers
+        head_dim = config.hidden_size // heads
+        try:
+            residual.check_fits(heads, head_dim, range(layers))
+        except CatVersionError as error:
+            raise CatVersionError(
+                f"--model {model}: its text encoder has {heads} heads x {head_dim} and layers "
+                f"0..{layers - 1}, the adapter {residual.shape_text}. Give the model that it was "
+                "trained on, and as --num_heads the number of that model's heads."
+            ) from error
     if path.is_file():
-        return text_encoder_sha256(files.tensors("text_encoder"))
-    return text_encoder_sha256(open_checkpoint(path / "text_encoder", variant=variant))
+        return text_encoder_sha256(files.tensors(name))
+    return text_encoder_sha256(open_checkpoint(path / name, variant=variant))

@@ -169,7 +169,8 @@ def stored_names(
     if missing or unexpected or misshaped:
         raise CatVersionError(_mismatch(source, missing, unexpected, misshaped))
     for stored in found.values():
-        _check_floating(getattr(tensors[stored], "dtype", np.dtype(np.float32)), stored, source)
+        if isinstance(dtype := getattr(tensors[stored], "dtype", None), np.dtype):
+            _check_floating(dtype, stored, source)
     return parameters, found
 
 

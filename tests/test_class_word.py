@@ -305,7 +305,7 @@ def test_pytorch_loader_and_exported_pipeline(
     for word, forms, prompt, expected in CASES:
         groups.setdefault((word, forms), []).append((prompt, expected))
     got, wanted = {}, {}
-    for (word, forms), prompts in groups.items():
+    for number, ((word, forms), prompts) in enumerate(groups.items()):
         texts = [prompt for prompt, _ in prompts]
         plain = encode(pipe, texts)
         file = save_concept(
@@ -315,7 +315,8 @@ def test_pytorch_loader_and_exported_pipeline(
             acting = pipe
             load_catversion(acting, file)
         else:
-            source = tmp_path / "pipeline.py"
+            # a name of its own: bytecode is kept by second and size, which two files may share
+            source = tmp_path / f"pipeline_{number}.py"
             source.write_text(pipeline_source({"x": file.read_bytes()}), encoding="utf-8")
             acting = load_module(source, monkeypatch).CatVersionPipeline(
                 **pipe.components, requires_safety_checker=False

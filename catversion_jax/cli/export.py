@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from catversion_jax.cli.model_arguments import add_source_arguments, load_model
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.concept_packs import accent_form
 
 if TYPE_CHECKING:
     from catversion_jax.methods.concept_file import Concept
@@ -99,18 +99,15 @@ def run(args: argparse.Namespace) -> int:
 def _chosen(concepts: list[Concept], names: Sequence[str] | None, source: Path) -> list[Concept]:
     if names is None:
         return concepts
-    by_name = {_composed(concept.name): concept for concept in concepts}
+    by_name = {concept.name: concept for concept in concepts}
+    chosen: dict[str, Concept] = {}
     for name in names:
-        if _composed(name) not in by_name:
+        if (known := accent_form(name, by_name)) is None:
             raise CatVersionError(
                 f"--concept {name}: not in {source}, which holds {', '.join(by_name)}."
             )
-    return [by_name[name] for name in dict.fromkeys(map(_composed, names))]
-
-
-def _composed(name: str) -> str:
-    """A name whose accents are stored in one way; composed and decomposed ones look alike."""
-    return unicodedata.normalize("NFC", name)
+        chosen[known] = by_name[known]
+    return [*chosen.values()]
 
 
 def _write_prompt_embeds(args: argparse.Namespace, concepts: Sequence[Concept], path: Path) -> Path:

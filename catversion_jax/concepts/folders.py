@@ -18,13 +18,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 from catversion_jax.config.data import DataOptions
 from catversion_jax.errors import ConceptError, encodable
+from catversion_jax.runtime.alike_names import folded
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg",
@@ -193,7 +193,7 @@ def list_images(
     if broken:
         warnings += (f"not used, since the files they link to are missing: {', '.join(broken)}",)
     captions = {path.stem: path for path in reversed(texts)}
-    alike = {_folded(path.stem): path for path in reversed(texts)}
+    alike = {folded(path.stem): path for path in reversed(texts)}
     sources = tuple(_with_caption(source, captions, alike) for source in sources)
     used = {source.caption_file for source in sources}
     skipped += [path.name for path in texts if path not in used and path.name not in ignore]
@@ -209,16 +209,9 @@ def _with_caption(
     ``1.png.txt`` counts too.
     """
     names = [source.path.stem, source.path.name] if source.path is not None else []
-    files = [captions.get(name) for name in names] + [alike.get(_folded(name)) for name in names]
+    files = [captions.get(name) for name in names] + [alike.get(folded(name)) for name in names]
     found = next((file for file in files if file is not None), None)
     return dataclasses.replace(source, caption_file=found)
-
-
-def _folded(name: str) -> str:
-    """What one name has in common on every file system: macOS writes accents apart, and Windows
-    does not tell ``DOG.JPG`` from ``dog.jpg``.
-    """
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _mask_target(path: Path) -> str | None:
@@ -228,13 +221,13 @@ def _mask_target(path: Path) -> str | None:
 
 def _separate_masks(candidates: list[Path]) -> tuple[list[Path], list[tuple[str, Path]]]:
     """Split image files into training images and ``(image stem, mask file)``."""
-    stems = {_folded(path.stem) for path in candidates}
+    stems = {folded(path.stem) for path in candidates}
     images: list[Path] = []
     masks: list[tuple[str, Path]] = []
     for path in candidates:
         target = _mask_target(path)
         paired = _PAIRED_MASK_STEM.match(path.stem)
-        if target is None and paired and _folded(paired["image"]) in stems:
+        if target is None and paired and folded(paired["image"]) in stems:
             target = paired["image"]
         if target is None:
             images.append(path)
@@ -256,9 +249,9 @@ def _pair(
     warnings: list[str] = []
     mask_of: dict[str, Path] = {}
     known = [name for path in images for name in _called(path)]
-    alike = {_folded(name): name for name in reversed(known)}
+    alike = {folded(name): name for name in reversed(known)}
     exact = set(known)
-    found = [(t if t in exact else alike.get(_folded(t), t), t, path) for t, path in masks]
+    found = [(t if t in exact else alike.get(folded(t), t), t, path) for t, path in masks]
     # a mask of the very name comes before one whose name is only like it
     for target, _, path in sorted(found, key=lambda one: one[0] != one[1]):
         if target in mask_of:

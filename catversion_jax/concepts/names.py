@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import unicodedata
 from collections.abc import Iterable
 
 from catversion_jax.concepts.entries import Entry
 from catversion_jax.errors import CatVersionError, encodable, shown
+from catversion_jax.runtime.alike_names import folded
 
 _MAX_NAME_BYTES = 100
 _UNSAFE_CHARACTERS = frozenset('<>:"|?*')
@@ -62,7 +62,7 @@ def with_sound_names(entries: Iterable[Entry]) -> list[Entry]:
             renamed.append((number, entry, problem or f"{entry.where}: {mistake}"))
         elif entry.problem is not None:
             renamed.append((number, entry, entry.problem))
-        elif (folder := same_folder(name)) not in seen:
+        elif (folder := folded(name)) not in seen:
             seen[folder] = name
         else:
             other = (
@@ -77,16 +77,11 @@ def with_sound_names(entries: Iterable[Entry]) -> list[Entry]:
         raise CatVersionError("\n".join([*mistakes, *(problem for _, _, problem in renamed)]))
     for number, entry, problem in renamed:
         name = _similar(entry.name, number)
-        while same_folder(name) in seen:
+        while folded(name) in seen:
             name = f"{name} entry {number}"
-        seen[same_folder(name)] = name
+        seen[folded(name)] = name
         sound[number - 1] = dataclasses.replace(entry, name=name, problem=problem)
     return sound
-
-
-def same_folder(name: str) -> str:
-    """What macOS and Windows compare: names for which it is the same share one folder there."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _similar(name: str, number: int) -> str:

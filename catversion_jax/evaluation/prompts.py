@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import unicodedata
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from catversion_jax.concepts.prompts import fill_template
 from catversion_jax.config.documents import parse_yaml, read_text
 from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.runtime.alike_names import folded
 
 _KEYS = (
     "description",
@@ -69,7 +69,7 @@ class PromptSet:
 
 def class_key(base_class: str) -> str:
     """What two classes have in common that are one: prompts do not tell "Cup" from "cup"."""
-    return unicodedata.normalize("NFC", " ".join(base_class.split())).casefold()
+    return folded(" ".join(base_class.split()))
 
 
 def shipped_prompt_sets() -> list[str]:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 import struct
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from catversion_jax.methods.stored_values import (
 from catversion_jax.methods.table import METHODS, UNNAMED_METHOD, method_of
 from catversion_jax.models.weights.fingerprint import fingerprints_by_name
 from catversion_jax.models.weights.safetensors_files import parse_header, read_header
+from catversion_jax.runtime.alike_names import folded
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, file_size, is_in_bucket
 from catversion_jax.runtime.concept_packs import PackError, read_packed
@@ -222,7 +222,7 @@ def write_concepts(concepts: Sequence[Concept], folder: str | Path) -> list[Path
     for concept in concepts:
         stem = re.sub(r"[^\w.-]+", "_", concept.name).strip("._") or "concept"
         path = as_path(folder) / f"{stem}.safetensors"
-        key = unicodedata.normalize("NFC", stem).casefold()
+        key = folded(stem)
         if (first := taken.setdefault(key, concept)) is not concept:
             raise CatVersionError(
                 f"{path}: would hold both {first.name!r} and {concept.name!r}, at least where file "

@@ -17,7 +17,7 @@ import mmap
 import os
 import struct
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, BinaryIO
 
 SUFFIX = ".arrow"
@@ -56,9 +56,15 @@ def read_packed(path: str | os.PathLike[str]) -> bytes | None:
     if packed is None or os.path.lexists(path):
         return None
     pack, name = ConceptPack(packed[0]), packed[1]
-    # Composed and decomposed letters look alike: whoever typed it may have meant the other form.
+    return pack[accent_form(name, pack) or name]
+
+
+def accent_form(name: str, known: Container[str]) -> str | None:
+    """The one of ``known`` that is ``name``, if need be with its accents stored in the other way;
+    None where none is. Both look alike, so that whoever typed it may have meant the other.
+    """
     forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
-    return pack[next((form for form in forms if form in pack), name)]
+    return next((form for form in forms if form in known), None)
 
 
 class ConceptPack:
@@ -109,8 +115,8 @@ class ConceptPack:
             for row in range(len(self._batch(i)[0])):
                 yield self._name(i, row)
 
-    def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._find(name) is not None
 
     def _find(self, name: str) -> tuple[int, int] | None:
         """Batch and row of a name."""

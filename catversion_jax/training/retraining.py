@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import unicodedata
 from collections.abc import Container
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from catversion_jax.config import RecordingOptions
 from catversion_jax.config.method import UPDATES_AFTER_PREDICTION
 from catversion_jax.errors import CatVersionError, listed, shown
 from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.runtime.concept_packs import accent_form
 from catversion_jax.runtime.regular_files import read_json_object
 from catversion_jax.runtime.shards import WHOLE, Shard
 from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
@@ -51,9 +51,7 @@ def larger_budgets(
     for name, known in failed_concepts(path).items():
         if not shard.holds(name):
             continue
-        # Composed and decomposed letters look alike, and files travel between systems.
-        forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
-        if (own := next((form for form in forms if form in names), None)) is None:
+        if (own := accent_form(name, names)) is None:
             logger.warning(f"{name}: fails the gate of {path}, but is none of this run's concepts")
             continue
         updates = max_train_steps if known is None else known

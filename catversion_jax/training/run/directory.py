@@ -25,9 +25,9 @@ from typing import Any
 import filelock
 import jax
 
-from catversion_jax.concepts.names import same_folder
 from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_file import CONCEPT_FILE_NAME, Concept, load_concept
+from catversion_jax.runtime.alike_names import folded
 from catversion_jax.runtime.atomic_files import make_folder, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 from catversion_jax.runtime.regular_files import make_way
@@ -265,7 +265,7 @@ class RunDirectory:
           but: concepts that are not asked for.
         """
         there = self._folders()
-        wanted = [name for name in records if name not in but and same_folder(name) in there]
+        wanted = [name for name in records if name not in but and folded(name) in there]
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
             found = pool.map(functools.partial(self._read_final, records), wanted)
             for name, concept in zip(wanted, found, strict=True):
@@ -274,9 +274,9 @@ class RunDirectory:
                     yield name, concept
 
     def _folders(self) -> set[str]:
-        """What lies in the folder of the concepts, as :func:`same_folder` compares it."""
+        """What lies in the folder of the concepts; names are :func:`folded`."""
         folder = self.root / names.CONCEPTS_FOLDER
-        return {same_folder(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
+        return {folded(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
 
     def _read_final(self, records: Mapping[str, ConceptRecord], name: str) -> Concept | None:
         path = self.concept_file(name)

@@ -20,11 +20,12 @@ def shard_folders(root: Path) -> dict[Shard, Path]:
     """The folders of the shards that have begun, in their order; empty for an undivided run."""
     found = dict[Shard, Path]()
     places = set[Path]()
+    own = None if is_in_bucket(root) else root.resolve()
     for path in sorted((root / names.SHARDS_FOLDER).glob("[0-9]*-of-[0-9]*")):
         if (shard := Shard.of_folder(path.name)) is None:
             continue
         place = path if is_in_bucket(path) else path.resolve()
-        if place in places or (not is_in_bucket(root) and root.resolve().is_relative_to(place)):
+        if place in places or (own is not None and own.is_relative_to(place)):
             continue  # a link to another shard, or around to the run itself
         places.add(place)
         found[shard] = path

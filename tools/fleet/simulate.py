@@ -1,17 +1,19 @@
 """What a process costs beside its compiled steps, over very many concepts.
 
-    python tools/fleet/simulate.py OUT [--concepts 100000] [--stop-after 1000]
+    python tools/fleet/simulate.py OUT [--concepts 100000] [--stop-after 1000] [--as-if 99700]
 
 Trains a small random model (Stable Diffusion's architecture, pictures of 64 pixels) on as many
 concepts, one update and one picture each. The pictures are the package's examples, recoloured when
 a concept's turn comes, so that nothing of the list is on disk. Every 1,000 concepts it prints
 seconds and resident memory. The same command goes on with what is not done; ``--stop-after`` asks
-the run to stop after so many concepts of this process, to see what going on costs.
+the run to stop after so many concepts of this process, to see what going on costs. ``--as-if`` puts
+copies of a finished concept in place of others, until so many are finished, without training them.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import json
 import logging
@@ -126,6 +128,27 @@ class Watch(threading.Thread):
                 self._stop.set()
 
 
+def put_in_place(run: Path, finished: int) -> None:
+    """Let the first ``finished`` concepts of a stopped run be as finished as one of them is."""
+    with (run / "index.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    model = next(row for row in rows if row[1] == "done")
+    folder = run / "concepts" / model[0]
+    parts = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for row in rows[:finished]:
+        if row[1] in ("done", "stopped early"):
+            continue
+        name = row[0]
+        row[1:] = [cell.replace(model[0], name) for cell in model[1:]]
+        (run / "concepts" / name).mkdir(exist_ok=True)
+        for part, data in parts.items():
+            (run / "concepts" / name / part).write_bytes(
+                data.replace(model[0].encode(), name.encode())
+            )
+    with (run / "index.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
 def main() -> None:
     """Run, and print what there is to say."""
     parser = argparse.ArgumentParser(
@@ -134,6 +157,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--concepts", type=int, default=100_000)
     parser.add_argument("--stop-after", type=int, metavar="N")
+    parser.add_argument("--as-if", type=int, metavar="N")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     model, output = args.output / "model", args.output / "run"
@@ -142,6 +166,8 @@ def main() -> None:
         from random_model import write_random_model
 
         write_random_model(model)
+    if args.as_if is not None:
+        put_in_place(output, args.as_if)
     stop = threading.Event()
     output.mkdir(parents=True, exist_ok=True)
     watch = Watch(output, stop, args.stop_after)

@@ -24,7 +24,7 @@ from machine import write_results
 RESULTS = Path(__file__).parent / "results" / "kernel.json"
 SHAPES = ((4096, 40), (1024, 80), (9216, 64))
 CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
-HEADS, BLOCK, SPLASH_BLOCK = 8, 512, 1024
+HEADS, BLOCK, FORWARD_QUERIES, SPLASH_BLOCK = 8, 512, 1024, 1024
 _BUNDLE = re.compile(r"\s*0x[0-9a-f]+[^:{]*: (>*) *\{")
 
 
@@ -102,8 +102,8 @@ def executed(kernel: str, is_backward: bool, positions: int, outer: int, inner: 
     bundles outside of loops are counted.
     """
     if kernel == "ours":
-        blocks = positions // BLOCK
-        return blocks * (outer + blocks * inner)
+        programs = positions // (BLOCK if is_backward else FORWARD_QUERIES)
+        return programs * (outer + positions // BLOCK * inner)
     keys = splash_backward_block(positions) if is_backward else SPLASH_BLOCK
     return (positions // SPLASH_BLOCK) * (positions // keys) * outer
 

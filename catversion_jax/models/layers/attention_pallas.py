@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,7 +42,10 @@ LOG2_E = math.log2(math.e)
 LANES = 128
 BLOCKS = (512, 256, LANES)
 """Positions of a block of queries or keys, the largest that divides. The logits of 512 x 512 are
-1 MB; 1024 is no faster (docs/results/performance.md)."""
+1 MB."""
+FORWARD_QUERIES = (1024, *BLOCKS)
+"""Of queries in the forward pass, where one block of keys then serves twice as many
+(docs/notes/attention_kernel.md)."""
 HEADROOM = 64
 """Weights are at most 2^64, and their sums at least 2^-64: between these and the ends of float32 is
 room for the number of keys and the values, and for the bits of small weights."""
@@ -80,7 +84,7 @@ def _forward(
     scaled = (query.astype(jnp.float32) * (scale * LOG2_E)).astype(query.dtype)
     groups, head_dim, queries = query.shape
     keys, values = _filled_up(key), _filled_up(value)
-    size = _block(queries)
+    size = _block(queries, FORWARD_QUERIES)
     whole = pl.BlockSpec((None, *keys.shape[1:]), lambda g, i: (g, 0, 0))
     block = pl.BlockSpec((None, head_dim, size), lambda g, i: (g, 0, i))
     row = pl.BlockSpec((None, 1, size), lambda g, i: (g, 0, i))
@@ -226,8 +230,8 @@ def _backward_kernel(
 transposed_attention.defvjp(_forward, _backward)
 
 
-def _block(positions: int) -> int:
-    return next(size for size in BLOCKS if positions % size == 0)
+def _block(positions: int, sizes: Sequence[int] = BLOCKS) -> int:
+    return next(size for size in sizes if positions % size == 0)
 
 
 def _filled_up(array: Float[Array, "G H S"]) -> Float[Array, "G H S2"]:

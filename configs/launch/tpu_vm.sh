@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A list of concepts on a Cloud TPU slice, one process on every host.
 #   bash configs/launch/tpu_vm.sh
-# Needs: gcloud, logged in; the photos in gs://BUCKET/concepts (a folder for each concept, with its concept.json).
+# Needs: gcloud, logged in; the photos in gs://BUCKET/concepts (a folder for each concept, with its concept.json,
+#   or folders and a list of them: CONCEPTS=concepts/products.csv).
 # Machine: TYPE; v5litepod-16 is 16 chips on 4 hosts. Cost: chips x hours x the price of a chip hour, spot less than on demand;
 #   catversion plan --config configs/sd15.yaml --tpu v5e:4x4 --concepts N --price-per-chip-hour P    says how much before you pay.
 # Edit: the variables below, or set them in the environment. Result: gs://BUCKET/runs/NAME, one file per concept.
@@ -14,6 +15,7 @@ TYPE=${TYPE:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
 BUCKET=${BUCKET:?set BUCKET to the name of your bucket}
 CONFIG=${CONFIG:-configs/sd15.yaml}
+CONCEPTS=${CONCEPTS:-concepts}
 WAIT=${WAIT:-300} # seconds before a slice that is not to be had is asked for again
 
 slice() { gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
@@ -33,7 +35,7 @@ set_up() {
 # Exit codes: 0 done (concepts that were given up included), 2 wrong options, anything else: go on.
 train() {
   on_all_hosts "cd catversion && . .venv/bin/activate
-    python train_tpu.py --config $CONFIG concepts=concepts output_dir=gs://$BUCKET/runs/$NAME quarantine_exit_code=0
+    python train_tpu.py --config $CONFIG concepts=$CONCEPTS output_dir=gs://$BUCKET/runs/$NAME quarantine_exit_code=0
     code=\$?; echo \"ended with \$code\"; [ \$code = 0 ]" 2>&1 | tee /tmp/catversion.log
 }
 

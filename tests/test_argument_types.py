@@ -83,3 +83,20 @@ def test_a_scale_is_a_number(backbone, finished) -> None:
     for scale in ("x", None, [1], {}):
         with pytest.raises(CatVersionError, match="scale="):
             cv.generate("a cat", [(cv.load_concept(file), scale)], model=backbone, scale="y")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"classes": value}, "classes=.*must be a list") for value in ("dog", None, [1], 5)]
+    + [({"scales": value}, "scales=.*must be a list") for value in (None, 0.5, "0.5")]
+    + [({"prompts": value}, "prompts=.*must be the name") for value in (None, ["a {}"])]
+    + [({"concepts": value}, "concepts=.*must be a path") for value in (5, ["a"], b"x")]
+    + [
+        ({name: value}, f"{name}=.*must be a whole number")
+        for name in ("seed", "num_prior_images")
+        for value in (None, "3", 1.5, True)
+    ],
+)
+def test_evaluate(tmp_path, arguments, words) -> None:
+    with pytest.raises(CatVersionError, match=words):
+        cv.evaluate(tmp_path, **{"prompts": "tiny", **arguments})

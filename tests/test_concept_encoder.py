@@ -19,15 +19,18 @@ from catversion_jax.cli import fit_start, main
 from catversion_jax.concepts import read_concepts
 from catversion_jax.config import FitOptions, TrainConfig
 from catversion_jax.config.options import statement_of
+from catversion_jax.errors import CatVersionError
 from catversion_jax.methods.concept_encoder import (
+    Whitening,
     load_concept_encoder,
     new_weights,
 )
 from catversion_jax.methods.residual import KVResidual
 from catversion_jax.models.embedders import ClipEmbedder
-from catversion_jax.models.stable_diffusion import load_backbone
+from catversion_jax.models.stable_diffusion import abstract_backbone, load_backbone
 from catversion_jax.runtime.sharding import make_mesh, replicated
-from catversion_jax.training.fit_start import fit_encoder, read_examples
+from catversion_jax.training.fit_start import fit_encoder, learning_rates, read_examples
+from catversion_jax.training.predicted_start import clip_for
 
 pytest.importorskip("torch")
 from tiny_pipelines import save_clip
@@ -136,6 +139,13 @@ def test_no_updates_write_the_prediction_or_the_class_word(
         assert concept.step == 0
         assert fell_back or summary["eval_loss"] < summary["plain_eval_loss"]
     assert outcomes  # both kinds need not occur on noise
+
+    gate = tmp_path / "out" / "evaluation" / "gate.json"
+    gate.parent.mkdir()
+    gate.write_text(json.dumps({"failed": {"thing2": {"updates": 0}}}))
+    again = options | {"retrain": "failed"}
+    assert trained(one_block_sd_folder, place, fitted, tmp_path / "out", **again) == 0
+    assert load_concept(tmp_path / "out" / "concepts" / "thing2").step == 25
 
 
 @pytest.mark.slow  # test_teach_is_one_command and test_no_updates... run the same path each time
@@ -282,3 +292,73 @@ def test_options_of_a_fit_out_of_range_are_refused(given, message, capsys):
     name, value = given.split("=")
     assert main(["fit-start", "x", "--out", "y", f"--{name}", value]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("seed=5", "this command gives seed itself. Say it with --seed."),
+        ("learning_rate=0.9", "Say it with --learning_rate."),
+        ("max_train_steps=5", "Say it with --num_steps."),
+        ("output_dir=x", "Say it with --out."),
+        ("start_clip=x", "Say it with --clip."),
+        ("eval_steps=5", "catversion fit-start does not look at eval_steps. Leave it out."),
+    ],
+)
+def test_options_that_a_fit_would_ignore_are_refused(given, message, capsys):
+    assert main(["fit-start", "x", "--out", "y", given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_file_of_a_fit_is_looked_at_before_the_work(tmp_path, capsys):
+    """The concepts are nowhere, which would be said next."""
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        (tmp_path, "is a folder. Give the file"),
+        (tmp_path / "file" / "x", "cannot be"),
+    ):
+        assert main(["fit-start", "nowhere", "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_clip_that_is_given_is_not_the_models_own(place, tmp_path, monkeypatch, caplog):
+    tiny = abstract_backbone("tiny-sd")
+    assert clip_for(None, tiny)[0] == "clip"
+    monkeypatch.chdir(place)
+    name, clip = clip_for("clip", tiny)
+    assert (name, clip.sha256) == ("./clip", ClipEmbedder(place / "clip").sha256)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CatVersionError, match=r"CLIP './clip': no such folder"):
+        clip_for("clip", tiny)
+
+
+def test_other_colours_are_another_clip(place, tmp_path):
+    shutil.copytree(place / "clip", tmp_path / "clip")
+    before = ClipEmbedder(tmp_path / "clip").sha256
+    assert before == ClipEmbedder(place / "clip").sha256
+    grey = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(grey))
+    assert ClipEmbedder(tmp_path / "clip").sha256 != before
+
+
+def test_damaged_numbers_of_a_start_are_the_file_s_fault(
+    one_block_sd_folder, place, fitted, tmp_path, capsys
+):
+    encoder = load_concept_encoder(fitted)
+    for seed in (-5, 2**70):
+        file = dataclasses.replace(encoder, noise_seed=seed).save(tmp_path / "seed.safetensors")
+        with pytest.raises(CatVersionError, match=r"the file is damaged.*noise_seed"):
+            load_concept_encoder(file)
+    wide = Whitening(
+        np.pad(encoder.photos.mean, (0, 1)), np.pad(encoder.photos.components, ((0, 1), (0, 0)))
+    )
+    file = dataclasses.replace(encoder, photos=wide).save(tmp_path / "wide.safetensors")
+    assert trained(one_block_sd_folder, place, file, tmp_path / "out") == 2
+    assert "the file is damaged: it is for vectors of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 30, 1500])
+def test_a_fit_of_any_length_reaches_its_learning_rate(num_steps):
+    rates = [float(learning_rates(FitOptions(num_steps=num_steps))(i)) for i in range(num_steps)]
+    assert max(rates) == pytest.approx(FitOptions.learning_rate)
+    assert np.isfinite(rates).all()

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
 from evaluating import evaluate, evaluate_fully, scores_of, write_world
 from PIL import Image
@@ -12,7 +13,11 @@ from catversion_jax.cli import main
 from catversion_jax.concepts import read_concepts
 from catversion_jax.config import TrainConfig, dump_config
 from catversion_jax.errors import CatVersionError
-from catversion_jax.evaluation.subjects import subjects_of_images
+from catversion_jax.evaluation.subjects import read_run, subjects_of_images
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.residual import KVResidual
+from catversion_jax.training.run.identity import image_digest
+from catversion_jax.training.run.reader import recorded_concepts
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,8 @@ def output(made_once, world):
         ("run", ["--clip", "model/text_encoder"], r"clip_text_model"),
         ("run", ["--dino", "clip"], r"is a 'clip', the DINO score needs a ViTModel folder"),
         ("run", ["--batch_size", "0"], r"batch_size=0"),
+        ("run", ["--gate_rank1", "0.9"], r"--gate_rank1: says what fails the gate.*Give --gate"),
+        ("run", ["--base_class", "dog"], r"base_class='dog': is for concepts that --concepts"),
         ("model", ["--concepts", "concepts"], r"neither a run .*<concept>/<prompt>_<seed>.png"),
     ],
 )
@@ -154,3 +161,37 @@ def test_a_mask_of_another_size(world, output, tmp_path, capsys):
     code = evaluate(world, tmp_path / "images", tmp_path / "o", "--concepts", world / "concepts")
     assert code == 2
     assert "is 32 x 64 but its image 64 x 64" in capsys.readouterr().err
+
+
+def test_photos_that_were_not_trained_on_are_named(tmp_path, caplog):
+    write_toy_concepts(tmp_path / "photos")
+    concepts = read_concepts(str(tmp_path / "photos"))
+    (cup,) = (spec for spec in concepts.concepts if spec.name == "teal_cup")
+    digests = {"images": [image_digest(source) for source in cup.images]}
+    arrays = np.zeros((2, 1, 1, 1, 4), np.float32)
+    file = tmp_path / "run" / "concepts" / "teal_cup" / "catversion.safetensors"
+    learned = KVResidual(*arrays, (0,))
+    Concept(learned, "cup", "teal_cup", train_config={"digests": digests}).save(file)
+    read_run(tmp_path / "run", concepts)
+    assert not caplog.text
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "teal_cup" / "1.png")
+    read_run(tmp_path / "run", read_concepts(str(tmp_path / "photos")))
+    assert "teal_cup: 1 of the 4 photos" in caplog.text
+    assert "not among those it was trained on (1.png)" in caplog.text
+
+
+def test_photos_elsewhere_are_read_as_the_run_read_them(tmp_path):
+    """What is black in its masks, and how many were held out; what is given wins."""
+    write_toy_concepts(tmp_path / "photos")
+    (tmp_path / "run").mkdir()
+    config = TrainConfig(concepts="gone", mask_polarity="black", max_megapixels=7.0, holdout=1)
+    (tmp_path / "run" / "config.resolved.yaml").write_text(dump_config(config))
+    source = str(tmp_path / "photos")
+    for holdout, expected in ((None, 1), (0, 0)):
+        found = recorded_concepts(tmp_path / "run", holdout, source=source)
+        for spec in found.concepts:
+            assert {image.mask_polarity for image in spec.images} == {"black"}
+            assert {image.max_megapixels for image in spec.images} == {7.0}
+            assert len(spec.eval_images) == expected
+    (tmp_path / "run" / "config.resolved.yaml").write_text("{")
+    assert len(recorded_concepts(tmp_path / "run", source=source).concepts) == 3

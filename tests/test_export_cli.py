@@ -21,7 +21,8 @@ from exporting import (  # noqa: E402
 )
 from tiny_pipelines import make_residual  # noqa: E402
 
-from catversion_jax.methods.concept_file import load_concept  # noqa: E402
+from catversion_jax.integrations.pipeline_folder import table_rows  # noqa: E402
+from catversion_jax.methods.concept_file import Concept, load_concept  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
@@ -253,6 +254,24 @@ def test_export_says_what_is_wrong(run_folder: Path, tmp_path: Path, capsys) -> 
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("form", "given", "remedy"),
+    [
+        ("safetensors", ["--model", "x"], "prompt_embeds, pipeline, block"),
+        ("safetensors", ["--force"], "prompt_embeds, pipeline, block"),
+        ("pipeline", ["--scale", "0.3"], "prompt_embeds"),
+        ("pipeline", ["--prompt", "a cat"], "prompt_embeds"),
+        ("block", ["--negative_prompt", "a dog"], "prompt_embeds"),
+        ("block", ["--revision", "main"], "prompt_embeds, pipeline"),
+    ],
+)
+def test_what_a_format_has_no_use_for_is_refused(form, given, remedy, run_folder, capsys) -> None:
+    code, text = catversion(capsys, "export", run_folder, "--format", form, *given)
+    assert code == 2
+    assert f"{given[0]}: says nothing of --format {form}." in text
+    assert text.rstrip().endswith(f"it is for: {remedy}.")
+
+
 @pytest.mark.parametrize("form", ["pipeline", "prompt_embeds"])
 def test_export_for_another_text_encoder_is_refused(
     run_folder: Path, tmp_path: Path, capsys, form: str
@@ -260,7 +279,8 @@ def test_export_for_another_text_encoder_is_refused(
     from tiny_pipelines import save_tiny_sd
 
     other = save_tiny_sd(tmp_path / "other", seed=1)
-    arguments = ("export", run_folder, "--format", form, "--model", other, "--prompt", "a cat")
+    prompt = ("--prompt", "a cat") if form == "prompt_embeds" else ()
+    arguments = ("export", run_folder, "--format", form, "--model", other, *prompt)
     code, text = catversion(capsys, *arguments, "--output_dir", tmp_path / "out")
     assert code == 2
     assert "--force" in text
@@ -272,3 +292,21 @@ def test_export_for_another_text_encoder_is_refused(
         out = str(tmp_path / "out")
         pipe = DiffusionPipeline.from_pretrained(out, custom_pipeline=out, trust_remote_code=True)
         assert type(pipe).__name__ == "CatVersionPipeline"
+
+
+def test_the_table_of_an_export_says_which_concept_acts() -> None:
+    concepts = [
+        Concept(make_residual(0), word, name, when)
+        for name, word, when in (
+            ("fido", "Dog", "class_word"),
+            ("rex", "dog", "class_word"),
+            ("tom", "cat", "class_word"),
+            ("mood", "dog", "always"),
+        )
+    ]
+    assert table_rows(concepts).splitlines() == [
+        "| fido | Dog, once it is chosen in place of rex |",
+        "| rex | dog |",
+        "| tom | cat |",
+        "| mood | every prompt |",
+    ]

@@ -147,6 +147,8 @@ def test_the_tables_say_it_only_when_asked(tmp_path: Path) -> None:
     shown = str(asked)
     assert "gallery, ours, dog (2 concepts, 6 photos; CLIP, whole pictures): rank-1" in shown
     assert "no gallery, one concept only: cat" in shown
+    two = dataclasses.replace(subjects[0], base_class="Dog")
+    assert without_gallery([two, *subjects[1:]]) == ["cat"]  # one class to the gallery, too
     write_scores(tmp_path, asked)
     found = json.loads(content.read_text())["galleries"]["ours"][0]
     assert found["concepts"]["rex"]["rank1"] == pytest.approx(ranked[0].total.rank1)

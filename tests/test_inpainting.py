@@ -108,3 +108,28 @@ def test_what_cannot_be_inpainted(one_block_sd_folder, folder, backbone, tmp_pat
     assert "mask_image missing: give both" in capsys.readouterr().err
     with pytest.raises(CatVersionError, match=r"is an inpainting model, whose attention"):
         class_word_masks(backbone, np.zeros((1, 16, 16, 3), np.uint8), ["cat"])
+
+
+def test_a_mask_is_read_as_in_training(tmp_path):
+    """Of whatever form: 25 % of it are to be painted anew."""
+    square = np.zeros((8, 8), np.uint8)
+    square[:4, :4] = 1
+    labels = Image.fromarray(square).convert("P")
+    labels.putpalette([0, 0, 0, 128, 0, 0])
+    cut_out = np.full((8, 8, 4), 255, np.uint8)
+    cut_out[..., 3] = 255 * square
+    files = {
+        "zero-one.png": Image.fromarray(square),
+        "labels.png": labels,
+        "cut-out.png": Image.fromarray(cut_out),
+        "sixteen.png": Image.fromarray(np.where(square, 65535, 3000).astype(np.uint16)),
+        "float.tiff": Image.fromarray(square.astype(np.float32)),
+    }
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    for name, mask in files.items():
+        mask.save(tmp_path / name)
+        kept = KeptPicture.read(tmp_path / "photo.png", tmp_path / name)
+        np.testing.assert_array_equal(kept.mask >= 128, square == 1, err_msg=name)
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    with pytest.raises(CatVersionError, match=r"brightest grey is 0 of 255, so nothing would be"):
+        KeptPicture.read(tmp_path / "photo.png", tmp_path / "black.png")

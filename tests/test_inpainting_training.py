@@ -16,6 +16,7 @@ from catversion_jax.concepts.latents import encode_concept
 from catversion_jax.concepts.repainting import NUM_AREAS, areas_to_repaint
 from catversion_jax.config import make_config
 from catversion_jax.diffusion import noise_schedule
+from catversion_jax.evaluation.evaluate import _masker
 from catversion_jax.models.stable_diffusion import abstract_backbone, load_backbone
 from catversion_jax.models.text_encoders import LowerStates
 from catversion_jax.runtime.sharding import make_mesh
@@ -227,3 +228,22 @@ def test_an_exported_folder_paints_with_the_concept(folder, tmp_path):
     assert np.abs(expected - plain).max() > 1e-3
     np.testing.assert_array_equal(painted(pipe), expected)
     assert "mask_image=" in (out / "README.md").read_text()
+
+
+def test_other_masks_are_other_photos(folder, tmp_path, capsys):
+    """Masks say which areas an inpainting model is shown, so they are part of what was taught."""
+    red = write_photos(tmp_path / "photos", ["red"]) / "red"
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[4:12, 2:9] = 255
+    for index in range(2):
+        Image.fromarray(mask).save(red / f"{index}.mask.png")
+    assert run_here(folder, red, tmp_path / "run", **UPDATES) == 0
+    assert run_here(folder, red, tmp_path / "run", **UPDATES) == 0
+    Image.fromarray(mask.T.copy()).save(red / "1.mask.png")
+    assert run_here(folder, red, tmp_path / "run", **UPDATES) != 0
+    assert "the mask of 1.png has changed since it was trained" in capsys.readouterr().err
+
+
+def test_an_inpainting_model_makes_no_masks_for_scores(folder, backbone, caplog):
+    assert _masker(backbone) is None
+    assert "whose attention makes no masks" in caplog.text

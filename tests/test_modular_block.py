@@ -53,6 +53,20 @@ def block(files, tmp_path_factory):
     return out
 
 
+def test_what_is_said_at_the_export_is_in_the_block(files, tmp_path):
+    command = [
+        "export",
+        str(files["tom"]),
+        "--format",
+        "block",
+        "--output_dir",
+        str(tmp_path / "x"),
+    ]
+    assert main([*command, "--force", "--model", "me/fine-tuned"]) == 0
+    assert "Step.force = True" in (tmp_path / "x" / "block.py").read_text()
+    assert 'init_pipeline("me/fine-tuned")' in (tmp_path / "x" / "README.md").read_text()
+
+
 def modular(folder, step):
     blocks = AutoBlocks()
     blocks.sub_blocks["text_encoder"] = step

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,18 @@ def test_the_layout_of_dreambench_plus(tmp_path: Path) -> None:
     assert np.abs(shown - drawn[1, 4]).mean() < 8  # seeds in order
     sources = [np.asarray(Image.open(out / f"src_image/rex/0_{n}.jpg")).mean() for n in range(3)]
     assert np.round(sources).tolist() == [120, 180, 120]  # held-out photos in turn
+    fewer = PromptSet("one", prompts.prompts[:1], 3)
+    (tmp_path / "images" / "rex" / "0_9.png").unlink()
+    assert export_dreambench_plus(out, tmp_path / "images", subjects, known, fewer) == 2
+    left = [p.relative_to(out).as_posix() for p in out.rglob("*_*.*") if p.name[0].isdigit()]
+    assert sorted(left) == sorted(
+        f"{kind}/rex/0_{n}.{'txt' if kind == 'text' else 'jpg'}"
+        for kind in ("src_image", "text", "tgt_image")
+        for n in (0, 1)
+    )
+    shutil.copytree(out / "tgt_image" / "rex", out / "tgt_image" / "tom")
+    with pytest.raises(CatVersionError, match=r"holds pictures of tom, which are not of this"):
+        export_dreambench_plus(out, tmp_path / "images", subjects, known, prompts)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(CatVersionError, match=r"holds other files.*Give a new folder"):

@@ -7,6 +7,7 @@ import pytest
 
 from catversion_jax.cli import main
 from catversion_jax.cli.serve import teaching_config
+from catversion_jax.cli.teach import _unlike, own_start
 from catversion_jax.config import as_override, load_config
 from catversion_jax.config.serving import ServeOptions
 from catversion_jax.errors import CatVersionError
@@ -67,6 +68,7 @@ def test_a_base_class_with_a_slash_stays_in_the_folder(cup, capsys):
         (["cup", "instance_data_dir=other"], "this command gives concepts itself"),
         (["cup", "output_dir=x"], "Say it with --output_dir."),
         (["cup", "shard=2/3"], "this command gives shard itself. Leave it out."),
+        (["cup", "start=null"], "this command gives start itself. Say it with --start."),
         (["cup", "--base_class", ""], "--base_class '': must be plain words"),
         (["cup", "--base_class", "{}"], "--base_class '{}': must be plain words"),
     ],
@@ -109,3 +111,36 @@ def test_quotes_and_lists_are_still_read():
     assert read.validation_prompt == ("a {}", "b {}")
     with pytest.raises(CatVersionError, match="must be text"):
         load_config(None, ["instance_prompt=['a {}', 'b {}']"])
+
+
+@pytest.mark.parametrize(
+    ("option", "fits"),
+    [
+        ("init=class_word", False),
+        ("init=predicted", True),
+        ("method=textual_inversion", False),
+        ("context_states=4", False),
+        ("preserve_weight=1", True),
+        ("lr=0.1", True),
+    ],
+)
+def test_the_models_own_prediction_is_for_what_it_was_fitted_for(option, fits):
+    start = own_start("tiny-sd")
+    assert _unlike(start, ["lr_scheduler=constant", option]) == (None if fits else option)
+
+
+def test_the_model_of_a_home_folder_has_its_own_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    shutil.copyfile(own_start("tiny-sd"), tmp_path / "model" / "start.safetensors")
+    assert own_start("~/model") == tmp_path / "model" / "start.safetensors"
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    assert main(["status", "run"]) == 2
+    assert (
+        "the working directory: No such file or directory. Change to one" in capsys.readouterr().err
+    )

@@ -80,11 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = WRONG
         except OSError as error:  # a path that is too long, a disk that is gone
             place = f"{shown(error.filename)}: " if error.filename else ""
-            print(
-                f"error: {place}{error.strerror or shown(error)}. Give another path, or free what "
-                "is lacking, and run the same command again.",
-                file=sys.stderr,
-            )
+            remedy = "Give another path, or free what is lacking, and run the same command again."
+            if isinstance(error, FileNotFoundError) and _is_nowhere():
+                place, remedy = "the working directory: ", "Change to one that is there (cd)."
+            print(f"error: {place}{error.strerror or shown(error)}. {remedy}", file=sys.stderr)
             code = WRONG
         except MemoryError as error:
             print(
@@ -111,6 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = output.failure.strerror or output.failure
             print(f"error: standard output: cannot be written ({reason})", file=sys.stderr)
         return code or (WRONG if output.failure else 0)
+
+
+def _is_nowhere() -> bool:
+    """Whether the working directory was deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _run(argv: list[str]) -> int:

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the concepts that fail to gate.json, for catversion train retrain=failed; "
              "includes --plain and --gallery; exit code 4 where some fail")  # fmt: skip
     for field in dataclasses.fields(GateSettings):
-        add(f"--gate_{field.name}", type=float, default=field.default,
+        add(f"--gate_{field.name}", type=float,
             help=f"{_GATE_HELP[field.name]} [{field.default}]")  # fmt: skip
     add("--dreambench_plus", metavar="FOLDER", type=path_argument,
         help="also write photos, prompts and images into FOLDER in DreamBench++'s layout, for its "
@@ -146,8 +146,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _gate(args: argparse.Namespace) -> GateSettings | bool:
-    settings = GateSettings(args.gate_rank1, args.gate_copies, args.gate_text_loss)
-    return settings if args.gate else False
+    given = {
+        field.name: value
+        for field in dataclasses.fields(GateSettings)
+        if (value := getattr(args, f"gate_{field.name}")) is not None
+    }
+    if given and not args.gate:
+        raise CatVersionError(
+            f"--gate_{next(iter(given))}: says what fails the gate, and there is none. Give --gate "
+            "too, or leave it out."
+        )
+    return args.gate and GateSettings(**given)
 
 
 def _numbers(text: str) -> list[float]:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from catversion_jax.cli.model_arguments import add_source_arguments, load_model
 from catversion_jax.cli.paths import path_argument
@@ -21,6 +21,21 @@ if TYPE_CHECKING:
     from catversion_jax.methods.concept_file import Concept
 
 FORMATS = ("safetensors", "prompt_embeds", "pipeline", "block")
+_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("model", "revision", "variant", "prediction_type")),
+    "force": False,
+    "prompt": [],
+    "negative_prompt": "",
+    "scale": 1.0,
+}
+_OF_MODEL = ("model", "revision", "variant", "prediction_type", "force")
+_USED = {
+    "safetensors": (),
+    "prompt_embeds": tuple(_DEFAULTS),
+    "pipeline": _OF_MODEL,
+    "block": ("model", "force"),
+}
+"""What each format makes of the arguments; the others are refused."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
         raise CatVersionError(
             "--format prompt_embeds: embeddings are of fixed prompts. Give at least one --prompt."
         )
+    for name, default in _DEFAULTS.items():
+        if name not in _USED[args.format] and getattr(args, name) != default:
+            raise CatVersionError(
+                f"--{name}: says nothing of --format {args.format}. Leave it out, or give the "
+                f"--format it is for: {', '.join(f for f in FORMATS if name in _USED[f])}."
+            )
     from catversion_jax.training.run.reader import read_trained
 
     found, damaged = read_trained(args.source)
@@ -90,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         from catversion_jax.integrations.block_folder import export_block
 
         _check_exportable(args.format, concepts)
-        print(export_block(output, concepts))
+        print(export_block(output, concepts, model=args.model, force=args.force))
     else:
         print(_write_pipeline(args, concepts, output))
     return 3 if damaged else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 
@@ -10,10 +11,43 @@ from catversion_jax.cli.option_arguments import (
     add_option_arguments,
     given_options,
     refuse_own_options,
+    refuse_unused_options,
 )
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.cli.progress import progress
-from catversion_jax.config import FitOptions, as_override, load_config
+from catversion_jax.config import (
+    DataOptions,
+    FitOptions,
+    MethodOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    as_override,
+    load_config,
+)
+from catversion_jax.errors import CatVersionError
+from catversion_jax.runtime.atomic_files import check_writable
+
+_ARGUMENTS = {
+    "concepts": "CONCEPTS",
+    "init": None,
+    "start": None,
+    "start_clip": "--clip",
+    "output_dir": "--out",
+    "seed": "--seed",
+    "learning_rate": "--learning_rate",
+    "max_train_steps": "--num_steps",
+    "train_batch_size": "--batch_size",
+}
+"""Options that the command gives, with its own argument of each."""
+_USED = {
+    *("preset", "when", "mixed_precision", "num_eval_samples", "compilation_cache_dir"),
+    *(
+        field.name
+        for group in (DataOptions, ModelOptions, MethodOptions, ObjectiveOptions)
+        for field in dataclasses.fields(group)
+    ),
+}
+"""Options of training that say something here too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fit; 0, or 3 when some concepts could not be used."""
-    refuse_own_options(args.overrides, {"concepts": "CONCEPTS", "init": None})
+    refuse_own_options(args.overrides, _ARGUMENTS)
+    refuse_unused_options(args.overrides, _USED, "fit-start")
+    if args.out.is_dir():
+        raise CatVersionError(f"--out {args.out}: is a folder. Give the file to write.")
+    check_writable(args.out.parent)
     given = [as_override("concepts", args.concepts), *args.overrides]
     if args.config is None and not any(one.startswith("preset=") for one in given):
         given.insert(0, "preset=fast")

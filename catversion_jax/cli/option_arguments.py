@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from catversion_jax.config import ALIASES
 from catversion_jax.config.options import Options, accepted_types, statement_of
+from catversion_jax.config.reading import OPTION_NAMES
 from catversion_jax.errors import CatVersionError, shown
 
 
@@ -60,3 +61,23 @@ def refuse_own_options(overrides: Sequence[str], own: Mapping[str, str | None]) 
         if option in own:
             remedy = f"Say it with {own[option]}." if own[option] else "Leave it out."
             raise CatVersionError(f"{shown(text)}: this command gives {option} itself. {remedy}")
+
+
+def refuse_unused_options(overrides: Sequence[str], used: Collection[str], command: str) -> None:
+    """Make sure that every ``key=value`` is of an option that a command looks at.
+
+    Args:
+      overrides: the texts.
+      used: the options.
+      command: name of the command, for the message.
+
+    Raises:
+      CatVersionError: one is not.
+    """
+    for text in overrides:
+        key = text.partition("=")[0]
+        option = ALIASES.get(key, key)
+        if option in OPTION_NAMES and option not in used:
+            raise CatVersionError(
+                f"{shown(text)}: catversion {command} does not look at {option}. Leave it out."
+            )

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         if row["state"] == "running":
             most = found["max_train_steps"]
             # more with retrain=failed, whose budgets the run's options do not say
-            of = "" if most is None or row["step"] > most else f" of {most}"
+            of = "" if most is None or row["step"] > most or not most else f" of {most}"
             print(f"  {row['name']}: step {row['step']}{of}")
         elif row["state"] == "quarantined":
             print(f"  {row['name']}: quarantined: {row['reason']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from catversion_jax.assets import embedded_folder
@@ -14,12 +15,12 @@ from catversion_jax.cli.paths import path_argument
 from catversion_jax.concepts.class_words import LONGEST_WORDS, are_plain_words
 from catversion_jax.concepts.layouts import read_entries
 from catversion_jax.concepts.names import check_concept_name
-from catversion_jax.config import DataOptions, as_override
+from catversion_jax.config import ALIASES, DataOptions, as_override
 from catversion_jax.config.method import START_FILE, UPDATES_AFTER_PREDICTION
 from catversion_jax.config.presets import PRESETS
 from catversion_jax.errors import CatVersionError, listed, shown
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
-from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.runtime.bucket_paths import as_path, home_expanded
 from catversion_jax.runtime.shards import WHOLE
 
 UPDATES = {True: UPDATES_AFTER_PREDICTION, False: PRESETS["fast"]["max_train_steps"]}
@@ -32,6 +33,7 @@ _ARGUMENTS = {
     "pretrained_model_name_or_path": "--model",
     "output_dir": "--output_dir",
     "max_train_steps": "--updates",
+    "start": "--start",
     "shard": None,
 }
 """Options that the command gives, with its own argument of each."""
@@ -84,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
         raise CatVersionError(mistake)
     output = as_path(args.output_dir or Path("taught") / name)
     start = as_path(args.start) if args.start else own_start(args.model)
+    if start and not args.start and (other := _unlike(start, options)):
+        print(f"{other}: not from the prediction of {args.model}, which does not fit that.")
+        start = None
     updates = UPDATES[start is not None] if args.updates is None else args.updates
     given = [
         "preset=fast",
@@ -109,8 +114,18 @@ def run(args: argparse.Namespace) -> int:
 
 def own_start(model: str) -> Path | None:
     """The concept encoder that a model folder has of its own; None where it has none."""
-    file = (embedded_folder(model) or Path(model)) / START_FILE
+    file = (embedded_folder(model) or home_expanded(model)) / START_FILE
     return file if file.is_file() else None
+
+
+def _unlike(start: Path, options: Sequence[str]) -> str | None:
+    """The first of the options of a run that a concept encoder was not fitted for."""
+    fitted = {"method": "catversion", **dict(one.split("=", 1) for one in start_options(start))}
+    for one in options:
+        key, _, value = one.partition("=")
+        if fitted.get(ALIASES.get(key, key), value) != value:
+            return one
+    return None
 
 
 def start_options(file: Path) -> list[str]:

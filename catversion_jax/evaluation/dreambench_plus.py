@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import io
+import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.array_types import Int
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, listed
 from catversion_jax.evaluation.image_folders import find_images, read_pixels
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.subjects import References, Subject
@@ -29,6 +30,7 @@ from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 
 _KINDS = ("src_image", "text", "tgt_image")
 _JPEG_QUALITY = 95
+_FILE = re.compile(r"\d+_\d+\.(jpg|txt)")
 
 
 def export_dreambench_plus(
@@ -42,7 +44,7 @@ def export_dreambench_plus(
     """Write the images of every concept that was evaluated.
 
     Args:
-      output: the folder of this method; files of the same names are replaced.
+      output: the folder of this method; what an earlier export of these concepts wrote is replaced.
       images: holds ``<concept>/<prompt>_<seed>.png``.
       subjects: the concepts.
       references: their photos; of held-out ones these are written. Concepts without are left out.
@@ -60,6 +62,12 @@ def export_dreambench_plus(
         raise CatVersionError(
             f"{output}: holds other files. Give a new folder for DreamBench++'s layout."
         )
+    held = {path.name for path in (output / "tgt_image").glob("*") if any(path.iterdir())}
+    if strangers := sorted(held - references.keys()):
+        raise CatVersionError(
+            f"{output}: holds pictures of {', '.join(listed(strangers, 3))}, which are not of this "
+            "evaluation. Give a new folder."
+        )
     written = 0
     for subject in subjects:
         if subject.name not in references:
@@ -71,6 +79,9 @@ def export_dreambench_plus(
         folders = {kind: output / kind / subject.name for kind in _KINDS}
         for folder in folders.values():
             make_folder(folder)
+            for path in folder.iterdir():
+                if _FILE.fullmatch(path.name):
+                    path.unlink()
         for image in found:
             stem = f"{image.prompt}_{turns[image.prompt]}"
             photo = photos[turns[image.prompt] % len(photos)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from catversion_jax.concepts import ConceptList, read_concepts
+from catversion_jax.concepts import ConceptList
+from catversion_jax.concepts.mask_files import MaskMaker
 from catversion_jax.config.gate import GateSettings
 from catversion_jax.config.sampling import (
     MAX_IMAGES_PER_PROMPT,
@@ -35,7 +37,9 @@ from catversion_jax.runtime.bucket_paths import as_path
 from catversion_jax.sampling.class_word_masks import class_word_masks
 from catversion_jax.sampling.requests import ConceptUse, check_concept
 from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
-from catversion_jax.training.run.reader import is_run, recorded_holdout, recorded_model
+from catversion_jax.training.run.reader import is_run, recorded_concepts, recorded_model
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 4
 """Images denoised together where nothing else is said; fixed, so that a machine gives the same
@@ -46,7 +50,7 @@ def evaluate(
     source: str | Path,
     *,
     prompts: str = "dreambench",
-    concepts: str | ConceptList | None = None,
+    concepts: str | Path | ConceptList | None = None,
     base_class: str | None = None,
     holdout: int | None = None,
     model: str | Path | Backbone | None = None,
@@ -163,6 +167,8 @@ def evaluate(
         width=width,
         batch_size=_BATCH_SIZE if batch_size is None else batch_size,
     )
+    _check_types(prompts, concepts, classes, seed, num_images_per_prompt, num_prior_images)
+    scales = check_scales(scales)
     prompt_set = load_prompt_set(prompts)
     count = num_images_per_prompt
     count = prompt_set.num_images_per_prompt if count is None else count
@@ -178,9 +184,13 @@ def evaluate(
     if gate_settings is not None:
         plain = gallery = True
     folder = as_path(source)
-    if isinstance(concepts, str):
-        held = recorded_holdout(folder) if holdout is None else holdout
-        concepts = read_concepts(concepts, base_class=base_class, holdout=held)
+    if isinstance(concepts, str | Path):
+        concepts = recorded_concepts(folder, holdout, source=str(concepts), base_class=base_class)
+    elif base_class is not None:
+        raise CatVersionError(
+            f"base_class={shown(base_class)}: is for concepts that --concepts names; those of a "
+            "run say their own. Give --concepts too, or leave it out."
+        )
     subjects, left_out, draws = _subjects(folder, concepts, holdout)
     if not draws and (plain_asked or all_steps or scales):
         raise CatVersionError(
@@ -203,7 +213,7 @@ def evaluate(
         all_steps=all_steps,
         num_prior_images=num_prior_images,
         gallery=gallery,
-        scales=check_scales(scales),
+        scales=scales,
     )
     backbone = None
     if draws or model is not None:
@@ -219,7 +229,7 @@ def evaluate(
         ClipEmbedder(_clip_folder(clip, backbone)),
         prompt_set,
         dino=None if dino is None else DinoEmbedder(dino),
-        masker=None if backbone is None else functools.partial(class_word_masks, backbone),
+        masker=_masker(backbone),
     )
     make_folder(job.output)
     drawn = planned = 0
@@ -244,6 +254,41 @@ def evaluate(
         )
         files.append(out)
     return dataclasses.replace(evaluation, files=tuple(files), num_images=planned, num_drawn=drawn)
+
+
+def _check_types(
+    prompts: object,
+    concepts: object,
+    classes: object,
+    seed: object,
+    num_images_per_prompt: object,
+    num_prior_images: object,
+) -> None:
+    """Make sure that these arguments of :func:`evaluate` are of their types.
+
+    Raises:
+      CatVersionError: one is not.
+    """
+    if not isinstance(prompts, str):
+        raise CatVersionError(f"prompts={shown(prompts)}: must be the name of a set, or a file.")
+    if not (concepts is None or isinstance(concepts, str | Path | ConceptList)):
+        raise CatVersionError(
+            f"concepts={shown(concepts)}: must be a path, or what read_concepts returned."
+        )
+    words = classes if isinstance(classes, Sequence) and not isinstance(classes, str) else [None]
+    if not all(isinstance(word, str) for word in words):
+        raise CatVersionError(
+            f'classes={shown(classes)}: must be a list of class words, such as ["dog", "cup"].'
+        )
+    numbers = {
+        "seed": seed,
+        "num_images_per_prompt": num_images_per_prompt,
+        "num_prior_images": num_prior_images,
+    }
+    for name, value in numbers.items():
+        may_be_none = name == "num_images_per_prompt" and value is None
+        if not may_be_none and (isinstance(value, bool) or not isinstance(value, int)):
+            raise CatVersionError(f"{name}={shown(value)}: must be a whole number.")
 
 
 def _subjects(
@@ -289,6 +334,19 @@ def _check_concepts(subjects: Sequence[Subject], backbone: Backbone, *, force: b
         if subject.concept is not None:
             concept = subject.concept
             check_concept(backbone, ConceptUse.of(concept), concept.fingerprints, force=force)
+
+
+def _masker(backbone: Backbone | None) -> MaskMaker | None:
+    """Makes the masks that are missing; None where no model is at hand that can."""
+    if backbone is None:
+        return None
+    if backbone.inpaints:
+        logger.warning(
+            f"{backbone.name}: is an inpainting model, whose attention makes no masks: pictures "
+            "without a mask file get no masked scores."
+        )
+        return None
+    return functools.partial(class_word_masks, backbone)
 
 
 def _clip_folder(given: str | Path | None, backbone: Backbone | None) -> str | Path:

@@ -58,6 +58,8 @@ def check_scales(scales: Sequence[float]) -> tuple[float, ...]:
     Raises:
       CatVersionError: no numbers above 0, or too many.
     """
+    if not isinstance(scales, Sequence) or isinstance(scales, str | bytes):
+        raise CatVersionError(f"scales={shown(scales)}: must be a list, such as [0.4, 0.7, 1].")
     for scale in scales:
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if not (is_number and math.isfinite(scale) and 0 < scale <= 10):

@@ -124,8 +124,10 @@ def rank_galleries(
 
 def without_gallery(subjects: Sequence[SubjectScores]) -> list[str]:
     """The classes of which there is one concept only, sorted."""
-    counts = collections.Counter(subject.base_class for subject in subjects)
-    return sorted(word for word, count in counts.items() if count == 1)
+    counts = collections.Counter(class_key(subject.base_class) for subject in subjects)
+    return sorted(
+        subject.base_class for subject in subjects if counts[class_key(subject.base_class)] == 1
+    )
 
 
 def _with_ranks(subject: SubjectScores, ranks: Ranks | None) -> SubjectScores:

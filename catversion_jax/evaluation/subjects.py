@@ -117,6 +117,7 @@ def read_run(
         if concept.name in known:
             spec = known[concept.name]
             try:
+                _warn_of_other_photos(concept, spec)
                 held_out = _not_trained_on(concept, spec)
             except CatVersionError as error:
                 left_out[concept.name] = str(error)
@@ -133,6 +134,22 @@ def read_run(
     if not subjects:
         raise CatVersionError(next(iter(left_out.values())))
     return subjects, left_out
+
+
+def _warn_of_other_photos(concept: Concept, spec: ConceptSpec) -> None:
+    """Say which photos are not those that a concept was trained on, as far as its file knows."""
+    digests = concept.train_config.get("digests")
+    trained = digests.get("images") if isinstance(digests, dict) else None
+    if not isinstance(trained, list):
+        return
+    others = [source.label for source in spec.images if image_digest(source) not in trained]
+    if others:
+        logger.warning(
+            f"{concept.name}: {len(others)} of the {len(spec.images)} photos that its pictures "
+            f"are compared with are not among those it was trained on "
+            f"({', '.join(listed(others, 3))}): added or changed since. Train it again, or say "
+            "with --concepts where its photos lie."
+        )
 
 
 def _not_trained_on(concept: Concept, spec: ConceptSpec) -> tuple[ImageSource, ...]:

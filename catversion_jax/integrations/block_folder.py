@@ -72,12 +72,20 @@ the folder's `block.py` run. The folder `catversion/` holds the concept files.
 """
 
 
-def export_block(output: str | Path, concepts: Sequence[Concept]) -> Path:
+def export_block(
+    output: str | Path,
+    concepts: Sequence[Concept],
+    *,
+    model: str | None = None,
+    force: bool = False,
+) -> Path:
     """Write ``block.py``, ``modular_config.json``, ``README.md`` and the concept files.
 
     Args:
       output: a new or empty folder on this machine or in a bucket.
       concepts: at least one, of different names, for Stable Diffusion XL.
+      model: that ``README.md`` names; None is the one that the first concept was trained on.
+      force: load the concepts whatever text encoders they were trained with.
 
     What stops it, Ctrl-C included, leaves ``output`` as it was.
 
@@ -98,21 +106,24 @@ def export_block(output: str | Path, concepts: Sequence[Concept]) -> Path:
         )
     check_unused(output, "block")
     with emptied_if_stopped(output):
-        _write_folder(output, concepts)
+        _write_folder(output, concepts, model, force=force)
     return output
 
 
-def _write_folder(output: Path, concepts: Sequence[Concept]) -> None:
+def _write_folder(
+    output: Path, concepts: Sequence[Concept], model: str | None, *, force: bool
+) -> None:
     make_folder(output)
     data = write_concept_files(concepts, output)
     code = _HEADER + joined((*LOADER, "modular_block.py"))
-    write_atomically(output / "block.py", with_concepts_at_end(code, _CLASS, data).encode())
+    source = with_concepts_at_end(code, _CLASS, data, force=force)
+    write_atomically(output / "block.py", source.encode())
     first = concepts[0]
     readme = _README.format(
         title=output.name,
         rows=table_rows(concepts),
         # quoted as Python reads it: names may be a stranger's
-        model=json.dumps(first.base_model or "stabilityai/stable-diffusion-xl-base-1.0"),
+        model=json.dumps(model or first.base_model or "stabilityai/stable-diffusion-xl-base-1.0"),
         prompt=json.dumps(f"a photo of a {first.base_class}", ensure_ascii=False),
         concepts=json.dumps({first.name: 1.0}, ensure_ascii=False),
     )

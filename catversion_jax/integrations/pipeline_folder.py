@@ -23,6 +23,7 @@ from catversion_jax.methods.per_encoder import check_num_parts
 from catversion_jax.models.components_fit import inpainting_channels
 from catversion_jax.models.weights.model_files import ModelFiles, opened
 from catversion_jax.models.weights.model_index import EXPORTED_CONCEPTS
+from catversion_jax.runtime.alike_names import folded
 from catversion_jax.runtime.atomic_files import emptied_if_stopped, unwritable, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
 
@@ -162,11 +163,19 @@ def write_concept_files(concepts: Sequence[Concept], output: Path) -> dict[str, 
 
 
 def table_rows(concepts: Sequence[Concept]) -> str:
-    """The rows of an exported folder's README: each concept, and what calls it."""
-    return "\n".join(
-        f"| {c.name} | {c.base_class if c.when == 'class_word' else 'every prompt'} |"
-        for c in concepts
-    )
+    """The rows of an exported folder's README: each concept, and what calls it. Of several concepts
+    of one class the last one acts, until others are chosen.
+    """
+    acting = {folded(c.base_class): c.name for c in concepts if c.when == "class_word"}
+
+    def calls(concept: Concept) -> str:
+        if concept.when != "class_word":
+            return "every prompt"
+        other = acting[folded(concept.base_class)]
+        chosen = "" if other == concept.name else f", once it is chosen in place of {other}"
+        return f"{concept.base_class}{chosen}"
+
+    return "\n".join(f"| {concept.name} | {calls(concept)} |" for concept in concepts)
 
 
 def _write_folder(

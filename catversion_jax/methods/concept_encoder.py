@@ -289,6 +289,8 @@ def load_concept_encoder(path: str | Path) -> ConceptEncoder:
             fitted_on=tuple(map(str, facts["fitted_on"])),
         )
         _check_shapes(found)
+        if not 0 <= found.noise_seed < 2**31:
+            raise ValueError(f"noise_seed {found.noise_seed} is not within 0..{2**31 - 1}")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CatVersionError(
             f"start={path}: the file is damaged ({type(error).__name__}: {error!s:.200}). "

@@ -46,7 +46,8 @@ class ImageEmbedder:
     Attributes:
       name: the folder as the user gave it.
       mean: colour that the network sees as zero, within 0..1; fills what a mask removes.
-      sha256: of the folder's configuration and weights.
+      sha256: of the folder's configuration and weights, and of the colours of its preprocessor
+        where they are not the usual ones.
     """
 
     def __init__(
@@ -64,6 +65,9 @@ class ImageEmbedder:
         self.mean = np.asarray(settings.get("image_mean", mean), np.float64)
         self._std = np.asarray(settings.get("image_std", std), np.float64)
         self.sha256 = folder_sha256(Path(folder))
+        if not (np.array_equal(self.mean, mean) and np.array_equal(self._std, std)):
+            colours = np.stack([self.mean, self._std]).astype("<f8").tobytes()
+            self.sha256 = hashlib.sha256(self.sha256.encode() + colours).hexdigest()
         self._image_size, self._short_side = image_size, short_side or image_size
         self._network = network
 
@@ -87,7 +91,12 @@ class ImageEmbedder:
 
 
 class ClipEmbedder(ImageEmbedder):
-    """Both towers of a CLIP."""
+    """Both towers of a CLIP.
+
+    Attributes:
+      state_width: numbers of a pooled state.
+      text_width: numbers of a text's vector.
+    """
 
     def __init__(self, folder: str | Path):
         """Load.
@@ -97,6 +106,8 @@ class ClipEmbedder(ImageEmbedder):
         """
         config = read_config(folder)
         network = load_clip(folder)
+        self.state_width = int(network.params["visual_projection"]["kernel"].shape[0])
+        self.text_width = int(network.params["text_projection"]["kernel"].shape[1])
         source = str(Path(folder) / "config.json")
         text, vision = (
             sub_config(config, f"{part}_config", source=source) for part in ("text", "vision")

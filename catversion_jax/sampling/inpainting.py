@@ -22,6 +22,7 @@ from PIL import Image
 from catversion_jax.array_types import Array, Float, Int
 from catversion_jax.concepts.folders import ImageSource
 from catversion_jax.concepts.images import decode_photo
+from catversion_jax.concepts.mask_values import mask_of
 from catversion_jax.concepts.picture_files import read_picture
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.stable_diffusion import Backbone
@@ -51,6 +52,11 @@ class KeptPicture:
                     f"{name} of type {array.dtype} and shape {array.shape}: must be uint8 {shape}; "
                     "white in mask_image is painted anew."
                 )
+        if self.mask.max() < 128:
+            raise CatVersionError(
+                f"mask_image: its brightest grey is {self.mask.max()} of 255, so nothing would be "
+                "painted anew. What is to be painted must be white."
+            )
 
     @classmethod
     def of(
@@ -78,14 +84,14 @@ class KeptPicture:
 
     @classmethod
     def read(cls, image: str | Path, mask: str | Path) -> KeptPicture:
-        """From two files.
+        """From two files; the mask is read as masks of photos are (``concepts/mask_values.py``).
 
         Raises:
           CatVersionError: one of them is no picture.
         """
         photo = decode_photo(ImageSource(str(image), Path(image))).picture.convert("RGB")
         grey, _ = read_picture(Path(mask), str(mask), max_megapixels=ImageSource.max_megapixels)
-        return cls(np.asarray(photo), np.asarray(grey.convert("L")))
+        return cls(np.asarray(photo), np.asarray(mask_of(grey).grey))
 
     @property
     def sha256(self) -> str:

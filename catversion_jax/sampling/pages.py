@@ -176,6 +176,11 @@ class ImageMetadata:
             "kept_picture_sha256": None if picture is None else picture.sha256,
             "model": backbone.name,
             **backbone.fingerprints,
+            **{
+                f"{part}_digest": backbone.digests.get(part)
+                for part in ("unet", "vae", "scheduler")
+            },
+            "dtype": jax.tree.leaves(backbone.unet.params)[0].dtype.name,
             "platform": jax.default_backend(),
             "software": f"catversion_jax {__version__}",
         }

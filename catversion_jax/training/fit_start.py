@@ -55,6 +55,7 @@ from catversion_jax.training.preparation import (
     assemble_rows,
     concept_failure,
     describe_concepts,
+    masks_decide,
     padded,
     prepare_concept,
     training_images,
@@ -149,11 +150,7 @@ def fit_encoder(
     weights = new_weights(num_features, num_numbers, options.rank, options.seed)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            optax.warmup_cosine_decay_schedule(
-                0.0, options.learning_rate, max(1, options.num_steps // 30), options.num_steps
-            )
-        ),
+        optax.adamw(learning_rates(options)),
     )
     step = make_fit_step(
         noise_schedule(backbone.noise_schedule),
@@ -206,6 +203,12 @@ def fit_encoder(
         clip_sha256=clip.sha256,
         fitted_on=tuple(sorted(one.name for one in examples)),
     )
+
+
+def learning_rates(options: FitOptions) -> optax.Schedule:
+    """The rate of each update: up along a line, down along a cosine."""
+    warmup = min(max(1, options.num_steps // 30), options.num_steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, options.num_steps)
 
 
 def held_out_losses(
@@ -316,7 +319,7 @@ def read_examples(
         seed=seed,
         recorded={},
         networks={},
-        masked=bool(objective.needs_masks),
+        masked=masks_decide(objective, backbone),
     )
     examples = []
     for number, spec in enumerate(concepts, 1):

@@ -31,6 +31,7 @@ from catversion_jax.training.predicted_start import StartPredictor, network_dige
 from catversion_jax.training.preparation import (
     concept_failure,
     describe_concept,
+    masks_decide,
     prepare_concept,
     training_images,
 )
@@ -216,7 +217,7 @@ def live_training(
     """
     run = RunDirectory(config.output_dir)
     recorded, networks = learning_options(config), network_digests(backbone, predictor)
-    masked = bool(config.objective_options.needs_masks)
+    masked = masks_decide(config.objective_options, backbone)
     known: list[tuple[ConceptSpec, ConceptRecord]] = []
     withdrawn: set[str] = set()
 

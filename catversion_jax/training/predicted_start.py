@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -58,12 +57,23 @@ class StartPredictor:
                     f"{backbone.fingerprints.get(name, 'none')!s:.12}. Give the model that it was "
                     "fitted for, or fit another one: catversion fit-start."
                 )
-        clip = ClipEmbedder(_clip_folder(method.start_clip or encoder.clip, backbone))
+        clip = ClipEmbedder(
+            backbone.folder / OWN_CLIP
+            if method.start_clip is None and encoder.clip == OWN_CLIP
+            else _given_folder(method.start_clip or encoder.clip)
+        )
         if clip.sha256 != encoder.clip_sha256:
             raise CatVersionError(
                 f"start_clip={shown(clip.name)}: is not the CLIP that the concept encoder was "
                 f"fitted with ({encoder.clip}, sha256 {encoder.clip_sha256:.12}; this one has "
                 f"{clip.sha256:.12}). Give its folder as start_clip."
+            )
+        found = (len(encoder.photos.mean), len(encoder.words.mean))
+        if found != (clip.state_width, clip.text_width):
+            raise CatVersionError(
+                f"start={method.start or own}: the file is damaged: it is for vectors of {found} "
+                f"numbers, its CLIP gives {(clip.state_width, clip.text_width)}. Copy it again, or "
+                "fit it again."
             )
         return cls(encoder, clip)
 
@@ -92,13 +102,14 @@ def clip_for(given: str | None, backbone: Backbone) -> tuple[str, ClipEmbedder]:
             f"clip: needed, {backbone.name} has no {OWN_CLIP}/ folder of its own. Give a "
             "transformers CLIPModel folder, such as a download of openai/clip-vit-large-patch14."
         )
-    name = given or OWN_CLIP
-    return name, ClipEmbedder(_clip_folder(name, backbone))
+    if given is None:
+        return OWN_CLIP, ClipEmbedder(backbone.folder / OWN_CLIP)
+    # a folder of that name is not the model's own
+    name = f"./{OWN_CLIP}" if given == OWN_CLIP else given
+    return name, ClipEmbedder(_given_folder(name))
 
 
-def _clip_folder(name: str, backbone: Backbone) -> str | Path:
-    if name == OWN_CLIP:
-        return backbone.folder / OWN_CLIP
+def _given_folder(name: str) -> str:
     if not os.path.isdir(name):
         raise CatVersionError(
             f"CLIP {shown(name)}: no such folder. Give a transformers CLIPModel folder, for "

@@ -133,6 +133,13 @@ def describe_concept(
     )
 
 
+def masks_decide(objective: ObjectiveOptions, backbone: Backbone) -> bool:
+    """Whether object masks are part of what is learned: of the loss, or of the areas that an
+    inpainting model is shown (``concepts/repainting.py``).
+    """
+    return bool(objective.needs_masks) or backbone.inpaints
+
+
 def describe_concepts(
     specs: Sequence[ConceptSpec],
     backbone: Backbone,

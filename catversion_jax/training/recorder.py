@@ -189,7 +189,8 @@ class Recorder:
             latest = num_concept_steps / (now - self._mark)
             self._rate = latest if self._rate == 0 else 0.7 * self._rate + 0.3 * latest
         self._mark = now
-        per_hour = 3600 * self._rate / self._max_steps
+        budget = max(1.0, float(np.mean([occupant.updates for occupant, _ in done.trained])))
+        per_hour = 3600 * self._rate / budget
         if self._rate:
             latest_losses = [o.evaluations[-1][1] for o, _ in done.trained if o.evaluations]
             mean = f"eval loss {np.mean(latest_losses):.4f}, " if latest_losses else ""

@@ -36,6 +36,7 @@ from catversion_jax.training.planning.fitting import fitted, largest_concept
 from catversion_jax.training.predicted_start import StartPredictor, network_digests
 from catversion_jax.training.preparation import (
     concept_failure,
+    masks_decide,
     prepare_concept,
 )
 from catversion_jax.training.queue_plan import QueuePlan, plan_queue
@@ -261,7 +262,7 @@ def train_concepts(
             seed=config.seed,
             recorded=recorded,
             networks=networks,
-            masked=bool(config.objective_options.needs_masks),
+            masked=masks_decide(config.objective_options, backbone),
             max_train_steps=config.max_train_steps,
         )
         failures = dict(records.failures)

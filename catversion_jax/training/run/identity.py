@@ -7,8 +7,9 @@
 (and ``text_encoder_2`` where the model has a second one).
 
 Images and masks are hashed as the bytes of their files (or of the dataset's row), in the order of
-the images; masks only where ``masked_training`` or ``preserve_weight`` looks at them, after
-"black " where black is the object. What an earlier version did not record counts as unchanged.
+the images; masks only where ``masked_training``, ``preserve_weight`` or an inpainting model looks
+at them, after "black " where black is the object. What an earlier version did not record counts as
+unchanged.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catversion_jax.concepts import ConceptList, read_configured_concepts
-from catversion_jax.config import load_config
+from catversion_jax.config import load_config, make_config
 from catversion_jax.errors import CatVersionError, listed
 from catversion_jax.methods.concept_file import (
     CONCEPT_FILE_NAME,
@@ -240,44 +240,49 @@ def recorded_model(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def recorded_holdout(folder: Path) -> int:
-    """How many of the last photos a run kept from training; 0 where it does not say."""
-    path = _file_of_run(folder, names.CONFIG_FILE)
-    try:
-        return 0 if path is None else load_config(path).holdout
-    except CatVersionError:
-        return 0
-
-
-def recorded_concepts(folder: Path, holdout: int | None = None) -> ConceptList:
-    """The training images of a run, read where its ``config.resolved.yaml`` says they are.
+def recorded_concepts(
+    folder: Path,
+    holdout: int | None = None,
+    *,
+    source: str | None = None,
+    base_class: str | None = None,
+) -> ConceptList:
+    """The training images of a run, read as its ``config.resolved.yaml`` says.
 
     Args:
       folder: the output folder of training, or one concept's folder in it.
       holdout: last photos of each concept that are held out; None is what the run says.
+      source: where they lie now; None is where the run says.
+      base_class: of the concepts of ``source`` that do not name their own.
 
     Raises:
       CatVersionError: the run does not say, or they are not there any more.
     """
     path = _file_of_run(folder, names.CONFIG_FILE)
-    if path is None:
+    if path is None and source is None:
         raise CatVersionError(
             f"{folder}: records no training images (no {names.CONFIG_FILE}). Give them with "
             "--concepts."
         )
     try:
-        config = load_config(path)
+        config = make_config({"concepts": "given"}) if path is None else load_config(path)
     except CatVersionError as error:
-        raise CatVersionError(
-            f"{error}\nSo {folder} does not say which images it was trained on. Give them with "
-            "--concepts."
-        ) from None
+        if source is None:
+            raise CatVersionError(
+                f"{error}\nSo {folder} does not say which images it was trained on. Give them with "
+                "--concepts."
+            ) from None
+        config = make_config({"concepts": "given"})
+    data = config.data_options
+    if path is not None and path.parent != folder and shard_folders(folder):
+        data = dataclasses.replace(data, shard=str(WHOLE))  # one shard's words, of all of them
+    if holdout is not None:
+        data = dataclasses.replace(data, holdout=holdout)
+    if source is not None:
+        own = data.base_class if base_class is None else base_class
+        data = dataclasses.replace(data, concepts=source, base_class=own)
+        return read_configured_concepts(data, config.when)
     try:
-        data = config.data_options
-        if path.parent != folder and shard_folders(folder):  # one shard's words, of all of them
-            data = dataclasses.replace(data, shard=str(WHOLE))
-        if holdout is not None:
-            data = dataclasses.replace(data, holdout=holdout)
         return read_configured_concepts(data, config.when)
     except CatVersionError as error:
         raise CatVersionError(

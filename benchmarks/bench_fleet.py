@@ -93,39 +93,8 @@ def peer(out: Path, number: int, steps: int) -> dict[str, float]:
     return timed(command, out / f"peer-{number}.log", {})
 
 
-def main() -> None:
-    """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64, 256])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--per-device", type=int, default=8, help="concepts_per_device [8]")
-    parser.add_argument("--peers", type=int, default=3, help="PyTorch runs [3]")
-    parser.add_argument("--predicted", type=int, nargs="*", default=[], metavar="UPDATES")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Any] = {"steps": args.steps, "ours": {}, "peers": [], "predicted": {}}
-    if args.results.is_file():
-        known |= {
-            key: value
-            for key, value in json.loads(args.results.read_text()).items()
-            if key in known
-        }
-    words = ["OUT" if word == str(args.out) else word for word in sys.argv[1:]]
-    known["command"] = " ".join(["python", "benchmarks/bench_fleet.py", *words])
-    for count in args.counts:
-        if len(known["peers"]) < args.peers:
-            known["peers"].append(peer(args.out, len(known["peers"]), args.steps))
-        if str(count) not in known["ours"]:
-            per_device = max(1, min(args.per_device, count // 2))
-            known["ours"][str(count)] = ours(args.out, count, args.steps, per_device)
-        for updates in args.predicted:
-            row = known["predicted"].setdefault(str(updates), {})
-            if str(count) not in row:
-                row[str(count)] = ours(args.out, count, updates, per_device, init="predicted")
-        write_results(args.results, known)
-        print(count, known["ours"][str(count)], flush=True)
+def print_against_peers(known: dict[str, Any]) -> None:
+    """The table of ``--steps`` updates."""
     alone, low, high = spread([run["seconds"] for run in known["peers"]])
     print(f"PyTorch CatVersion: {alone:.1f} s [{low:.1f}, {high:.1f}] per concept\n")
     print(
@@ -139,6 +108,45 @@ def main() -> None:
             f"{row['concept_steps_per_second']:.1f} | {row['peak_mb']:.0f} | "
             f"{alone / each:.2f} [{low / each:.2f}, {high / each:.2f}] |"
         )
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--per-device", type=int, default=8, help="concepts_per_device [8]")
+    parser.add_argument("--peers", type=int, default=3, help="PyTorch runs [3]")
+    parser.add_argument("--predicted", type=int, nargs="*", default=[], metavar="UPDATES")
+    parser.add_argument("--only-predicted", action="store_true", help="leave out --steps and peers")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    known: dict[str, Any] = {"steps": args.steps, "ours": {}, "peers": [], "predicted": {}}
+    if args.results.is_file():
+        known |= {
+            key: value
+            for key, value in json.loads(args.results.read_text()).items()
+            if key in known
+        }
+    words = ["OUT" if word == str(args.out) else word for word in sys.argv[1:]]
+    known["command"] = " ".join(["python", "benchmarks/bench_fleet.py", *words])
+    for count in args.counts:
+        per_device = max(1, min(args.per_device, count // 2))
+        if len(known["peers"]) < args.peers and not args.only_predicted:
+            known["peers"].append(peer(args.out, len(known["peers"]), args.steps))
+        if str(count) not in known["ours"] and not args.only_predicted:
+            known["ours"][str(count)] = ours(args.out, count, args.steps, per_device)
+        for updates in args.predicted:
+            row = known["predicted"].setdefault(str(updates), {})
+            if str(count) not in row:
+                row[str(count)] = ours(args.out, count, updates, per_device, init="predicted")
+                write_results(args.results, known)
+        write_results(args.results, known)
+        print(count, known["ours"].get(str(count), known["predicted"]), flush=True)
+    if known["peers"]:
+        print_against_peers(known)
     for updates, rows in known["predicted"].items():
         print(f"\n| concepts, predicted and {updates} updates | s | s per concept | peak MB |")
         print("| ---: | ---: | ---: | ---: |")

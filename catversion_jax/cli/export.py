@@ -67,18 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="model folder, single file or hub id [the one the concepts were trained on]"
     )
     add_source_arguments(parser)
-    add("--prompt", action="append", default=[], help="prompt_embeds: prompt to encode; repeatable")
+    add("--prompt", action="append", help="prompt_embeds: prompt to encode; repeatable")
     add(
         "--negative_prompt",
-        default="",
         help="prompt_embeds: negative prompt, on which no concept acts",
     )
-    add("--scale", type=float, default=1.0, help="prompt_embeds: strength of the concepts [1]")
+    add("--scale", type=float, help="prompt_embeds: strength of the concepts [1]")
     add(
         "--force",
         action="store_true",
         help="export concepts though they were trained with another text encoder",
     )
+    parser.set_defaults(**_DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -44,6 +44,12 @@ def given_options(args: argparse.Namespace, group: type[Options]) -> dict[str, A
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
+def option_of(text: str) -> str:
+    """The option that ``key=value`` names, by whichever of its names."""
+    key = text.partition("=")[0]
+    return ALIASES.get(key, key)
+
+
 def refuse_own_options(overrides: Sequence[str], own: Mapping[str, str | None]) -> None:
     """Make sure that no ``key=value`` says again what a command has an argument for: one of both
     would have no effect.
@@ -56,8 +62,7 @@ def refuse_own_options(overrides: Sequence[str], own: Mapping[str, str | None]) 
       CatVersionError: one does.
     """
     for text in overrides:
-        key = text.partition("=")[0]
-        option = ALIASES.get(key, key)
+        option = option_of(text)
         if option in own:
             remedy = f"Say it with {own[option]}." if own[option] else "Leave it out."
             raise CatVersionError(f"{shown(text)}: this command gives {option} itself. {remedy}")
@@ -75,8 +80,7 @@ def refuse_unused_options(overrides: Sequence[str], used: Collection[str], comma
       CatVersionError: one is not.
     """
     for text in overrides:
-        key = text.partition("=")[0]
-        option = ALIASES.get(key, key)
+        option = option_of(text)
         if option in OPTION_NAMES and option not in used:
             raise CatVersionError(
                 f"{shown(text)}: catversion {command} does not look at {option}. Leave it out."

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from catversion_jax.assets import embedded_folder
 from catversion_jax.cli import train
-from catversion_jax.cli.option_arguments import refuse_own_options
+from catversion_jax.cli.option_arguments import option_of, refuse_own_options
 from catversion_jax.cli.paths import path_argument
 from catversion_jax.concepts.class_words import LONGEST_WORDS, are_plain_words
 from catversion_jax.concepts.layouts import read_entries
 from catversion_jax.concepts.names import check_concept_name
-from catversion_jax.config import ALIASES, DataOptions, as_override
+from catversion_jax.config import DataOptions, as_override
 from catversion_jax.config.method import START_FILE, UPDATES_AFTER_PREDICTION
 from catversion_jax.config.presets import PRESETS
 from catversion_jax.errors import CatVersionError, listed, shown
@@ -122,8 +122,8 @@ def _unlike(start: Path, options: Sequence[str]) -> str | None:
     """The first of the options of a run that a concept encoder was not fitted for."""
     fitted = {"method": "catversion", **dict(one.split("=", 1) for one in start_options(start))}
     for one in options:
-        key, _, value = one.partition("=")
-        if fitted.get(ALIASES.get(key, key), value) != value:
+        value = one.partition("=")[2]
+        if fitted.get(option_of(one), value) != value:
             return one
     return None
 

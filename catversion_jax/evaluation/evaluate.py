@@ -280,14 +280,11 @@ def _check_types(
         raise CatVersionError(
             f'classes={shown(classes)}: must be a list of class words, such as ["dog", "cup"].'
         )
-    numbers = {
-        "seed": seed,
-        "num_images_per_prompt": num_images_per_prompt,
-        "num_prior_images": num_prior_images,
-    }
+    numbers = {"seed": seed, "num_prior_images": num_prior_images}
+    if num_images_per_prompt is not None:
+        numbers["num_images_per_prompt"] = num_images_per_prompt
     for name, value in numbers.items():
-        may_be_none = name == "num_images_per_prompt" and value is None
-        if not may_be_none and (isinstance(value, bool) or not isinstance(value, int)):
+        if isinstance(value, bool) or not isinstance(value, int):
             raise CatVersionError(f"{name}={shown(value)}: must be a whole number.")
 
 

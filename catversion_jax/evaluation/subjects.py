@@ -136,11 +136,19 @@ def read_run(
     return subjects, left_out
 
 
+def _trained_digests(concept: Concept) -> list[str] | None:
+    """Of the images that a concept was trained on; None where its file, of version 0.1, does not
+    know.
+    """
+    digests = concept.train_config.get("digests")
+    images = digests.get("images") if isinstance(digests, dict) else None
+    return images if isinstance(images, list) else None
+
+
 def _warn_of_other_photos(concept: Concept, spec: ConceptSpec) -> None:
     """Say which photos are not those that a concept was trained on, as far as its file knows."""
-    digests = concept.train_config.get("digests")
-    trained = digests.get("images") if isinstance(digests, dict) else None
-    if not isinstance(trained, list):
+    trained = _trained_digests(concept)
+    if trained is None:
         return
     others = [source.label for source in spec.images if image_digest(source) not in trained]
     if others:
@@ -156,13 +164,12 @@ def _not_trained_on(concept: Concept, spec: ConceptSpec) -> tuple[ImageSource, .
     """Its held-out photos, without those that the concept file lists as training images: by the
     SHA-256 of their bytes, by name where a file of version 0.1 knows no more.
     """
-    digests = concept.train_config.get("digests")
-    trained = digests.get("images") if isinstance(digests, dict) else None
+    trained = _trained_digests(concept)
     held_out = []
     for source in spec.eval_images:
         is_trained = (
             image_digest(source) in trained
-            if isinstance(trained, list)
+            if trained is not None
             else source.label in concept.images
         )
         if is_trained:

@@ -112,6 +112,11 @@ class Backbone:
         return self._only(self.text_facts).sha256
 
     @property
+    def dtype(self) -> str:
+        """``"float32"`` or ``"bfloat16"``: the numbers of the UNet."""
+        return str(jax.tree.leaves(self.unet)[0].dtype)
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """Of the text encoders, under the names that they have in files."""
         return fingerprints_by_name([facts.sha256 for facts in self.text_facts])

@@ -180,7 +180,7 @@ class ImageMetadata:
                 f"{part}_digest": backbone.digests.get(part)
                 for part in ("unet", "vae", "scheduler")
             },
-            "dtype": jax.tree.leaves(backbone.unet.params)[0].dtype.name,
+            "dtype": backbone.dtype,
             "platform": jax.default_backend(),
             "software": f"catversion_jax {__version__}",
         }

@@ -40,7 +40,7 @@ def placed(backbone: Backbone, mixed_precision: str, mesh: Mesh) -> Backbone:
     Raises:
       CatVersionError: their numbers are not those that are asked for.
     """
-    given = dtype_of(backbone)
+    given = backbone.dtype
     wanted = {"auto": given, "bf16": "bfloat16", "no": "float32"}[mixed_precision]
     if given != wanted:
         raise CatVersionError(
@@ -52,8 +52,3 @@ def placed(backbone: Backbone, mixed_precision: str, mesh: Mesh) -> Backbone:
         for name in ("text_encoders", "unet", "vae")
     }
     return dataclasses.replace(backbone, **networks)
-
-
-def dtype_of(backbone: Backbone) -> str:
-    """``"float32"`` or ``"bfloat16"``: the numbers of its UNet."""
-    return str(jax.tree.leaves(backbone.unet)[0].dtype)

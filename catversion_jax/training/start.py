@@ -28,7 +28,7 @@ from catversion_jax.runtime.processes import join_processes, own_part, wait_for_
 from catversion_jax.runtime.sharding import CONCEPT_AXIS, make_mesh
 from catversion_jax.runtime.shards import find_shard
 from catversion_jax.training.feeder import Feeder
-from catversion_jax.training.frozen_networks import dtype_of, load, placed
+from catversion_jax.training.frozen_networks import load, placed
 from catversion_jax.training.loop import Prepared
 from catversion_jax.training.opened_loop import opened_loop
 from catversion_jax.training.planning.abstract import PlannedStep
@@ -160,7 +160,7 @@ def with_networks(
     return (
         dataclasses.replace(
             config,
-            mixed_precision="bf16" if dtype_of(backbone) == "bfloat16" else "no",
+            mixed_precision="bf16" if backbone.dtype == "bfloat16" else "no",
             resolution=config.resolution or backbone.default_resolution,
         ),
         backbone,

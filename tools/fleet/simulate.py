@@ -31,6 +31,7 @@ from PIL import Image
 
 import catversion_jax as cv
 from catversion_jax.concepts import ConceptList, ConceptSpec, ImageSource
+from catversion_jax.training.run.index import FINISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = Path(cv.__file__).parent / "assets" / "tiny-sd-examples"
@@ -136,7 +137,7 @@ def put_in_place(run: Path, finished: int) -> None:
     folder = run / "concepts" / model[0]
     parts = {path.name: path.read_bytes() for path in folder.iterdir()}
     for row in rows[:finished]:
-        if row[1] in ("done", "stopped early"):
+        if row[1] in FINISHED:
             continue
         name = row[0]
         row[1:] = [cell.replace(model[0], name) for cell in model[1:]]

@@ -122,6 +122,10 @@ def test_quotes_and_lists_are_still_read():
         ("context_states=4", False),
         ("preserve_weight=1", True),
         ("lr=0.1", True),
+        ("preset=fast", True),
+        ("preset=quality", False),
+        ("preset=official", False),
+        ("preset=textual_inversion", False),
     ],
 )
 def test_the_models_own_prediction_is_for_what_it_was_fitted_for(option, fits):

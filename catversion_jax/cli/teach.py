@@ -15,17 +15,13 @@ from catversion_jax.cli.paths import path_argument
 from catversion_jax.concepts.class_words import LONGEST_WORDS, are_plain_words
 from catversion_jax.concepts.layouts import read_entries
 from catversion_jax.concepts.names import check_concept_name
-from catversion_jax.config import DataOptions, as_override
+from catversion_jax.config import DataOptions, as_override, load_config
 from catversion_jax.config.method import START_FILE, UPDATES_AFTER_PREDICTION
 from catversion_jax.config.presets import PRESETS
 from catversion_jax.errors import CatVersionError, listed, shown
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.runtime.bucket_paths import as_path, home_expanded
 from catversion_jax.runtime.shards import WHOLE
-
-UPDATES = {True: UPDATES_AFTER_PREDICTION, False: PRESETS["fast"]["max_train_steps"]}
-"""Usual updates of a concept, by whether it starts from a prediction."""
-
 
 _ARGUMENTS = {
     "concepts": "PHOTOS",
@@ -64,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file of a concept encoder, as `catversion fit-start` writes it [the model's own]",
     )
-    add("--updates", type=int, help="number of optimizer updates [25 from a prediction, else 200]")
+    add(
+        "--updates",
+        type=int,
+        help="number of optimizer updates [25 from a prediction, else those of the preset: 200]",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
     if start and not args.start and (other := _unlike(start, options)):
         print(f"{other}: not from the prediction of {args.model}, which does not fit that.")
         start = None
-    updates = UPDATES[start is not None] if args.updates is None else args.updates
+    updates = args.updates
+    if updates is None:
+        updates = UPDATES_AFTER_PREDICTION if start else _usual_updates(options)
     given = [
         "preset=fast",
         f"shard={WHOLE}",
@@ -118,12 +120,22 @@ def own_start(model: str) -> Path | None:
     return file if file.is_file() else None
 
 
+def _usual_updates(options: Sequence[str]) -> int:
+    """Those of the preset that the options name, or of preset=fast."""
+    named = [one for one in options if option_of(one) == "preset"]
+    return load_config(None, ["concepts=photos", *(named or ["preset=fast"])]).max_train_steps
+
+
 def _unlike(start: Path, options: Sequence[str]) -> str | None:
     """The first of the options of a run that a concept encoder was not fitted for."""
     fitted = {"method": "catversion", **dict(one.split("=", 1) for one in start_options(start))}
     for one in options:
-        value = one.partition("=")[2]
-        if fitted.get(option_of(one), value) != value:
+        name, value = option_of(one), one.partition("=")[2]
+        asked: dict[str, object] = {name: value}
+        if name == "preset":
+            # every preset has a start, which the prediction takes the place of
+            asked = {k: v for k, v in PRESETS.get(value, {}).items() if k != "init"}
+        if any(fitted.get(key, str(asked[key])) != str(asked[key]) for key in asked):
             return one
     return None
 

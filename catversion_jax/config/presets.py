@@ -6,6 +6,19 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+# A fifth of the official updates for the same score on tiny-sd (docs/results/study.md,
+# "CatVersion (ours)"; docs/results/performance.md, "Fewer steps"). Not measured on Stable Diffusion
+# itself.
+_FAST: Mapping[str, Any] = {
+    "num_positions": 4,
+    "init": "class_word",
+    "scope": "from_class_word",
+    "learning_rate": 3e-2,
+    "lr_scheduler": "cosine",
+    "timestep_sampling": "stratified",
+    "max_train_steps": 200,
+}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     {
         "none": {},
@@ -18,17 +31,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "when": "always",
             "validation_guidance_scale": 10.0,
         },
-        # A fifth of the official updates for the same score on tiny-sd (docs/results/study.md,
-        # "CatVersion (ours)"; docs/results/performance.md, "Fewer steps"). Not measured on Stable
-        # Diffusion itself.
-        "fast": {
-            "num_positions": 4,
-            "init": "class_word",
-            "scope": "from_class_word",
-            "learning_rate": 3e-2,
-            "lr_scheduler": "cosine",
-            "timestep_sampling": "stratified",
-            "max_train_steps": 200,
+        "fast": _FAST,
+        # What won on concepts that no choice had been made on (docs/notes/recipe.md).
+        "quality": {
+            **_FAST,
+            "timestep_sampling": "proportional",
+            "context_states": 16,
+            "preserve_weight": 1.0,
         },
         "textual_inversion": {
             "method": "textual_inversion",

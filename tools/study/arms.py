@@ -217,12 +217,14 @@ def _recipes() -> list[Arm]:
             "100 updates at 0.05 with all of it",
             {**HALF, **LONGER_CONTEXT, "learning_rate": 0.05},
         ),
-        "longer_context": ("200 updates at 0.03 with all of it", {**OURS, **LONGER_CONTEXT}),
+        "longer_context": ("preset=quality", {**OURS, **PRESETS["quality"]}),
         "predicted_0": (
             "predicted from the photos, no update",
             {**PREDICTED, "max_train_steps": 0},
         ),
         "predicted_25": ("the same, 25 updates", {**PREDICTED, "max_train_steps": 25}),
+        "predicted_100": ("the same, 100 updates", {**PREDICTED, "max_train_steps": 100}),
+        "predicted_200": ("the same, 200 updates", PREDICTED),
         "textual_inversion_preserving": (
             "Textual Inversion, 4 vectors, preserved, noisier timesteps",
             {**INVERSION, **NOISIER, "num_positions": 4},

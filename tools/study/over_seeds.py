@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison import Figures, concept_figures, means, paired
+from strips import write_strips
 
 from catversion_jax.evaluation.intervals import Interval
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("outs", nargs="+", type=Path, metavar="OUT")
     parser.add_argument("--against", default="catversion", help="arm to compare with [catversion]")
     parser.add_argument("--images", choices=("total", "first_seed"), default="total")
+    parser.add_argument("--strips", type=Path, metavar="FOLDER", help="receives pictures")
+    parser.add_argument("--count", type=int, default=3, help="concepts in pictures [3]")
     args = parser.parse_args(argv)
     table = averaged(args.outs, args.images)
     for title, other in (("arm", None), (f"minus {args.against}", args.against)):
@@ -65,6 +68,9 @@ def main(argv: Sequence[str]) -> int:
             cells = [_cell(found.get(metric), sign=other is not None) for metric in SHOWN]
             print(f"| {arm} | {' | '.join(cells)} | {len(concepts)} |")
         print()
+    if args.strips:
+        args.strips.mkdir(parents=True, exist_ok=True)
+        write_strips(args.outs[0], args.strips, table, args.count, prefix="quality")
     return 0
 
 

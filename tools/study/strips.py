@@ -24,13 +24,19 @@ COLUMNS = {
     "dreambooth": "DreamBooth",
     "catversion_official": "CatVersion, official",
     "catversion": "CatVersion (ours)",
+    "longer_context": "preset=quality",
+    "textual_inversion_preserving": "Textual Inversion, preserved",
+    "dreambooth_preserving": "DreamBooth, preserved",
+    "predicted_25": "predicted, 25 updates",
 }
 PROMPTS_SHOWN = 3
 CELL = 96
 COLOURS = 128  # of a strip's palette: small files, and no difference the eye sees
 
 
-def write_strips(out: Path, folder: Path, arms: Mapping[str, Any], count: int) -> list[Path]:
+def write_strips(
+    out: Path, folder: Path, arms: Mapping[str, Any], count: int, prefix: str = "study"
+) -> list[Path]:
     """One picture for each of ``count`` concepts, evenly spread over the list."""
     shown = [arm for arm in COLUMNS if arm in arms]
     if not shown:
@@ -60,7 +66,7 @@ def write_strips(out: Path, folder: Path, arms: Mapping[str, Any], count: int) -
             min_cell=CELL,
         )
         small = grid.quantize(COLOURS, dither=Image.Dither.NONE)
-        paths.append(folder / f"study-{name.replace('_', '-')}.png")
+        paths.append(folder / f"{prefix}-{name.replace('_', '-')}.png")
         save_png(paths[-1], small)
     return paths
 

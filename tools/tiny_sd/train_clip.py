@@ -14,7 +14,17 @@ from compose import SIZE
 from forms import RENDERINGS
 from pool import SIZE_NAMES, Pool, load_pool
 from tokens import CONTEXT, END, START, Tokens
-from training import Batch, Loss, Prepared, arguments, generators, rank, to_pixels, train
+from training import (
+    Batch,
+    Loss,
+    Prepared,
+    arguments,
+    generators,
+    in_bfloat16,
+    rank,
+    to_pixels,
+    train,
+)
 from transformers import CLIPConfig, CLIPModel
 from world import CLASSES, COLOUR_NAMES, KINDS, PLACE_NAMES, STYLES
 
@@ -98,6 +108,8 @@ def main() -> None:
     args = arguments(__doc__, steps=2400, batch=96, lr=1e-3)
     pool, tokens = load_pool(args.work), Tokens.load(args.work / "tokenizer")
     clip = load_clip(args.work) if (args.work / "clip").exists() else make_clip(tokens)
+    # torch's own attention is slow in bfloat16 on a CPU
+    clip.set_attn_implementation("eager")
     model = Heads(clip.requires_grad_(True), attribute_sizes(pool))
 
     def prepare(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,9 +122,10 @@ def main() -> None:
     def loss_fn(batch: Batch) -> Loss:
         rows, ids = prepared(batch.step)
         images = to_pixels(pool.images[rows]).to(args.device)
-        out = model.clip(input_ids=torch.from_numpy(ids).to(args.device), pixel_values=images)
+        with in_bfloat16(args.device):
+            out = model.clip(input_ids=torch.from_numpy(ids).to(args.device), pixel_values=images)
         target = torch.arange(len(rows), device=args.device)
-        logits = out.logits_per_text
+        logits = out.logits_per_text.float()
         contrastive = (
             torch.nn.functional.cross_entropy(logits, target)
             + torch.nn.functional.cross_entropy(logits.T, target)
@@ -122,7 +135,7 @@ def main() -> None:
         for name, labels in attributes(pool, rows).items():
             labels = labels.to(args.device)
             for tower, embeds in (("image", out.image_embeds), ("text", out.text_embeds)):
-                guess = getattr(model, tower)[name](10 * embeds)
+                guess = getattr(model, tower)[name](10 * embeds.float())
                 if (labels >= 0).any():
                     part = torch.nn.functional.cross_entropy(guess, labels, ignore_index=-1)
                     loss = loss + 0.25 * part

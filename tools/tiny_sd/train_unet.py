@@ -2,8 +2,8 @@
 
 Velocity prediction (arXiv 2202.00512) on cached latents, loss weight min(SNR, 5) / (SNR + 1) + 0.2
 (arXiv 2303.09556), timesteps stratified over the batch, one caption in ten empty for guidance.
-The network runs in bfloat16 over float32 weights where the device computes in it: 1.6 times
-float32's samples on a CPU with AMX, a fourteenth on one without.
+In bfloat16 it makes 1.6 times float32's samples on a CPU with AMX, a fourteenth on one without.
+``--compile 1`` makes 1.2 times as many again, after six minutes of compiling.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from training import (
     Prepared,
     arguments,
     generators,
+    in_bfloat16,
     load_average,
     rank,
     to_pixels,
@@ -61,12 +62,6 @@ def make_unet() -> UNet2DConditionModel:
     return unet
 
 
-def computes_in_bfloat16(device: str) -> bool:
-    """Whether bfloat16 is fast there."""
-    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {"amx_bf16": True}
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
-
-
 def cached_latents(work: Path, pool: Pool, device: str = "cpu") -> tuple[np.ndarray, float]:
     """Unscaled latent means ``[N 4 16 16]`` float16, and the factor to unit variance."""
     path = work / "pool" / "latents.npy"
@@ -93,14 +88,16 @@ def draw_captions(pool: Pool, batch: Batch, size: int) -> tuple[np.ndarray, list
 
 def main() -> None:
     """Train."""
-    args = arguments(__doc__, steps=9000, batch=48, lr=8e-4)
+    args = arguments(__doc__, steps=9000, batch=48, lr=8e-4, compile=0)
     pool, tokens = load_pool(args.work), Tokens.load(args.work / "tokenizer")
     latents, scale = cached_latents(args.work, pool, args.device)
     text_encoder = load_clip(args.work).text_model.to(args.device)
     unet = make_unet()
     if rank() == 0:
         print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, latent scale {scale}")
-    bfloat16 = computes_in_bfloat16(args.device)
+    if args.compile:
+        # in place, so that the names of the weights stay
+        unet.compile()
     alphas = DDPMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
 
     def prepare(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,7 +121,7 @@ def main() -> None:
         velocity = signal.sqrt() * noise - (1 - signal).sqrt() * x0
         snr = (signal / (1 - signal)).flatten()
         weight = snr.clamp(max=5) / (snr + 1) + 0.2
-        with torch.autocast(x0.device.type, torch.bfloat16, enabled=bfloat16):
+        with in_bfloat16(args.device):
             prediction = unet(noisy, t, text).sample.float()
         error = (prediction - velocity).square().mean((1, 2, 3))
         loss = (weight * error).mean()

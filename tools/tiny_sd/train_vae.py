@@ -6,7 +6,7 @@ import torch
 from compose import SIZE
 from diffusers import AutoencoderKL
 from pool import load_pool
-from training import Batch, Loss, arguments, to_pixels, train
+from training import Batch, Loss, arguments, in_bfloat16, to_pixels, train
 
 CONFIG = {
     "block_out_channels": (16, 32, 64),
@@ -50,9 +50,10 @@ def main() -> None:
     def loss_fn(batch: Batch) -> Loss:
         rows = batch.numpy.integers(0, pool.num_train, args.batch)
         x = to_pixels(pool.images[rows]).to(args.device)
-        posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=batch.torch, device=x.device)
-        y = vae.decode(posterior.mean + posterior.std * noise).sample
+        with in_bfloat16(args.device):
+            posterior = vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=batch.torch, device=x.device)
+            y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         loss = reconstruction_loss(x, y) + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
         return loss, {"loss": loss.detach(), "psnr": psnr(x, y).detach()}
 

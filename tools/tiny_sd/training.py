@@ -92,8 +92,8 @@ def train(
         model.load_state_dict(torch.load(start, map_location="cpu"))
     model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
-    if device.type != "cpu":
-        # a GPU's bfloat16 convolutions want channels last
+    if device.type != "cpu" or getattr(args, "compile", False):
+        # bfloat16 convolutions of a GPU and compiled ones want channels last
         for kernel in (p for p in params if p.dim() == 4):
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
     tx = torch.optim.AdamW(params, lr=args.lr, betas=betas, weight_decay=weight_decay, fused=True)
@@ -210,6 +210,14 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
     """``[B H W 3]`` uint8 to ``[B 3 H W]`` in [-1, 1]."""
     tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
     return (tensor / 127.5 - 1).contiguous()
+
+
+def in_bfloat16(device: str) -> torch.autocast:
+    """Where networks run in bfloat16 over float32 weights, if the device computes in it."""
+    kind = torch.device(device).type
+    capabilities = torch.cpu.get_capabilities() if kind == "cpu" else {"amx_bf16": True}
+    fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
 def generators(seed: int, step: int, worker: int, device: torch.device | str = "cpu") -> Batch:

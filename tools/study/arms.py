@@ -223,8 +223,6 @@ def _recipes() -> list[Arm]:
             {**PREDICTED, "max_train_steps": 0},
         ),
         "predicted_25": ("the same, 25 updates", {**PREDICTED, "max_train_steps": 25}),
-        "predicted_100": ("the same, 100 updates", {**PREDICTED, "max_train_steps": 100}),
-        "predicted_200": ("the same, 200 updates", PREDICTED),
         "textual_inversion_preserving": (
             "Textual Inversion, 4 vectors, preserved, noisier timesteps",
             {**INVERSION, **NOISIER, "num_positions": 4},

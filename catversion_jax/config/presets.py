@@ -32,9 +32,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "validation_guidance_scale": 10.0,
         },
         "fast": _FAST,
-        # What won on concepts that no choice had been made on (docs/notes/recipe.md).
+        # What won on concepts that no choice had been made on (docs/results/quality.md).
         "quality": {
             **_FAST,
+            "instance_prompt": "a {base_class}",
             "timestep_sampling": "proportional",
             "context_states": 16,
             "preserve_weight": 1.0,

@@ -14,10 +14,8 @@ from typing import Any
 
 from catversion_jax.cli.option_arguments import add_option_arguments, given_options
 from catversion_jax.cli.paths import path_argument
-from catversion_jax.cli.teach import own_start, start_options
+from catversion_jax.cli.teach import own_start, start_options, usual_updates
 from catversion_jax.config import TrainConfig, as_override, load_config
-from catversion_jax.config.method import UPDATES_AFTER_PREDICTION
-from catversion_jax.config.presets import PRESETS
 from catversion_jax.config.serving import ServeOptions
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.runtime.bucket_paths import as_path, is_in_bucket
@@ -156,8 +154,7 @@ def teaching_config(options: ServeOptions) -> TrainConfig:
     import jax
 
     start = own_start(options.model)
-    usual = UPDATES_AFTER_PREDICTION if start else PRESETS["fast"]["max_train_steps"]
-    updates = options.updates or usual
+    updates = options.updates or usual_updates(start)
     rows = options.rows or ROWS.get(jax.default_backend(), USUAL_ROWS)
     root = options.output_dir
     return load_config(

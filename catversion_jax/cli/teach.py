@@ -89,9 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if start and not args.start and (other := _unlike(start, options)):
         print(f"{other}: not from the prediction of {args.model}, which does not fit that.")
         start = None
-    updates = args.updates
-    if updates is None:
-        updates = UPDATES_AFTER_PREDICTION if start else _usual_updates(options)
+    updates = usual_updates(start, options) if args.updates is None else args.updates
     given = [
         "preset=fast",
         f"shard={WHOLE}",
@@ -120,8 +118,10 @@ def own_start(model: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def _usual_updates(options: Sequence[str]) -> int:
-    """Those of the preset that the options name, or of preset=fast."""
+def usual_updates(start: Path | None, options: Sequence[str] = ()) -> int:
+    """Few after a prediction, else those of the preset that the options name, or of preset=fast."""
+    if start:
+        return UPDATES_AFTER_PREDICTION
     named = [one for one in options if option_of(one) == "preset"]
     return load_config(None, ["concepts=photos", *(named or ["preset=fast"])]).max_train_steps
 

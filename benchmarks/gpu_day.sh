@@ -38,7 +38,7 @@ cd "$here" || exit
 part() {  # NAME SECONDS COMMAND...
   local name=$1 limit=${LIMIT:-$2} left=$((total - SECONDS)) before=$SECONDS code
   shift 2
-  [[ " ${PARTS:-$name} " = *" $name "* ]] || return 0
+  wanted "$name" || return 0
   rm -f "$out/$name.json"
   if [ "$left" -lt 5 ]; then echo "$name: no time is left" | tee "$out/$name.log"; code=124
   else
@@ -50,7 +50,8 @@ part() {  # NAME SECONDS COMMAND...
 rm -f "$work/parts.txt"
 step=("$python" bench_step.py --work "$work" --steps "$steps" --rounds "$rounds")
 
-if [ "${DEVICE:-cuda}" = cuda ]; then  # 7 GB of random weights, written beside what comes first
+wanted() { [[ " ${PARTS:-$1} " = *" $1 "* ]]; }
+if wanted large && [ "${DEVICE:-cuda}" = cuda ]; then  # 7 GB of random weights, written beside what comes first
   timeout "$total" nice "$python" -c 'import sys, pathlib, random_models as m; m.write_random_sdxl(pathlib.Path(sys.argv[1]))' \
     "$work/sdxl" >"$out/weights.log" 2>&1 &
 fi

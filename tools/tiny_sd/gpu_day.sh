@@ -3,8 +3,9 @@
 #
 # WORK holds sprites.npz and sprites.json (sprites.py; 1.2 MB). START is the tiny-sd folder whose
 # averages training begins with, the shipped one by default. OUT gets the new folder as parts of at
-# most 15 MB (cat OUT/tiny-sd.tgz.* | tar xz), the judge and a log. Needs torch, transformers,
-# diffusers and this repository's requirements, no network; wheels in WHEELS are installed beside.
+# most 15 MB (cat OUT/tiny-sd.tgz.* | tar xz) and a log. Needs torch, transformers, diffusers and
+# this repository's requirements, no network; wheels in WHEELS are installed beside. PARTS=pool only
+# composes the pictures, which needs no GPU and is done once.
 #
 # Rehearsal without a GPU, a hundredth of the length:
 #   DEVICE=cpu COUNT=4500 EARLY_MINUTES=0.015 UNET_MINUTES=0.05 BATCH=16 gpu_day.sh WORK OUT
@@ -12,30 +13,50 @@ set -euo pipefail
 work=$(realpath "$1") out=$(realpath -m "$2")
 here=$(realpath "$(dirname "$0")")
 start=$(realpath "${3:-$here/../../catversion_jax/assets/tiny-sd}")
-device=${DEVICE:-cuda} count=${COUNT:-150000} loaders=${LOADERS:-$(($(nproc) / 2))}
+device=${DEVICE:-cuda} count=${COUNT:-240000} loaders=${LOADERS:-$(($(nproc) / 2))}
 early=${EARLY_MINUTES:-1.5} late=${UNET_MINUTES:-4.5} batch=${BATCH:-1024}
 export OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$out"
-exec > >(tee "$out/log.txt") 2>&1
+exec > >(tee -a "$out/log.txt") 2>&1
 say() { echo "$(date +%T) $*"; }
 
 if [ -n "${WHEELS:-}" ]; then
-  python3 -m pip install -q --no-index --no-deps --target "$work/site" "$WHEELS"/*.whl
+  python3 -m pip install -q --no-index --no-deps --upgrade --target "$work/site" "$WHEELS"/*.whl
   export PYTHONPATH=$PYTHONPATH:$work/site
 fi
 cd "$here"
-[ -e "$work/pool/labels.npy" ] || { say "$count pictures"; python3 pool.py "$work" --count "$count"; }
-python3 stages_of.py "$work" "$start"
-say "VAE, CLIP and judge side by side, $early minutes"
-on_device=(--device "$device" --minutes "$early")
-python3 train_vae.py "$work" "${on_device[@]}" --batch $((batch / 4)) --lr 1e-3 & vae=$!
-python3 train_clip.py "$work" "${on_device[@]}" --batch $((batch / 2)) --lr 5e-4 \
+if [ ! -e "$work/pool.done" ]; then
+  say "$count pictures"
+  python3 pool.py "$work" --count "$count"
+  python3 stages_of.py "$work" "$start"
+  touch "$work/pool.done"
+fi
+[ "${PARTS:-}" != pool ] || exit 0
+
+# The denoiser is compiled while the other stages train, on pictures of its own; where that fails it
+# trains uncompiled.
+denoiser=(--device "$device" --batch "$batch" --loaders "$loaders")
+mkdir -p "$work/compiling/pool"
+cp -r "$work"/sprites.* "$work"/*.start.pt "$work/clip" "$work/tokenizer" "$work/compiling"
+python3 -c 'import sys, numpy
+for name in ("images", "labels"):
+    numpy.save(f"{sys.argv[2]}/{name}.npy", numpy.load(f"{sys.argv[1]}/{name}.npy", mmap_mode="r")[-4500:])' \
+  "$work/pool" "$work/compiling/pool"
+(timeout 150 python3 train_unet.py "$work/compiling" "${denoiser[@]}" --loaders 0 --compile 1 --steps 3 \
+  >"$out/compiling.txt" 2>&1 && touch "$work/compiled") & compiling=$!
+
+say "VAE and CLIP side by side, $early minutes"
+python3 train_vae.py "$work" --device "$device" --minutes "$early" --batch $((batch / 4)) --lr 1e-3 & vae=$!
+python3 train_clip.py "$work" --device "$device" --minutes "$early" --batch $((batch / 2)) --lr 5e-4 \
   --loaders $((loaders / 2)) & clip=$!
-python3 train_judge.py "$work" "${on_device[@]}" --batch $((batch / 4)) & judge=$!
-wait $vae; wait $clip; wait $judge
-say "denoiser, $late minutes"
-python3 train_unet.py "$work" --device "$device" --minutes "$late" --batch "$batch" --loaders "$loaders"
+wait $vae || say "the VAE stays as far as it came"
+wait $clip || say "CLIP stays as it was"
+wait $compiling || say "not compiled: $(tail -n 1 "$out/compiling.txt")"
+compiled=$([ -e "$work/compiled" ] && echo 1 || echo 0)
+say "denoiser, $late minutes, compiled: $compiled"
+python3 train_unet.py "$work" "${denoiser[@]}" --minutes "$late" --lr 1e-3 --compile "$compiled" \
+  || say "the denoiser stopped early"
+say "packaging"
 python3 package.py "$work" "$work/tiny-sd"
 tar cz -C "$work" tiny-sd | split -b 15M - "$out/tiny-sd.tgz."
-cp "$work/judge.ema.pt" "$out/"
 say "done"; ls -l "$out"

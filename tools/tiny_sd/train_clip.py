@@ -121,7 +121,7 @@ def main() -> None:
 
     def loss_fn(batch: Batch) -> Loss:
         rows, ids = prepared(batch.step)
-        images = to_pixels(pool.images[rows]).to(args.device)
+        images = to_pixels(pool.images[rows], args.device)
         with in_bfloat16(args.device):
             out = model.clip(input_ids=torch.from_numpy(ids).to(args.device), pixel_values=images)
         target = torch.arange(len(rows), device=args.device)

@@ -120,7 +120,7 @@ def main() -> None:
     def loss_fn(batch: Batch) -> Loss:
         rows = batch.numpy.integers(0, pool.num_train, args.batch)
         # blur and noise: the judge must not fail generated pictures for being soft
-        x = to_pixels(pool.images[rows]).to(args.device)
+        x = to_pixels(pool.images[rows], args.device)
         if batch.python.random() < 0.5:
             x = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
         x = x + 0.1 * batch.python.random() * torch.randn(

@@ -49,7 +49,7 @@ def main() -> None:
 
     def loss_fn(batch: Batch) -> Loss:
         rows = batch.numpy.integers(0, pool.num_train, args.batch)
-        x = to_pixels(pool.images[rows]).to(args.device)
+        x = to_pixels(pool.images[rows], args.device)
         with in_bfloat16(args.device):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=batch.torch, device=x.device)
@@ -58,10 +58,10 @@ def main() -> None:
         return loss, {"loss": loss.detach(), "psnr": psnr(x, y).detach()}
 
     vae = train("vae", vae, loss_fn, args, weight_decay=1e-4)
-    x = to_pixels(pool.images[-512:])
+    x = to_pixels(pool.images[-512:], args.device)
     with torch.inference_mode():
         y = torch.cat(
-            [vae.cpu().decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)]
+            [vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)]
         )
     print(f"validation PSNR {psnr(x, y):.2f} dB")
 

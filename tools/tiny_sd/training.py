@@ -57,6 +57,8 @@ def arguments(description: str | None, **defaults: float | str) -> argparse.Name
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.device != "cpu":
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
@@ -206,10 +208,10 @@ def load_average(work: Path, name: str, model: Model) -> Model:
     return model.eval().requires_grad_(False)
 
 
-def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """``[B H W 3]`` uint8 to ``[B 3 H W]`` in [-1, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
-    return (tensor / 127.5 - 1).contiguous()
+def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+    """``[B H W 3]`` uint8 to ``[B 3 H W]`` in [-1, 1], computed where it is wanted."""
+    tensor = torch.from_numpy(np.array(images)).to(device)
+    return (tensor.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
 
 
 def in_bfloat16(device: str) -> torch.autocast:

@@ -54,7 +54,9 @@ RESULTS = Path(__file__).parent / "results"
 class Ours:
     """The compiled training step on so many concepts."""
 
-    def __init__(self, backbone: Backbone, specs: list[ConceptSpec], dtype: str):
+    def __init__(
+        self, backbone: Backbone, specs: list[ConceptSpec], dtype: str, recompute: str = "auto"
+    ):
         config = make_config(
             {
                 "concepts": "given",
@@ -65,6 +67,7 @@ class Ours:
                 "learning_rate": 3e-2,
                 "train_batch_size": BATCH,
                 "concepts_per_device": len(specs),
+                "gradient_checkpointing": recompute,
                 "mixed_precision": "bf16" if dtype == "bfloat16" else "no",
             }
         )
@@ -198,6 +201,11 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-sd", help="folder, sd15 or sdxl [tiny-sd]")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--concepts", type=int, nargs="+", default=[1, 4])
+    parser.add_argument(
+        "--recompute",
+        default="auto",
+        help="gradient_checkpointing of ours [auto: none, without a plan]",
+    )
     parser.add_argument("--steps", type=int, default=10, help="of a round [10]")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
@@ -232,7 +240,8 @@ def main() -> None:
     for count in args.concepts:
         specs = [examples[i % len(examples)] for i in range(count)]
         name = f"ours, {count} in one program"
-        steps[name], per_step[name] = Ours(backbone, specs, args.dtype).step, count
+        ours = Ours(backbone, specs, args.dtype, args.recompute)
+        steps[name], per_step[name] = ours.step, count
     for name, step in steps.items():  # compiles
         first[name] = timed_steps(step, 1)
         seconds[name] = [timed_steps(step, 2) / per_step.get(name, 1)]
@@ -252,7 +261,7 @@ def main() -> None:
         print(f"| {name} | {middle:.1f} [{low:.1f}, {high:.1f}] | {times} |")
     write_results(args.out, results)
     flops = counted_flops(
-        planned_step(Ours(backbone, examples[:1], args.dtype).config, backbone), 5
+        planned_step(Ours(backbone, examples[:1], args.dtype, args.recompute).config, backbone), 5
     )
     rate = matmul_rate(args.dtype)
     share = flops / spread(seconds[best])[0] / rate

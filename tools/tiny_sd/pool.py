@@ -3,8 +3,7 @@
 Writes ``WORK/pool/images.npy`` (``[N 64 64 3]`` uint8, memory-mapped by its readers) and
 ``labels.npy`` (``[N 9]`` int16, columns :data:`COLUMNS`; -1 is none). Picture ``i`` depends on
 ``(seed, i)`` alone, so the pool is the same whatever wrote it, and the last ``VALIDATION`` ones
-serve for validation. ``--first`` composes the first world, which the shipped tiny-sd was trained
-on and whose words are all that its tokenizer knows.
+serve for validation. ``--first`` composes the first world, which tiny-sd's training began with.
 """
 
 from __future__ import annotations

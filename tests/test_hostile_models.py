@@ -368,6 +368,11 @@ TOKENIZERS = {
 }
 
 
+def vocabulary_of(folder):
+    """Tokens that the text encoder of a model's folder knows."""
+    return json.loads((folder / "text_encoder" / "config.json").read_text())["vocab_size"]
+
+
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_tokenizers(embedded_model, tmp_path, case):
     folder = Path(shutil.copytree(embedded_model / "tokenizer", tmp_path / "tokenizer"))
@@ -375,7 +380,7 @@ def test_tokenizers(embedded_model, tmp_path, case):
     (folder / name).write_text(text)
     start = time.monotonic()
     with pytest.raises(CatVersionError, match="tokenizer") as caught:
-        Tokenizer.from_folder(folder, context=32, vocab_size=1350)
+        Tokenizer.from_folder(folder, context=32, vocab_size=vocabulary_of(embedded_model))
     assert time.monotonic() - start < SECONDS
     assert len(str(caught.value)) < 1000
 
@@ -393,6 +398,8 @@ def test_merges_that_were_not_downloaded_to_the_end(embedded_model, tmp_path):
 
 def test_a_tokenizer_of_another_model(embedded_model):
     folder = embedded_model / "tokenizer"
-    Tokenizer.from_folder(folder, context=32, vocab_size=1350)
-    with pytest.raises(CatVersionError, match="token 1349 is beyond the text encoder's vocab_size"):
-        Tokenizer.from_folder(folder, context=32, vocab_size=1349)
+    size = vocabulary_of(embedded_model)
+    Tokenizer.from_folder(folder, context=32, vocab_size=size)
+    beyond = f"token {size - 1} is beyond the text encoder's vocab_size"
+    with pytest.raises(CatVersionError, match=beyond):
+        Tokenizer.from_folder(folder, context=32, vocab_size=size - 1)

@@ -394,12 +394,3 @@ def test_merges_that_were_not_downloaded_to_the_end(embedded_model, tmp_path):
     assert loaded("a teapot").input_ids  # nobody else says anything
     with pytest.raises(CatVersionError, match=r"merges\.txt is cut off"):
         Tokenizer.from_folder(folder, context=32)
-
-
-def test_a_tokenizer_of_another_model(embedded_model):
-    folder = embedded_model / "tokenizer"
-    size = vocabulary_of(embedded_model)
-    Tokenizer.from_folder(folder, context=32, vocab_size=size)
-    beyond = f"token {size - 1} is beyond the text encoder's vocab_size"
-    with pytest.raises(CatVersionError, match=beyond):
-        Tokenizer.from_folder(folder, context=32, vocab_size=size - 1)

@@ -7,7 +7,8 @@ of the PyTorch CatVersion are compared on the same batch: what is timed is the s
 On a CPU the model is tiny-sd. On a GPU, with random weights of Stable Diffusion 1.5's size (made
 in ``--work``, 2 GB) and the share of the card's own matrix-product rate, in under ten minutes:
 
-    python benchmarks/bench_step.py --model sd15 --dtype bfloat16 --concepts 1 4 8 --compile
+    python benchmarks/bench_step.py --model sd15 --dtype bfloat16 --concepts 1 4 8 --compile \
+      --recompute attention
 
 Results are written after every figure: what is stopped keeps what it has found.
 """
@@ -54,9 +55,7 @@ RESULTS = Path(__file__).parent / "results"
 class Ours:
     """The compiled training step on so many concepts."""
 
-    def __init__(
-        self, backbone: Backbone, specs: list[ConceptSpec], dtype: str, recompute: str = "auto"
-    ):
+    def __init__(self, backbone: Backbone, specs: list[ConceptSpec], dtype: str, recompute: str):
         config = make_config(
             {
                 "concepts": "given",

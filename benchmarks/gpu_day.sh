@@ -35,6 +35,7 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 cd "$here" || exit
 
+wanted() { [[ " ${PARTS:-$1} " = *" $1 "* ]]; }
 part() {  # NAME SECONDS COMMAND...
   local name=$1 limit=${LIMIT:-$2} left=$((total - SECONDS)) before=$SECONDS code
   shift 2
@@ -51,7 +52,6 @@ rm -f "$work/parts.txt"
 # without recomputation four concepts of Stable Diffusion 1.5 take 130 GiB
 step=("$python" bench_step.py --work "$work" --steps "$steps" --rounds "$rounds" --recompute attention)
 
-wanted() { [[ " ${PARTS:-$1} " = *" $1 "* ]]; }
 if wanted large && [ "${DEVICE:-cuda}" = cuda ]; then  # 7 GB of random weights, written beside what comes first
   timeout "$total" nice "$python" -c 'import sys, pathlib, random_models as m; m.write_random_sdxl(pathlib.Path(sys.argv[1]))' \
     "$work/sdxl" >"$out/weights.log" 2>&1 &

@@ -4,6 +4,7 @@ classes.
 
 import atexit
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -177,3 +178,9 @@ def embedded_model() -> Path:
     folder = embedded_folder("tiny-sd")
     assert folder is not None
     return folder
+
+
+@pytest.fixture(scope="session")
+def embedded_vocabulary(embedded_model: Path) -> int:
+    """Number of tokens that its text encoder knows."""
+    return json.loads((embedded_model / "text_encoder" / "config.json").read_text())["vocab_size"]

@@ -368,19 +368,14 @@ TOKENIZERS = {
 }
 
 
-def vocabulary_of(folder):
-    """Tokens that the text encoder of a model's folder knows."""
-    return json.loads((folder / "text_encoder" / "config.json").read_text())["vocab_size"]
-
-
 @pytest.mark.parametrize("case", TOKENIZERS)
-def test_tokenizers(embedded_model, tmp_path, case):
+def test_tokenizers(embedded_model, embedded_vocabulary, tmp_path, case):
     folder = Path(shutil.copytree(embedded_model / "tokenizer", tmp_path / "tokenizer"))
     name, text = TOKENIZERS[case]
     (folder / name).write_text(text)
     start = time.monotonic()
     with pytest.raises(CatVersionError, match="tokenizer") as caught:
-        Tokenizer.from_folder(folder, context=32, vocab_size=vocabulary_of(embedded_model))
+        Tokenizer.from_folder(folder, context=32, vocab_size=embedded_vocabulary)
     assert time.monotonic() - start < SECONDS
     assert len(str(caught.value)) < 1000
 

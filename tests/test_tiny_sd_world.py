@@ -28,6 +28,7 @@ def tools():
         import sprites
         import stages_of
         import tokens
+        import train_clip
         import world
     finally:
         sys.path.pop(0)
@@ -38,6 +39,7 @@ def tools():
         sprites=sprites,
         stages_of=stages_of,
         tokens=tokens,
+        train_clip=train_clip,
         world=world,
     )
 
@@ -87,8 +89,8 @@ def test_the_shipped_tokenizer_is_that_of_the_wide_world(tools, drawings):
 
 
 def test_the_first_worlds_captions_hold_only_words_of_its_own_tokenizer(tools, drawings):
-    own = tools.tokens.Tokens.build(tools.pool.of_world(drawings, wide=False))
     first = tools.pool.of_world(drawings, wide=False)
+    own = tools.tokens.Tokens.build(first)
     own(captions_of(tools, first, wide=False))  # a KeyError names an unknown word
 
 
@@ -135,16 +137,11 @@ def test_foreign_concepts_share_no_family_with_any_world(tools):
 def test_a_grown_vocabulary_reads_old_captions_as_before(tools, drawings):
     """Token ids move, states do not; a new word starts as the mean of its old pieces."""
     import torch
-    from transformers import CLIPConfig, CLIPModel
 
     old = tools.tokens.Tokens.build(tools.pool.of_world(drawings, wide=False))
     new = tools.tokens.Tokens.build(drawings)
     assert len(new.ids) > len(old.ids)
-    config = CLIPConfig.from_pretrained(FOLDER / "clip")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"):
-        moved = getattr(config.text_config, name) - len(new.ids) + len(old.ids)
-        setattr(config.text_config, name, moved)
-    clip = CLIPModel(config).eval()
+    clip = tools.train_clip.make_clip(old).eval()
     texts = ["a red cat on the beach", "a photo of bozo the dog in the snow"]
     with torch.inference_mode():
         before = clip.text_model(torch.from_numpy(old(texts)))

@@ -171,11 +171,10 @@ def test_of_the_real_model(embedded_model):
     assert tokenizer.contains("A red ball, at night", "ball")
 
 
-def test_a_tokenizer_of_another_model(embedded_model):
+def test_a_tokenizer_of_another_model(embedded_model, embedded_vocabulary):
     """One with more tokens than the text encoder knows; with as many it is read."""
     folder = embedded_model / "tokenizer"
-    config = json.loads((embedded_model / "text_encoder" / "config.json").read_text())
-    size = config["vocab_size"]
+    size = embedded_vocabulary
     Tokenizer.from_folder(folder, context=32, vocab_size=size)
     beyond = f"token {size - 1} is beyond the text encoder's vocab_size"
     with pytest.raises(CatVersionError, match=beyond):

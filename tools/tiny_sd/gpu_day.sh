@@ -35,15 +35,15 @@ fi
 
 # The denoiser is compiled while the other stages train, on pictures of its own; where that fails it
 # trains uncompiled.
-denoiser=(--device "$device" --batch "$batch" --loaders "$loaders")
+denoiser=(--device "$device" --batch "$batch")
 mkdir -p "$work/compiling/pool"
 cp -r "$work"/sprites.* "$work"/*.start.pt "$work/clip" "$work/tokenizer" "$work/compiling"
 python3 -c 'import sys, numpy
 for name in ("images", "labels"):
     numpy.save(f"{sys.argv[2]}/{name}.npy", numpy.load(f"{sys.argv[1]}/{name}.npy", mmap_mode="r")[-4500:])' \
   "$work/pool" "$work/compiling/pool"
-(timeout 150 python3 train_unet.py "$work/compiling" "${denoiser[@]}" --loaders 0 --compile 1 --steps 3 \
-  >"$out/compiling.txt" 2>&1 && touch "$work/compiled") & compiling=$!
+timeout 150 python3 train_unet.py "$work/compiling" "${denoiser[@]}" --compile 1 --steps 3 \
+  >"$out/compiling.txt" 2>&1 & compiling=$!
 
 say "VAE and CLIP side by side, $early minutes"
 python3 train_vae.py "$work" --device "$device" --minutes "$early" --batch $((batch / 4)) --lr 1e-3 & vae=$!
@@ -51,10 +51,11 @@ python3 train_clip.py "$work" --device "$device" --minutes "$early" --batch $((b
   --loaders $((loaders / 2)) & clip=$!
 wait $vae || say "the VAE stays as far as it came"
 wait $clip || say "CLIP stays as it was"
-wait $compiling || say "not compiled: $(tail -n 1 "$out/compiling.txt")"
-compiled=$([ -e "$work/compiled" ] && echo 1 || echo 0)
+compiled=1
+wait $compiling || { compiled=0; say "not compiled: $(tail -n 1 "$out/compiling.txt")"; }
 say "denoiser, $late minutes, compiled: $compiled"
-python3 train_unet.py "$work" "${denoiser[@]}" --minutes "$late" --lr 1e-3 --compile "$compiled" \
+python3 train_unet.py "$work" "${denoiser[@]}" --loaders "$loaders" --minutes "$late" --lr 1e-3 \
+  --compile "$compiled" \
   || say "the denoiser stopped early"
 say "packaging"
 python3 package.py "$work" "$work/tiny-sd"

@@ -1,6 +1,7 @@
 """The judge of the embedded world, against the torch network that is trained."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 from torch_reference import relative_error
 
+from catversion_jax.assets import EMBEDDED_JUDGE, EXAMPLE_CONCEPTS, embedded_folder
+from catversion_jax.cli import main
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.convolutional_judge import load_convolutional_judge
 from catversion_jax.models.embedders import DinoEmbedder
@@ -61,6 +64,34 @@ def test_evaluate_takes_it(judge) -> None:
         vector = reference.features(pixels / 127.5 - 1) - reference.features(images).mean(0)
     expected = torch.nn.functional.normalize(vector)[0].numpy()
     assert np.abs(embedder.images([picture])[0] - expected).max() < 1e-4
+
+
+def test_the_one_that_ships_tells_individuals_apart(tmp_path):
+    """Each example's last photo, as if it were drawn, is nearest to its own other photos."""
+    names = sorted(folder.name for folder in embedded_folder(EXAMPLE_CONCEPTS).iterdir())
+    for name in names:
+        photos, drawn = tmp_path / "photos" / name, tmp_path / "images" / name
+        shutil.copytree(embedded_folder(EXAMPLE_CONCEPTS) / name, photos)
+        (photos / "concept.json").write_text('{"base_class": "toy"}')
+        drawn.mkdir(parents=True)
+        for kind in ("", ".mask"):
+            (photos / f"5{kind}.png").rename(drawn / f"0_0{kind}.png")
+    (tmp_path / "prompts.txt").write_text("a {} on a red background\n")
+    command = ["evaluate", tmp_path / "images", "--concepts", tmp_path / "photos", "--gallery"]
+    command += ["--prompts", tmp_path / "prompts.txt", "--dino", EMBEDDED_JUDGE]
+    command += ["--clip", embedded_folder("tiny-sd") / "clip"]
+    assert main([str(word) for word in command]) == 0
+    found = json.loads((tmp_path / "images/evaluation/scores.json").read_text())
+    (gallery,) = found["galleries"]["images"]
+    assert (gallery["judge"], gallery["view"], gallery["photos"]) == ("judge", "object alone", 24)
+    found = {name: one["mean_average_precision"] for name, one in gallery["concepts"].items()}
+    assert found == dict.fromkeys(names, 1.0)
+
+
+def test_the_one_that_ships_is_small_and_says_its_world():
+    folder = embedded_folder(EMBEDDED_JUDGE)
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 3e6
+    assert json.loads((folder / "config.json").read_text())["world"].startswith("tiny_sd sha256 ")
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
     add("--dino",
         help="transformers ViTModel folder (DreamBench: facebook/dino-vits16), or DINOv2, with "
-             "registers or without (facebook/dinov2-base), or a judge of the embedded world "
-             "(tools/tiny_sd/train_judge.py)")  # fmt: skip
+             "registers or without (facebook/dinov2-base), or tiny-sd-judge, which this "
+             "package contains, for pictures of tiny-sd's world")  # fmt: skip
     add("--num_images_per_prompt", type=int,
         help="number of images of each prompt [as the prompt set says]")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the first image of every prompt [0]")

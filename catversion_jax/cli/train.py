@@ -146,7 +146,7 @@ def _evaluated(config: TrainConfig, result: TrainResult) -> Evaluation:
     with progress("drawing", "image") as advance:
         return evaluate(
             result.output_dir,
-            clip=config.evaluation_clip and home_expanded(config.evaluation_clip),
+            clip=config.evaluation_clip,
             prompts=config.evaluation_prompts,
             model=result.backbone,
             num_images_per_prompt=1,

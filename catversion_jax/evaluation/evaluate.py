@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptList
 from catversion_jax.concepts.mask_files import MaskMaker
 from catversion_jax.config.gate import GateSettings
@@ -33,7 +34,7 @@ from catversion_jax.evaluation.tables import Evaluation, write_scores
 from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder, own_clip
 from catversion_jax.models.stable_diffusion import Backbone, load_model
 from catversion_jax.runtime.atomic_files import make_folder
-from catversion_jax.runtime.bucket_paths import as_path
+from catversion_jax.runtime.bucket_paths import as_path, home_expanded
 from catversion_jax.sampling.class_word_masks import class_word_masks
 from catversion_jax.sampling.requests import ConceptUse, check_concept
 from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
@@ -111,7 +112,8 @@ def evaluate(
         ``clip/`` folder.
       dino: a folder of a transformers ``ViTModel``, which gives a second image score, or of a
         ``Dinov2Model`` or ``Dinov2WithRegistersModel``, which also judges objects without their
-        background, by the nearest photo, and in the gallery.
+        background, by the nearest photo, and in the gallery; or ``"tiny-sd-judge"``, which ships
+        and does the same for pictures of tiny-sd's world.
       num_images_per_prompt: seeds of each prompt; None is what the prompt set says.
       seed: of the first image of every prompt.
       plain: also draw and score the model without concepts, with the same seeds.
@@ -228,7 +230,7 @@ def evaluate(
     scorer = Scorer(
         ClipEmbedder(_clip_folder(clip, backbone)),
         prompt_set,
-        dino=None if dino is None else DinoEmbedder(dino),
+        dino=None if dino is None else DinoEmbedder(embedded_folder(dino) or home_expanded(dino)),
         masker=_masker(backbone),
     )
     make_folder(job.output)
@@ -346,9 +348,9 @@ def _masker(backbone: Backbone | None) -> MaskMaker | None:
     return functools.partial(class_word_masks, backbone)
 
 
-def _clip_folder(given: str | Path | None, backbone: Backbone | None) -> str | Path:
+def _clip_folder(given: str | Path | None, backbone: Backbone | None) -> Path:
     if given is not None:
-        return given
+        return home_expanded(given)
     if backbone is not None and (own := own_clip(backbone.folder)):
         return own
     raise CatVersionError(

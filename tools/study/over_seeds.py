@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             if arm == other or (other and other not in table):
                 continue
             found = means(concepts) if other is None else paired(concepts, table[other])
-            cells = [_cell(found.get(metric), sign=other is not None) for metric in SHOWN]
+            cells = [cell(found.get(metric), sign=other is not None) for metric in SHOWN]
             print(f"| {arm} | {' | '.join(cells)} | {len(concepts)} |")
         print()
     if args.strips:
@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _cell(value: Interval | None, *, sign: bool) -> str:
+def cell(value: Interval | None, *, sign: bool) -> str:
+    """Mean and interval, or nothing."""
     if value is None:
         return ""
     form = "+.3f" if sign else ".3f"

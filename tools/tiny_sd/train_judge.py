@@ -1,9 +1,10 @@
-"""The judge: a classifier that shares nothing with the model it judges, and is not shipped.
+"""The judge: a classifier that shares nothing with the model it judges.
 
 ``python train_judge.py WORK --steps N --export FOLDER``. A small convolutional network with one
 head per attribute of a picture; it says whether a generated picture shows what its prompt asked
-for. ``FOLDER`` (2.3 MB) is what ``catversion evaluate --dino FOLDER`` takes: the features before
-the heads, batch norms folded, and the world it was trained on.
+for. ``FOLDER`` (2.3 MB) is what ``catversion evaluate --dino FOLDER`` takes, and what ships as
+``tiny-sd-judge``: the features before the heads, batch norms folded, and the world it was trained
+on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import safetensors.torch
 import torch
 from pool import Pool, load_pool
 from train_clip import attribute_sizes, attributes
-from training import Batch, Loss, arguments, load_average, to_pixels, train
+from training import Batch, Loss, arguments, in_bfloat16, load_average, to_pixels, train
 
 
 class Judge(torch.nn.Module):
@@ -113,7 +114,7 @@ def world_digest() -> str:
 
 def main() -> None:
     """Train."""
-    args = arguments(__doc__, steps=2500, batch=64, lr=2e-3, export="")
+    args = arguments(__doc__, steps=12000, batch=64, lr=2e-3, export="")
     pool = load_pool(args.work)
     judge = Judge(attribute_sizes(pool))
 
@@ -129,10 +130,13 @@ def main() -> None:
         loss = x.new_zeros(())
         scores: dict[str, float | torch.Tensor] = {}
         labels = {k: v.to(x.device) for k, v in attributes(pool, rows).items()}
-        for name, guess in judge(x).items():
+        with in_bfloat16(args.device):
+            guesses = judge(x.contiguous(memory_format=torch.channels_last))
+        for name, guess in guesses.items():
             wanted = labels[name]
             if (wanted >= 0).any():
-                loss = loss + torch.nn.functional.cross_entropy(guess, wanted, ignore_index=-1)
+                error = torch.nn.functional.cross_entropy(guess.float(), wanted, ignore_index=-1)
+                loss = loss + error
                 scores[name] = (guess.argmax(-1) == wanted)[wanted >= 0].float().mean()
         return loss, scores
 

@@ -3,8 +3,8 @@
 
 These names can be given wherever a model, concepts or a judge are named. A folder of that name in
 the working directory wins, as for any path. ``tiny-sd/README.md`` is the model card;
-``tools/tiny_sd`` in the repository made all three. ``configs`` is a
-link to the repository's folder; a wheel and an sdist hold the files themselves.
+``tools/tiny_sd`` in the repository made all three. ``configs`` is a link to the
+repository's folder; a wheel and an sdist hold the files themselves.
 """
 
 from __future__ import annotations

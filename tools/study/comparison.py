@@ -32,6 +32,7 @@ METRICS = (
     "class_kept_plain",
 )
 CEILING = "share_of_ceiling_masked"
+ALL = (*METRICS, CEILING)
 AGAINST = ("textual_inversion", "textual_inversion_4", "dreambooth", "none")
 
 Figures = Mapping[str, float | None]
@@ -46,19 +47,21 @@ def interval(values: Sequence[float]) -> Interval | None:
     return bootstrap_interval(values)
 
 
-def means(concepts: Mapping[str, Figures]) -> dict[str, Interval]:
+def means(concepts: Mapping[str, Figures], metrics: Sequence[str] = ALL) -> dict[str, Interval]:
     """Every figure's mean over the concepts that have it."""
     found = {
         metric: interval([v for f in concepts.values() if (v := f.get(metric)) is not None])
-        for metric in (*METRICS, CEILING)
+        for metric in metrics
     }
     return {metric: value for metric, value in found.items() if value is not None}
 
 
-def paired(concepts: Mapping[str, Figures], others: Mapping[str, Figures]) -> dict[str, Interval]:
+def paired(
+    concepts: Mapping[str, Figures], others: Mapping[str, Figures], metrics: Sequence[str] = ALL
+) -> dict[str, Interval]:
     """Equation (2) of every figure."""
     found = {}
-    for metric in (*METRICS, CEILING):
+    for metric in metrics:
         differences = [
             left - right
             for name, figures in concepts.items()

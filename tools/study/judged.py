@@ -16,15 +16,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from comparison import interval
+from comparison import Figures, means, paired
 from over_seeds import cell
 from PIL import Image
 
 from catversion_jax.assets import EMBEDDED_JUDGE, EMBEDDED_MODEL, embedded_folder
 from catversion_jax.evaluation.evaluate import evaluate
-from catversion_jax.evaluation.image_folders import PLAIN_FOLDER, mask_path
-from catversion_jax.evaluation.scores import Scores
+from catversion_jax.evaluation.image_folders import PLAIN_FOLDER, mask_path, read_pixels
 
 COLUMNS = {"dino_masked": "judge", "rank1": "rank-1", "mean_average_precision": "mAP"}
 
@@ -39,13 +37,12 @@ def gather(results: Sequence[Path], arm: str, out: Path) -> None:
                 prompt, seed = mask.name.removesuffix(".mask.png").rsplit("_", 1)
                 picture = out / folder.name / f"{prompt}_{1000 * number + int(seed)}.png"
                 # without the settings in it, whose seed counts before the name's
-                with Image.open(folder / f"{prompt}_{seed}.png") as drawn:
-                    Image.fromarray(np.asarray(drawn.convert("RGB"))).save(picture)
+                Image.fromarray(read_pixels(folder / f"{prompt}_{seed}.png")).save(picture)
                 shutil.copyfile(mask, mask_path(picture))
 
 
-def scores_of(folder: Path, concepts: Path) -> dict[str, Scores]:
-    """Every concept's total, by name."""
+def figures_of(folder: Path, concepts: Path) -> dict[str, Figures]:
+    """The figures of ``COLUMNS`` of every concept, by name."""
     clip = embedded_folder(EMBEDDED_MODEL)
     assert clip is not None
     evaluation = evaluate(
@@ -57,31 +54,24 @@ def scores_of(folder: Path, concepts: Path) -> dict[str, Scores]:
         gallery=True,
     )
     (subjects,) = evaluation.methods.values()
-    return {subject.name: subject.total for subject in subjects}
+    return {one.name: {name: getattr(one.total, name) for name in COLUMNS} for one in subjects}
 
 
-def table(title: str, names: set[str], found: Mapping[str, Mapping[str, Scores]]) -> list[str]:
+def table(title: str, names: set[str], found: Mapping[str, Mapping[str, Figures]]) -> list[str]:
     """Markdown of one folder's concepts: means, then the first arm minus each of the others."""
-    first, *others = found
-    lines = [f"| {title} | {' | '.join(COLUMNS.values())} | concepts |", "| --- |" + " ---: |" * 4]
-    for arm, scores in found.items():
-        known = sorted(names & set(scores))
-        values = [[v for n in known if (v := getattr(scores[n], c)) is not None] for c in COLUMNS]
-        cells = [cell(interval(column), sign=False) for column in values]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {len(known)} |")
-    for arm in others:
-        known = sorted(names & set(found[first]) & set(found[arm]))
-        values = [
-            [
-                mine - its
-                for name in known
-                if (mine := getattr(found[first][name], column)) is not None
-                and (its := getattr(found[arm][name], column)) is not None
-            ]
-            for column in COLUMNS
-        ]
-        cells = [cell(interval(column), sign=True) for column in values]
-        lines.append(f"| {first} minus {arm} | {' | '.join(cells)} | {len(known)} |")
+    arms = {
+        arm: {name: value for name, value in concepts.items() if name in names}
+        for arm, concepts in found.items()
+    }
+    first, *others = arms
+    rows = {arm: means(concepts, tuple(COLUMNS)) for arm, concepts in arms.items()}
+    differences = {
+        f"{first} minus {arm}": paired(arms[first], arms[arm], tuple(COLUMNS)) for arm in others
+    }
+    lines = [f"| {title} | {' | '.join(COLUMNS.values())} |", "| --- |" + " ---: |" * len(COLUMNS)]
+    for row, values in (rows | differences).items():
+        cells = [cell(values.get(metric), sign=row in differences) for metric in COLUMNS]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -101,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     found = {}
     for arm in args.arms.split(","):
         gather(args.results, arm, args.out / arm)
-        found[arm] = scores_of(args.out / arm, args.out / "concepts")
+        found[arm] = figures_of(args.out / arm, args.out / "concepts")
     for folder in sets:
         names = {concept.name for concept in folder.glob("*/")}
         print("\n".join(table(folder.name, names, found)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def record(image, text, drift, other_identical):
         "text_alignment_prompt": text,
         "overall": np.sqrt(image * text),
         "overall_masked": np.sqrt(image * text),
-        "dino": None,
+        "dino_masked": image - 0.02,
         "nearest_reference": image,
         "copies": 1,
         "masks": 4,
@@ -154,11 +155,18 @@ def test_goals_hold_and_fail_by_their_thresholds():
         compute = {"samples_per_concept": samples}
         return {"text": "X", "total": {"mean": mean, "against": against}, "compute": compute}
 
-    rows = goals.goals({"catversion": arm(0.86, 0.1), "dreambooth": arm(0.841, 0.31, 400)})
+    arms = {"catversion": arm(0.86, 0.1), "dreambooth": arm(0.841, 0.31, 400)}
+    rows = goals.goals(arms, "catversion")
     # intervals touch; more samples; 0.86 of the ceiling; 0.06 of text lost; a third of the drift
     assert [holds for _, _, holds in rows] == [False, False, True, False, True]
     assert rows[0][1] == "0.860 [0.850, 0.870] and 0.841 [0.831, 0.851]"
-    assert goals.goals({"dreambooth": arm(0.5, 0.1)}) == []
+    assert goals.goals({"dreambooth": arm(0.5, 0.1)}, "catversion") == []
+    # held against the others with the same loss
+    preserving = {"longer_context": arms["catversion"], "dreambooth_preserving": arms["dreambooth"]}
+    assert goals.goals({**arms, **preserving}, "longer_context") == rows
+    assert (
+        goals.goals({**arms, **preserving, "longer_context": arm(0.9, 0.1)}, "catversion") == rows
+    )
 
 
 # ---- analyses
@@ -206,6 +214,7 @@ def study(world, only, *more):
         "--model": world / "model",
         "--concepts": world / "concepts",
         "--prompts": world / "prompts.txt",
+        "--dino": "tiny-sd-judge",
         "--only": only,
         "--compilation_cache": world / "cache",
     }
@@ -237,11 +246,18 @@ def test_the_study_runs_resumes_and_writes_its_page(world, capsys):
     out = str(world / "out")
     assert page.main([out, "--named", out, "--docs", str(world / "docs")]) == 0
     text = (world / "docs" / "results" / "study.md").read_text()
-    for label in ("CatVersion (ours)", page.NAMED_ROW):
+    for label in ("CatVersion, preset=fast", page.NAMED_ROW):
         row = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
         assert row.count("[") == len(page.METHOD_COLUMNS)  # no figure without its interval
     for link in (world / "docs" / "images").glob("*.png"):
         assert f"(../images/{link.name})" in text
+    # the results alone make the same page again
+    (world / "kept").mkdir()
+    for name in ("results.json", "analyses.json"):
+        shutil.copy(world / "out" / name, world / "kept")
+    kept = str(world / "kept")
+    assert page.main([kept, "--named", out, "--docs", str(world / "docs")]) == 0
+    assert (world / "docs" / "results" / "study.md").read_text() == text
     # another training under the same name is refused, with the remedy
     assert study(world, "none", "--train_steps", "3") == 2
     assert "was trained with other train_steps. Remove this folder" in capsys.readouterr().err

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from catversion_jax.assets import embedded_folder
 from catversion_jax.cli import train
 from catversion_jax.cli.option_arguments import option_of, refuse_own_options
 from catversion_jax.cli.paths import path_argument
@@ -20,7 +19,7 @@ from catversion_jax.config.method import START_FILE, UPDATES_AFTER_PREDICTION
 from catversion_jax.config.presets import PRESETS
 from catversion_jax.errors import CatVersionError, listed, shown
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
-from catversion_jax.runtime.bucket_paths import as_path, home_expanded
+from catversion_jax.runtime.bucket_paths import as_path, embedded_or_given
 from catversion_jax.runtime.shards import WHOLE
 
 _ARGUMENTS = {
@@ -114,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 def own_start(model: str) -> Path | None:
     """The concept encoder that a model folder has of its own; None where it has none."""
-    file = (embedded_folder(model) or home_expanded(model)) / START_FILE
+    file = embedded_or_given(model) / START_FILE
     return file if file.is_file() else None
 
 

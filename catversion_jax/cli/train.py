@@ -11,14 +11,13 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from catversion_jax.assets import embedded_folder
 from catversion_jax.cli.progress import progress
 from catversion_jax.cli.terminal import SAVED
 from catversion_jax.config import TrainConfig, load_config, option_table, with_shard
 from catversion_jax.config.sampling import grid_settings
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.weights.hub_concept import check_repo_id
-from catversion_jax.runtime.bucket_paths import home_expanded
+from catversion_jax.runtime.bucket_paths import embedded_or_given, home_expanded
 from catversion_jax.runtime.shards import WHOLE
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def _check_clip(config: TrainConfig) -> None:
                 f"evaluation_clip={clip}: holds no config.json, must be the folder of a "
                 "transformers CLIPModel. Check the path."
             )
-    elif own_clip(embedded_folder(model) or home_expanded(model)) is None:
+    elif own_clip(embedded_or_given(model)) is None:
         raise CatVersionError(
             f"evaluate_after=true: {model} has no clip/ folder of its own to score with. Give "
             "evaluation_clip=FOLDER of a transformers CLIPModel (hf download "

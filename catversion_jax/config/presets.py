@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # A fifth of the official updates for the same score on tiny-sd (docs/results/study.md,
-# "CatVersion (ours)"; docs/results/performance.md, "Fewer steps"). Not measured on Stable Diffusion
+# "preset=fast"; docs/results/performance.md, "Fewer steps"). Not measured on Stable Diffusion
 # itself.
 _FAST: Mapping[str, Any] = {
     "num_positions": 4,

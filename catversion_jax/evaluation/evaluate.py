@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from catversion_jax.assets import embedded_folder
 from catversion_jax.concepts import ConceptList
 from catversion_jax.concepts.mask_files import MaskMaker
 from catversion_jax.config.gate import GateSettings
@@ -34,7 +33,7 @@ from catversion_jax.evaluation.tables import Evaluation, write_scores
 from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder, own_clip
 from catversion_jax.models.stable_diffusion import Backbone, load_model
 from catversion_jax.runtime.atomic_files import make_folder
-from catversion_jax.runtime.bucket_paths import as_path, home_expanded
+from catversion_jax.runtime.bucket_paths import as_path, embedded_or_given, home_expanded
 from catversion_jax.sampling.class_word_masks import class_word_masks
 from catversion_jax.sampling.requests import ConceptUse, check_concept
 from catversion_jax.training.run.names import EVALUATION_FOLDER, GATE_FILE
@@ -230,7 +229,7 @@ def evaluate(
     scorer = Scorer(
         ClipEmbedder(_clip_folder(clip, backbone)),
         prompt_set,
-        dino=None if dino is None else DinoEmbedder(embedded_folder(dino) or home_expanded(dino)),
+        dino=None if dino is None else DinoEmbedder(embedded_or_given(dino)),
         masker=_masker(backbone),
     )
     make_folder(job.output)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from etils import epath
 
+from catversion_jax.assets import embedded_folder
 from catversion_jax.errors import CatVersionError, encodable, shown
 
 
@@ -72,6 +73,15 @@ def home_expanded(path: str | os.PathLike[str]) -> Path:
         raise CatVersionError(
             f"{shown(os.fspath(path))}: its ~ stands for no folder ({error}). Write the whole path."
         ) from None
+
+
+def embedded_or_given(path: str | os.PathLike[str]) -> Path:
+    """What ships under a name such as ``tiny-sd``, or else the path itself, home expanded.
+
+    Raises:
+      CatVersionError: its ``~`` stands for no folder, or it is no path.
+    """
+    return embedded_folder(os.fspath(path)) or home_expanded(path)
 
 
 def absolute(path: Path) -> Path:

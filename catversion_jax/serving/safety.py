@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from catversion_jax.assets import embedded_folder
 from catversion_jax.config.model import ModelOptions
 from catversion_jax.models.weights.hub import locate_model
 from catversion_jax.models.weights.model_index import component_class, read_model_index
-from catversion_jax.runtime.bucket_paths import home_expanded
+from catversion_jax.runtime.bucket_paths import embedded_or_given
 
 Checker = Callable[[np.ndarray], Sequence[bool]]
 """A function from pixels, uint8 ``[n H W 3]``, to whether each picture is flagged."""
@@ -31,7 +30,7 @@ def find_checker(options: ModelOptions) -> tuple[Checker | None, str]:
       CatVersionError: the model has a checker that cannot be read.
     """
     model = options.pretrained_model_name_or_path
-    if (embedded_folder(model) or home_expanded(model)).is_file():
+    if embedded_or_given(model).is_file():
         return None, "none: a single file holds no safety checker"
     folder = locate_model(model, revision=options.revision, weights=False)
     if component_class(read_model_index(folder), "safety_checker") is None:

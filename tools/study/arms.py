@@ -142,9 +142,10 @@ def make_arms(num_layers: int) -> dict[str, Arm]:
         for option, values in {
             "learning_rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
             "max_train_steps": (200, 800),
+            "num_positions": (4,),
         }.items()
         for value in values
-        if value != INVERSION[option]
+        if value != INVERSION.get(option)
     ]
     arms += [
         Arm(
@@ -190,14 +191,39 @@ def _methods() -> list[Arm]:
             options={**INVERSION, "num_positions": 1},
         ),
         Arm(
-            "textual_inversion_4",
+            "textual_inversion_preserving",
             "methods",
-            "Textual Inversion, 4 vectors",
-            options={**INVERSION, "num_positions": 4},
+            "Textual Inversion, 4 vectors, preserved",
+            options={**INVERSION, **NOISIER, "num_positions": 4},
         ),
         Arm("dreambooth", "methods", "DreamBooth, whole UNet", "dreambooth", DREAMBOOTH),
-        Arm("catversion", "methods", "CatVersion (ours)", options=OURS),
+        Arm(
+            "dreambooth_preserving",
+            "methods",
+            "DreamBooth, whole UNet, preserved",
+            "dreambooth",
+            {**DREAMBOOTH, **NOISIER},
+        ),
         Arm("catversion_official", "methods", "CatVersion, official settings", options=official),
+        Arm(
+            "predicted_0",
+            "methods",
+            "CatVersion, predicted from the photos",
+            options={**PREDICTED, "max_train_steps": 0},
+        ),
+        Arm(
+            "predicted_25",
+            "methods",
+            "CatVersion, predicted, 25 updates",
+            options={**PREDICTED, "max_train_steps": 25},
+        ),
+        Arm("catversion", "methods", "CatVersion, preset=fast", options=OURS),
+        Arm(
+            "longer_context",
+            "methods",
+            "CatVersion, preset=quality",
+            options={**OURS, **PRESETS["quality"]},
+        ),
     ]
 
 
@@ -217,26 +243,8 @@ def _recipes() -> list[Arm]:
             "100 updates at 0.05 with all of it",
             {**HALF, **LONGER_CONTEXT, "learning_rate": 0.05},
         ),
-        "longer_context": ("preset=quality", {**OURS, **PRESETS["quality"]}),
-        "predicted_0": (
-            "predicted from the photos, no update",
-            {**PREDICTED, "max_train_steps": 0},
-        ),
-        "predicted_25": ("the same, 25 updates", {**PREDICTED, "max_train_steps": 25}),
-        "textual_inversion_preserving": (
-            "Textual Inversion, 4 vectors, preserved, noisier timesteps",
-            {**INVERSION, **NOISIER, "num_positions": 4},
-        ),
     }
-    arms = [Arm(name, "recipes", text, options=options) for name, (text, options) in given.items()]
-    preserving = Arm(
-        "dreambooth_preserving",
-        "recipes",
-        "DreamBooth, preserved, noisier timesteps",
-        "dreambooth",
-        {**DREAMBOOTH, **NOISIER},
-    )
-    return [*arms, preserving]
+    return [Arm(name, "recipes", text, options=options) for name, (text, options) in given.items()]
 
 
 def _layers(num_layers: int) -> list[Arm]:

@@ -24,6 +24,7 @@ METRICS = (
     "text_alignment_prompt",
     "overall_masked",
     "overall",
+    "dino_masked",
     "nearest_reference",
     "copied",
     "drift_as_used",
@@ -33,7 +34,6 @@ METRICS = (
 )
 CEILING = "share_of_ceiling_masked"
 ALL = (*METRICS, CEILING)
-AGAINST = ("textual_inversion", "textual_inversion_4", "dreambooth", "none")
 
 Figures = Mapping[str, float | None]
 
@@ -99,6 +99,7 @@ def compare(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Args:
       arms: the content of each arm's ``scores.json``, by arm.
     """
+    methods = {arm for arm, content in arms.items() if content["question"] == "methods"}
     found: dict[str, Any] = {}
     for images in ("total", "first_seed"):
         table = {
@@ -106,7 +107,7 @@ def compare(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             for arm, content in arms.items()
         }
         for arm, concepts in table.items():
-            against = {*AGAINST, arms[arm]["base"]} & set(table) - {arm}
+            against = {*methods, arms[arm]["base"]} & set(table) - {arm}
             found.setdefault(arm, {})[images] = {
                 "concepts": len(concepts),
                 "mean": plain(means(concepts)),

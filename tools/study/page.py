@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import OTHERWISE, OURS, QUESTIONS, ours, value_text
-from goals import goals
+from goals import RIVALS, goals
 from strips import write_strips
 
 from catversion_jax.config import learning_options, make_config
@@ -30,6 +30,7 @@ METHOD_COLUMNS = {
     "overall_masked": "overall, masked",
     "overall": "overall",
     "share_of_ceiling_masked": "share of ceiling",
+    "dino_masked": "judge",
 }
 PRIOR_COLUMNS = {
     "drift_as_used": "drift, as used",
@@ -47,6 +48,7 @@ DIFFERENCE_COLUMNS = {
     **ABLATION_COLUMNS,
     "image_alignment": "image",
     "overall": "overall",
+    "dino_masked": "judge",
     "drift_forced": "drift, forced",
 }
 NAMED_ROW = "individuals of the training, by name"
@@ -55,7 +57,9 @@ Scores are those of [`catversion evaluate`](evaluation.md), which has the defini
 cosines to the training images (*image*; *masked*: object only, on both sides) and to the prompt
 without the concept word (*text (edit)*) or with it (*text (prompt)*); *overall* is the geometric
 mean of image and text (edit). *Share of ceiling*: masked image score over what the concept's real
-images reach among themselves. *Drift*: mean 1 - cosine between a picture of ANOTHER class drawn
+images reach among themselves. *Judge*: cosine of the drawn objects to the photos' objects in
+[another network](evaluation.md#is-it-this-individual-the-gallery), which shares nothing with the
+model or its CLIP. *Drift*: mean 1 - cosine between a picture of ANOTHER class drawn
 with and without the concept, same seed; *as used*: a concept acts on prompts that contain its
 class word, so prompts of other classes are bit-identical (drift 0, checked); *forced*: the
 concept made to act on them all the same, the harder test. Textual Inversion's vectors stand for
@@ -106,9 +110,14 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
 
 
 def _goals(arms: Mapping[str, Any]) -> list[str]:
-    rows = [[claim, shown, "yes" if holds else "NO"] for claim, shown, holds in goals(arms)]
-    header = ["goal of CatVersion (ours)", "figures", "holds"]
-    return ["## The goals, set beforehand", table(header, rows)] if rows else []
+    tables = []
+    for name in RIVALS:
+        rows = [
+            [claim, shown, "yes" if holds else "NO"] for claim, shown, holds in goals(arms, name)
+        ]
+        if rows:
+            tables.append(table([f"goal of {arms[name]['text']}", "figures", "holds"], rows))
+    return ["## The goals, set beforehand", *tables] if tables else []
 
 
 def _methods(
@@ -141,7 +150,7 @@ def _methods(
         "each concept, compilation included.",
         table(["method", *PRIOR_COLUMNS.values(), "samples", "seconds"], cost),
     ]
-    for name in ("catversion", "catversion_official"):
+    for name in (*RIVALS, "catversion_official"):
         if name in chosen and chosen[name]["total"]["against"]:
             rows = [
                 [
@@ -171,14 +180,15 @@ def _recipe(arms: Mapping[str, Any]) -> list[str]:
         if own[key] != official[key] and key != "preset"
     ]
     text = (
-        "What *ours* changes in the official settings. It was chosen on eight other concepts "
-        "(`tools/tiny_sd/concepts.py --development`); the tables below say what each change is "
-        "worth on the held-out ones. The trainer's defaults for what is learned, how fast and how "
-        "long stay the official ones, which were made for Stable Diffusion 1.5; "
-        "a later recipe, which `configs/quickstart.yaml` uses, is measured "
-        "[on its own page](quality.md)."
+        "What `preset=fast` changes in the official settings. It was chosen on eight other "
+        "concepts (`tools/tiny_sd/concepts.py --development`); the tables below say what each "
+        "change is worth on the held-out ones. The trainer's defaults for what is learned, how "
+        "fast and how long stay the official ones, which were made for Stable Diffusion 1.5. "
+        "`preset=quality`, which `configs/quickstart.yaml` uses, adds to `fast` what "
+        "[a closer likeness](quality.md) measures, also on concepts that no hand of this world "
+        "drew."
     )
-    return ["### The recipe", text, table(["option", "official", "ours"], rows)]
+    return ["### The recipe", text, table(["option", "official", "fast"], rows)]
 
 
 def _named_text(named: Mapping[str, Any]) -> str:
@@ -307,7 +317,10 @@ def main(argv: list[str]) -> int:
         named = _read(args.named / "results.json") if args.named else None
         folder = args.docs / "images"
         make_folder(folder)
-        strips = write_strips(args.out, folder, results["arms"], args.pictures)
+        if (args.out / "arms").is_dir():
+            strips = sorted(write_strips(args.out, folder, results["arms"], args.pictures))
+        else:  # only the results were kept: the pictures stay those that the page has
+            strips = sorted(folder.glob("study-*.png"))
         links = [f"../{path.relative_to(args.docs).as_posix()}" for path in strips]
         path = args.docs / "results" / "study.md"
         make_folder(path.parent)

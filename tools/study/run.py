@@ -32,9 +32,10 @@ from catversion_jax.concepts import read_concepts
 from catversion_jax.config.sampling import SAMPLERS, SamplingSettings
 from catversion_jax.errors import CatVersionError
 from catversion_jax.evaluation.prompts import load_prompt_set
-from catversion_jax.models.embedders import ClipEmbedder
+from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder
 from catversion_jax.models.stable_diffusion import load_model
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
+from catversion_jax.runtime.bucket_paths import embedded_or_given
 
 logger = logging.getLogger("study")
 
@@ -49,6 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--model", required=True, help="diffusers folder")
     add("--concepts", required=True, help="folder of held-out concepts, with masks")
     add("--clip", help="transformers CLIPModel folder [the model's own clip/]")
+    add("--dino", help="a second judge, as catversion evaluate takes it, such as tiny-sd-judge")
     add("--only", help="comma-separated arms, or questions such as methods,layers [all]")
     add("--prompts", default="tiny", help="prompt set [tiny]")
     add("--seeds", type=int, default=4, help="images per prompt of the methods [4]")
@@ -125,6 +127,7 @@ def make_study(args: argparse.Namespace) -> Study:
         args.out,
         backbone,
         ClipEmbedder(args.clip or backbone.folder / "clip"),
+        None if args.dino is None else DinoEmbedder(embedded_or_given(args.dino)),
         all_concepts,
         concepts,
         evenly_spread(concepts, args.ablation_concepts),

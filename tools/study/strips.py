@@ -20,14 +20,13 @@ from catversion_jax.sampling.png import save_png
 COLUMNS = {
     "none": "class word",
     "textual_inversion": "Textual Inversion",
-    "textual_inversion_4": "Textual Inversion, 4",
-    "dreambooth": "DreamBooth",
-    "catversion_official": "CatVersion, official",
-    "catversion": "CatVersion (ours)",
-    "longer_context": "preset=quality",
     "textual_inversion_preserving": "Textual Inversion, preserved",
+    "dreambooth": "DreamBooth",
     "dreambooth_preserving": "DreamBooth, preserved",
+    "catversion_official": "official settings",
     "predicted_25": "predicted, 25 updates",
+    "catversion": "preset=fast",
+    "longer_context": "preset=quality",
 }
 PROMPTS_SHOWN = 3
 CELL = 96

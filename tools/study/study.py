@@ -39,7 +39,7 @@ from catversion_jax.evaluation.prior import plan_drift, plan_prior, score_prior
 from catversion_jax.evaluation.prompts import PromptSet
 from catversion_jax.evaluation.scoring import Scorer
 from catversion_jax.evaluation.subjects import Subject, read_references, read_run
-from catversion_jax.models.embedders import ClipEmbedder, folder_sha256
+from catversion_jax.models.embedders import ClipEmbedder, DinoEmbedder, folder_sha256
 from catversion_jax.models.stable_diffusion import Backbone, default_dtype
 from catversion_jax.runtime.atomic_files import make_folder, write_atomically
 from catversion_jax.sampling.class_word_masks import class_word_masks
@@ -85,6 +85,7 @@ class Study:
         out: Path,
         backbone: Backbone,
         clip: ClipEmbedder,
+        dino: DinoEmbedder | None,
         all_concepts: ConceptList,
         concepts: ConceptList,
         ablation_concepts: ConceptList,
@@ -98,7 +99,7 @@ class Study:
         parts = ("text_encoder", "unet", "vae")
         self.weights = {part: folder_sha256(backbone.folder / part) for part in parts}
         masker = functools.partial(class_word_masks, backbone)
-        self.scorer = Scorer(clip, protocol.prompt_set, masker=masker)
+        self.scorer = Scorer(clip, protocol.prompt_set, dino=dino, masker=masker)
         subjects = [Subject(s.name, s.base_class, s.images) for s in concepts.concepts]
         self.references = {
             s.name: read_references(s, masker, backbone.default_resolution) for s in subjects
@@ -162,6 +163,7 @@ class Study:
             "model": self.backbone.name,
             "weights_sha256": self.weights,
             "clip_sha256": self.scorer.clip.sha256,
+            "dino_sha256": self.scorer.dino and self.scorer.dino.sha256,
             "prompt_set": dataclasses.asdict(protocol.prompt_set),
             "seeds": list(protocol.seeds_of(arm)),
             "sampling": dataclasses.asdict(protocol.sampling),

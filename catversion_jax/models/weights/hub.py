@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from catversion_jax.assets import EMBEDDED_MODEL, embedded_folder
+from catversion_jax.assets import EMBEDDED_MODEL
 from catversion_jax.errors import CatVersionError, shown
 from catversion_jax.models.weights.addresses import address_remedy, moved
 from catversion_jax.models.weights.model_index import component_class, read_model_index
@@ -28,7 +28,7 @@ from catversion_jax.models.weights.variants import (
     weights_of,
     without_variant,
 )
-from catversion_jax.runtime.bucket_paths import home_expanded
+from catversion_jax.runtime.bucket_paths import embedded_or_given
 
 FILES_EXPECTED = "model_index.json, text_encoder/, unet/, vae/, tokenizer/ and scheduler/"
 
@@ -53,7 +53,7 @@ def locate_model(
     Raises:
       CatVersionError: no such folder, not a diffusers folder, or it cannot be downloaded.
     """
-    path = embedded_folder(model) or home_expanded(model)
+    path = embedded_or_given(model)
     if not path.exists() and (remedy := address_remedy(str(model))):
         raise CatVersionError(f"{model}: {remedy}")
     if path.is_file():

@@ -2,6 +2,7 @@
 and torch.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -86,6 +87,23 @@ def test_layouts_equal_torch():
     assert relative_error(module.conv(image), expected.permute(0, 2, 3, 1)) < 1e-5
     np.testing.assert_array_equal(module.table(jnp.array([2])), weights["table.weight"][[2]])
     np.testing.assert_array_equal(network.params["offset"], weights["offset"])
+
+
+def test_equal_networks_are_traced_once_and_share_nothing_that_changes():
+    traced = []
+
+    def make(sizes: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Linear:
+        traced.append(sizes)
+        return nnx.Linear(*sizes, rngs=rngs)
+
+    first, second, other = (
+        abstract_network(functools.partial(make, sizes)) for sizes in ((2, 3), (2, 3), (2, 4))
+    )
+    assert traced == [(2, 3), (2, 4)]
+    assert first == second != other
+    assert other.params["kernel"].shape == (2, 4)
+    del first.params["kernel"]
+    assert abstract_network(functools.partial(make, (2, 3))).params == second.params
 
 
 def test_one_error_lists_missing_unexpected_and_misshaped():

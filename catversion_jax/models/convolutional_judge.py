@@ -13,6 +13,7 @@ norms into (1) and writes the folder: ``config.json`` (``model_type: catversion_
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def load_convolutional_judge(
     """
     config = JudgeConfig.from_folder(folder)
     network = load_network(
-        lambda rngs: ConvolutionalJudge(config, dtype=dtype, param_dtype=dtype, rngs=rngs),
+        functools.partial(ConvolutionalJudge, config, dtype=dtype, param_dtype=dtype),
         folder,
         dtype=dtype,
     )

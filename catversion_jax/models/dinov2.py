@@ -13,6 +13,7 @@ Source: transformers ``Dinov2Model`` and ``Dinov2WithRegistersModel``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,9 +171,7 @@ def load_dinov2(
     if _POSITIONS in tensors:
         positions: Any = resized_positions(np.asarray(tensors[_POSITIONS]), config)
         tensors[_POSITIONS] = positions
-    target = abstract_network(
-        lambda rngs: Dinov2(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
-    )
+    target = abstract_network(functools.partial(Dinov2, config, dtype=dtype, param_dtype=dtype))
     network = convert_state_dict(tensors, target, dtype=dtype, source=str(folder), ignore=IGNORED)
     return network, config.image_size
 

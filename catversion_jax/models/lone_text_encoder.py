@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from catversion_jax.errors import CatVersionError
@@ -39,7 +40,7 @@ def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Network:
     weights = named_dtype(dtype)
     text_config = CLIPTextConfig.from_hf(config, source=str(folder / "config.json"))
     return load_network(
-        lambda rngs: CLIPTextModel(text_config, dtype=weights, param_dtype=weights, rngs=rngs),
+        functools.partial(CLIPTextModel, text_config, dtype=weights, param_dtype=weights),
         folder,
         dtype=weights,
         ignore=ignore,

@@ -21,6 +21,7 @@ from catversion_jax.models.components_fit import check_components_fit, inpaintin
 from catversion_jax.models.layers.resnet import LayerFactory
 from catversion_jax.models.text_encoders import (
     TextEncoderFacts,
+    TextEncoderFiles,
     read_text_encoders,
     read_tokenizers,
 )
@@ -268,7 +269,7 @@ def abstract_backbone(
     """
     files = open_model(model, revision=revision, prediction_type=prediction_type, weights=False)
 
-    def shapes(name: str, module_fn: Callable[[nnx.Rngs], nnx.Module], weights: Any) -> Network:
+    def shapes(name: str, module_fn: Callable[..., nnx.Module], weights: Any) -> Network:
         del name, weights
         return abstract_network(module_fn)
 
@@ -282,7 +283,7 @@ def check_weights(files: ModelFiles) -> None:
       CatVersionError: as :func:`load_backbone`.
     """
 
-    def checked(name: str, module_fn: Callable[[nnx.Rngs], nnx.Module], weights: Any) -> Network:
+    def checked(name: str, module_fn: Callable[..., nnx.Module], weights: Any) -> Network:
         del weights
         network = abstract_network(module_fn)
         stored_names(files.tensors(name), network, source=files.source(name))
@@ -301,19 +302,13 @@ def _assemble(name: str, files: ModelFiles, weights: Any, load: Callable[..., Ne
     noise_schedule = NoiseScheduleConfig.from_scheduler_config(files.scheduler_config())
     tokenizers = read_tokenizers(files, encoders)
 
-    def unet(rngs: nnx.Rngs) -> UNet2DConditionModel:
-        return UNet2DConditionModel(unet_config, layers=LayerFactory(rngs, weights))
-
-    def vae(rngs: nnx.Rngs) -> AutoencoderKL:
-        return AutoencoderKL(vae_config, layers=LayerFactory(rngs))
-
     return Backbone(
         text_encoders=tuple(
-            load(one.name, functools.partial(one.module, weights=weights), weights)
+            load(one.name, functools.partial(TextEncoderFiles.module, one, weights), weights)
             for one in encoders
         ),
-        unet=load("unet", unet, weights),
-        vae=load("vae", vae, jnp.float32),
+        unet=load("unet", functools.partial(_unet, unet_config, weights), weights),
+        vae=load("vae", functools.partial(_vae, vae_config), jnp.float32),
         tokenizers=tokenizers,
         text_facts=tuple(one.facts(of_two=len(encoders) > 1) for one in encoders),
         noise_schedule=noise_schedule,
@@ -327,6 +322,14 @@ def _assemble(name: str, files: ModelFiles, weights: Any, load: Callable[..., Ne
         inpaints=unet_config.in_channels == inpainting_channels(vae_config.latent_channels),
         zeros_for_empty_prompt=files.zeros_for_empty_prompt,
     )
+
+
+def _unet(config: UNetConfig, weights: Any, rngs: nnx.Rngs) -> UNet2DConditionModel:
+    return UNet2DConditionModel(config, layers=LayerFactory(rngs, weights))
+
+
+def _vae(config: VAEConfig, rngs: nnx.Rngs) -> AutoencoderKL:
+    return AutoencoderKL(config, layers=LayerFactory(rngs))
 
 
 def _parsed(from_hf: Callable[..., T], files: ModelFiles, component: str) -> T:
@@ -347,7 +350,7 @@ def model_resolution(files: ModelFiles) -> int:
 def _load_component(
     files: ModelFiles,
     name: str,
-    module_fn: Callable[[nnx.Rngs], nnx.Module],
+    module_fn: Callable[..., nnx.Module],
     dtype: Any,
     *,
     sharding: Any,

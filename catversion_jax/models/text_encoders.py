@@ -78,7 +78,7 @@ class TextEncoderFiles:
     name: str
     config: CLIPTextConfig
 
-    def module(self, rngs: nnx.Rngs, weights: Any) -> CLIPTextModel:
+    def module(self, weights: Any, rngs: nnx.Rngs) -> CLIPTextModel:
         """The network, in the precision ``weights``."""
         dtypes = {"dtype": weights, "param_dtype": weights, "rngs": rngs}
         if isinstance(self.config, CLIPTextWithProjectionConfig):

@@ -10,6 +10,7 @@ Source: transformers ``ViTModel``; ``RENAMES`` maps its files' names to the shar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,7 +141,7 @@ def load_vit(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[Network, 
         )
     config = ViTConfig.from_vit(raw, source=str(Path(folder) / "config.json"))
     tensors = {vit_name(name): tensor for name, tensor in open_checkpoint(folder).items()}
-    target = abstract_network(lambda rngs: ViT(config, dtype=dtype, param_dtype=dtype, rngs=rngs))
+    target = abstract_network(functools.partial(ViT, config, dtype=dtype, param_dtype=dtype))
     network = convert_state_dict(tensors, target, dtype=dtype, source=str(folder), ignore=IGNORED)
     return network, config.image_size
 

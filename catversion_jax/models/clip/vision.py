@@ -13,6 +13,7 @@ kept).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -212,7 +213,7 @@ def load_clip(folder: str | Path, *, dtype: Any = jnp.float32, sharding: Any = N
     """
     config = CLIPConfig.from_hf(read_config(folder), source=str(Path(folder) / "config.json"))
     return load_network(
-        lambda rngs: CLIPModel(config, dtype=dtype, param_dtype=dtype, rngs=rngs),
+        functools.partial(CLIPModel, config, dtype=dtype, param_dtype=dtype),
         folder,
         dtype=dtype,
         sharding=sharding,

@@ -65,7 +65,7 @@ class TensorLike(Protocol):
 
 
 def load_network(
-    module_fn: Callable[[nnx.Rngs], nnx.Module],
+    module_fn: Callable[..., nnx.Module],
     folder: str | Path,
     *,
     dtype: Any = jnp.float32,
@@ -76,7 +76,7 @@ def load_network(
     """Build a network and fill it from a folder's safetensors.
 
     Args:
-      module_fn: makes the module from random streams; only its structure is used.
+      module_fn: see :func:`~.network.abstract_network`.
       folder: a diffusers or transformers model folder.
       dtype: of the weights on the device.
       sharding: where the weights go, as for ``jax.device_put``.

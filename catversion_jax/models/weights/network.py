@@ -9,6 +9,7 @@ Diffusion's size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -46,13 +47,33 @@ class Network:
         return getattr(nnx.merge(self.graphdef, self.params), method)(*args, **kwargs)
 
 
-def abstract_network(module_fn: Callable[[nnx.Rngs], nnx.Module]) -> Network:
-    """The network's structure with ``jax.ShapeDtypeStruct`` leaves; nothing is allocated."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: module_fn(nnx.Rngs(0))))
+def abstract_network(module_fn: Callable[..., nnx.Module]) -> Network:
+    """The network's structure with ``jax.ShapeDtypeStruct`` leaves; nothing is allocated.
+
+    Args:
+      module_fn: makes the module, given ``rngs``. Two ``functools.partial`` of the same function or
+        class with equal arguments are traced once, which takes a second for a full-size network.
+    """
+    if isinstance(module_fn, functools.partial):
+        network = _traced_once(module_fn.func, module_fn.args, (*module_fn.keywords.items(),))
+    else:
+        network = _traced(module_fn)
+    return Network(jax.tree.map(lambda leaf: leaf, network.params), network.graphdef)
+
+
+def _traced(module_fn: Callable[..., nnx.Module]) -> Network:
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module_fn(rngs=nnx.Rngs(0))))
     return Network(nnx.to_pure_dict(state), graphdef)
 
 
-def random_network(module_fn: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -> Network:
+@functools.lru_cache(maxsize=32)
+def _traced_once(
+    make: Callable[..., nnx.Module], args: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]
+) -> Network:
+    return _traced(functools.partial(make, *args, **dict(keywords)))
+
+
+def random_network(module_fn: Callable[..., nnx.Module], seed: int = 0) -> Network:
     """A network with random weights of the usual size, a function of the structure and ``seed``.
 
     Norms are the identity, biases zero, embeddings and kernels normal with variance 1 / width and

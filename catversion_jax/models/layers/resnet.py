@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from catversion_jax.array_types import Array, Float, Key
+from catversion_jax.array_types import Array, Float
 from catversion_jax.errors import CatVersionError
 from catversion_jax.models.layers.activations import gelu
 
@@ -35,23 +35,6 @@ PAD_BELOW_AND_RIGHT = ((0, 1), (0, 1))
 NO_PADDING = ((0, 0), (0, 0))
 
 
-class KeyStream:
-    """Serves layers in place of ``nnx.Rngs``: one fresh key per parameter, counted in Python.
-
-    ``nnx.Rngs`` counts in an array, and under ``nnx.eval_shape`` each increment walks the whole
-    program so far; for a full-size UNet that is most of ten seconds, against one with this.
-    """
-
-    def __init__(self, key: Key[Array, ""]):
-        self._key = key
-        self._count = 0
-
-    def params(self) -> Key[Array, ""]:
-        """The next key."""
-        self._count += 1
-        return jax.random.fold_in(self._key, self._count)
-
-
 class LayerFactory:
     """Makes the elementary layers of one network in one precision.
 
@@ -65,7 +48,7 @@ class LayerFactory:
 
     def __init__(self, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.dtype = dtype
-        self.rngs = cast(nnx.Rngs, KeyStream(rngs.params()))
+        self.rngs = rngs
 
     def linear(self, in_features: int, out_features: int, *, use_bias: bool = True) -> nnx.Linear:
         """A dense layer over the last axis."""

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from catversion_jax.array_types import Array, Key
 from catversion_jax.errors import CatVersionError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -61,8 +62,22 @@ def abstract_network(module_fn: Callable[..., nnx.Module]) -> Network:
     return Network(jax.tree.map(lambda leaf: leaf, network.params), network.graphdef)
 
 
+class _OneKey:
+    """Serves modules in place of ``nnx.Rngs`` where nothing is drawn: one key for all parameters.
+
+    ``nnx.Rngs`` counts in an array, and under ``nnx.eval_shape`` each increment walks the whole
+    program so far.
+    """
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def params(self) -> Key[Array, ""]:
+        return self._key
+
+
 def _traced(module_fn: Callable[..., nnx.Module]) -> Network:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: module_fn(rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module_fn(rngs=_OneKey())))
     return Network(nnx.to_pure_dict(state), graphdef)
 
 

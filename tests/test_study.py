@@ -155,18 +155,17 @@ def test_goals_hold_and_fail_by_their_thresholds():
         compute = {"samples_per_concept": samples}
         return {"text": "X", "total": {"mean": mean, "against": against}, "compute": compute}
 
-    arms = {"catversion": arm(0.86, 0.1), "dreambooth": arm(0.841, 0.31, 400)}
-    rows = goals.goals(arms, "catversion")
+    unpreserved = {"catversion": arm(0.86, 0.1), "dreambooth": arm(0.841, 0.31, 400)}
+    rows = goals.goals(unpreserved, "catversion")
     # intervals touch; more samples; 0.86 of the ceiling; 0.06 of text lost; a third of the drift
     assert [holds for _, _, holds in rows] == [False, False, True, False, True]
     assert rows[0][1] == "0.860 [0.850, 0.870] and 0.841 [0.831, 0.851]"
     assert goals.goals({"dreambooth": arm(0.5, 0.1)}, "catversion") == []
     # held against the others with the same loss
-    preserving = {"longer_context": arms["catversion"], "dreambooth_preserving": arms["dreambooth"]}
-    assert goals.goals({**arms, **preserving}, "longer_context") == rows
-    assert (
-        goals.goals({**arms, **preserving, "longer_context": arm(0.9, 0.1)}, "catversion") == rows
-    )
+    preserving = {"longer_context": arm(0.86, 0.1), "dreambooth_preserving": arm(0.841, 0.31, 400)}
+    assert goals.goals({**unpreserved, **preserving}, "longer_context") == rows
+    preserving["longer_context"] = arm(0.9, 0.1)
+    assert goals.goals({**unpreserved, **preserving}, "catversion") == rows
 
 
 # ---- analyses

@@ -56,8 +56,9 @@ wait $compiling || { compiled=0; say "not compiled: $(tail -n 1 "$out/compiling.
 say "denoiser, $late minutes, compiled: $compiled"
 python3 train_unet.py "$work" "${denoiser[@]}" --loaders "$loaders" --minutes "$late" --lr 1e-3 \
   --compile "$compiled" \
-  || say "the denoiser stopped early"
+  || { stopped=1; say "the denoiser stopped early"; }
 say "packaging"
 python3 package.py "$work" "$work/tiny-sd"
 tar cz -C "$work" tiny-sd | split -b 15M - "$out/tiny-sd.tgz."
 say "done"; ls -l "$out"
+exit "${stopped:-0}"

@@ -53,13 +53,11 @@ def abstract_network(module_fn: Callable[..., nnx.Module]) -> Network:
 
     Args:
       module_fn: makes the module, given ``rngs``. Two ``functools.partial`` of the same function or
-        class with equal arguments, which can be hashed, are traced once: that takes half a second
-        for a full-size network.
+        class with equal arguments are traced once: that takes half a second for a full-size
+        network. The arguments must be hashable.
     """
-    if isinstance(module_fn, functools.partial):
-        network = _traced_once(module_fn.func, module_fn.args, (*module_fn.keywords.items(),))
-    else:
-        network = _traced(module_fn)
+    whole = functools.partial(module_fn)  # flat, also of another partial
+    network = _traced(whole.func, whole.args, (*whole.keywords.items(),))
     return Network(jax.tree.map(lambda leaf: leaf, network.params), network.graphdef)
 
 
@@ -77,16 +75,13 @@ class _OneKey:
         return self._key
 
 
-def _traced(module_fn: Callable[..., nnx.Module]) -> Network:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: module_fn(rngs=_OneKey())))
-    return Network(nnx.to_pure_dict(state), graphdef)
-
-
 @functools.lru_cache(maxsize=32)
-def _traced_once(
+def _traced(
     make: Callable[..., nnx.Module], args: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]
 ) -> Network:
-    return _traced(functools.partial(make, *args, **dict(keywords)))
+    module = nnx.eval_shape(lambda: make(*args, **dict(keywords), rngs=_OneKey()))
+    graphdef, state = nnx.split(module)
+    return Network(nnx.to_pure_dict(state), graphdef)
 
 
 def random_network(module_fn: Callable[..., nnx.Module], seed: int = 0) -> Network:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ import run
 from dreambooth import DreamBooth, Settings
 from fine_tuned import backbone_with
 from study import evenly_spread
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---- the table of arms
 
@@ -193,6 +196,19 @@ def test_token_roles():
     ]
     assert roles[0] == ["sta", "bef", "cla", "cla", "aft", "end", "pad", "pad"]
     assert roles[1] == ["sta", "cla", "cla", "end", "pad", "pad", "pad", "pad"]
+
+
+# ---- the page that is published
+
+
+def test_the_published_page_says_what_the_kept_results_say(tmp_path):
+    with tarfile.open(ROOT / "tools" / "study" / "study.tar.xz") as kept:
+        kept.extractall(tmp_path, filter="data")
+    out, named = str(tmp_path / "study"), str(tmp_path / "study-named")
+    shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
+    assert page.main([out, "--named", named, "--docs", str(tmp_path / "docs")]) == 0
+    made = (tmp_path / "docs" / "results" / "study.md").read_text(encoding="utf-8")
+    assert made == (ROOT / "docs" / "results" / "study.md").read_text(encoding="utf-8")
 
 
 # ---- the whole of it, small

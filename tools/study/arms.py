@@ -196,6 +196,12 @@ def _methods() -> list[Arm]:
             "Textual Inversion, 4 vectors, preserved",
             options={**INVERSION, **NOISIER, "num_positions": 4},
         ),
+        Arm(
+            "textual_inversion_preserving_1",
+            "methods",
+            "Textual Inversion, 1 vector, preserved",
+            options={**INVERSION, **NOISIER, "num_positions": 1},
+        ),
         Arm("dreambooth", "methods", "DreamBooth, whole UNet", "dreambooth", DREAMBOOTH),
         Arm(
             "dreambooth_preserving",

@@ -14,7 +14,11 @@ SHARE_OF_CEILING = 0.85
 TEXT_LOSS = 0.05
 DRIFT_FACTOR = 3.0
 RIVALS = {
-    "longer_context": ("textual_inversion_preserving", "dreambooth_preserving"),
+    "longer_context": (
+        "textual_inversion_preserving_1",
+        "textual_inversion_preserving",
+        "dreambooth_preserving",
+    ),
     "catversion": ("textual_inversion", "dreambooth"),
 }
 ABOVE = {"overall_masked": "masked overall", "dino_masked": "the judge's score"}

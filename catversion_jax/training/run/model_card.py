@@ -185,9 +185,6 @@ def card_text(
         first=rows[0],
         repo=PLACEHOLDER,
         file=CONCEPT_FILE_NAME,
-        pipeline="StableDiffusionXLPipeline"
-        if len(first.learned.parts) > 1
-        else "StableDiffusionPipeline",
         options=[(k, _cell(_short(v))) for k, v in _options(first.train_config).items()],
     )
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))

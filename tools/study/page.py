@@ -128,7 +128,9 @@ def _goals(arms: Mapping[str, Any]) -> list[str]:
     if not tables:
         return []
     text = (
-        "Written down before anything was trained. `preset=quality` has a page of its own, [a "
+        "Written down before anything was trained. *Intervals apart* is said of the two means, "
+        "which is harder to reach than a paired difference above 0; the paired differences stand "
+        "below. `preset=quality` has a page of its own, [a "
         "closer likeness](quality.md): what was registered about it before the held-out concepts "
         "were seen, and more training seeds, judges, and concepts that no hand of this world drew."
     )

@@ -19,9 +19,9 @@ from catversion_jax.sampling.png import save_png
 
 COLUMNS = {
     "none": "class word",
-    "textual_inversion": "Textual Inversion",
-    "textual_inversion_preserving_1": "Textual Inversion, 1, preserved",
-    "textual_inversion_preserving": "Textual Inversion, 4, preserved",
+    "textual_inversion": "Textual Inversion, 1 vector",
+    "textual_inversion_preserving_1": "Textual Inversion, 1 vector, preserved",
+    "textual_inversion_preserving": "Textual Inversion, 4 vectors, preserved",
     "dreambooth": "DreamBooth",
     "dreambooth_preserving": "DreamBooth, preserved",
     "catversion_official": "official settings",

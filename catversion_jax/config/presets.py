@@ -6,9 +6,9 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-# A fifth of the official updates for the same score on tiny-sd (docs/results/study.md,
-# "preset=fast"; docs/results/performance.md, "Fewer steps"). Not measured on Stable Diffusion
-# itself.
+# A fifth of the official updates; on tiny-sd it keeps the prompt better and the likeness less
+# (docs/results/study.md; docs/results/performance.md, "Fewer steps"). Not measured on Stable
+# Diffusion itself.
 _FAST: Mapping[str, Any] = {
     "num_positions": 4,
     "init": "class_word",

@@ -50,11 +50,11 @@ class TrainConfig(
     preset: Literal["none", "official", "fast", "quality", "textual_inversion"] = option(
         "none",
         "Named set of options, over which options that are given win. official: the authors' "
-        "settings, quirks included; fast: a fifth of their updates for the same score on tiny-sd; "
-        "quality: fast with states behind the text encoder's output and the plain model kept "
-        "outside the object, which is closer to the photos, takes longer and needs masks; "
-        "textual_inversion: the usual settings of that method, which method=textual_inversion "
-        "takes by itself.",
+        "settings, quirks included; fast: a fifth of their updates, which on tiny-sd keeps the "
+        "prompt better and the likeness less; quality: fast with states behind the text "
+        "encoder's output and the plain model kept outside the object, which is closer to the "
+        "photos, takes longer and needs masks; textual_inversion: the usual settings of that "
+        "method, which method=textual_inversion takes by itself.",
         decides_result=True,
     )
 

@@ -161,7 +161,7 @@ def main() -> None:
                     "from catversion_jax.cli import main; raise SystemExit(main())",
                 ),
                 *("serve", "--model", args.model, "--port", str(port), "--output_dir", folder),
-                *("--updates", str(args.updates), "--max_wait_ms", "10"),
+                *("--preset", "fast", "--updates", str(args.updates), "--max_wait_ms", "10"),
                 *("--keys", str(keys)),
             ]
         )

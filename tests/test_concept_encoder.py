@@ -227,7 +227,11 @@ def test_a_server_draws_with_a_prediction_and_refines_it(
     from catversion_jax.serving.server import Server
 
     chosen = ServeOptions(
-        model=str(one_block_sd_folder), output_dir=str(tmp_path), updates=100_000, rows=1
+        model=str(one_block_sd_folder),
+        output_dir=str(tmp_path),
+        preset="fast",
+        updates=100_000,
+        rows=1,
     )
     given = METHOD | {"init": "predicted", "start": str(fitted), "start_clip": str(place / "clip")}
     server = Server(chosen, dataclasses.replace(teaching_config(chosen), **given))

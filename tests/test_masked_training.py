@@ -13,6 +13,7 @@ from PIL import Image
 from running import final_files, metrics, run_here
 
 from catversion_jax import load_concept
+from catversion_jax.cli import main
 
 SIDE = 16  # the model's own resolution: nothing is scaled
 OUTSIDE = 0.2
@@ -106,6 +107,45 @@ def test_preserving_needs_masks_too(one_block_sd_folder: Path, tmp_path: Path) -
     assert "preserve_weight=0.5, but 3 of 3 images have no mask (0.png, 1.png, 2.png)" in reason
     assert "catversion masks" in reason
     assert "use alpha=mask or preserve_weight=0" in reason
+
+
+def test_masks_that_training_makes_are_those_of_the_command(
+    one_block_sd_folder: Path, tmp_path: Path
+) -> None:
+    """The run whose masks ``catversion masks`` wrote beside the photos learns the same numbers."""
+    learned = []
+    for name in ("made", "written"):
+        folder = write_concept(tmp_path / name / "cup", None)
+        Image.fromarray(LEFT).save(folder / "1.mask.png")  # what was given stays
+        # a photo in which there is nothing to find
+        Image.fromarray(np.full((SIDE, SIDE, 3), 127, np.uint8)).save(folder / "2.png")
+        if name == "written":
+            sheets = ["--output_dir", str(tmp_path / "sheets")]
+            assert main(["masks", str(folder), "--model", str(one_block_sd_folder), *sheets]) == 0
+        options = {"preserve_weight": 1, "mask_polarity": "white", "make_masks": name == "made"}
+        assert run_here(one_block_sd_folder, folder, tmp_path / name / "out", **options) == 0
+        learned.append(load_concept(tmp_path / name / "out" / "concepts" / "cup"))
+    made, written = learned
+    np.testing.assert_array_equal(made.learned.key, written.learned.key)
+    np.testing.assert_array_equal(made.learned.value, written.learned.value)
+    assert [bool(digest) for digest in made.train_config["digests"]["masks"]] == [
+        False,
+        True,
+        False,
+    ]
+    again = {"preserve_weight": 1, "mask_polarity": "white", "make_masks": True}
+    folder = tmp_path / "made"
+    assert run_here(one_block_sd_folder, folder / "cup", folder / "out", **again) == 0
+
+
+def test_an_inpainting_model_makes_no_masks(
+    one_block_inpainting_folder: Path, tmp_path: Path
+) -> None:
+    folder = write_concept(tmp_path / "cup", None)
+    options = {"preserve_weight": 1, "make_masks": True}
+    assert run_here(one_block_inpainting_folder, folder, tmp_path / "out", **options) == 3
+    reason = (tmp_path / "out" / "concepts" / "cup" / "FAILED.txt").read_text()
+    assert "catversion masks makes them with the text-to-image model of the same family" in reason
 
 
 def test_an_empty_mask_leaves_no_loss(one_block_sd_folder: Path, tmp_path: Path) -> None:

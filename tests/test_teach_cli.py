@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+from running import COMPILATION_CACHE
 
+from catversion_jax import load_concept
 from catversion_jax.cli import main
 from catversion_jax.cli.serve import teaching_config
-from catversion_jax.cli.teach import _unlike, own_start
+from catversion_jax.cli.teach import _preset, _unlike, own_start
 from catversion_jax.config import as_override, load_config
 from catversion_jax.config.serving import ServeOptions
 from catversion_jax.errors import CatVersionError
@@ -111,6 +113,34 @@ def test_quotes_and_lists_are_still_read():
     assert read.validation_prompt == ("a {}", "b {}")
     with pytest.raises(CatVersionError, match="must be text"):
         load_config(None, ["instance_prompt=['a {}', 'b {}']"])
+
+
+@pytest.mark.parametrize(
+    ("options", "preset"),
+    [
+        ([], "quality"),
+        (["lr=0.1", "init=normal"], "quality"),
+        (["preset=fast"], "fast"),
+        (["init=predicted"], "fast"),
+        (["method=textual_inversion"], "fast"),
+        (["preset=official", "init=predicted"], "official"),
+    ],
+)
+def test_the_closest_preset_is_the_usual_one(options, preset):
+    assert _preset(options, with_start=False) == preset
+
+
+def test_photos_without_masks_are_taught_with_states_of_their_own(cup, one_block_sd_folder, capsys):
+    for mask in cup.glob("*.mask.png"):
+        mask.unlink()
+    command = ["teach", "cup", "--base_class", "cup", "--model", str(one_block_sd_folder)]
+    shared = [f"compilation_cache_dir={COMPILATION_CACHE}", "num_eval_samples=2"]
+    assert main([*command, "--updates", "2", *shared]) == 0
+    concept = load_concept(cup.parent / "taught" / "cup" / "concepts" / "cup")
+    assert concept.learned.num_context_states == 16
+    assert concept.train_config["preserve_weight"] == 1
+    assert concept.train_config["digests"]["masks"] == ["", "", ""]
+    assert not list(cup.glob("*.mask.png"))
 
 
 @pytest.mark.parametrize(

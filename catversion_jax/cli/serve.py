@@ -153,14 +153,14 @@ def teaching_config(options: ServeOptions) -> TrainConfig:
     """How concepts are taught: as ``catversion teach`` does, with rows and shapes of the server."""
     import jax
 
-    start = own_start(options.model)
-    updates = options.updates or usual_updates(start)
+    start = own_start(options.model) if options.preset == "fast" else None
+    updates = options.updates or usual_updates(start, options.preset)
     rows = options.rows or ROWS.get(jax.default_backend(), USUAL_ROWS)
     root = options.output_dir
     return load_config(
         None,
         [
-            "preset=fast",
+            f"preset={options.preset}",
             as_override("pretrained_model_name_or_path", options.model),
             as_override("concepts", f"{root}/photos"),
             as_override("output_dir", f"{root}/run"),

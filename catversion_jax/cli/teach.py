@@ -38,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.usage = "catversion teach PHOTOS... --base_class WORD [--model MODEL] [key=value ...]"
     parser.epilog = (
-        "This is `catversion train` with preset=fast and, where the model has a concept encoder,\n"
-        "init=predicted and the options that the encoder was fitted with; key=value gives further\n"
-        "options of `catversion train`."
+        "This is `catversion train` with preset=quality, which makes the masks that photos lack.\n"
+        "preset=fast is quicker and less alike: where the model has a concept encoder, it starts\n"
+        "with init=predicted and the options that the encoder was fitted with. key=value gives\n"
+        "further options of `catversion train`."
     )
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTOS", help="3 to 10 photos, or the folder they are in")
@@ -57,12 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start",
         type=path_argument,
         metavar="FILE",
-        help="file of a concept encoder, as `catversion fit-start` writes it [the model's own]",
+        help="file of a concept encoder, as `catversion fit-start` writes it, for preset=fast [the "
+        "model's own]",
     )
     add(
         "--updates",
         type=int,
-        help="number of optimizer updates [25 from a prediction, else those of the preset: 200]",
+        help="number of optimizer updates [those of the preset: 200; 25 from a prediction]",
     )
 
 
@@ -84,21 +86,12 @@ def run(args: argparse.Namespace) -> int:
     if mistake := check_concept_name(name, "Give another --name."):
         raise CatVersionError(mistake)
     output = as_path(args.output_dir or Path("taught") / name)
-    start = as_path(args.start) if args.start else own_start(args.model)
-    if start and not args.start and (other := _unlike(start, options)):
-        print(f"{other}: not from the prediction of {args.model}, which does not fit that.")
-        start = None
-    updates = usual_updates(start, options) if args.updates is None else args.updates
     given = [
-        "preset=fast",
         f"shard={WHOLE}",
         as_override("pretrained_model_name_or_path", args.model),
         as_override("output_dir", str(output)),
-        f"max_train_steps={updates}",
-        f"validation_steps={updates or 'null'}",
-        f"eval_steps={max(1, updates)}",
         *_concepts(photos, folder, name, words, output, is_known=name == known),
-        *(start_options(start) if start else []),
+        *_recipe(args, options),
         *options,
     ]
     code = train.run(argparse.Namespace(config=None, overrides=given))
@@ -111,18 +104,43 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
+def _preset(options: Sequence[str], *, with_start: bool) -> str:
+    """The preset that ``options`` name; else the closest one that goes with them."""
+    given = {option_of(one): one.partition("=")[2] for one in options}
+    other = with_start or given.get("init") == "predicted" or "method" in given
+    return given.get("preset", "fast" if other else "quality")
+
+
+def _recipe(args: argparse.Namespace, options: Sequence[str]) -> list[str]:
+    """What is learned, and how long."""
+    preset = _preset(options, with_start=args.start is not None)
+    start = as_path(args.start) if args.start else None
+    if start is None and preset == "fast":
+        start = own_start(args.model)
+        if start and (other := _unlike(start, options)):
+            print(f"{other}: not from the prediction of {args.model}, which does not fit that.")
+            start = None
+    updates = usual_updates(start, preset) if args.updates is None else args.updates
+    return [
+        f"preset={preset}",
+        f"max_train_steps={updates}",
+        f"validation_steps={updates or 'null'}",
+        f"eval_steps={max(1, updates)}",
+        *(start_options(start) if start else []),
+    ]
+
+
 def own_start(model: str) -> Path | None:
     """The concept encoder that a model folder has of its own; None where it has none."""
     file = embedded_or_given(model) / START_FILE
     return file if file.is_file() else None
 
 
-def usual_updates(start: Path | None, options: Sequence[str] = ()) -> int:
-    """Few after a prediction, else those of the preset that the options name, or of preset=fast."""
+def usual_updates(start: Path | None, preset: str) -> int:
+    """Few after a prediction, else those of the preset."""
     if start:
         return UPDATES_AFTER_PREDICTION
-    named = [one for one in options if option_of(one) == "preset"]
-    return load_config(None, ["concepts=photos", *(named or ["preset=fast"])]).max_train_steps
+    return load_config(None, ["concepts=photos", f"preset={preset}"]).max_train_steps
 
 
 def _unlike(start: Path, options: Sequence[str]) -> str | None:

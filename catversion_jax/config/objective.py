@@ -37,6 +37,13 @@ class ObjectiveOptions(Options):
     masked_training: bool = option(
         False, "Whether the object masks weigh the loss (OneTrainer).", decides_result=True
     )
+    make_masks: bool = option(
+        False,
+        "Whether a photo without a mask gets one from the model's attention to the base class, as "
+        "`catversion masks` makes it, where masks are part of the loss; otherwise its concept is "
+        "refused.",
+        decides_result=False,
+    )
     unmasked_weight: float = option(
         0.1,
         "Weight of the loss outside the object mask where masked_training is on (OneTrainer).",

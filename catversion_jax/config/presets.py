@@ -39,6 +39,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "timestep_sampling": "proportional",
             "context_states": 16,
             "preserve_weight": 1.0,
+            "make_masks": True,
         },
         "textual_inversion": {
             "method": "textual_inversion",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from catversion_jax.config.options import Options, option
 
@@ -40,10 +41,16 @@ class ServeOptions(Options):
         "continues there.",
         decides_result=False,
     )
+    preset: Literal["quality", "fast"] = option(
+        "quality",
+        "How concepts are taught: quality comes closest to the photos; fast is less alike and "
+        "begins, where the model has a concept encoder, with its prediction, so that a concept can "
+        "be drawn at once.",
+        decides_result=True,
+    )
     updates: int | None = option(
         None,
-        "Number of optimizer updates of each concept; by default 25 where the model has a concept "
-        "encoder, else 200.",
+        "Number of optimizer updates of each concept; by default 200, and 25 after a prediction.",
         decides_result=True,
         at_least=1,
     )

@@ -53,8 +53,8 @@ class TrainConfig(
         "settings, quirks included; fast: a fifth of their updates, which on tiny-sd keeps the "
         "prompt better and the likeness less; quality: fast with states behind the text "
         "encoder's output and the plain model kept outside the object, which is closer to the "
-        "photos, takes longer and needs masks; textual_inversion: the usual settings of that "
-        "method, which method=textual_inversion takes by itself.",
+        "photos and takes longer (masks that photos lack are made); textual_inversion: the usual "
+        "settings of that method, which method=textual_inversion takes by itself.",
         decides_result=True,
     )
 

@@ -184,13 +184,13 @@ class LearnedPart(Learned):
         return query, key, value
 
     @property
-    def strength(self) -> float | None:
-        """What :meth:`scaled` changes, where a program can take it as an argument: then it is not
-        compiled anew for every scale. None where it cannot.
+    def strength(self) -> tuple[float, ...] | None:
+        """The numbers that :meth:`scaled` changes, where a program can take them as an argument:
+        then it is not compiled anew for every scale. None where it cannot.
         """
         return None
 
-    def with_strength(self, strength: float | Array) -> Self:
+    def with_strength(self, strength: Sequence[float] | Array) -> Self:
         """The same with another :attr:`strength`, which may be traced."""
         raise TypeError(f"{type(self).__name__} has no strength to replace")
 

@@ -33,7 +33,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import jax
@@ -148,13 +148,16 @@ class KVResidual(LearnedPart):
 
     def context_states(self, output: Float[Array, "B T D"]) -> Float[Array, "B S D"] | None:
         """The states behind the encoder's output of equation (3), or None."""
-        if self.states is None or self.fade == 0:
+        is_known = isinstance(self.fade, float)  # else an argument of the program, above 0
+        if self.states is None or (is_known and self.fade == 0):
             return None
         states = self.states.astype(output.dtype)
-        if self.fade == 1:
-            return jnp.broadcast_to(states, (output.shape[0], *states.shape))
+        whole = jnp.broadcast_to(states, (output.shape[0], *states.shape))
+        if is_known and self.fade == 1:
+            return whole
         last = output[:, -1:].astype(jnp.float32)
-        return (last + self.fade * (self.states - last)).astype(output.dtype)
+        faded = (last + self.fade * (self.states - last)).astype(output.dtype)
+        return jnp.where(self.fade == 1, whole, faded)
 
     def visible(self, word_places: Int[Array, "B T"] | None) -> Bool[Array, "B T"] | None:
         """Which query tokens see the pair; None where all do.
@@ -194,14 +197,16 @@ class KVResidual(LearnedPart):
         return dataclasses.replace(self, logit_bias=bias, fade=fade)
 
     @property
-    def strength(self) -> float:
-        """``b`` of one use, which a program may take as an argument."""
-        return self.logit_bias
+    def strength(self) -> tuple[float, float]:
+        """``b`` and ``f`` of one use, which a program may take as arguments."""
+        return self.logit_bias, self.fade
 
-    def with_strength(self, strength: float | Array) -> Self:
-        """The same with another ``b``, which may be traced."""
-        bias: Any = strength
-        return dataclasses.replace(self, logit_bias=bias)
+    def with_strength(self, strength: Sequence[float] | Array) -> Self:
+        """The same with other ``b`` and ``f``, which may be traced; ``f`` is above 0 then."""
+        bias: Any
+        fade: Any
+        bias, fade = strength
+        return dataclasses.replace(self, logit_bias=bias, fade=fade)
 
     def check_fits(self, num_heads: int, head_dim: int, layers: range) -> None:
         """Check that one concept's residual fits an encoder of which ``layers`` run.

@@ -157,14 +157,14 @@ def stack_conditions(rows: Sequence[Conditions]) -> Conditions:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
-_Scaled = tuple[LearnedPart, Float[np.ndarray, ""] | None]
+_Scaled = tuple[LearnedPart, Float[np.ndarray, " n"] | None]
 """What a concept learned, and its strength, on which no program depends."""
 
 
 def _with_argument(part: LearnedPart) -> _Scaled:
     if part.strength is None:
         return part, None
-    return part.with_strength(0.0), np.asarray(part.strength, np.float32)
+    return part.with_strength([0.0] * len(part.strength)), np.asarray(part.strength, np.float32)
 
 
 @jax.jit

@@ -12,7 +12,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -135,7 +134,7 @@ def warm_up(
     most_concepts: int,
 ) -> None:
     """Compile all that drawing needs: each size, guidance on and off, and the text encoder for each
-    number of concepts.
+    number of concepts, which make prompts of another length where they have states of their own.
 
     Args:
       backbone: the frozen networks.
@@ -143,13 +142,11 @@ def warm_up(
       concept: any concept of the shape that is taught.
       most_concepts: most concepts of one picture.
     """
-    for setting in settings:
-        for guidance in (setting.guidance_scale, 1.0):
-            short = dataclasses.replace(setting, num_inference_steps=2, guidance_scale=guidance)
-            draw_requests(backbone, [ImageRequest("warm up")], short)
-    uses: list[Any] = []
-    for number in range(most_concepts):
+    uses: tuple[ConceptUse, ...] = ()
+    for number in range(most_concepts + 1):
+        for setting in settings:
+            for guidance in (setting.guidance_scale, 1.0):
+                short = dataclasses.replace(setting, num_inference_steps=2, guidance_scale=guidance)
+                draw_requests(backbone, [ImageRequest("warm up", uses)], short)
         named = dataclasses.replace(concept, name=f"warm up {number}", when="always")
-        uses.append(ConceptUse.of(named))
-        short = dataclasses.replace(settings[0], num_inference_steps=2)
-        draw_requests(backbone, [ImageRequest("warm up", tuple(uses))], short)
+        uses = (*uses, ConceptUse.of(named))

@@ -20,7 +20,7 @@ import numpy as np
 from catversion_jax.concepts import ConceptSpec, concept_prompts
 from catversion_jax.concepts.images import LoadedImage
 from catversion_jax.concepts.latents import EncodedConcept, encode_concept, load_concept_images
-from catversion_jax.concepts.quarantine import concept_errors, grouped
+from catversion_jax.concepts.quarantine import concept_errors
 from catversion_jax.concepts.repainting import areas_to_repaint
 from catversion_jax.config import DataOptions, MethodOptions, ObjectiveOptions
 from catversion_jax.errors import CatVersionError, ConceptError, shown
@@ -36,6 +36,7 @@ from catversion_jax.training.prompt_states import (
     lower_text,
     plain_states,
 )
+from catversion_jax.training.required_masks import with_required_masks
 from catversion_jax.training.run.directory import READERS
 from catversion_jax.training.run.identity import changed_content, image_digests, token_digest
 from catversion_jax.training.run.records import ConceptRecord
@@ -219,7 +220,7 @@ def prepare_concept(
       backbone: the frozen networks.
       data: how images become square pixels.
       method: what is learned.
-      objective: whether the loss needs masks.
+      objective: whether the loss needs masks, and those that are missing are made.
       predictor: predicts the start values; None where they are those of ``method.init``.
       noise_seed: of the noise of the start values; None for the predictor's, or the concept's own.
       images: what :func:`training_images` gave; None decodes them.
@@ -227,34 +228,15 @@ def prepare_concept(
     Raises:
       ConceptError: an image cannot be used or was changed since the record was made, a prompt has
         no room for the class word or for what is learned, or masks are missing where the loss needs
-        them.
+        them and ``make_masks`` is off.
     """
     prompts = record.prompts
     with concept_errors(f"{spec.name}: its prompts cannot be tokenized"):
         check_prompts_fit(record, backbone)
     if images is None:
         images = training_images(spec, backbone, data)
-    unmasked = [
-        source.label
-        for source, image in zip(spec.images, images, strict=True)
-        if image.mask is None
-    ]
-    asked = objective.needs_masks
-    if asked and unmasked:
-        raise ConceptError(
-            f"{spec.name}: {asked}, but {len(unmasked)} of {len(images)} images have "
-            f"no mask ({', '.join(unmasked[:3])}). Add x.mask.png beside each (catversion masks "
-            "makes them), or use alpha=mask or "
-            f"{'masked_training=false' if objective.masked_training else 'preserve_weight=0'} with "
-            "another output_dir."
-        )
-    faults = [(i.label, f"the mask {i.mask_fault}") for i in images if i.mask_fault]
-    if asked and faults:
-        raise ConceptError(
-            f"{spec.name}: {asked}, but {len(faults)} of {len(images)} masks look "
-            f"wrong ({'; '.join(grouped(faults)[:3])}). Correct them, or say what the object is "
-            'in them with "mask_polarity": "white" or "black" in concept.json.'
-        )
+    if objective.needs_masks:
+        images = with_required_masks(images, spec, objective, backbone)
     for image in images:
         for warning in image.warnings:
             logger.warning(f"{spec.name}: {image.label}: {warning}")

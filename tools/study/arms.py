@@ -59,6 +59,7 @@ class Arm:
       text: what it is, for the page.
       kind: nothing at all, the public trainer, or the outside baseline.
       options: of the trainer, or of the outside baseline.
+      sees_masks: whether training sees the photos' masks; scores always do.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Arm:
     text: str
     kind: Kind = "trainer"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sees_masks: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -250,7 +252,15 @@ def _recipes() -> list[Arm]:
             {**HALF, **LONGER_CONTEXT, "learning_rate": 0.05},
         ),
     }
-    return [Arm(name, "recipes", text, options=options) for name, (text, options) in given.items()]
+    made = Arm(
+        "longer_context_made_masks",
+        "recipes",
+        "preset=quality with masks that it makes itself",
+        options={**OURS, **PRESETS["quality"]},
+        sees_masks=False,
+    )
+    arms = [Arm(name, "recipes", text, options=options) for name, (text, options) in given.items()]
+    return [*arms, made]
 
 
 def _layers(num_layers: int) -> list[Arm]:

@@ -170,6 +170,7 @@ class Study:
             "num_prior_images": protocol.num_prior_images,
             "classes": self.classes,
             "platform": jax.default_backend(),
+            **({} if arm.sees_masks else {"sees_masks": False}),
         }
         return json.loads(json.dumps(values))
 
@@ -194,6 +195,8 @@ class Study:
     def _train(self, arm: Arm) -> tuple[list[Subject], dict[str, str]]:
         """All concepts at once with the public trainer."""
         run, concepts = self.folder(arm) / "run", self.concepts_of(arm)
+        if not arm.sees_masks:
+            concepts = without_masks(concepts)
         options = {**SHARED, **arm.options}
         if self.protocol.train_steps is not None:
             options["max_train_steps"] = self.protocol.train_steps
@@ -350,6 +353,17 @@ def write_json(path: Path, value: Any) -> None:
     """Write plain values, whole or not at all."""
     make_folder(path.parent)
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def without_masks(concepts: ConceptList) -> ConceptList:
+    """The concepts as somebody has them who draws no masks."""
+    specs = [
+        dataclasses.replace(
+            spec, images=tuple(dataclasses.replace(image, mask=None) for image in spec.images)
+        )
+        for spec in concepts.concepts
+    ]
+    return dataclasses.replace(concepts, concepts=tuple(specs))
 
 
 def evenly_spread(concepts: ConceptList, count: int | None) -> ConceptList:

@@ -177,7 +177,7 @@ def test_a_folder_from_the_first_mistake_to_more_steps_and_concepts(
     short = {"max_train_steps": 2, "validation_steps": 1, "validation_prompt": "null"}
     assert run_here(one_block_sd_folder, broken, output, **short) == 3
     captured = capsys.readouterr()
-    assert "1 concepts in" in captured.out
+    assert "1 concept in" in captured.out
     assert "striped_ball" in captured.err
     assert steps_of(output) == {"purple_kite": 2}
     failed = output / "concepts" / "striped_ball" / "FAILED.txt"

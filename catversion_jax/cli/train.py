@@ -207,7 +207,8 @@ def _announce(config: TrainConfig, concepts: ConceptList | LongList) -> None:
 
 
 def _report(result: TrainResult, quarantine_exit_code: int) -> int:
-    print(f"{len(result.finished)} concepts in {result.output_dir / 'concepts'}")
+    plural = "" if len(result.finished) == 1 else "s"
+    print(f"{len(result.finished)} concept{plural} in {result.output_dir / 'concepts'}")
     if result.interrupted:
         print("interrupted; what is under way is saved. The same command goes on.")
         return SAVED

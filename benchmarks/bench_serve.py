@@ -95,6 +95,15 @@ def teach(port: int, number: int) -> str:
     return client("POST", "/v1/jobs", {"kind": "teach", "concept": id})["id"]
 
 
+def wait_for(client: Client, jobs: list[str]) -> list[str]:
+    """What became of the jobs."""
+    while True:
+        found = [client("GET", f"/v1/jobs/{job}")["status"] for job in jobs]
+        if not {"queued", "processing"} & set(found):
+            return found
+        time.sleep(0.2)
+
+
 def draw_all(port: int, clients: int, images: int, steps: int) -> dict[str, float]:
     """Pictures of so many clients at once: how long each waited, how many per second, and what a
     picture costs the clients.
@@ -136,7 +145,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--concepts", type=int, default=20)
-    parser.add_argument("--updates", type=int, default=25)
+    parser.add_argument("--preset", choices=("quality", "fast"), default="quality")
+    parser.add_argument("--updates", type=int, help="of each concept [as the preset has]")
     parser.add_argument("--rounds", type=int, default=3, help="of drawing alone, for the memory")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
     args = parser.parse_args()
@@ -161,8 +171,8 @@ def main() -> None:
                     "from catversion_jax.cli import main; raise SystemExit(main())",
                 ),
                 *("serve", "--model", args.model, "--port", str(port), "--output_dir", folder),
-                *("--preset", "fast", "--updates", str(args.updates), "--max_wait_ms", "10"),
-                *("--keys", str(keys)),
+                *("--preset", args.preset, "--max_wait_ms", "10", "--keys", str(keys)),
+                *(() if args.updates is None else ("--updates", str(args.updates))),
             ]
         )
         try:
@@ -178,16 +188,13 @@ def main() -> None:
             for _ in range(args.rounds):
                 drawings.append(draw_all(port, args.clients, args.images, args.steps))
                 memory.append(memory_mb(process.pid))
+            began = time.perf_counter()
+            wait_for(Client(port), [teach(port, args.concepts)])
+            alone = round(time.perf_counter() - began, 1)
             lessons = [teach(port, number) for number in range(args.concepts)]
             began = time.perf_counter()
             both = draw_all(port, args.clients, args.images, args.steps)
-            client = Client(port)
-            while any(
-                client("GET", f"/v1/jobs/{lesson}")["status"] in ("queued", "processing")
-                for lesson in lessons
-            ):
-                time.sleep(0.5)
-            taught = [client("GET", f"/v1/jobs/{lesson}")["status"] for lesson in lessons]
+            taught = wait_for(Client(port), lessons)
             seconds_until_all_taught = round(time.perf_counter() - began, 1)
             memory.append(memory_mb(process.pid))
         finally:
@@ -206,6 +213,7 @@ def main() -> None:
         "drawing_while_teaching": both,
         "share_while_teaching": round(both["images_per_second"] / served, 3),
         "bound_seconds": round((args.clients + 1) / served / ServeOptions.drawing_share, 1),
+        "seconds_of_a_lesson_alone": alone,
         "taught": taught.count("succeeded"),
         "seconds_until_all_taught": seconds_until_all_taught,
         "memory_mb": memory,

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from catversion_jax.config import ALIASES
-from catversion_jax.config.options import Options, accepted_types, statement_of
+from catversion_jax.config.options import Options, accepted_types, choices_of, statement_of
 from catversion_jax.config.reading import OPTION_NAMES
 from catversion_jax.errors import CatVersionError, shown
 
@@ -30,8 +30,10 @@ def add_option_arguments(
         said = statement_of(group, field.name).help
         text = said if field.default in (None, ()) else f"{said} [{field.default}]"
         kinds = accepted_types(group, field.name)
+        number = next((kind for kind in (int, float) if kind in kinds), None)
         keywords: dict[str, Any] = {
-            "type": next((kind for kind in (int, float) if kind in kinds), None),
+            "type": number,
+            "choices": None if number else choices_of(kinds) or None,
             "default": argparse.SUPPRESS,
             "help": text.replace("%", "%%"),
         }

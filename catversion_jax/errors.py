@@ -53,6 +53,11 @@ def listed(texts: Sequence[str], most: int = 5) -> list[str]:
     return [*texts[:most], f"and {left} more"] if left > 0 else list(texts)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 concept``, ``2 concepts``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
     """The hint that closes a message about a misspelt word.
 

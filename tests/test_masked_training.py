@@ -113,6 +113,7 @@ def test_masks_that_training_makes_are_those_of_the_command(
     one_block_sd_folder: Path, tmp_path: Path
 ) -> None:
     """The run whose masks ``catversion masks`` wrote beside the photos learns the same numbers."""
+    options = {"preserve_weight": 1, "mask_polarity": "white"}
     learned = []
     for name in ("made", "written"):
         folder = write_concept(tmp_path / name / "cup", None)
@@ -122,9 +123,9 @@ def test_masks_that_training_makes_are_those_of_the_command(
         if name == "written":
             sheets = ["--output_dir", str(tmp_path / "sheets")]
             assert main(["masks", str(folder), "--model", str(one_block_sd_folder), *sheets]) == 0
-        options = {"preserve_weight": 1, "mask_polarity": "white", "make_masks": name == "made"}
-        assert run_here(one_block_sd_folder, folder, tmp_path / name / "out", **options) == 0
-        learned.append(load_concept(tmp_path / name / "out" / "concepts" / "cup"))
+        output, options["make_masks"] = tmp_path / name / "out", name == "made"
+        assert run_here(one_block_sd_folder, folder, output, **options) == 0
+        learned.append(load_concept(output / "concepts" / "cup"))
     made, written = learned
     np.testing.assert_array_equal(made.learned.key, written.learned.key)
     np.testing.assert_array_equal(made.learned.value, written.learned.value)
@@ -133,9 +134,8 @@ def test_masks_that_training_makes_are_those_of_the_command(
         True,
         False,
     ]
-    again = {"preserve_weight": 1, "mask_polarity": "white", "make_masks": True}
-    folder = tmp_path / "made"
-    assert run_here(one_block_sd_folder, folder / "cup", folder / "out", **again) == 0
+    folder, options["make_masks"] = tmp_path / "made", True
+    assert run_here(one_block_sd_folder, folder / "cup", folder / "out", **options) == 0
 
 
 def test_an_inpainting_model_makes_no_masks(

@@ -17,7 +17,7 @@ from catversion_jax.cli.progress import progress
 from catversion_jax.cli.prompt_files import read_prompts
 from catversion_jax.concepts.fields import WHEN
 from catversion_jax.config.sampling import MAX_IMAGES_PER_PROMPT, check_count
-from catversion_jax.errors import CatVersionError, shown
+from catversion_jax.errors import CatVersionError, counted, shown
 from catversion_jax.sampling.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ def run(args: argparse.Namespace) -> int:
             output_dir=args.output_dir,
             on_step=advance,
         ):
-            plural = "" if len(drawn.files) == 1 else "s"
-            print(f"{len(drawn.files)} image{plural} and {drawn.grid}")
+            print(f"{counted(len(drawn.files), 'image')} and {drawn.grid}")
     return 0
 
 

@@ -15,7 +15,7 @@ from catversion_jax.cli.progress import progress
 from catversion_jax.cli.terminal import SAVED
 from catversion_jax.config import TrainConfig, load_config, option_table, with_shard
 from catversion_jax.config.sampling import grid_settings
-from catversion_jax.errors import CatVersionError
+from catversion_jax.errors import CatVersionError, counted
 from catversion_jax.models.weights.hub_concept import check_repo_id
 from catversion_jax.runtime.bucket_paths import embedded_or_given, home_expanded
 from catversion_jax.runtime.shards import WHOLE
@@ -189,10 +189,9 @@ def _announce(config: TrainConfig, concepts: ConceptList | LongList) -> None:
             print(f"  {line}")
         return
     num_images = sum(len(spec.images) for spec in concepts.concepts)
-    plural = "" if len(concepts.concepts) == 1 else "s"
     part = "" if config.shard == str(WHOLE) else f" (shard {config.shard})"
     print(
-        f"{len(concepts.concepts)} concept{plural}, {num_images} images from "
+        f"{counted(len(concepts.concepts), 'concept')}, {num_images} images from "
         f"{config.concepts}{part}"
     )
     for line in concepts.skipped:
@@ -207,8 +206,7 @@ def _announce(config: TrainConfig, concepts: ConceptList | LongList) -> None:
 
 
 def _report(result: TrainResult, quarantine_exit_code: int) -> int:
-    plural = "" if len(result.finished) == 1 else "s"
-    print(f"{len(result.finished)} concept{plural} in {result.output_dir / 'concepts'}")
+    print(f"{counted(len(result.finished), 'concept')} in {result.output_dir / 'concepts'}")
     if result.interrupted:
         print("interrupted; what is under way is saved. The same command goes on.")
         return SAVED

@@ -162,9 +162,10 @@ _Scaled = tuple[LearnedPart, Float[np.ndarray, " n"] | None]
 
 
 def _with_argument(part: LearnedPart) -> _Scaled:
-    if part.strength is None:
+    strength = part.strength
+    if strength is None:
         return part, None
-    return part.with_strength([0.0] * len(part.strength)), np.asarray(part.strength, np.float32)
+    return part.with_strength([0.0] * len(strength)), np.asarray(strength, np.float32)
 
 
 @jax.jit

@@ -45,6 +45,7 @@ HALF: Mapping[str, Any] = {**OURS, "max_train_steps": 100, "learning_rate": 1e-1
 PRESERVING: Mapping[str, Any] = {"preserve_weight": 1.0}
 NOISIER: Mapping[str, Any] = {**PRESERVING, "timestep_sampling": "proportional"}
 LONGER_CONTEXT: Mapping[str, Any] = {**NOISIER, "context_states": 16}
+QUALITY: Mapping[str, Any] = {**OURS, **PRESETS["quality"]}
 # From the model's own concept encoder.
 PREDICTED: Mapping[str, Any] = {**OURS, "init": "predicted"}
 
@@ -230,7 +231,7 @@ def _methods() -> list[Arm]:
             "longer_context",
             "methods",
             "CatVersion, preset=quality",
-            options={**OURS, **PRESETS["quality"]},
+            options=QUALITY,
         ),
     ]
 
@@ -256,7 +257,7 @@ def _recipes() -> list[Arm]:
         "longer_context_made_masks",
         "recipes",
         "preset=quality with masks that it makes itself",
-        options={**OURS, **PRESETS["quality"]},
+        options=QUALITY,
         sees_masks=False,
     )
     arms = [Arm(name, "recipes", text, options=options) for name, (text, options) in given.items()]

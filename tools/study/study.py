@@ -113,7 +113,8 @@ class Study:
 
     def concepts_of(self, arm: Arm) -> ConceptList:
         """The concepts an arm trains."""
-        return self.concepts if arm.is_main else self.ablation_concepts
+        concepts = self.concepts if arm.is_main else self.ablation_concepts
+        return concepts if arm.sees_masks else without_masks(concepts)
 
     # ------------------------------------------------------------------ one arm
 
@@ -195,8 +196,6 @@ class Study:
     def _train(self, arm: Arm) -> tuple[list[Subject], dict[str, str]]:
         """All concepts at once with the public trainer."""
         run, concepts = self.folder(arm) / "run", self.concepts_of(arm)
-        if not arm.sees_masks:
-            concepts = without_masks(concepts)
         options = {**SHARED, **arm.options}
         if self.protocol.train_steps is not None:
             options["max_train_steps"] = self.protocol.train_steps
